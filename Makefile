@@ -1,0 +1,39 @@
+# make demo: set up, then the main job on the embedded data.   make test: set up, then all tests.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+DEMO := runs/demo
+# Small models on a CPU are fastest with one thread each and the models in parallel.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint format bench soak clean
+
+$(STAMP): setup.cfg constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/ditscale encode data=digits
+	$(BIN)/ditscale train -m experiment=demo
+	$(BIN)/ditscale sample checkpoint=$(DEMO)/d64-n4-p2-adaln_zero-seed0 sampler.steps=50 out=$(DEMO)/samples
+	$(BIN)/ditscale report sweep=$(DEMO)
+
+test: $(STAMP) lint
+	$(BIN)/pytest tests/unit -n auto
+	$(BIN)/pytest tests/runtime tests/smoke -n 2
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.demo
+
+clean:
+	rm -rf .venv runs shards cache .mypy_cache .ruff_cache .pytest_cache *.egg-info

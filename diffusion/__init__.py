@@ -1,0 +1,1 @@
+"""The diffusion process: schedules, losses, draws, samplers, guidance. Takes any denoiser."""

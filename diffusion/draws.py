@@ -1,0 +1,93 @@
+"""Every random number, as a pure function of (seed, position, purpose), drawn on the host.
+
+Bits come from numpy's Philox 4x64 with key (seed, 0) and counter (0, position, purpose, draw). Each purpose
+has a stream of its own, so no use of randomness shifts another; nothing has a state to save.
+"""
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Purpose(IntEnum):
+    """What a stream is for. The numbers are part of the format of a run: never reuse one."""
+
+    POSTERIOR = 1
+    NOISE = 2
+    TIMESTEP = 3
+    DROP_LABEL = 4
+    FLIP = 5
+    ORDER = 6
+    SAMPLING = 7
+    SAMPLE_LABEL = 8
+    ENCODING_ORDER = 9
+    SPLIT = 10
+
+
+class Draws(NamedTuple):
+    """All random numbers that one sample uses in one visit."""
+
+    posterior: NDArray[np.float32]  # [c, h, w] standard normal
+    noise: NDArray[np.float32]  # [c, h, w] standard normal
+    t: int  # in [0, num_timesteps)
+    drop_label: bool
+    flip: bool
+
+
+class Philox:
+    """Random generators addressed by (position, purpose, draw). Not safe to share between threads."""
+
+    def __init__(self, seed: int) -> None:
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed is {seed}, but it must be between 0 and {2**63 - 1}; choose another.")
+        self._bits = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64))
+        self._generator = np.random.Generator(self._bits)
+        self._state = self._bits.state
+
+    def at(self, position: int, purpose: Purpose, draw: int = 0) -> np.random.Generator:
+        """The generator of one stream, at its start. Valid until the next call of `at`."""
+        self._state["state"]["counter"][:] = (0, position, purpose, draw)
+        # Setting a state is several times cheaper than a new generator, which asks the system for entropy.
+        self._state["buffer_pos"] = 4
+        self._state["has_uint32"] = 0
+        self._bits.state = self._state
+        return self._generator
+
+
+def training_draws(
+    philox: Philox,
+    position: int,
+    shape: tuple[int, ...],
+    num_timesteps: int,
+    class_dropout: float,
+    flip: bool,
+) -> Draws:
+    """The numbers of the sample at ``position`` (samples seen since the start of training).
+
+    ``shape`` is the latent's [c, h, w]; ``flip`` says whether the data may be mirrored at all.
+    """
+    return Draws(
+        posterior=philox.at(position, Purpose.POSTERIOR).standard_normal(shape, dtype=np.float32),
+        noise=philox.at(position, Purpose.NOISE).standard_normal(shape, dtype=np.float32),
+        t=int(philox.at(position, Purpose.TIMESTEP).integers(num_timesteps)),
+        drop_label=bool(philox.at(position, Purpose.DROP_LABEL).random() < class_dropout),
+        flip=flip and bool(philox.at(position, Purpose.FLIP).random() < 0.5),
+    )
+
+
+def sampling_noise(
+    philox: Philox, image_indices: NDArray[np.int64], draw: int, shape: tuple[int, ...]
+) -> NDArray[np.float32]:
+    """Standard normals [B, *shape] of the given images' draw'th use, whatever the batch they are in."""
+    noise = np.empty((len(image_indices), *shape), dtype=np.float32)
+    for row, index in zip(noise, image_indices, strict=True):
+        philox.at(int(index), Purpose.SAMPLING, draw).standard_normal(dtype=np.float32, out=row)
+    return noise
+
+
+def permutation(philox: Philox, position: int, purpose: Purpose, length: int) -> NDArray[np.int64]:
+    """A permutation of range(length): the stable sort of raw 64-bit numbers, whatever numpy's version."""
+    keys = philox.at(position, purpose).bit_generator.random_raw(length)
+    return np.argsort(keys, kind="stable")

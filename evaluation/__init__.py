@@ -1,0 +1,1 @@
+"""Generate images, take features, compute statistics and metrics, report how they scale."""

@@ -1,0 +1,77 @@
+"""Images from a denoiser: image i depends on (seed, i) alone."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data.images import to_uint8
+from data.manifest import LatentSpec
+from diffusion.draws import Philox, sampling_noise
+from diffusion.process import GaussianDiffusion
+from diffusion.protocol import Denoiser
+from diffusion.samplers import Sampler
+from model.autoencoder import Autoencoder
+from runtime.protocol import Runtime
+
+# Wraps a network in a guided one: (denoiser, num_classes, latent_channels) -> denoiser.
+Guidance = Callable[..., Denoiser]
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Everything that turns an image index and a label into an image."""
+
+    denoiser: Denoiser
+    process: GaussianDiffusion
+    autoencoder: Autoencoder
+    sampler: Sampler
+    guidance: Guidance
+    spec: LatentSpec
+    seed: int
+    runtime: Runtime
+
+    @torch.no_grad()
+    def images(self, indices: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Images [B, H, W, C] uint8 of the given indices [B] and labels [B]."""
+        philox = Philox(self.seed)
+        shape = (self.spec.channels, self.spec.latent_size, self.spec.latent_size)
+        device = self.runtime.device
+
+        def noise(draw: int) -> torch.Tensor:
+            return torch.from_numpy(sampling_noise(philox, indices, draw, shape)).to(device)
+
+        guided = self.guidance(self.denoiser, num_classes=self.spec.num_classes, latent_channels=self.spec.channels)
+        with self.runtime.autocast():
+            latent = self.sampler(guided, self.process, noise, torch.from_numpy(labels).to(device))
+        return to_uint8(self.autoencoder.decode(latent))
+
+    def batches(
+        self, labels: NDArray[np.int64], batch_size: int
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
+        """This process's share of len(labels) images as (indices, images), at most ``batch_size`` at once."""
+        mine = np.array_split(np.arange(len(labels)), self.runtime.data_world)[self.runtime.data_rank]
+        for start in range(0, len(mine), batch_size):
+            indices = mine[start : start + batch_size]
+            yield indices, self.images(indices, labels[indices])
+
+
+def balanced_labels(num_images: int, num_classes: int) -> NDArray[np.int64]:
+    """Label i is i modulo the number of classes: [num_images] int64."""
+    return np.arange(num_images, dtype=np.int64) % num_classes
+
+
+def given_labels(labels: Sequence[int], num_images: int, num_classes: int) -> NDArray[np.int64]:
+    """The given labels repeated to ``num_images``. ValueError for a label outside [0, num_classes].
+
+    ``num_classes`` itself is the null class: an unconditional sample.
+    """
+    for label in labels:
+        if not 0 <= label <= num_classes:
+            raise ValueError(
+                f"labels has {label}, but this model knows the classes 0 to {num_classes - 1}, and "
+                f"{num_classes} for none; choose among these."
+            )
+    return np.resize(np.array(labels, dtype=np.int64), num_images)

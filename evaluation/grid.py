@@ -1,0 +1,31 @@
+"""Sample grids: what people would rather look at."""
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from data.atomic import write_bytes
+
+SHOWN_SIDE = 64  # smaller images are enlarged to about this many pixels, each pixel a square
+GAP = 2
+
+
+def save_grid(path: Path, images: NDArray[np.uint8], columns: int) -> None:
+    """Write [N, H, W, C] uint8 images, C 1 or 3, row by row as one PNG."""
+    count, height, width, channels = images.shape
+    factor = max(1, SHOWN_SIDE // height)
+    rows = math.ceil(count / columns)
+    cell_height, cell_width = height * factor + GAP, width * factor + GAP
+    canvas = np.full((rows * cell_height + GAP, columns * cell_width + GAP, channels), 255, np.uint8)
+    for number, image in enumerate(images):
+        top = GAP + number // columns * cell_height
+        left = GAP + number % columns * cell_width
+        enlarged = image.repeat(factor, axis=0).repeat(factor, axis=1)
+        canvas[top : top + height * factor, left : left + width * factor] = enlarged
+    content = io.BytesIO()
+    Image.fromarray(canvas.squeeze(2) if channels == 1 else canvas).save(content, "PNG")
+    write_bytes(path, content.getvalue())

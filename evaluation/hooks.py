@@ -1,0 +1,108 @@
+"""Hooks of the training loop that generate images from the EMA weights."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from evaluation.generate import Generator, balanced_labels
+from evaluation.grid import save_grid
+from train.hooks import due
+from train.loggers import Logger
+from train.runfolder import RunFolder, read_lines
+from train.state import TrainState
+
+
+class _CatchingUpHook:
+    """Acts each ``every`` steps and at the end, and once at the start where a killed run had not done so."""
+
+    def __init__(self, every: int | None) -> None:
+        self._every = every
+
+    def start(self, state: TrainState) -> None:
+        """Do what was due at the step that this run continues from, unless it was done."""
+        if due(state, self._every) and not self.is_done(state):
+            self.act(state)
+
+    def __call__(self, state: TrainState, metrics: Mapping[str, Tensor]) -> None:
+        """Act where it is due."""
+        if due(state, self._every):
+            self.act(state)
+
+    def finish(self, state: TrainState) -> None:
+        """Nothing to do: the last step was due."""
+
+    def is_done(self, state: TrainState) -> bool:
+        """Whether the result of this step is on disk."""
+        raise NotImplementedError
+
+    def act(self, state: TrainState) -> None:
+        """Make the result of this step."""
+        raise NotImplementedError
+
+
+class SampleGridHook(_CatchingUpHook):
+    """A PNG with ``per_class`` samples of up to 10 classes, always of the same noise."""
+
+    def __init__(
+        self,
+        every: int | None,
+        generator: Generator,
+        folder: RunFolder,
+        logger: Logger,
+        per_class: int = 8,
+    ) -> None:
+        super().__init__(every)
+        self._generator = generator
+        self._folder = folder
+        self._logger = logger
+        self._columns = min(10, generator.spec.num_classes)
+        self._count = per_class * self._columns
+
+    def is_done(self, state: TrainState) -> bool:
+        """Whether the picture exists."""
+        return self._folder.grid(state.step).exists()
+
+    def act(self, state: TrainState) -> None:
+        """Draw on the main process."""
+        if not self._generator.runtime.is_main:
+            return
+        labels = balanced_labels(self._count, self._columns)
+        images = self._generator.images(balanced_labels(self._count, self._count), labels)
+        path = self._folder.grid(state.step)
+        save_grid(path, images, self._columns)
+        self._logger.log_image("samples", path, state.step)
+
+
+class EvaluationHook(_CatchingUpHook):
+    """Appends a record to evaluations.jsonl. ``evaluate`` gives its metrics, ``facts`` what never changes."""
+
+    def __init__(
+        self,
+        every: int | None,
+        evaluate: Callable[[], dict[str, Any]],
+        facts: Callable[[int], Mapping[str, Any]],
+        folder: RunFolder,
+        logger: Logger,
+        is_main: bool,
+    ) -> None:
+        super().__init__(every)
+        self._evaluate = evaluate
+        self._facts = facts
+        self._folder = folder
+        self._logger = logger
+        self._is_main = is_main
+
+    def is_done(self, state: TrainState) -> bool:
+        """Whether the record exists."""
+        records = read_lines(self._folder.evaluations)
+        return any(record["step"] == state.step for record in records)
+
+    def act(self, state: TrainState) -> None:
+        """Evaluate on all processes, write on the main one."""
+        metrics = self._evaluate()
+        record = {"step": state.step, "images_seen": state.images_seen}
+        record |= {**self._facts(state.images_seen), **metrics}
+        if self._is_main:
+            self._folder.append(self._folder.evaluations, record)
+            self._logger.log(record)

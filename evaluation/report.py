@@ -1,0 +1,153 @@
+"""The scaling report: every point of the curve is read from an ``evaluations.jsonl``, none is typed in."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+from scipy.stats import spearmanr
+
+from data.atomic import write_bytes
+from train.runfolder import RunFolder, read_lines
+
+# What must agree between points of one curve.
+PROTOCOL_KEYS = (
+    "step",
+    "weights",
+    "sampler",
+    "guidance",
+    "num_images",
+    "labels",
+    "seed",
+    "decoder",
+    "reference_hash",
+    "feature_extractor_hash",
+)
+COLUMNS = (
+    "run",
+    "patch_size",
+    "width",
+    "depth",
+    "block",
+    "gmacs",
+    "parameters",
+    "training_gmacs",
+    "step",
+    "images_seen",
+    "frechet_distance",
+    "recognized_fraction",
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `make_report` found and wrote."""
+
+    rows: list[dict[str, Any]]  # one a run, by rising gmacs, with the keys COLUMNS
+    correlation: float  # Spearman's, of gmacs and Frechet distance; nan for fewer than 3 runs
+    picture: Path
+    table: Path
+    title: str  # "Frechet distance on ..."
+
+
+def make_report(sweep: Path, out: Path) -> Report:
+    """Write ``fid_vs_gflops.png`` and ``fid_vs_gflops.csv`` from the newest evaluation of each run in ``sweep``.
+
+    Raises ValueError where there is no evaluation, or where runs were measured by different protocols.
+    """
+    records = {folder.name: record for folder in _run_folders(sweep) if (record := _newest(folder))}
+    if not records:
+        raise ValueError(
+            f"There are 0 evaluated runs in {sweep}; train with evaluate_every set, or run "
+            "`ditscale evaluate checkpoint=RUN/checkpoints/step_...` first."
+        )
+    _require_one_protocol(records)
+    rows = [
+        {column: name if column == "run" else record[column] for column in COLUMNS} for name, record in records.items()
+    ]
+    rows.sort(key=lambda row: row["gmacs"])
+    any_record = next(iter(records.values()))
+    title = f"Frechet distance on {any_record['feature_extractor']}"
+    report = Report(rows, _correlation(rows), out / "fid_vs_gflops.png", out / "fid_vs_gflops.csv", title)
+    write_bytes(report.table, _csv(rows))
+    write_bytes(report.picture, _picture(report, any_record))
+    return report
+
+
+def _run_folders(sweep: Path) -> list[Path]:
+    if not sweep.is_dir():
+        raise ValueError(f"There is no sweep folder {sweep}; give the folder that holds the runs.")
+    return sorted(path.parent for path in sweep.glob("*/evaluations.jsonl"))
+
+
+def _newest(folder: Path) -> dict[str, Any] | None:
+    records = read_lines(RunFolder(folder).evaluations)
+    return max(records, key=lambda record: record["step"]) if records else None
+
+
+def _require_one_protocol(records: dict[str, dict[str, Any]]) -> None:
+    names = list(records)
+    for name in names[1:]:
+        for key in PROTOCOL_KEYS:
+            first, other = records[names[0]][key], records[name][key]
+            if first != other:
+                raise ValueError(
+                    f"{names[0]} and {name} cannot share a curve: {key} is {_short(first)} in one and "
+                    f"{_short(other)} in the other; evaluate both the same way."
+                )
+
+
+def _short(value: Any) -> str:
+    return json.dumps(value)[:80]
+
+
+def _correlation(rows: Sequence[dict[str, Any]]) -> float:
+    if len(rows) < 3:
+        return float("nan")
+    return float(spearmanr([r["gmacs"] for r in rows], [r["frechet_distance"] for r in rows]).statistic)
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def _picture(report: Report, record: dict[str, Any]) -> bytes:
+    """Distance against compute on logarithmic axes, one series a patch size."""
+    figure = matplotlib.figure.Figure(figsize=(7, 4.6), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    for number, patch_size in enumerate(sorted({row["patch_size"] for row in report.rows})):
+        series = [row for row in report.rows if row["patch_size"] == patch_size]
+        x = [row["gmacs"] for row in series]
+        y = [row["frechet_distance"] for row in series]
+        axes.plot(x, y, "osD^v"[number % 5] + "-", label=f"patch size {patch_size}")
+        for row in series:
+            axes.annotate(
+                f"d = {row['width']}",
+                (row["gmacs"], row["frechet_distance"]),
+                xytext=(6, 5),
+                textcoords="offset points",
+                fontsize=8,
+            )
+    floor = record["frechet_distance_of_real_resample"]
+    axes.axhline(floor, linestyle=":", color="gray", label="real images, resampled")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("Gflops of a forward pass (giga multiply-adds, as in the paper)")
+    axes.set_ylabel(report.title)
+    axes.set_title(
+        f"{record['num_images']:,} samples, {record['images_seen']:,} images seen, Spearman {report.correlation:.2f}",
+        fontsize=10,
+    )
+    axes.grid(True, which="both", alpha=0.25)
+    axes.legend()
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()

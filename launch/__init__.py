@@ -1,0 +1,1 @@
+"""The command line, Hydra, and the wiring of rooms into jobs. The only room that imports hydra."""

@@ -1,0 +1,130 @@
+"""Runs a job under Hydra and turns errors of the user into one sentence and exit code 2."""
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from launch.check import check_targets, closest
+from launch.progress import make_progress
+from launch.schema import register
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+JobFunction = Callable[..., None]  # (config, progress)
+
+
+def run(job: str, function: JobFunction) -> None:
+    """Compose ``conf/{job}.yaml`` with the command line's overrides and call ``function(config, progress)``.
+
+    Exits with 2 and one sentence for a ValueError or a config error, with 1 where training diverged.
+    ``HYDRA_FULL_ERROR=1`` shows the traceback instead.
+    """
+    register()
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves the reporting to us
+    application = hydra.main(config_path=str(CONF), config_name=job, version_base="1.3")
+    try:
+        application(_Task(function))()
+    except FloatingPointError as error:
+        if wants_traceback:
+            raise
+        _exit(job, str(error), 1)
+    except Exception as error:
+        sentence = _sentence(job, error)
+        if wants_traceback or sentence is None:
+            raise
+        _exit(job, sentence, 2)
+
+
+class _Task:
+    """What Hydra calls for each run, in this process or, in a parallel sweep, in another."""
+
+    def __init__(self, function: JobFunction) -> None:
+        self._function = function
+
+    def __call__(self, config: DictConfig) -> None:
+        plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+        check_targets(plain)
+        hydra_config: Any = HydraConfig.get()
+        row = OmegaConf.select(hydra_config, "job.num") or 0
+        is_main = os.environ.get("RANK", "0") == "0"
+        self._function(plain, make_progress(plain.get("name", ""), row, is_main))
+
+
+def _exit(job: str, sentence: str, code: int) -> NoReturn:
+    print(f"ditscale {job}: error: {sentence}", file=sys.stderr)
+    print("(HYDRA_FULL_ERROR=1 shows the traceback)", file=sys.stderr)
+    sys.exit(code)
+
+
+def _sentence(job: str, error: BaseException) -> str | None:
+    """What to tell the user, or None for an error that is not theirs."""
+    chain = _causes(error)
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        return f"There is no {name!r} in {group}{closest(name, error.options)} It has: {', '.join(error.options)}."
+    if isinstance(error, ConfigCompositionException) or type(error).__name__ == "OverrideParseException":
+        return _explain_override(job, " ".join(str(cause) for cause in chain))
+    for cause in reversed(chain):  # Hydra wraps what a constructor raises
+        if isinstance(cause, ValueError):
+            return _one_line(cause)
+    if isinstance(error, OmegaConfBaseException):
+        return _explain_value(error)
+    return _one_line(error) if isinstance(error, HydraException) else None
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    return chain
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _explain_value(error: OmegaConfBaseException) -> str:
+    key = getattr(error, "full_key", None) or "a setting"
+    if type(error).__name__ == "MissingMandatoryValue":
+        return f"{key} is missing; give it as {key}=VALUE."
+    return f"{key}: {str(error).splitlines()[0]}."
+
+
+def _explain_override(job: str, message: str) -> str:
+    """Name the override that does not fit, and the closest setting or group."""
+    found = re.search(r"[Cc]ould not (?:override|append|delete)[^']*'([^']+)'", message)
+    if found is None:
+        return " ".join(message.split())
+    key = found.group(1).split("=")[0].lstrip("+~")
+    typed = re.search(r"Value '([^']*)' of type '\w+' could not be converted to (\w+)|.*Merge error", message)
+    if typed and typed.group(1) is not None:
+        return f"{key} is {typed.group(1)!r}, but it must be of type {typed.group(2).lower()}."
+    return f"There is no setting {key!r}{closest(key, _valid_names(job))}"
+
+
+def _valid_names(job: str) -> list[str]:
+    """Every setting of the job's default config, and every group."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name=job):
+        config = hydra.compose(config_name=job)
+    groups = [str(folder.relative_to(CONF)) for folder in CONF.rglob("*") if folder.is_dir()]
+    return [*_dotted_keys(OmegaConf.to_container(config)), *groups]
+
+
+def _dotted_keys(node: Any, prefix: str = "") -> list[str]:
+    if not isinstance(node, dict):
+        return []
+    keys = []
+    for key, value in node.items():
+        keys += [f"{prefix}{key}", *_dotted_keys(value, f"{prefix}{key}.")]
+    return keys

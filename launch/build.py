@@ -1,0 +1,124 @@
+"""From a resolved config to the objects of a job."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+
+from data.encode import latent_spec
+from data.manifest import LatentSpec, Manifest
+from diffusion.process import GaussianDiffusion
+from evaluation.generate import Generator
+from launch.check import check_targets, check_weights_name
+from model.autoencoder import Autoencoder
+from model.dit import DiT
+from model.flops import multiply_adds, num_parameters, training_multiply_adds
+from runtime.protocol import Runtime
+from train.checkpoint import list_checkpoints, load_weights, read_state_file
+
+_FROM_MANIFEST = {"latent_size": "latent_size", "channels": "channels", "num_classes": "num_classes"}
+
+
+def fill_model(model: Mapping[str, Any], spec: LatentSpec) -> dict[str, Any]:
+    """The model's section with what the manifest decides. ValueError where the config says otherwise."""
+    filled = dict(model)
+    for key, field in _FROM_MANIFEST.items():
+        found = getattr(spec, field)
+        if filled.get(key) not in (None, found):
+            raise ValueError(
+                f"model.{key} is {filled[key]}, but the shards have {found}; leave model.{key} out, or point "
+                "data.shards to other shards."
+            )
+        filled[key] = found
+    return filled
+
+
+def expected_spec(data: Mapping[str, Any], manifest: Manifest) -> tuple[Autoencoder, LatentSpec]:
+    """The autoencoder of the config, and the spec that shards must have to fit the config."""
+    autoencoder: Autoencoder = instantiate(data["autoencoder"])
+    spec = latent_spec(data["name"], manifest.spec.num_classes, autoencoder, data["image_size"], data["flip"])
+    return autoencoder, spec
+
+
+def model_facts(model: DiT, images_seen: int, weights: str) -> dict[str, Any]:
+    """What an evaluation record says of the network. Compute in giga multiply-adds, the paper's Gflops."""
+    config = model.config
+    return {
+        "weights": weights,
+        "patch_size": config.patch_size,
+        "width": config.width,
+        "depth": config.depth,
+        "block": type(model.blocks[0]).__name__,
+        "gmacs": multiply_adds(config) / 1e9,
+        "parameters": num_parameters(config),
+        "training_gmacs": training_multiply_adds(config, images_seen) / 1e9,
+    }
+
+
+def named_settings(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A built section as an evaluation record shows it: the last part of its target, and its settings."""
+    name = str(section["_target_"]).rsplit(".", 1)[-1]
+    return {"name": name, **{key: value for key, value in section.items() if not key.startswith("_")}}
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A trained network with everything that sampling from it needs."""
+
+    path: Path
+    run_dir: Path
+    step: int
+    images_seen: int
+    spec: LatentSpec
+    model: DiT
+    process: GaussianDiffusion
+    autoencoder: Autoencoder
+
+    @classmethod
+    def load(cls, where: str, weights: str, runtime: Runtime) -> "LoadedCheckpoint":
+        """Load ``ema`` or ``model`` weights of a run's newest checkpoint, or of one checkpoint's folder.
+
+        Raises ValueError for a missing or damaged checkpoint, or one that asks for foreign code.
+        """
+        check_weights_name(weights)
+        path = _checkpoint_path(Path(where))
+        state = read_state_file(path)
+        config = state["config"]
+        check_targets(config, trusted_only=True)
+        model: DiT = instantiate(config["model"])
+        load_weights(model, path, weights)
+        process: GaussianDiffusion = instantiate(config["diffusion"])
+        return cls(
+            path=path,
+            run_dir=path.parent.parent,
+            step=state["step"],
+            images_seen=state["step"] * config["batch_size"],
+            spec=LatentSpec(**state["spec"]),
+            model=runtime.place(model).eval().requires_grad_(False),
+            process=runtime.place(process),
+            autoencoder=instantiate(config["data"]["autoencoder"]),
+        )
+
+    def generator(self, config: Mapping[str, Any], seed: int, runtime: Runtime) -> Generator:
+        """Images of this checkpoint with the job's sampler and guidance."""
+        return Generator(
+            self.model,
+            self.process,
+            self.autoencoder,
+            instantiate(config["sampler"]),
+            instantiate(config["guidance"]),
+            self.spec,
+            seed,
+            runtime,
+        )
+
+
+def _checkpoint_path(where: Path) -> Path:
+    if (where / "checkpoints").is_dir():
+        complete = list_checkpoints(where / "checkpoints")
+        if not complete:
+            raise ValueError(f"The run {where} has no complete checkpoint yet; train it further.")
+        return complete[-1]
+    return where

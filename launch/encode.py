@@ -1,0 +1,40 @@
+"""``ditscale encode``: images to webdataset shards of latents."""
+
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+
+from data.encode import ProgressBar, encode
+from launch.app import run
+
+
+def encode_job(config: dict[str, Any], progress: ProgressBar) -> None:
+    """Make the shards that ``data`` describes."""
+    data = config["data"]
+    folder = Path(data["shards"])
+    manifest = encode(
+        instantiate(data["source"]),
+        instantiate(data["autoencoder"]),
+        folder,
+        image_size=data["image_size"],
+        flip=data["flip"],
+        samples_per_shard=data["samples_per_shard"],
+        batch_size=config["batch_size"],
+        seed=config["seed"],
+        progress=progress,
+    )
+    size = sum(shard.bytes for shard in manifest.shards)
+    print(
+        f"{manifest.num_samples} samples of {manifest.spec.num_classes} classes in {len(manifest.shards)} "
+        f"shards, {size / 2**20:.1f} MiB: {folder / 'manifest.json'}"
+    )
+
+
+def main() -> None:
+    """Entry point."""
+    run("encode", encode_job)
+
+
+if __name__ == "__main__":
+    main()

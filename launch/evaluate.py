@@ -1,0 +1,55 @@
+"""``ditscale evaluate``: a checkpoint to a line of its run's ``evaluations.jsonl``."""
+
+import json
+from typing import Any
+
+from hydra.utils import instantiate
+
+from data.encode import ProgressBar
+from evaluation.evaluate import Protocol, evaluate
+from evaluation.references import make_reference
+from launch.app import run
+from launch.build import LoadedCheckpoint, model_facts, named_settings
+from runtime.protocol import Runtime
+from train.runfolder import RunFolder
+
+
+def evaluate_job(config: dict[str, Any], progress: ProgressBar) -> None:
+    """Generate, measure, append. Prints the record."""
+    runtime: Runtime = instantiate(config["runtime"])
+    checkpoint = LoadedCheckpoint.load(config["checkpoint"], config["weights"], runtime)
+    data, settings = config["data"], config["evaluation"]
+    if (data["name"], data["image_size"]) != (checkpoint.spec.source, checkpoint.spec.image_size):
+        raise ValueError(
+            f"The checkpoint was trained on {checkpoint.spec.source} at {checkpoint.spec.image_size} px, but the "
+            f"reference would be {data['name']} at {data['image_size']} px; choose data={checkpoint.spec.source}."
+        )
+    extractor = instantiate(settings["features"])
+    reference = make_reference(instantiate(data["source"]), data["image_size"], extractor)
+    protocol = Protocol(
+        named_settings(config["sampler"]),
+        named_settings(config["guidance"]),
+        settings["num_images"],
+        settings["seed"],
+    )
+    generator = checkpoint.generator(config, settings["seed"], runtime)
+    metrics = evaluate(generator, extractor, reference, protocol, settings["batch_size"], progress)
+    record = {
+        "step": checkpoint.step,
+        "images_seen": checkpoint.images_seen,
+        **model_facts(checkpoint.model, checkpoint.images_seen, config["weights"]),
+        **metrics,
+    }
+    if runtime.is_main:
+        folder = RunFolder(checkpoint.run_dir)
+        folder.append(folder.evaluations, record)
+        print(json.dumps(record, indent=1))
+
+
+def main() -> None:
+    """Entry point."""
+    run("evaluate", evaluate_job)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""``ditscale sample``: a checkpoint to a PNG grid and an ADM-format ``.npz``."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hydra.utils import instantiate
+
+from data.atomic import write_bytes
+from data.encode import ProgressBar
+from evaluation.generate import balanced_labels, given_labels
+from evaluation.grid import save_grid
+from launch.app import run
+from launch.build import LoadedCheckpoint
+from runtime.protocol import Runtime
+
+GRID_IMAGES = 100  # a picture with more is no longer looked at
+
+
+def sample_job(config: dict[str, Any], progress: ProgressBar) -> None:
+    """Write ``{out}.png`` and ``{out}.npz`` (``arr_0`` uint8 [N, H, W, C], ``arr_1`` int64 labels [N])."""
+    if config["num_images"] < 1:
+        raise ValueError(f"num_images is {config['num_images']}, but it must be at least 1; set it higher.")
+    runtime: Runtime = instantiate(config["runtime"])
+    checkpoint = LoadedCheckpoint.load(config["checkpoint"], config["weights"], runtime)
+    count, num_classes = config["num_images"], checkpoint.spec.num_classes
+    if config["labels"] is None:
+        labels = balanced_labels(count, num_classes)
+    else:
+        labels = given_labels(config["labels"], count, num_classes)
+    generator = checkpoint.generator(config, config["seed"], runtime)
+    parts = []
+    with progress("sample", 0, count, "img") as bar:
+        for indices, images in generator.batches(labels, config["batch_size"]):
+            parts.append(images)
+            bar.update(len(indices) * runtime.data_world)
+    images = runtime.gather(_concatenate(parts, checkpoint))
+    if not runtime.is_main:
+        return
+    name = f"step_{checkpoint.step:08d}-{config['weights']}-seed{config['seed']}"
+    out = Path(config["out"] or checkpoint.run_dir / "samples" / name)
+    content = io.BytesIO()
+    np.savez(content, images, labels)  # numpy names them arr_0 and arr_1, as ADM's evaluator expects
+    write_bytes(out.with_name(out.name + ".npz"), content.getvalue())
+    shown = images[:GRID_IMAGES]
+    columns = min(num_classes if config["labels"] is None else 10, 10, len(shown))
+    save_grid(out.with_name(out.name + ".png"), shown, columns)
+    print(f"{count} images of {checkpoint.path} ({config['weights']} weights): {out}.npz and {out}.png")
+
+
+def _concatenate(parts: list[np.ndarray], checkpoint: LoadedCheckpoint) -> np.ndarray:
+    """[n, H, W, C]; n may be 0 on a process that got no share."""
+    side, channels = checkpoint.spec.image_size, checkpoint.spec.channels
+    return np.concatenate(parts) if parts else np.empty((0, side, side, channels), np.uint8)
+
+
+def main() -> None:
+    """Entry point."""
+    run("sample", sample_job)
+
+
+if __name__ == "__main__":
+    main()

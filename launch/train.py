@@ -1,0 +1,204 @@
+"""``ditscale train``: shards to a run folder. The same command continues a run that was stopped."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+
+from data.batches import TrainingBatches
+from data.encode import ProgressBar
+from data.prefetch import prefetch
+from data.shards import MappedShards
+from diffusion.process import GaussianDiffusion
+from evaluation.evaluate import Protocol, evaluate
+from evaluation.generate import Generator
+from evaluation.hooks import EvaluationHook, SampleGridHook
+from evaluation.references import make_reference
+from launch.app import run
+from launch.build import expected_spec, fill_model, model_facts, named_settings
+from launch.check import check_train_scalars
+from model.autoencoder import Autoencoder
+from model.dit import DiT
+from runtime.protocol import Runtime
+from train.checkpoint import code_version, list_checkpoints, load_newest, read_state_file
+from train.ema import EMA
+from train.hooks import CheckpointHook, Hook, LogHook, ProgressHook
+from train.loggers import Logger, NoLogger
+from train.loop import train
+from train.runfolder import RunFolder, read_lines
+from train.state import TrainState
+from train.step import make_step
+
+
+def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
+    """Train, or continue to train, the run in ``run_dir``."""
+    check_train_scalars(config)
+    data = config["data"]
+    shards = MappedShards(Path(data["shards"]), data["verify_checksums"])
+    autoencoder, spec = expected_spec(data, shards.manifest)
+    shards.manifest.require(spec, shards.folder)
+    config["model"] = fill_model(config["model"], spec)
+
+    runtime: Runtime = instantiate(config["runtime"])
+    process = runtime.place(instantiate(config["diffusion"]))
+    batches = _batches(config, shards, autoencoder, process, runtime)
+    state = _new_state(config, runtime)
+    folder = RunFolder(Path(config["run_dir"]))
+    _claim(folder, config, runtime)
+    _restore(folder, state, shards, runtime)
+
+    model, optimizer = runtime.prepare(state.model, state.optimizer)
+    step = runtime.step(make_step(model, optimizer, state.ema, process, runtime, config["max_grad_norm"]))
+    logger = _logger(config, folder, runtime)
+    facts = {
+        "seed": config["seed"],
+        "config": config,
+        "spec": asdict(spec),
+        "data_manifest_hash": shards.manifest.hash,
+        "code": code_version(),
+    }
+    generator = Generator(
+        state.ema.module,
+        process,
+        autoencoder,
+        instantiate(config["sampler"]),
+        instantiate(config["guidance"]),
+        spec,
+        config["evaluation"]["seed"],
+        runtime,
+    )
+    hooks: list[Hook] = [
+        ProgressHook(progress),
+        LogHook(config["log_every"], folder, logger, runtime),
+        CheckpointHook(config["checkpoint_every"], config["keep_checkpoints"], folder, facts, runtime),
+        SampleGridHook(config["sample_every"], generator, folder, logger),
+        *_evaluation_hooks(config, generator, folder, logger, progress),
+    ]
+    host_batches = prefetch(batches.from_step(state.step, config["total_steps"]))
+    train(state, step, host_batches, runtime, hooks)
+    logger.finish()
+    if runtime.is_main:
+        print(_summary(folder, state))
+
+
+def _batches(
+    config: Mapping[str, Any],
+    shards: MappedShards,
+    autoencoder: Autoencoder,
+    process: GaussianDiffusion,
+    runtime: Runtime,
+) -> TrainingBatches:
+    return TrainingBatches(
+        shards,
+        autoencoder,
+        seed=config["seed"],
+        batch_size=config["batch_size"],
+        num_timesteps=process.num_steps,
+        class_dropout=config["class_dropout"],
+        flip=config["data"]["flip"],
+        rank=runtime.data_rank,
+        world=runtime.data_world,
+    )
+
+
+def _new_state(config: Mapping[str, Any], runtime: Runtime) -> TrainState:
+    """State at step 0: weights from the seed, their average, the optimizer."""
+    model: DiT = instantiate(config["model"])
+    model.initialize(config["seed"])
+    model = runtime.place(model)
+    ema: EMA = instantiate(config["ema"])(model)
+    optimizer = instantiate(config["optimizer"])(model.parameters())
+    return TrainState(model, ema, optimizer, config["batch_size"], config["total_steps"])
+
+
+def _claim(folder: RunFolder, config: Mapping[str, Any], runtime: Runtime) -> None:
+    """The main process makes the folder this run's; then the others check that it is."""
+    if runtime.is_main:
+        folder.claim(config)
+    runtime.wait()
+    if not runtime.is_main:
+        folder.claim(config)
+
+
+def _restore(folder: RunFolder, state: TrainState, shards: MappedShards, runtime: Runtime) -> None:
+    """Continue from the newest good checkpoint, and take back what was written after it."""
+    complaints = load_newest(folder.checkpoints, state)
+    for complaint in complaints:
+        print(f"warning: {complaint} Continuing from step {state.step}.")
+    if state.step:
+        newest = [p for p in list_checkpoints(folder.checkpoints) if p.name.endswith(f"{state.step:08d}")]
+        trained_on = read_state_file(newest[0])["data_manifest_hash"]
+        if trained_on != shards.manifest.hash:
+            raise ValueError(
+                f"The run {folder.path} was trained on shards with manifest {trained_on[:12]}, but those in "
+                f"{shards.folder} have {shards.manifest.hash[:12]}; give back the old shards or start a new run."
+            )
+    if runtime.is_main:
+        folder.roll_back(state.step)
+    runtime.wait()
+
+
+def _logger(config: Mapping[str, Any], folder: RunFolder, runtime: Runtime) -> Logger:
+    if not runtime.is_main:
+        return NoLogger()
+    logger: Logger = instantiate(config["logger"])(
+        folder=folder.path, group=config["group"], name=config["name"], config=config, job="train"
+    )
+    return logger
+
+
+def _evaluation_hooks(
+    config: Mapping[str, Any],
+    generator: Generator,
+    folder: RunFolder,
+    logger: Logger,
+    progress: ProgressBar,
+) -> list[Hook]:
+    """The evaluation, where one is asked for; its extractor and reference are made before training starts."""
+    if config["evaluate_every"] is None:
+        return []
+    settings, data = config["evaluation"], config["data"]
+    extractor = instantiate(settings["features"])
+    reference = make_reference(instantiate(data["source"]), data["image_size"], extractor)
+    protocol = Protocol(
+        named_settings(config["sampler"]),
+        named_settings(config["guidance"]),
+        settings["num_images"],
+        settings["seed"],
+    )
+    model = generator.denoiser
+    assert isinstance(model, DiT)
+
+    def measure() -> dict[str, Any]:
+        return evaluate(generator, extractor, reference, protocol, settings["batch_size"], progress)
+
+    def facts(images_seen: int) -> dict[str, Any]:
+        return model_facts(model, images_seen, "ema")
+
+    every, is_main = config["evaluate_every"], generator.runtime.is_main
+    return [EvaluationHook(every, measure, facts, folder, logger, is_main)]
+
+
+def _summary(folder: RunFolder, state: TrainState) -> str:
+    """One line on how the run ended."""
+    parts = [f"{folder.path}: step {state.step}"]
+    if metrics := read_lines(folder.metrics):
+        parts.append(f"loss {metrics[-1]['loss']:.4f}")
+    if evaluations := read_lines(folder.evaluations):
+        last = evaluations[-1]
+        parts.append(
+            f"Frechet distance on {last['feature_extractor']} {last['frechet_distance']:.1f}, "
+            f"{100 * last['recognized_fraction']:.1f}% recognised"
+        )
+    return ", ".join(parts)
+
+
+def main() -> None:
+    """Entry point."""
+    run("train", train_job)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""The Diffusion Transformer (Peebles & Xie, arXiv 2212.09748, section 3.2)."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from model.blocks import AdaLNZeroBlock, AdaptiveFinalLayer, Block, initialize_linears
+from model.embeddings import TimestepEmbedding, position_embedding_2d
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Everything that fixes a DiT's shape. Raises ValueError where the numbers do not fit together."""
+
+    latent_size: int  # side of the square latent
+    channels: int  # c, channels of the latent
+    patch_size: int  # p, side of a patch
+    width: int  # d, channels of a token
+    depth: int  # N, number of blocks
+    num_heads: int
+    num_classes: int  # without the null class, which has index num_classes
+    block: Callable[..., nn.Module] = AdaLNZeroBlock  # (width, num_heads) -> Block
+    learn_sigma: bool = True  # 2c output channels: noise, then variance logits
+
+    def __post_init__(self) -> None:
+        for name in ("latent_size", "channels", "patch_size", "width", "depth", "num_heads", "num_classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}, but it must be at least 1; set it higher.")
+        if self.latent_size % self.patch_size:
+            raise ValueError(
+                f"model.patch_size {self.patch_size} does not divide the latent size {self.latent_size}; "
+                f"choose one of {_divisors(self.latent_size)}."
+            )
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"model.num_heads {self.num_heads} does not divide model.width {self.width}; "
+                f"choose one of {_divisors(self.width)}."
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        """T = (latent_size / p)^2, the length of the sequence."""
+        return (self.latent_size // self.patch_size) ** 2
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the network's output: 2c with a learned variance, else c."""
+        return self.channels * (2 if self.learn_sigma else 1)
+
+
+class DiT(nn.Module):
+    """Denoiser over latents. It knows no schedule, no guidance and drops no labels.
+
+    Args are those of `DiTConfig`, which raises ValueError for shapes that do not fit. A new model is
+    initialized from the seed 0; call `initialize` for another.
+    """
+
+    position_embedding: Tensor
+
+    def __init__(
+        self,
+        latent_size: int,
+        channels: int,
+        patch_size: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        num_classes: int,
+        block: Callable[..., nn.Module] = AdaLNZeroBlock,
+        learn_sigma: bool = True,
+    ) -> None:
+        super().__init__()
+        self.config = config = DiTConfig(
+            latent_size, channels, patch_size, width, depth, num_heads, num_classes, block, learn_sigma
+        )
+        self.patch_embedding = nn.Linear(channels * patch_size**2, width)
+        self.timestep_embedding = TimestepEmbedding(width)
+        self.label_embedding = nn.Embedding(num_classes + 1, width)
+        positions = position_embedding_2d(width, latent_size // patch_size)
+        self.register_buffer("position_embedding", positions, persistent=False)
+        self.blocks = nn.ModuleList([block(width, num_heads) for _ in range(depth)])
+        self.final_layer = AdaptiveFinalLayer(width, config.out_channels * patch_size**2)
+        self.initialize(0)
+
+    def initialize(self, seed: int) -> None:
+        """Draw the weights anew from one generator seeded with ``seed`` (released code's scheme).
+
+        Xavier-uniform linears (the patch embedding included) and zero biases; label table and timestep
+        MLP normal(0, 0.02); then what blocks and final layer set to zero.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        if self.patch_embedding.weight.is_meta:  # shapes only: nothing to draw
+            return
+        initialize_linears(self, generator)
+        for table in (
+            self.label_embedding.weight,
+            self.timestep_embedding.input.weight,
+            self.timestep_embedding.output.weight,
+        ):
+            nn.init.normal_(table, std=0.02, generator=generator)
+        for block in cast(Iterable[Block], self.blocks):
+            block.initialize()
+        self.final_layer.initialize()
+
+    def forward(self, x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        """Predict the noise, and the variance logits where they are learned.
+
+        [B, c, h, w] float, [B] int64 or float, [B] int64 in [0, num_classes] -> [B, 2c or c, h, w].
+        """
+        tokens = self.patch_embedding(self._patchify(x_t)) + self.position_embedding
+        condition = torch.stack([self.timestep_embedding(t), self.label_embedding(label)], dim=1)
+        for block in self.blocks:
+            tokens = block(tokens, condition)
+        return self._unpatchify(self.final_layer(tokens, condition))
+
+    def _patchify(self, latent: Tensor) -> Tensor:
+        """[B, c, h, w] -> [B, T, c p p], the layout of a convolution's weight."""
+        batch, channels, height, width = latent.shape
+        p = self.config.patch_size
+        patches = latent.view(batch, channels, height // p, p, width // p, p)
+        return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, self.config.num_tokens, channels * p * p)
+
+    def _unpatchify(self, patches: Tensor) -> Tensor:
+        """[B, T, p p c'] -> [B, c', h, w]. The released code's layout: channels fastest."""
+        grid, p = self.config.latent_size // self.config.patch_size, self.config.patch_size
+        values = patches.view(-1, grid, grid, p, p, self.config.out_channels)
+        side = self.config.latent_size
+        return values.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.config.out_channels, side, side)
+
+
+def _divisors(number: int) -> list[int]:
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]

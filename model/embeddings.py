@@ -1,0 +1,60 @@
+"""What turns timesteps, labels and grid positions into vectors of the network's width."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def sincos_frequencies(num_frequencies: int, max_period: float = 10_000.0) -> Tensor:
+    """Geometric frequencies ``max_period ** (-i / num_frequencies)``: [num_frequencies] float64."""
+    exponent = torch.arange(num_frequencies, dtype=torch.float64) / num_frequencies
+    return torch.exp(-math.log(max_period) * exponent)
+
+
+def position_embedding_2d(width: int, grid_size: int) -> Tensor:
+    """Fixed sine-cosine position embedding of a square grid, [grid_size**2, width] float32.
+
+    The released DiT follows MAE: rows of the grid are the slow axis of the tokens; the first half of the
+    channels encodes the column, the second half the row, each as (sines, cosines).
+
+    Raises ValueError where width is no multiple of 4, since two axes need a sine and a cosine each.
+    """
+    if width % 4:
+        raise ValueError(
+            f"The position embedding needs a width that is a multiple of 4, but the width is {width}; "
+            f"use {width - width % 4 + 4}."
+        )
+    frequencies = sincos_frequencies(width // 4)
+    positions = torch.arange(grid_size, dtype=torch.float64)
+    angles = torch.outer(positions, frequencies)
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid_size, width / 2]
+    column = axis.unsqueeze(0).expand(grid_size, -1, -1)
+    row = axis.unsqueeze(1).expand(-1, grid_size, -1)
+    return torch.cat([column, row], dim=2).reshape(grid_size**2, width).float()
+
+
+class TimestepEmbedding(nn.Module):
+    """Sinusoidal features of t, then a two-layer perceptron with SiLU (paper, section 3.2).
+
+    The features are (cosines, sines), the order of ADM and of the released weights.
+    """
+
+    num_features = 256
+    frequencies: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", sincos_frequencies(self.num_features // 2).float(), persistent=False)
+        self.input = nn.Linear(self.num_features, width)
+        self.output = nn.Linear(width, width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """[B] int64 or float (in steps of the 1,000-step process) -> [B, width]."""
+        angles = t.float().unsqueeze(1) * self.frequencies
+        features = torch.cat([angles.cos(), angles.sin()], dim=1)
+        return self.output(nn.functional.silu(self.input(features)))
+
+    def multiply_adds(self) -> int:
+        """Multiply-adds of one image's embedding."""
+        return self.num_features * self.input.out_features + self.output.in_features**2

@@ -1,0 +1,44 @@
+"""Compute and size of a DiT from its config alone.
+
+The paper's "Gflops" are giga multiply-adds (GMACs) of one forward pass of one image without guidance; true
+FLOPs are twice that. Counted: patch embedding, timestep MLP, attention with scores and values, MLP,
+modulation, final layer. Not counted: additions of biases and residuals, norms, activations, look-ups.
+"""
+
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import cast
+
+import torch
+
+from model.blocks import Block
+from model.dit import DiT, DiTConfig
+
+# A backward pass costs about twice the forward pass (paper, section 5, "training compute").
+TRAINING_FACTOR = 3
+
+
+def _shape_only(config: DiTConfig) -> DiT:
+    """The model on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        return DiT(**{field.name: getattr(config, field.name) for field in fields(config)})
+
+
+def multiply_adds(config: DiTConfig) -> int:
+    """Multiply-adds (MACs) of one image's forward pass without guidance."""
+    model = _shape_only(config)
+    tokens = config.num_tokens
+    patch_embedding = tokens * model.patch_embedding.in_features * config.width
+    blocks = sum(block.multiply_adds(tokens) for block in cast(Iterable[Block], model.blocks))
+    return patch_embedding + model.timestep_embedding.multiply_adds() + blocks + model.final_layer.multiply_adds(tokens)
+
+
+def num_parameters(config: DiTConfig) -> int:
+    """Parameters as the paper counts them: the frozen position embedding is included."""
+    model = _shape_only(config)
+    return sum(p.numel() for p in model.parameters()) + config.num_tokens * config.width
+
+
+def training_multiply_adds(config: DiTConfig, images_seen: int) -> int:
+    """Training compute in the paper's sense (Figure 9): forward cost x images seen x 3, in multiply-adds."""
+    return TRAINING_FACTOR * multiply_adds(config) * images_seen

@@ -1,0 +1,1 @@
+"""Where tensors live and how replicas agree. The only room that imports accelerate."""

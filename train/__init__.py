@@ -1,0 +1,1 @@
+"""The one loop, its step, its state, EMA, checkpoints, hooks, loggers."""

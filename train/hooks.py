@@ -1,0 +1,144 @@
+"""What happens around the steps: logging, progress, checkpoints."""
+
+import math
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from data.encode import ProgressBar
+from runtime.protocol import Runtime
+from train.checkpoint import save_checkpoint
+from train.loggers import Logger
+from train.runfolder import RunFolder
+from train.state import TrainState
+
+
+class Hook(Protocol):
+    """Called around every step, on every process, in the order of the list."""
+
+    def start(self, state: TrainState) -> None:
+        """Before the first step of this process; state.step is where the run stands."""
+        ...
+
+    def __call__(self, state: TrainState, metrics: Mapping[str, Tensor]) -> None:
+        """After each step; metrics are scalars on the device."""
+        ...
+
+    def finish(self, state: TrainState) -> None:
+        """After the last step."""
+        ...
+
+
+def due(state: TrainState, every: int | None) -> bool:
+    """Whether something that happens each ``every`` steps, and at the end, happens now. None is never."""
+    return every is not None and state.step > 0 and (state.step % every == 0 or state.finished)
+
+
+class ProgressHook:
+    """A progress bar with steps per second and ETA."""
+
+    def __init__(self, progress: ProgressBar) -> None:
+        self._progress = progress
+        self._bar: Any = None
+        self._stack = ExitStack()
+
+    def start(self, state: TrainState) -> None:
+        """Show where the run stands."""
+        bar = self._progress("train", state.step, state.total_steps, "step")
+        self._bar = self._stack.enter_context(bar)
+
+    def __call__(self, state: TrainState, metrics: Mapping[str, Tensor]) -> None:
+        """One step further."""
+        self._bar.update(1)
+
+    def finish(self, state: TrainState) -> None:
+        """Close the bar."""
+        self._stack.close()
+
+
+class LogHook:
+    """Means over the last ``every`` steps, as one line of metrics.jsonl and to the logger.
+
+    ``metrics.jsonl`` holds only what the config determines; times go to ``timing.jsonl``, without the first
+    step of each interval, which may wait for another hook or for a compiler. Raises
+    FloatingPointError at the first mean that is not finite, which keeps later checkpoints from being written.
+    """
+
+    def __init__(self, every: int, folder: RunFolder, logger: Logger, runtime: Runtime) -> None:
+        self._every = every
+        self._folder = folder
+        self._logger = logger
+        self._runtime = runtime
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+        self._since = 0.0
+
+    def start(self, state: TrainState) -> None:
+        """Nothing to do."""
+
+    @torch.no_grad()
+    def __call__(self, state: TrainState, metrics: Mapping[str, Tensor]) -> None:
+        """Add up on the device; read at log steps only."""
+        if self._sums:
+            torch._foreach_add_(list(self._sums.values()), [metrics[name] for name in self._sums])
+        else:
+            self._sums = {name: value.clone() for name, value in metrics.items()}
+            self._since = time.perf_counter()
+        self._count += 1
+        if due(state, self._every):
+            self._log(state)
+
+    def _log(self, state: TrainState) -> None:
+        means = self._runtime.fetch({name: total / self._count for name, total in self._sums.items()})
+        step_time_sec = (time.perf_counter() - self._since) / max(1, self._count - 1)
+        self._sums, self._count = {}, 0
+        for name, value in means.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"{name} is {value} between the steps {state.step - self._every} and {state.step}; the "
+                    f"last good checkpoint is kept in {self._folder.checkpoints}."
+                )
+        progress = {"step": state.step, "images_seen": state.images_seen}
+        timing = {"step_time_sec": step_time_sec, "images_per_sec": state.batch_size / step_time_sec}
+        if self._runtime.is_main:
+            self._folder.append(self._folder.metrics, {**progress, **means})
+            self._folder.append(self._folder.timing, {**progress, **timing})
+            self._logger.log({**progress, **means, **timing})
+
+    def finish(self, state: TrainState) -> None:
+        """Nothing is left: the last step is always logged."""
+
+
+class CheckpointHook:
+    """Saves the state each ``every`` steps and at the end; keeps the newest ``keep``."""
+
+    def __init__(
+        self,
+        every: int,
+        keep: int,
+        folder: RunFolder,
+        facts: Mapping[str, Any],
+        runtime: Runtime,
+    ) -> None:
+        self._every = every
+        self._keep = keep
+        self._folder = folder
+        self._facts = facts
+        self._runtime = runtime
+
+    def start(self, state: TrainState) -> None:
+        """Nothing to do."""
+
+    def __call__(self, state: TrainState, metrics: Mapping[str, Tensor]) -> None:
+        """Save where it is due."""
+        if due(state, self._every):
+            save_checkpoint(self._folder.checkpoints, state, self._facts, self._runtime)
+            if self._runtime.is_main:
+                self._folder.retain_checkpoints(self._keep)
+
+    def finish(self, state: TrainState) -> None:
+        """Nothing to do: the last step was saved."""

@@ -1,0 +1,95 @@
+"""Where scalars and pictures go besides the run folder."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Logger(Protocol):
+    """Receives what a run measures. Created and called on the main process only."""
+
+    def log(self, scalars: Mapping[str, Any]) -> None:
+        """Scalars of one moment; among them step and images_seen."""
+        ...
+
+    def log_image(self, name: str, path: Path, step: int) -> None:
+        """A picture on disk."""
+        ...
+
+    def log_table(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Rows with equal keys."""
+        ...
+
+    def finish(self) -> None:
+        """Flush everything."""
+        ...
+
+
+class NoLogger:
+    """Keeps nothing: the run folder has it all. Takes what every logger is built with."""
+
+    def __init__(self, **_: Any) -> None:
+        pass
+
+    def log(self, scalars: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def log_image(self, name: str, path: Path, step: int) -> None:
+        """Do nothing."""
+
+    def log_table(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Do nothing."""
+
+    def finish(self) -> None:
+        """Do nothing."""
+
+
+class WandbLogger:
+    """Weights & Biases: online where the user is logged in, else offline files under the run folder.
+
+    ``WANDB_MODE`` overrides that choice. The same folder continues the same wandb run, whose axis is the
+    logged ``step``, so lines that are logged again after a restart do no harm.
+    """
+
+    def __init__(self, folder: Path, project: str, group: str, name: str, config: Mapping[str, Any], job: str) -> None:
+        import wandb
+
+        self._wandb = wandb
+        mode = os.environ.get("WANDB_MODE")
+        if mode is None:
+            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+        folder.mkdir(parents=True, exist_ok=True)
+        identity = hashlib.sha256(f"{folder.resolve()}/{name}/{job}".encode()).hexdigest()[:16]
+        self._run = wandb.init(
+            project=project,
+            group=group,
+            name=name,
+            job_type=job,
+            id=identity,
+            resume="allow" if mode == "online" else None,
+            mode=mode,  # type: ignore[arg-type]  # wandb validates what the environment says
+            dir=folder,
+            config=dict(config),
+            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+        )
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, scalars: Mapping[str, Any]) -> None:
+        """One row of history."""
+        self._run.log(dict(scalars))
+
+    def log_image(self, name: str, path: Path, step: int) -> None:
+        """A picture of a step."""
+        self._run.log({name: self._wandb.Image(str(path)), "step": step})
+
+    def log_table(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """A wandb table."""
+        columns: list[str | int] = list(rows[0])
+        data = [[row[str(column)] for column in columns] for row in rows]
+        self._run.log({name: self._wandb.Table(columns=columns, data=data)})
+
+    def finish(self) -> None:
+        """Wait until everything is on disk or sent."""
+        self._run.finish()

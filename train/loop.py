@@ -1,0 +1,31 @@
+"""The training loop. There is one."""
+
+from collections.abc import Iterable, Sequence
+
+from diffusion.batch import Batch
+from runtime.protocol import Runtime, Step
+from train.hooks import Hook
+from train.state import TrainState
+
+
+def train(
+    state: TrainState,
+    step: Step,
+    host_batches: Iterable[Batch],
+    runtime: Runtime,
+    hooks: Sequence[Hook],
+) -> None:
+    """Run every batch through the step; hooks do all that is not training.
+
+    Hooks start before the first batch, also in a run that has nothing left to do: one that was killed
+    between its last step and its last hook then catches up.
+    """
+    for hook in hooks:
+        hook.start(state)
+    for batch in runtime.feed(host_batches):
+        metrics = step(batch)
+        state.advance()
+        for hook in hooks:
+            hook(state, metrics)
+    for hook in hooks:
+        hook.finish(state)

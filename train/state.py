@@ -1,0 +1,57 @@
+"""What a run is at a step: everything that a checkpoint holds."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from train.ema import EMA
+
+
+@dataclass
+class TrainState:
+    """Mutable state of training. Random numbers and the order of data follow from ``step`` alone."""
+
+    model: nn.Module  # unwrapped, on the device
+    ema: EMA
+    optimizer: torch.optim.Optimizer
+    batch_size: int  # global
+    total_steps: int
+    step: int = 0  # optimizer steps done
+
+    @property
+    def images_seen(self) -> int:
+        """Training samples consumed so far, over all processes."""
+        return self.step * self.batch_size
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done."""
+        return self.step >= self.total_steps
+
+    def advance(self) -> None:
+        """One more step is done."""
+        self.step += 1
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state keyed ``{parameter name}/{quantity}``, on the host.
+
+    Names, not indices: independent of the runtime and of parameter groups.
+    """
+    return {
+        f"{name}/{quantity}": value.detach().cpu().clone()
+        for name, parameter in model.named_parameters()
+        for quantity, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Restore what `optimizer_tensors` gave. Hyperparameters stay those of the config."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for index, parameter in enumerate(ordered):
+        prefix = names[parameter] + "/"
+        state[index] = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
