@@ -1,7 +1,7 @@
 """Evaluate a denoiser: generate, compare with the reference, and write down the protocol with the numbers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -23,46 +23,55 @@ class Protocol:
     seed: int
     labels: str = "balanced"
 
+    def __post_init__(self) -> None:
+        if self.num_images < 2:
+            raise ValueError(
+                f"evaluation.num_images is {self.num_images}, but a covariance needs at least 2; set it higher."
+            )
 
-def evaluate(
-    generator: Generator,
-    extractor: FeatureExtractor,
-    reference: Reference,
-    protocol: Protocol,
-    batch_size: int,
-    progress: ProgressBar,
-) -> dict[str, Any]:
-    """Metrics of ``num_images`` class-balanced samples, with the protocol: one record of evaluations.jsonl.
 
-    Every process must call it; each generates its share and all return the same record. Raises ValueError
-    where there are too few images for a covariance.
-    """
-    labels = balanced_labels(protocol.num_images, generator.spec.num_classes)
-    vectors, recognized = [], 0
-    with progress("evaluate", 0, protocol.num_images, "img") as bar:
-        for indices, images in generator.batches(labels, batch_size):
-            features = extractor(images)
-            vectors.append(features.vectors)
-            if features.classes is not None:
-                recognized += int((features.classes == labels[indices]).sum())
-            bar.update(len(indices) * generator.runtime.data_world)
-    gather = generator.runtime.gather
-    statistics = FeatureStatistics.of(gather(np.concatenate(vectors)))
-    num_recognized = int(gather(np.array([recognized])).sum())
-    return {
-        "feature_extractor": extractor.title,
-        "feature_extractor_hash": extractor.hash,
-        **extractor.facts,
-        "reference": reference.name,
-        "reference_hash": reference.hash,
-        "reference_images": reference.statistics.count,
-        "decoder": f"{generator.spec.autoencoder} {generator.spec.autoencoder_revision}",
-        "sampler": dict(protocol.sampler),
-        "guidance": dict(protocol.guidance),
-        "num_images": protocol.num_images,
-        "labels": protocol.labels,
-        "seed": protocol.seed,
-        "frechet_distance": frechet_distance(reference.statistics, statistics),
-        "frechet_distance_of_real_resample": reference.floor,
-        "recognized_fraction": num_recognized / protocol.num_images,
-    }
+@dataclass(frozen=True)
+class Evaluator:
+    """Measures generated images against a reference."""
+
+    extractor: FeatureExtractor
+    reference: Reference
+    protocol: Protocol
+    batch_size: int  # images of a process at once; changes no number
+
+    def evaluate(self, generator: Generator, progress: ProgressBar) -> dict[str, Any]:
+        """Metrics of class-balanced samples, with the protocol: most of a record of evaluations.jsonl.
+
+        Every process must call it; each generates its share and all return the same record.
+        """
+        protocol, runtime = self.protocol, generator.runtime
+        labels = balanced_labels(protocol.num_images, generator.spec.num_classes)
+        vectors, recognized = [], 0
+        with progress("evaluate", 0, protocol.num_images, "img") as bar:
+            for indices, images in generator.batches(labels, self.batch_size):
+                features = self.extractor(images)
+                vectors.append(features.vectors)
+                if features.classes is not None:
+                    recognized += int((features.classes == labels[indices]).sum())
+                bar.update(len(indices) * runtime.data_world)
+        statistics = FeatureStatistics.of(runtime.gather(np.concatenate(vectors)))
+        num_recognized = int(runtime.gather(np.array([recognized])).sum())
+        return {
+            **self._facts(generator),
+            "frechet_distance": frechet_distance(self.reference.statistics, statistics),
+            "recognized_fraction": num_recognized / protocol.num_images,
+        }
+
+    def _facts(self, generator: Generator) -> dict[str, Any]:
+        """What a number means: extractor, reference, decoder, protocol."""
+        return {
+            "feature_extractor": self.extractor.title,
+            "feature_extractor_hash": self.extractor.hash,
+            **self.extractor.facts,
+            "reference": self.reference.name,
+            "reference_hash": self.reference.hash,
+            "reference_images": self.reference.statistics.count,
+            "frechet_distance_of_real_resample": self.reference.floor,
+            "decoder": f"{generator.spec.autoencoder} {generator.spec.autoencoder_revision}",
+            **asdict(self.protocol),
+        }

@@ -1,6 +1,6 @@
 """Images from a denoiser: image i depends on (seed, i) alone."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,19 +16,15 @@ from diffusion.samplers import Sampler
 from model.autoencoder import Autoencoder
 from runtime.protocol import Runtime
 
-# Wraps a network in a guided one: (denoiser, num_classes, latent_channels) -> denoiser.
-Guidance = Callable[..., Denoiser]
-
 
 @dataclass(frozen=True)
 class Generator:
     """Everything that turns an image index and a label into an image."""
 
-    denoiser: Denoiser
+    denoiser: Denoiser  # guided or not
     process: GaussianDiffusion
     autoencoder: Autoencoder
     sampler: Sampler
-    guidance: Guidance
     spec: LatentSpec
     seed: int
     runtime: Runtime
@@ -43,9 +39,8 @@ class Generator:
         def noise(draw: int) -> torch.Tensor:
             return torch.from_numpy(sampling_noise(philox, indices, draw, shape)).to(device)
 
-        guided = self.guidance(self.denoiser, num_classes=self.spec.num_classes, latent_channels=self.spec.channels)
         with self.runtime.autocast():
-            latent = self.sampler(guided, self.process, noise, torch.from_numpy(labels).to(device))
+            latent = self.sampler(self.denoiser, self.process, noise, torch.from_numpy(labels).to(device))
         return to_uint8(self.autoencoder.decode(latent))
 
     def batches(

@@ -128,16 +128,19 @@ def _picture(report: Report, record: dict[str, Any]) -> bytes:
         x = [row["gmacs"] for row in series]
         y = [row["frechet_distance"] for row in series]
         axes.plot(x, y, "osD^v"[number % 5] + "-", label=f"patch size {patch_size}")
+        below = number % 2 == 1  # labels of neighbouring series keep apart
         for row in series:
             axes.annotate(
                 f"d = {row['width']}",
                 (row["gmacs"], row["frechet_distance"]),
-                xytext=(6, 5),
+                xytext=(-6, -12) if below else (6, 5),
+                horizontalalignment="right" if below else "left",
                 textcoords="offset points",
                 fontsize=8,
             )
     floor = record["frechet_distance_of_real_resample"]
     axes.axhline(floor, linestyle=":", color="gray", label="real images, resampled")
+    axes.margins(x=0.12)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("Gflops of a forward pass (giga multiply-adds, as in the paper)")

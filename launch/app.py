@@ -11,6 +11,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -32,8 +33,11 @@ def run(job: str, function: JobFunction) -> None:
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves the reporting to us
     application = hydra.main(config_path=str(CONF), config_name=job, version_base="1.3")
+    task = _Task(function)
     try:
-        application(_Task(function))()
+        application(task)()
+        if task.error is not None:
+            raise task.error
     except FloatingPointError as error:
         if wants_traceback:
             raise
@@ -46,12 +50,27 @@ def run(job: str, function: JobFunction) -> None:
 
 
 class _Task:
-    """What Hydra calls for each run, in this process or, in a parallel sweep, in another."""
+    """What Hydra calls for each run, in this process or, in a parallel sweep, in another.
+
+    A single run keeps its exception in ``error``, past Hydra, which would print more than the sentence; a
+    run of a sweep raises it, so that Hydra names the run and goes on with the others.
+    """
 
     def __init__(self, function: JobFunction) -> None:
         self._function = function
+        self.error: Exception | None = None
 
     def __call__(self, config: DictConfig) -> None:
+        try:
+            self._run(config)
+        except Exception as error:
+            # Hydra wraps what a constructor raises, and the cause does not survive the way between processes.
+            cause = _first_value_error(error) or error
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise cause from None
+            self.error = cause
+
+    def _run(self, config: DictConfig) -> None:
         plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
         check_targets(plain)
         hydra_config: Any = HydraConfig.get()
@@ -68,15 +87,13 @@ def _exit(job: str, sentence: str, code: int) -> NoReturn:
 
 def _sentence(job: str, error: BaseException) -> str | None:
     """What to tell the user, or None for an error that is not theirs."""
-    chain = _causes(error)
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
         return f"There is no {name!r} in {group}{closest(name, error.options)} It has: {', '.join(error.options)}."
     if isinstance(error, ConfigCompositionException) or type(error).__name__ == "OverrideParseException":
-        return _explain_override(job, " ".join(str(cause) for cause in chain))
-    for cause in reversed(chain):  # Hydra wraps what a constructor raises
-        if isinstance(cause, ValueError):
-            return _one_line(cause)
+        return _explain_override(job, " ".join(_one_line(cause) for cause in _causes(error)))
+    if (cause := _first_value_error(error)) is not None:
+        return _one_line(cause)
     if isinstance(error, OmegaConfBaseException):
         return _explain_value(error)
     return _one_line(error) if isinstance(error, HydraException) else None
@@ -87,6 +104,10 @@ def _causes(error: BaseException) -> list[BaseException]:
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)
     return chain
+
+
+def _first_value_error(error: BaseException) -> ValueError | None:
+    return next((cause for cause in _causes(error) if isinstance(cause, ValueError)), None)
 
 
 def _one_line(error: BaseException) -> str:
@@ -102,13 +123,13 @@ def _explain_value(error: OmegaConfBaseException) -> str:
 
 def _explain_override(job: str, message: str) -> str:
     """Name the override that does not fit, and the closest setting or group."""
+    typed = re.search(r"override (\S+?)=.* Value '(.*)' of type '\w+' could not be converted to (\w+)", message)
+    if typed is not None:
+        return f"{typed.group(1)} is {typed.group(2)!r}, but it must be of type {typed.group(3).lower()}."
     found = re.search(r"[Cc]ould not (?:override|append|delete)[^']*'([^']+)'", message)
     if found is None:
         return " ".join(message.split())
     key = found.group(1).split("=")[0].lstrip("+~")
-    typed = re.search(r"Value '([^']*)' of type '\w+' could not be converted to (\w+)|.*Merge error", message)
-    if typed and typed.group(1) is not None:
-        return f"{key} is {typed.group(1)!r}, but it must be of type {typed.group(2).lower()}."
     return f"There is no setting {key!r}{closest(key, _valid_names(job))}"
 
 

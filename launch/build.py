@@ -10,7 +10,11 @@ from hydra.utils import instantiate
 from data.encode import latent_spec
 from data.manifest import LatentSpec, Manifest
 from diffusion.process import GaussianDiffusion
+from diffusion.protocol import Denoiser
+from diffusion.respacing import evenly_spaced
+from evaluation.evaluate import Evaluator, Protocol
 from evaluation.generate import Generator
+from evaluation.references import make_reference
 from launch.check import check_targets, check_weights_name
 from model.autoencoder import Autoencoder
 from model.dit import DiT
@@ -57,10 +61,44 @@ def model_facts(model: DiT, images_seen: int, weights: str) -> dict[str, Any]:
     }
 
 
-def named_settings(section: Mapping[str, Any]) -> dict[str, Any]:
+def _named_settings(section: Mapping[str, Any]) -> dict[str, Any]:
     """A built section as an evaluation record shows it: the last part of its target, and its settings."""
     name = str(section["_target_"]).rsplit(".", 1)[-1]
     return {"name": name, **{key: value for key, value in section.items() if not key.startswith("_")}}
+
+
+def build_generator(
+    config: Mapping[str, Any],
+    model: Denoiser,
+    process: GaussianDiffusion,
+    autoencoder: Autoencoder,
+    spec: LatentSpec,
+    seed: int,
+    runtime: Runtime,
+) -> Generator:
+    """Images of a network with the ``sampler`` and ``guidance`` of a config.
+
+    Raises ValueError for settings that do not fit, before anything is trained or generated.
+    """
+    evenly_spaced(process.num_steps, config["sampler"]["steps"])  # refuses more steps than were trained
+    guide = instantiate(config["guidance"])
+    denoiser = guide(model, num_classes=spec.num_classes, latent_channels=spec.channels)
+    sampler = instantiate(config["sampler"])
+    return Generator(denoiser, process, autoencoder, sampler, spec, seed, runtime)
+
+
+def build_evaluator(config: Mapping[str, Any]) -> Evaluator:
+    """What measures images by the ``evaluation`` of a config; its extractor is made or trained here."""
+    settings, data = config["evaluation"], config["data"]
+    protocol = Protocol(
+        sampler=_named_settings(config["sampler"]),
+        guidance=_named_settings(config["guidance"]),
+        num_images=settings["num_images"],
+        seed=settings["seed"],
+    )
+    extractor = instantiate(settings["features"])
+    reference = make_reference(instantiate(data["source"]), data["image_size"], extractor)
+    return Evaluator(extractor, reference, protocol, settings["batch_size"])
 
 
 @dataclass(frozen=True)
@@ -103,16 +141,7 @@ class LoadedCheckpoint:
 
     def generator(self, config: Mapping[str, Any], seed: int, runtime: Runtime) -> Generator:
         """Images of this checkpoint with the job's sampler and guidance."""
-        return Generator(
-            self.model,
-            self.process,
-            self.autoencoder,
-            instantiate(config["sampler"]),
-            instantiate(config["guidance"]),
-            self.spec,
-            seed,
-            runtime,
-        )
+        return build_generator(config, self.model, self.process, self.autoencoder, self.spec, seed, runtime)
 
 
 def _checkpoint_path(where: Path) -> Path:

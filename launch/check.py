@@ -8,6 +8,7 @@ from typing import Any
 
 from hydra.utils import get_object
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic_core import SchemaError
 
 # Checkpoints carry a config; what it may build is limited to our rooms and PyTorch's optimizers.
 TRUSTED_ROOTS = ("data.", "diffusion.", "evaluation.", "model.", "runtime.", "train.", "torch.optim.")
@@ -63,7 +64,7 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
 def _check_type(name: str, value: Any, hint: Any) -> None:
     try:
         adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
-    except PydanticUserError:  # a class with a schema of its own takes no config
+    except (PydanticUserError, SchemaError):  # no type that pydantic can judge, such as a Protocol
         return
     try:
         adapter.validate_python(value, strict=True)

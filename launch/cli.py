@@ -32,3 +32,7 @@ def main() -> None:
         sys.exit(2)
     sys.argv = [f"ditscale {job}", *arguments[1:]]
     importlib.import_module(f"launch.{job}").main()
+
+
+if __name__ == "__main__":
+    main()

@@ -6,10 +6,8 @@ from typing import Any
 from hydra.utils import instantiate
 
 from data.encode import ProgressBar
-from evaluation.evaluate import Protocol, evaluate
-from evaluation.references import make_reference
 from launch.app import run
-from launch.build import LoadedCheckpoint, model_facts, named_settings
+from launch.build import LoadedCheckpoint, build_evaluator, model_facts
 from runtime.protocol import Runtime
 from train.runfolder import RunFolder
 
@@ -18,22 +16,15 @@ def evaluate_job(config: dict[str, Any], progress: ProgressBar) -> None:
     """Generate, measure, append. Prints the record."""
     runtime: Runtime = instantiate(config["runtime"])
     checkpoint = LoadedCheckpoint.load(config["checkpoint"], config["weights"], runtime)
-    data, settings = config["data"], config["evaluation"]
+    data = config["data"]
     if (data["name"], data["image_size"]) != (checkpoint.spec.source, checkpoint.spec.image_size):
         raise ValueError(
             f"The checkpoint was trained on {checkpoint.spec.source} at {checkpoint.spec.image_size} px, but the "
             f"reference would be {data['name']} at {data['image_size']} px; choose data={checkpoint.spec.source}."
         )
-    extractor = instantiate(settings["features"])
-    reference = make_reference(instantiate(data["source"]), data["image_size"], extractor)
-    protocol = Protocol(
-        named_settings(config["sampler"]),
-        named_settings(config["guidance"]),
-        settings["num_images"],
-        settings["seed"],
-    )
-    generator = checkpoint.generator(config, settings["seed"], runtime)
-    metrics = evaluate(generator, extractor, reference, protocol, settings["batch_size"], progress)
+    evaluator = build_evaluator(config)
+    generator = checkpoint.generator(config, evaluator.protocol.seed, runtime)
+    metrics = evaluator.evaluate(generator, progress)
     record = {
         "step": checkpoint.step,
         "images_seen": checkpoint.images_seen,

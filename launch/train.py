@@ -1,28 +1,28 @@
 """``ditscale train``: shards to a run folder. The same command continues a run that was stopped."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
+from torch import nn
 
 from data.batches import TrainingBatches
 from data.encode import ProgressBar
 from data.prefetch import prefetch
 from data.shards import MappedShards
 from diffusion.process import GaussianDiffusion
-from evaluation.evaluate import Protocol, evaluate
 from evaluation.generate import Generator
 from evaluation.hooks import EvaluationHook, SampleGridHook
-from evaluation.references import make_reference
 from launch.app import run
-from launch.build import expected_spec, fill_model, model_facts, named_settings
+from launch.build import build_evaluator, build_generator, expected_spec, fill_model, model_facts
 from launch.check import check_train_scalars
 from model.autoencoder import Autoencoder
 from model.dit import DiT
 from runtime.protocol import Runtime
-from train.checkpoint import code_version, list_checkpoints, load_newest, read_state_file
+from train.checkpoint import code_version, load_newest, read_state_file
 from train.ema import EMA
 from train.hooks import CheckpointHook, Hook, LogHook, ProgressHook
 from train.loggers import Logger, NoLogger
@@ -45,6 +45,8 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
     process = runtime.place(instantiate(config["diffusion"]))
     batches = _batches(config, shards, autoencoder, process, runtime)
     state = _new_state(config, runtime)
+    seed = config["evaluation"]["seed"]
+    generator = build_generator(config, state.ema.module, process, autoencoder, spec, seed, runtime)
     folder = RunFolder(Path(config["run_dir"]))
     _claim(folder, config, runtime)
     _restore(folder, state, shards, runtime)
@@ -59,22 +61,12 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
         "data_manifest_hash": shards.manifest.hash,
         "code": code_version(),
     }
-    generator = Generator(
-        state.ema.module,
-        process,
-        autoencoder,
-        instantiate(config["sampler"]),
-        instantiate(config["guidance"]),
-        spec,
-        config["evaluation"]["seed"],
-        runtime,
-    )
     hooks: list[Hook] = [
         ProgressHook(progress),
         LogHook(config["log_every"], folder, logger, runtime),
         CheckpointHook(config["checkpoint_every"], config["keep_checkpoints"], folder, facts, runtime),
         SampleGridHook(config["sample_every"], generator, folder, logger),
-        *_evaluation_hooks(config, generator, folder, logger, progress),
+        *_evaluation_hooks(config, state.model, generator, folder, logger, progress),
     ]
     host_batches = prefetch(batches.from_step(state.step, config["total_steps"]))
     train(state, step, host_batches, runtime, hooks)
@@ -124,12 +116,12 @@ def _claim(folder: RunFolder, config: Mapping[str, Any], runtime: Runtime) -> No
 
 def _restore(folder: RunFolder, state: TrainState, shards: MappedShards, runtime: Runtime) -> None:
     """Continue from the newest good checkpoint, and take back what was written after it."""
-    complaints = load_newest(folder.checkpoints, state)
-    for complaint in complaints:
-        print(f"warning: {complaint} Continuing from step {state.step}.")
-    if state.step:
-        newest = [p for p in list_checkpoints(folder.checkpoints) if p.name.endswith(f"{state.step:08d}")]
-        trained_on = read_state_file(newest[0])["data_manifest_hash"]
+    path, complaints = load_newest(folder.checkpoints, state)
+    if runtime.is_main:
+        for complaint in complaints:
+            print(f"warning: {complaint} Continuing from step {state.step}.", file=sys.stderr)
+    if path is not None:
+        trained_on = read_state_file(path)["data_manifest_hash"]
         if trained_on != shards.manifest.hash:
             raise ValueError(
                 f"The run {folder.path} was trained on shards with manifest {trained_on[:12]}, but those in "
@@ -151,6 +143,7 @@ def _logger(config: Mapping[str, Any], folder: RunFolder, runtime: Runtime) -> L
 
 def _evaluation_hooks(
     config: Mapping[str, Any],
+    model: nn.Module,
     generator: Generator,
     folder: RunFolder,
     logger: Logger,
@@ -159,20 +152,11 @@ def _evaluation_hooks(
     """The evaluation, where one is asked for; its extractor and reference are made before training starts."""
     if config["evaluate_every"] is None:
         return []
-    settings, data = config["evaluation"], config["data"]
-    extractor = instantiate(settings["features"])
-    reference = make_reference(instantiate(data["source"]), data["image_size"], extractor)
-    protocol = Protocol(
-        named_settings(config["sampler"]),
-        named_settings(config["guidance"]),
-        settings["num_images"],
-        settings["seed"],
-    )
-    model = generator.denoiser
+    evaluator = build_evaluator(config)
     assert isinstance(model, DiT)
 
     def measure() -> dict[str, Any]:
-        return evaluate(generator, extractor, reference, protocol, settings["batch_size"], progress)
+        return evaluator.evaluate(generator, progress)
 
     def facts(images_seen: int) -> dict[str, Any]:
         return model_facts(model, images_seen, "ema")

@@ -103,23 +103,25 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
     state.step = int(read_state_file(path)["step"])
 
 
-def load_newest(folder: Path, state: TrainState) -> list[str]:
-    """Restore the newest checkpoint that can be read; returns a sentence for each damaged one passed over.
+def load_newest(folder: Path, state: TrainState) -> tuple[Path | None, list[str]]:
+    """Restore the newest checkpoint that can be read.
 
-    With no checkpoint at all the state stays as it is. Raises ValueError where all of them are damaged.
+    Returns its path, None where there is no checkpoint at all, and a sentence for each damaged one passed
+    over. Raises ValueError where all of them are damaged.
     """
     complaints: list[str] = []
     for path in reversed(list_checkpoints(folder)):
         try:
             load_checkpoint(path, state)
-            return complaints
         except ValueError as error:
             complaints.append(str(error))
+        else:
+            return path, complaints
     if complaints:
         raise ValueError(
             f"None of the {len(complaints)} checkpoints in {folder} can be read; the newest: {complaints[0]}"
         )
-    return complaints
+    return None, complaints
 
 
 def code_version() -> dict[str, str]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import wandb
+
 
 class Logger(Protocol):
     """Receives what a run measures. Created and called on the main process only."""
@@ -47,49 +49,57 @@ class NoLogger:
 
 
 class WandbLogger:
-    """Weights & Biases: online where the user is logged in, else offline files under the run folder.
+    """Weights & Biases: online where the user is logged in, else offline files in ``folder``.
 
     ``WANDB_MODE`` overrides that choice. The same folder continues the same wandb run, whose axis is the
-    logged ``step``, so lines that are logged again after a restart do no harm.
+    logged ``step``, so lines that are logged again after a restart do no harm. The run is opened at the
+    first thing to log, so that a finished run that is started again leaves nothing behind.
     """
 
     def __init__(self, folder: Path, project: str, group: str, name: str, config: Mapping[str, Any], job: str) -> None:
-        import wandb
+        self._folder = folder
+        self._settings: dict[str, Any] = {
+            "project": project,
+            "group": group,
+            "name": name,
+            "job_type": job,
+            "config": dict(config),
+        }
+        self._id = hashlib.sha256(f"{folder.resolve()}/{name}/{job}".encode()).hexdigest()[:16]
+        self._opened: wandb.Run | None = None
 
-        self._wandb = wandb
-        mode = os.environ.get("WANDB_MODE")
-        if mode is None:
-            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
-        folder.mkdir(parents=True, exist_ok=True)
-        identity = hashlib.sha256(f"{folder.resolve()}/{name}/{job}".encode()).hexdigest()[:16]
-        self._run = wandb.init(
-            project=project,
-            group=group,
-            name=name,
-            job_type=job,
-            id=identity,
-            resume="allow" if mode == "online" else None,
-            mode=mode,  # type: ignore[arg-type]  # wandb validates what the environment says
-            dir=folder,
-            config=dict(config),
-            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
-        )
-        self._run.define_metric("*", step_metric="step")
+    def _run(self) -> "wandb.Run":
+        if self._opened is None:
+            mode = os.environ.get("WANDB_MODE")
+            if mode is None:
+                mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._opened = wandb.init(
+                **self._settings,
+                id=self._id,
+                resume="allow" if mode == "online" else None,
+                mode=mode,  # type: ignore[arg-type]  # wandb refuses what it does not know
+                dir=self._folder,
+                settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+            )
+            self._opened.define_metric("*", step_metric="step")
+        return self._opened
 
     def log(self, scalars: Mapping[str, Any]) -> None:
         """One row of history."""
-        self._run.log(dict(scalars))
+        self._run().log(dict(scalars))
 
     def log_image(self, name: str, path: Path, step: int) -> None:
         """A picture of a step."""
-        self._run.log({name: self._wandb.Image(str(path)), "step": step})
+        self._run().log({name: wandb.Image(str(path)), "step": step})
 
     def log_table(self, name: str, rows: list[dict[str, Any]]) -> None:
         """A wandb table."""
         columns: list[str | int] = list(rows[0])
         data = [[row[str(column)] for column in columns] for row in rows]
-        self._run.log({name: self._wandb.Table(columns=columns, data=data)})
+        self._run().log({name: wandb.Table(columns=columns, data=data)})
 
     def finish(self) -> None:
         """Wait until everything is on disk or sent."""
-        self._run.finish()
+        if self._opened is not None:
+            self._opened.finish()

@@ -1,0 +1,107 @@
+"""What tests share: small shards, small configs, and the command as a user types it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from data.encode import encode
+from data.sources import DigitsSource, Example
+from model.autoencoder import IdentityAutoencoder
+
+GOLDEN = Path(__file__).parent / "golden"
+
+# The demo's recipe on a network that a step takes milliseconds of.
+TINY_RUN = [
+    "experiment=demo",
+    "model.width=16",
+    "model.depth=2",
+    "model.num_heads=2",
+    "batch_size=16",
+    "total_steps=40",
+    "log_every=5",
+    "checkpoint_every=10",
+    "sample_every=null",
+    "evaluate_every=null",
+    "train/logger=none",
+]
+
+
+class _Silent:
+    def update(self, n: int = 1) -> None:
+        pass
+
+
+@contextmanager
+def silent_progress(label: str, done: int, total: int, unit: str) -> Iterator[_Silent]:
+    yield _Silent()
+
+
+class PatternSource:
+    """Small labelled images of known content: image i is filled with a ramp that depends on i."""
+
+    name = "pattern"
+
+    def __init__(self, count: int = 50, size: int = 8, num_classes: int = 5, bad_label_at: int | None = None) -> None:
+        self.class_names = [f"class {number}" for number in range(num_classes)]
+        self._count, self._size, self._bad = count, size, bad_label_at
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Example:
+        ramp = np.arange(self._size**2).reshape(self._size, self._size, 1)
+        image = ((ramp + 3 * index) % 256).astype(np.uint8)
+        label = 99 if index == self._bad else index % len(self.class_names)
+        return Example(f"pattern-{index}", image, label)
+
+
+def encode_pattern(folder: Path, source: Any = None, **changes: Any) -> Any:
+    settings = {"image_size": 8, "flip": True, "samples_per_shard": 16, "batch_size": 7, "seed": 0} | changes
+    return encode(source or PatternSource(), IdentityAutoencoder(1), folder, progress=silent_progress, **settings)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of encoded digits; tests must not change it."""
+    folder = tmp_path_factory.mktemp("digits")
+    settings = {"image_size": 8, "flip": False, "samples_per_shard": 256, "batch_size": 64, "seed": 0}
+    encode(DigitsSource(), IdentityAutoencoder(1), folder, progress=silent_progress, **settings)
+    return folder
+
+
+def command(*arguments: str) -> list[str]:
+    """``ditscale ...`` as a subprocess's command line, wherever it is installed."""
+    return [sys.executable, "-m", "launch.cli", *arguments]
+
+
+def ditscale(*arguments: str, cwd: Path, expect: int = 0, env: dict[str, str] | None = None) -> str:
+    """Run the command; returns what it printed."""
+    return run_process(command(*arguments), cwd, expect, env)
+
+
+def torchrun(processes: int, *arguments: str, cwd: Path, expect: int = 0) -> str:
+    """Run ``launch.train`` in several gloo processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return run_process([*launcher, "-m", "launch.train", *arguments], cwd, expect)
+
+
+def run_process(words: list[str], cwd: Path, expect: int, env: dict[str, str] | None = None) -> str:
+    done = subprocess.run(
+        words, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert (done.returncode == 0) == (expect == 0), done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

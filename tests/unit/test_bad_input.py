@@ -1,0 +1,133 @@
+"""Every mistake of a user is one sentence and exit code 2."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY_RUN
+
+from launch import cli
+
+
+def fails(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> str:
+    """Run the command in this process; returns the sentence after 'error:'."""
+    monkeypatch.setattr(sys, "argv", ["ditscale", *arguments])
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1, lines
+    return lines[0].split("error: ", 1)[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], "There is no job 'trian'; did you mean 'train'?"),
+        (["train", "model.widht=3"], "no setting 'model.widht'; did you mean 'model.width'?"),
+        (["train", "modle.width=3"], "did you mean 'model.width'?"),
+        (["train", "total_stepss=3"], "did you mean 'total_steps'?"),
+        (["train", "model/blok=adaln_zero"], "did you mean 'model/block'?"),
+        (["train", "model/block=adaln_zer"], "no 'adaln_zer' in model/block; did you mean 'adaln_zero'?"),
+        (["train", "experiment=dmo"], "did you mean 'demo'?"),
+        (["train", "+model.widht=3"], "model.dit.DiT has no setting model.widht; did you mean 'width'?"),
+        (["train", "total_steps=abc"], "total_steps is 'abc', but it must be of type integer"),
+        (["train", "model.width=abc"], "model.width is 'abc', but input should be a valid integer"),
+        (["train", "optimizer.lr=abc"], "optimizer.lr is 'abc'"),
+        (["train", "precision=fp16"], "runtime.precision is 'fp16', but input should be 'fp32' or 'bf16'"),
+        (["train", "total_steps=0"], "total_steps is 0, but it must be at least 1"),
+        (["train", "checkpoint_every=150"], "checkpoint_every 150 is no multiple of log_every 100"),
+        (["train", "class_dropout=2"], "class_dropout is 2.0"),
+        (["sample"], "checkpoint is missing"),
+        (["sample", "checkpoint=nowhere"], "no checkpoint folder nowhere"),
+        (["sample", "checkpoint=x", "num_images=0"], "num_images is 0"),
+        (["sample", "checkpoint=x", "weights=emma"], "weights is 'emma'"),
+        (["report", "sweep=nowhere"], "no sweep folder nowhere"),
+        (["encode", "data.image_size=16", "data.shards=new"], "is 8x8, but data.image_size is 16"),
+        (["train", "runtime.device=cuda"], "PyTorch sees 0 GPUs"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_sentence(
+    arguments: list[str],
+    words: str,
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    import torch
+
+    if arguments == ["train", "runtime.device=cuda"] and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/digits").symlink_to(digits)
+    assert words in fails(arguments, monkeypatch, capfd)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.patch_size=3", "model.patch_size 3 does not divide the latent size 8; choose one of [1, 2, 4, 8]"),
+        ("model.num_heads=3", "model.num_heads 3 does not divide model.width 16"),
+        ("model.num_classes=7", "model.num_classes is 7, but the shards have 10"),
+        ("data.image_size=16", "image_size is 8 and not 16 as configured"),
+        ("data.flip=true", "flip is False and not True as configured"),
+        ("data.autoencoder.channels=3", "channels is 1 and not 3 as configured"),
+        ("data.shards=nowhere", "There is no manifest.json in nowhere"),
+        ("sampler.steps=1001", "sampler.steps is 1001, but the process was trained with 1000 steps"),
+        ("ema.decay=1.0", "ema.decay is 1.0"),
+        ("seed=-1", "seed is -1"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_one_sentence(
+    override: str,
+    words: str,
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert words in fails(["train", *TINY_RUN, f"data.shards={digits}", override], monkeypatch, capfd)
+
+
+def test_a_damaged_shard_stops_training_with_one_sentence(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shards = tmp_path / "shards"
+    shutil.copytree(digits, shards)
+    (shards / "shard-000001.tar").write_bytes(bytes((shards / "shard-000001.tar").stat().st_size))
+    sentence = fails(["train", *TINY_RUN, f"data.shards={shards}"], monkeypatch, capfd)
+    assert "shard-000001.tar is damaged: the manifest says sha256" in sentence
+
+
+def test_a_run_folder_with_another_config_and_a_damaged_checkpoint_are_one_sentence(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["train", *TINY_RUN, f"data.shards={digits}", "run_dir=run", "total_steps=10"]
+    monkeypatch.setattr(sys, "argv", ["ditscale", *words])
+    cli.main()
+    sentence = fails([*words, "optimizer.lr=0.1"], monkeypatch, capfd)
+    assert "already holds another config: optimizer.lr is 0.004 there and 0.1 now" in sentence
+    sentence = fails(["sample", "checkpoint=run", "labels=[3,11]"], monkeypatch, capfd)
+    assert "labels has 11, but this model knows the classes 0 to 9" in sentence
+    weights = tmp_path / "run/checkpoints/step_00000010/ema.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    sentence = fails(["sample", "checkpoint=run"], monkeypatch, capfd)
+    assert "is damaged: ema.safetensors should have sha256" in sentence
+    (weights.parent / "state.json").unlink()
+    assert "state.json is missing or damaged" in fails(["sample", "checkpoint=run"], monkeypatch, capfd)
+
+
+def test_help_lists_the_jobs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["ditscale", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(job in shown for job in ("encode", "train", "sample", "evaluate", "report"))

@@ -1,0 +1,113 @@
+"""Batches: position in, batch out, whatever the number of processes."""
+
+import itertools
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from conftest import PatternSource, encode_pattern
+
+from data.batches import TrainingBatches
+from data.images import to_unit_range
+from data.prefetch import prefetch
+from data.shards import MappedShards
+from model.autoencoder import IdentityAutoencoder
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> MappedShards:
+    folder = tmp_path_factory.mktemp("pattern")
+    encode_pattern(folder)
+    return MappedShards(folder)
+
+
+def make(shards: MappedShards, rank: int = 0, world: int = 1, flip: bool = True) -> TrainingBatches:
+    return TrainingBatches(
+        shards,
+        IdentityAutoencoder(1),
+        seed=0,
+        batch_size=12,
+        num_timesteps=1000,
+        class_dropout=0.1,
+        flip=flip,
+        rank=rank,
+        world=world,
+    )
+
+
+def test_shapes_and_types_are_those_of_the_design(shards: MappedShards) -> None:
+    batch = make(shards).batch(0)
+    assert batch["latent"].shape == batch["noise"].shape == (12, 1, 8, 8)
+    assert batch["label"].shape == batch["t"].shape == (12,)
+    assert batch["latent"].dtype == batch["noise"].dtype == torch.float32
+    assert batch["label"].dtype == batch["t"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_batches_do_not_depend_on_the_number_of_processes(shards: MappedShards, world: int) -> None:
+    for step in (0, 3, 1000):
+        whole = make(shards).batch(step)
+        parts = [make(shards, rank, world).batch(step) for rank in range(world)]
+        for key in ("latent", "label", "t", "noise"):
+            assert torch.equal(torch.cat([part[key] for part in parts]), whole[key])  # type: ignore[literal-required]
+
+
+def test_a_batch_needs_nothing_but_its_step(shards: MappedShards) -> None:
+    walked = list(make(shards).from_step(0, 6))[5]
+    jumped = make(shards).batch(5)
+    assert all(torch.equal(walked[key], jumped[key]) for key in walked)  # type: ignore[literal-required]
+
+
+def test_every_image_is_seen_once_an_epoch_and_flipped_about_half_the_time(shards: MappedShards) -> None:
+    source = PatternSource()
+    images = torch.cat([to_unit_range(source[i].image[np.newaxis]) for i in range(50)]).half().float()
+    both = {False: images, True: images.flip(3)}
+    latents = torch.cat([batch["latent"] for batch in make(shards).from_step(0, 25)])[:300]
+    found = []
+    for latent in latents:
+        matches = [(i, flip) for flip, stack in both.items() for i in range(50) if torch.equal(stack[i], latent)]
+        assert len(matches) == 1
+        found.append(matches[0])
+    for epoch in itertools.batched(found, 50) if hasattr(itertools, "batched") else np.array_split(found, 6):
+        assert sorted(int(index) for index, _ in epoch) == list(range(50))
+    assert 0.4 < np.mean([flip for _, flip in found]) < 0.6
+
+
+def test_labels_are_the_shards_or_the_null_class(shards: MappedShards) -> None:
+    labels = torch.cat([batch["label"] for batch in make(shards).from_step(0, 300)])
+    assert set(labels.tolist()) == {0, 1, 2, 3, 4, 5}
+    assert 0.07 < (labels == 5).double().mean() < 0.13
+
+
+def test_nothing_is_flipped_where_the_config_says_so(shards: MappedShards) -> None:
+    """Against the same positions with flips: same rows, never mirrored."""
+    plain, flipped = make(shards, flip=False).batch(0), make(shards, flip=True).batch(0)
+    mirrored = torch.stack([latent.flip(2) for latent in flipped["latent"]])
+    for one, other, turned in zip(plain["latent"], flipped["latent"], mirrored, strict=True):
+        assert torch.equal(one, other) or torch.equal(one, turned)
+    assert not torch.equal(plain["latent"], flipped["latent"])
+
+
+def test_a_batch_that_does_not_divide_is_refused(shards: MappedShards) -> None:
+    with pytest.raises(ValueError, match="batch_size 12 does not divide by the 5 processes"):
+        make(shards, world=5)
+
+
+def test_prefetch_keeps_order_and_hands_on_exceptions() -> None:
+    def items() -> Iterator[int]:
+        yield from range(20)
+        raise OSError("disk gone")
+
+    received: list[int] = []
+    with pytest.raises(OSError, match="disk gone"):
+        received.extend(prefetch(items()))
+    assert received == list(range(20))
+
+
+def test_prefetch_stops_its_thread_when_the_loop_is_left() -> None:
+    for item in prefetch(itertools.count()):
+        if item == 3:
+            break
+    assert not any(thread.name == "prefetch" for thread in threading.enumerate())

@@ -1,0 +1,242 @@
+"""Statistics against closed forms, images against their index, the report against its sources."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from conftest import PatternSource, encode_pattern, silent_progress
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_model import golden_model
+
+from data.manifest import LatentSpec
+from data.sources import DigitsSource, load_images
+from diffusion.process import GaussianDiffusion
+from diffusion.samplers import ddpm
+from diffusion.schedules import LinearSchedule
+from diffusion.variances import LearnedRangeVariance
+from evaluation.classifier import ClassifierFeatures
+from evaluation.evaluate import Evaluator, Protocol
+from evaluation.features import Features
+from evaluation.generate import Generator, balanced_labels, given_labels
+from evaluation.grid import save_grid
+from evaluation.references import make_reference
+from evaluation.report import make_report
+from evaluation.statistics import FeatureStatistics, frechet_distance
+from model.autoencoder import IdentityAutoencoder
+from runtime.accelerate import AccelerateRuntime
+
+RANDOM = np.random.default_rng(0)
+
+
+def features(count: int, size: int, seed: int = 0) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    return random.normal(size=(count, size)) @ random.normal(size=(size, size))
+
+
+def test_distance_of_a_distribution_to_itself_is_zero() -> None:
+    statistics = FeatureStatistics.of(features(500, 16))
+    assert frechet_distance(statistics, statistics) == pytest.approx(0, abs=1e-8)
+
+
+def test_distance_of_a_shifted_gaussian_is_the_squared_shift() -> None:
+    sample, shift = features(500, 16), np.linspace(0, 1, 16)
+    distance = frechet_distance(FeatureStatistics.of(sample), FeatureStatistics.of(sample + shift))
+    assert distance == pytest.approx(float(shift @ shift), rel=1e-9)
+
+
+def test_distance_of_scaled_gaussians_is_the_closed_form() -> None:
+    """Commuting covariances C and s^2 C: (s - 1)^2 tr C."""
+    sample = features(500, 8)
+    sample -= sample.mean(axis=0)
+    one, two = FeatureStatistics.of(sample), FeatureStatistics.of(3 * sample)
+    assert frechet_distance(one, two) == pytest.approx(4 * np.trace(one.covariance), rel=1e-9)
+
+
+def test_distance_equals_the_matrix_square_root_form() -> None:
+    one, two = FeatureStatistics.of(features(400, 12, 1)), FeatureStatistics.of(features(300, 12, 2))
+    root = scipy.linalg.sqrtm(one.covariance @ two.covariance).real
+    expected = np.sum((one.mean - two.mean) ** 2) + np.trace(one.covariance + two.covariance - 2 * root)
+    assert frechet_distance(one, two) == pytest.approx(expected, rel=1e-8)
+    assert frechet_distance(two, one) == pytest.approx(expected, rel=1e-8)
+
+
+def test_distance_of_rank_deficient_covariances_is_the_closed_form() -> None:
+    """Fewer images than features: (1 - 1/2)^2 of the trace, from a covariance of rank 9 in 40 dimensions."""
+    sample = features(10, 40)
+    sample -= sample.mean(axis=0)
+    one, two = FeatureStatistics.of(sample), FeatureStatistics.of(sample / 2)
+    assert frechet_distance(one, two) == pytest.approx(np.trace(one.covariance) / 4, rel=1e-6)
+
+
+@given(cuts=st.lists(st.integers(0, 200), min_size=1, max_size=6))
+@settings(max_examples=30, deadline=None)
+def test_statistics_of_parts_add_up_to_the_whole(cuts: list[int]) -> None:
+    sample = features(200, 6).astype(np.float32)
+    whole = FeatureStatistics.of(sample)
+    merged = FeatureStatistics(0, np.zeros(6), np.zeros((6, 6)))
+    for part in np.split(sample, sorted(cuts)):
+        merged += FeatureStatistics.of(part)
+    assert merged.count == 200
+    np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(merged.covariance, np.cov(sample.astype(np.float64), rowvar=False), rtol=1e-9)
+
+
+def test_a_covariance_of_one_image_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 2 images, but there are 1"):
+        _ = FeatureStatistics.of(features(1, 4)).covariance
+
+
+def generator() -> Generator:
+    spec = LatentSpec("golden", 8, "identity", "1", 1.0, 1, 4, "float16", False, 10)
+    process = GaussianDiffusion(LinearSchedule(), LearnedRangeVariance())
+
+    def ten_steps(*inputs: Any) -> torch.Tensor:
+        return ddpm(*inputs, steps=10)
+
+    runtime = AccelerateRuntime(device="cpu")
+    return Generator(golden_model()[0].eval(), process, IdentityAutoencoder(4), ten_steps, spec, 0, runtime)
+
+
+def test_an_image_does_not_depend_on_the_batch_it_is_made_in() -> None:
+    make, labels = generator(), balanced_labels(12, 10)
+    batches = {
+        size: np.concatenate([images for _, images in make.batches(labels, size)]).astype(int) for size in (1, 5, 12)
+    }
+    assert batches[12].shape == (12, 8, 8, 4)
+    assert batches[12].std() > 10
+    for size in (1, 5):  # a rounding boundary may be crossed by float error, not more
+        assert np.abs(batches[size] - batches[12]).max() <= 1
+        assert (batches[size] != batches[12]).mean() < 0.01
+
+
+def test_another_index_or_seed_gives_another_image() -> None:
+    make = generator()
+    labels = np.zeros(2, dtype=np.int64)
+    first, second = make.images(np.array([0, 1]), labels)
+    assert not np.array_equal(first, second)
+    other = Generator(**{**vars(make), "seed": 1}).images(np.array([0, 1]), labels)
+    assert not np.array_equal(first, other[0])
+
+
+def test_labels_outside_the_classes_are_refused() -> None:
+    assert given_labels([3, 10], 4, 10).tolist() == [3, 10, 3, 10]
+    with pytest.raises(ValueError, match="labels has 11, but this model knows the classes 0 to 9"):
+        given_labels([3, 11], 4, 10)
+
+
+def test_the_digit_classifier_is_accurate_and_trained_once(tmp_path: Path) -> None:
+    first = ClassifierFeatures(DigitsSource(), 8, str(tmp_path), epochs=8)
+    trained_at = next(tmp_path.glob("classifier-*/model.safetensors")).stat().st_mtime_ns
+    second = ClassifierFeatures(DigitsSource(), 8, str(tmp_path), epochs=8)
+    assert first.hash == second.hash
+    assert next(tmp_path.glob("classifier-*/model.safetensors")).stat().st_mtime_ns == trained_at
+    assert first.facts["classifier_accuracy"] > 0.95
+    images, labels = load_images(DigitsSource(), 8)
+    found = second(images[:100])
+    assert found.vectors.shape == (100, 64)
+    assert found.classes is not None
+    assert (found.classes == labels[:100]).mean() > 0.95
+
+
+class PixelFeatures:
+    """Pixels as features, and the brightest column as the class."""
+
+    title, hash, facts = "pixels", "0", {"classifier_accuracy": 1.0}
+
+    def __call__(self, images: np.ndarray) -> Features:
+        flat = images.reshape(len(images), -1).astype(np.float32)
+        return Features(flat, images[..., 0].sum(axis=1).argmax(axis=1))
+
+
+def test_evaluation_records_its_protocol_and_recounts(tmp_path: Path) -> None:
+    encode_pattern(tmp_path)
+    make = generator()
+    extractor = PixelFeatures()
+    reference = make_reference(PatternSource(), 8, extractor)
+    # The pattern has one channel, the golden network four: compare with the generator's own images instead.
+    labels = balanced_labels(30, 10)
+    own = np.concatenate([images for _, images in make.batches(labels, 30)])
+    found = extractor(own)
+    reference = type(reference)("own", "hash", FeatureStatistics.of(found.vectors), 0.0)
+    protocol = Protocol({"name": "ddpm", "steps": 10}, {"name": "unguided"}, 30, 0)
+    record = Evaluator(extractor, reference, protocol, 7).evaluate(make, silent_progress)
+    assert record["frechet_distance"] < 1e-2 * np.trace(FeatureStatistics.of(found.vectors).covariance)
+    assert found.classes is not None
+    assert record["recognized_fraction"] == pytest.approx((found.classes == labels).mean(), abs=0.04)
+    assert (record["num_images"], record["sampler"]) == (30, {"name": "ddpm", "steps": 10})
+    with pytest.raises(ValueError, match="num_images is 1, but a covariance needs at least 2"):
+        Protocol({}, {}, 1, 0)
+
+
+def test_a_grid_shows_each_image_in_its_place(tmp_path: Path) -> None:
+    images = np.stack([np.full((8, 8, 1), 40 * number, np.uint8) for number in range(6)])
+    save_grid(tmp_path / "grid.png", images, columns=3)
+    pixels = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert pixels.shape == (2 * 66 + 2, 3 * 66 + 2)
+    assert [int(pixels[y, x]) for y in (30, 100) for x in (30, 100, 160)] == [0, 40, 80, 120, 160, 200]
+
+
+def record_of(width: int, distance: float, **changes: Any) -> dict[str, Any]:
+    return {
+        "step": 10,
+        "images_seen": 640,
+        "weights": "ema",
+        "patch_size": 4,
+        "width": width,
+        "depth": 4,
+        "block": "AdaLNZeroBlock",
+        "gmacs": width**2 / 1e9,
+        "parameters": width,
+        "training_gmacs": 1.0,
+        "feature_extractor": "digits classifier features",
+        "feature_extractor_hash": "f",
+        "reference_hash": "r",
+        "decoder": "identity 1",
+        "sampler": {"name": "ddpm", "steps": 50},
+        "guidance": {"name": "unguided"},
+        "num_images": 2000,
+        "labels": "balanced",
+        "seed": 0,
+        "frechet_distance": distance,
+        "frechet_distance_of_real_resample": 2.0,
+        "recognized_fraction": 0.9,
+        **changes,
+    }
+
+
+def write_run(sweep: Path, name: str, *records: dict[str, Any]) -> None:
+    (sweep / name).mkdir(parents=True)
+    (sweep / name / "evaluations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_the_report_takes_the_newest_evaluation_of_each_run(tmp_path: Path) -> None:
+    write_run(tmp_path, "a", record_of(16, 99.0, step=5), record_of(16, 40.0))
+    write_run(tmp_path, "b", record_of(64, 10.0))
+    write_run(tmp_path, "c", record_of(32, 20.0))
+    report = make_report(tmp_path, tmp_path / "report")
+    assert [(row["run"], row["frechet_distance"]) for row in report.rows] == [("a", 40.0), ("c", 20.0), ("b", 10.0)]
+    assert report.correlation == pytest.approx(-1)
+    with report.table.open() as file:
+        assert [row["frechet_distance"] for row in csv.DictReader(file)] == ["40.0", "20.0", "10.0"]
+    assert Image.open(report.picture).size[0] > 600
+    assert "FID" not in report.title
+
+
+@pytest.mark.parametrize("change", [{"num_images": 100}, {"step": 11}, {"sampler": {"name": "ddpm", "steps": 9}}])
+def test_runs_measured_differently_share_no_curve(tmp_path: Path, change: dict[str, Any]) -> None:
+    write_run(tmp_path, "a", record_of(16, 40.0))
+    write_run(tmp_path, "b", record_of(32, 20.0, **change))
+    with pytest.raises(ValueError, match=f"cannot share a curve: {next(iter(change))} is"):
+        make_report(tmp_path, tmp_path / "report")
+
+
+def test_a_sweep_without_evaluations_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="There are 0 evaluated runs"):
+        make_report(tmp_path, tmp_path / "report")

@@ -1,0 +1,116 @@
+"""The rules of the house: which room may import which, and that every config builds something."""
+
+import ast
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from launch.app import CONF
+from launch.check import check_targets
+from launch.schema import register
+
+ROOT = CONF.parent
+# Rooms that each room may import, from the top of the house down.
+ALLOWED = {
+    "model": set(),
+    "diffusion": set(),
+    "data": {"diffusion", "model"},
+    "runtime": {"diffusion", "model"},
+    "train": {"runtime", "data", "diffusion", "model"},
+    "evaluation": {"train", "runtime", "data", "diffusion", "model"},
+    "launch": {"evaluation", "train", "runtime", "data", "diffusion", "model"},
+}
+FILES = [path for room in ALLOWED for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+def imports_of(path: Path) -> set[str]:
+    """Top-level packages that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_between_rooms_point_one_way(path: Path) -> None:
+    room = path.relative_to(ROOT).parts[0]
+    assert imports_of(path) & set(ALLOWED) <= ALLOWED[room] | {room}
+
+
+@pytest.mark.parametrize(
+    ("package", "homes"),
+    [
+        ("accelerate", {"runtime/accelerate.py"}),
+        ("torch_xla", {"runtime/xla.py"}),
+        ("hydra", {path.relative_to(ROOT).as_posix() for path in FILES if path.parent.name == "launch"}),
+        ("omegaconf", {path.relative_to(ROOT).as_posix() for path in FILES if path.parent.name == "launch"}),
+        ("pickle", set()),
+    ],
+)
+def test_a_package_is_imported_in_its_home_only(package: str, homes: set[str]) -> None:
+    found = {path.relative_to(ROOT).as_posix() for path in FILES if package in imports_of(path)}
+    assert found <= homes
+
+
+def test_the_model_room_imports_nothing_that_knows_of_machines() -> None:
+    used = set().union(*(imports_of(path) for path in FILES if path.parent.name == "model"))
+    assert used - set(sys.stdlib_module_names) - {"model"} == {"torch"}
+
+
+def composed(job: str, *overrides: str) -> dict[str, Any]:
+    register()
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name=job):
+        needed = {"train": "name=x", "sample": "checkpoint=x", "evaluate": "checkpoint=x", "report": "sweep=x"}
+        given = [needed[job]] if job in needed else []
+        config = hydra.compose(config_name=job, overrides=[*given, *overrides])
+    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+
+
+GROUPS = sorted(
+    f"{path.parent.relative_to(CONF)}={path.stem}"
+    for path in CONF.rglob("*.yaml")
+    if path.parent != CONF and path.parent.name not in ("source", "autoencoder")  # chosen by the data's file
+)
+
+
+@pytest.mark.parametrize("override", GROUPS)
+def test_every_config_file_builds_what_exists_with_settings_that_it_has(override: str) -> None:
+    check_targets(composed("train", override))
+
+
+@pytest.mark.parametrize("job", ["encode", "train", "sample", "evaluate", "report"])
+def test_every_job_composes(job: str) -> None:
+    check_targets(composed(job))
+
+
+def test_a_groups_path_is_the_module_path_of_what_it_builds() -> None:
+    for path in CONF.rglob("*.yaml"):
+        target = OmegaConf.load(path).get("_target_", "")
+        if path.parent == CONF or not target or target.startswith("torch."):
+            continue
+        room = path.relative_to(CONF).parts[0]
+        assert target.split(".")[0] == room, path
+
+
+def test_the_defaults_are_the_papers_recipe() -> None:
+    config = composed("train")
+    assert (config["batch_size"], config["total_steps"], config["class_dropout"]) == (256, 400_000, 0.1)
+    optimizer = config["optimizer"]
+    assert (optimizer["lr"], optimizer["betas"], optimizer["weight_decay"]) == (1e-4, [0.9, 0.999], 0.0)
+    assert config["ema"]["decay"] == 0.9999
+    assert config["sampler"]["steps"] == 250
+    assert config["diffusion"]["schedule"]["num_steps"] == 1000
+
+
+def test_a_checkpoints_config_may_not_name_foreign_code() -> None:
+    with pytest.raises(ValueError, match=r"model._target_ is 'os.system', which a checkpoint may not ask for"):
+        check_targets({"model": {"_target_": "os.system", "command": "true"}}, trusted_only=True)

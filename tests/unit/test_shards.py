@@ -1,0 +1,180 @@
+"""Encoding, the shards' format, and what happens when they are damaged."""
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from conftest import PatternSource, encode_pattern
+
+from data.atomic import append_line, atomic_file, atomic_folder
+from data.images import to_uint8, to_unit_range
+from data.manifest import Manifest
+from data.shards import MappedShards
+from model.autoencoder import IdentityAutoencoder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_mapped_samples_are_the_source_images_in_both_orientations(tmp_path: Path) -> None:
+    encode_pattern(tmp_path)
+    shards, source = MappedShards(tmp_path), PatternSource()
+    rows = np.arange(len(shards))
+    plain = shards.gather(rows, np.zeros(50, dtype=bool))
+    mirrored = shards.gather(rows, np.ones(50, dtype=bool))
+    seen = set()
+    for row in rows:
+        index = int(str(shards.source_ids[row]).removeprefix("pattern-"))
+        seen.add(index)
+        expected = to_unit_range(source[index].image[np.newaxis])[0].numpy().astype(np.float16)
+        np.testing.assert_array_equal(plain[row, :1], expected)
+        np.testing.assert_array_equal(mirrored[row, :1], expected[..., ::-1])
+        assert shards.labels[row] == source[index].label
+    assert seen == set(range(50))
+
+
+def test_encoding_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    encode_pattern(tmp_path / "a")
+    encode_pattern(tmp_path / "b", batch_size=50)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_encoding_again_rewrites_just_what_is_damaged_or_missing(tmp_path: Path) -> None:
+    encode_pattern(tmp_path)
+    before = contents(tmp_path)
+    (tmp_path / "shard-000000.tar").unlink()
+    damaged = tmp_path / "shard-000002.tar"
+    damaged.write_bytes(damaged.read_bytes()[:-700] + b"x" * 700)
+    untouched = (tmp_path / "shard-000001.tar").stat().st_mtime_ns
+    encode_pattern(tmp_path)
+    assert contents(tmp_path) == before
+    assert (tmp_path / "shard-000001.tar").stat().st_mtime_ns == untouched
+
+
+def test_any_webdataset_reader_opens_the_shards(tmp_path: Path) -> None:
+    encode_pattern(tmp_path)
+    shards = MappedShards(tmp_path)
+    urls = [str(tmp_path / shard.name) for shard in shards.manifest.shards]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
+    assert len(samples) == 50
+    for row, sample in enumerate(samples):
+        assert sample["__key__"] == f"{row:08d}"
+        assert sample["cls"] == shards.labels[row]
+        gathered = [shards.gather(np.array([row]), np.array([flip]))[0] for flip in (False, True)]
+        np.testing.assert_array_equal(sample["moments.npy"], np.stack(gathered))
+
+
+def test_classes_are_mixed_within_a_shard(digits: Path) -> None:
+    labels = MappedShards(digits).labels[:256]
+    assert np.bincount(labels, minlength=10).min() >= 10
+    assert (np.diff(labels) != 0).mean() > 0.7
+
+
+def test_shards_hold_no_clock_and_no_pickle(tmp_path: Path) -> None:
+    encode_pattern(tmp_path)
+    with tarfile.open(tmp_path / "shard-000000.tar") as tar:
+        assert {member.mtime for member in tar} == {0}
+    with np.load(tmp_path / "index.npz", allow_pickle=False) as index:
+        assert set(index.files) == {"label", "source_id", "layout"}
+
+
+def test_manifest_statistics_are_those_of_the_latents(tmp_path: Path) -> None:
+    manifest = encode_pattern(tmp_path)
+    shards = MappedShards(tmp_path)
+    values = np.stack([shards.gather(np.arange(50), np.full(50, flip))[:, 0] for flip in (False, True)])
+    assert manifest.latent_mean[0] == pytest.approx(values.astype(np.float64).mean(), abs=1e-3)
+    assert manifest.latent_std[0] == pytest.approx(values.astype(np.float64).std(), rel=1e-3)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    encode_pattern(tmp_path)
+    (tmp_path / "shard-000001.tar").unlink()
+    with pytest.raises(ValueError, match=r"shard-000001.tar is missing"):
+        MappedShards(tmp_path)
+
+
+def test_a_damaged_shard_is_named_with_both_checksums(tmp_path: Path) -> None:
+    manifest = encode_pattern(tmp_path)
+    path = tmp_path / "shard-000001.tar"
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(ValueError, match=rf"shard-000001.tar is damaged: .*{manifest.shards[1].sha256}.* the file has"):
+        MappedShards(tmp_path)
+
+
+def test_a_truncated_shard_is_named_with_both_sizes_without_reading_it(tmp_path: Path) -> None:
+    manifest = encode_pattern(tmp_path)
+    path = tmp_path / "shard-000001.tar"
+    path.write_bytes(path.read_bytes()[:1024])
+    with pytest.raises(ValueError, match=f"says {manifest.shards[1].bytes} bytes, the file has 1024"):
+        MappedShards(tmp_path, verify_checksums=False)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format_version": 99}'])
+def test_an_unreadable_manifest_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match=r"manifest.json"):
+        Manifest.load(tmp_path)
+
+
+def test_shards_of_another_plan_are_not_overwritten(tmp_path: Path) -> None:
+    encode_pattern(tmp_path)
+    with pytest.raises(ValueError, match="flip is True and not False"):
+        encode_pattern(tmp_path, flip=False)
+
+
+def test_images_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is 8x8, but data.image_size is 16"):
+        encode_pattern(tmp_path, image_size=16)
+    with pytest.raises(ValueError, match="Image pattern-7 of pattern has label 99, but there are 5 classes"):
+        encode_pattern(tmp_path, PatternSource(bad_label_at=7))
+
+
+def test_labels_outside_the_classes_are_refused_when_reading(tmp_path: Path) -> None:
+    manifest = encode_pattern(tmp_path)
+    text = (tmp_path / "manifest.json").read_text()
+    (tmp_path / "manifest.json").write_text(text.replace('"num_classes": 5', '"num_classes": 3'))
+    assert manifest.spec.num_classes == 5
+    with pytest.raises(ValueError, match=r"has label [34], but the manifest has 3 classes"):
+        MappedShards(tmp_path)
+
+
+def test_a_killed_write_leaves_nothing(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with atomic_file(tmp_path / "a") as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+        with atomic_folder(tmp_path / "b") as folder:
+            (folder / "c").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_appending_after_a_cut_line_takes_the_cut_line_away(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    append_line(path, "one")
+    with path.open("a") as file:
+        file.write('{"tw')
+    append_line(path, "two")
+    append_line(path, "three")
+    assert path.read_text() == "one\ntwo\nthree\n"
+
+
+def test_uint8_survives_the_way_to_the_network_and_back() -> None:
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    np.testing.assert_array_equal(to_uint8(to_unit_range(levels)), levels)
+
+
+def test_channels_of_the_autoencoder_must_fit(tmp_path: Path) -> None:
+    from conftest import silent_progress
+
+    from data.encode import encode
+
+    settings = {"image_size": 8, "flip": True, "samples_per_shard": 16, "batch_size": 7, "seed": 0}
+    with pytest.raises(ValueError, match="configured for 3 channels, but the images have 1"):
+        encode(PatternSource(), IdentityAutoencoder(3), tmp_path, progress=silent_progress, **settings)

@@ -1,0 +1,196 @@
+"""State, EMA, step, loop, checkpoints and the rules of the run folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import json_lines
+from test_model import tiny
+from torch import Tensor
+
+from diffusion.batch import Batch
+from diffusion.process import GaussianDiffusion
+from diffusion.schedules import LinearSchedule
+from diffusion.variances import LearnedRangeVariance
+from runtime.accelerate import AccelerateRuntime
+from train.checkpoint import list_checkpoints, load_checkpoint, load_newest, save_checkpoint
+from train.ema import EMA
+from train.hooks import CheckpointHook, LogHook
+from train.loggers import NoLogger
+from train.loop import train
+from train.runfolder import RunFolder, read_lines
+from train.state import TrainState
+from train.step import make_step
+
+RUNTIME = AccelerateRuntime(device="cpu")
+
+
+def new_state(total_steps: int = 6) -> TrainState:
+    model = tiny()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    return TrainState(model, EMA(model, 0.9), optimizer, batch_size=4, total_steps=total_steps)
+
+
+def batch_of(step: int, value: float = 1.0) -> Batch:
+    generator = torch.Generator().manual_seed(step)
+    latent = torch.randn(4, 4, 8, 8, generator=generator) * value
+    noise = torch.randn(4, 4, 8, 8, generator=generator)
+    return Batch(latent=latent, noise=noise, t=torch.tensor([1, 100, 500, 999]), label=torch.tensor([0, 1, 2, 10]))
+
+
+def step_of(state: TrainState, **options: Any) -> Any:
+    process = GaussianDiffusion(LinearSchedule(), LearnedRangeVariance())
+    return make_step(state.model, state.optimizer, state.ema, process, RUNTIME, **options)
+
+
+def everything(state: TrainState) -> dict[str, Tensor]:
+    optimizer = {f"{i}/{k}": v for i, s in state.optimizer.state_dict()["state"].items() for k, v in s.items()}
+    ema = {f"ema/{name}": value for name, value in state.ema.module.state_dict().items()}
+    return {**state.model.state_dict(), **ema, **optimizer}
+
+
+def test_ema_follows_the_weights_after_the_optimizer_step() -> None:
+    state = new_state()
+    before = state.ema.module.final_layer.decoder.bias.clone()
+    step_of(state)(batch_of(0))
+    after = state.model.final_layer.decoder.bias.detach()
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(state.ema.module.final_layer.decoder.bias, 0.9 * before + 0.1 * after)
+
+
+def test_a_decay_outside_its_range_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"ema.decay is 1.5"):
+        EMA(tiny(), 1.5)
+
+
+def test_gradients_are_clipped_to_the_given_norm_and_cleared() -> None:
+    state = new_state()
+    state.optimizer = torch.optim.SGD(state.model.parameters(), lr=1.0)
+    before = torch.cat([p.detach().flatten() for p in state.model.parameters()])
+    metrics = step_of(state, max_grad_norm=0.01)(batch_of(0))
+    after = torch.cat([p.detach().flatten() for p in state.model.parameters()])
+    assert metrics["grad_norm"] > 0.01
+    assert (after - before).norm().item() == pytest.approx(0.01, rel=1e-3)
+    assert all(parameter.grad is None for parameter in state.model.parameters())
+
+
+def test_the_loss_falls_on_one_batch() -> None:
+    state = new_state()
+    step = step_of(state)
+    losses = [step(batch_of(0))["mse"].item() for _ in range(60)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def run_steps(state: TrainState, folder: RunFolder, last: int, value: float = 1.0) -> None:
+    hooks = [LogHook(2, folder, NoLogger(), RUNTIME), CheckpointHook(2, 2, folder, {"seed": 0}, RUNTIME)]
+    batches = (batch_of(step, value) for step in range(state.step, last))
+    train(state, step_of(state), batches, RUNTIME, hooks)
+
+
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path) -> None:
+    whole = new_state()
+    run_steps(whole, RunFolder(tmp_path / "whole"), 6)
+    first = new_state()
+    run_steps(first, RunFolder(tmp_path / "parts"), 5)  # one step past the checkpoint of step 4
+    second, folder = new_state(), RunFolder(tmp_path / "parts")
+    path, complaints = load_newest(folder.checkpoints, second)
+    assert (second.step, complaints) == (4, [])
+    assert path == folder.checkpoints / "step_00000004"
+    folder.roll_back(second.step)
+    run_steps(second, folder, 6)
+    for name, value in everything(whole).items():
+        assert torch.equal(value, everything(second)[name]), name
+    assert read_lines(folder.metrics) == read_lines(RunFolder(tmp_path / "whole").metrics)
+
+
+def test_metrics_are_means_over_the_interval(tmp_path: Path) -> None:
+    state, folder = new_state(), RunFolder(tmp_path)
+    run_steps(state, folder, 6)
+    twin = new_state()
+    step = step_of(twin)
+    losses = [step(batch_of(number))["loss"].item() for number in range(6)]
+    lines = json_lines(folder.metrics)
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert [line["images_seen"] for line in lines] == [8, 16, 24]
+    for number, line in enumerate(lines):
+        assert line["loss"] == pytest.approx(sum(losses[2 * number : 2 * number + 2]) / 2, rel=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    state, folder = new_state(), RunFolder(tmp_path)
+    run_steps(state, folder, 2)
+    with pytest.raises(FloatingPointError, match=r"is nan between the steps 2 and 4"):
+        run_steps(state, folder, 6, value=float("nan"))
+    assert [path.name for path in list_checkpoints(folder.checkpoints)] == ["step_00000002"]
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    run_steps(new_state(), RunFolder(tmp_path), 6)
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step_00000004", "step_00000006"]
+
+
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(tmp_path: Path) -> None:
+    run_steps(new_state(), RunFolder(tmp_path), 6)
+    damaged = tmp_path / "checkpoints/step_00000006/ema.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    state = new_state()
+    path, complaints = load_newest(tmp_path / "checkpoints", state)
+    assert path is not None
+    assert (path.name, state.step) == ("step_00000004", 4)
+    assert "ema.safetensors should have sha256" in complaints[0]
+    (tmp_path / "checkpoints/step_00000004/state.json").write_text("{")
+    with pytest.raises(ValueError, match="None of the 2 checkpoints"):
+        load_newest(tmp_path / "checkpoints", new_state())
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    run_steps(new_state(), RunFolder(tmp_path), 2)
+    model = tiny(depth=1)
+    other = TrainState(model, EMA(model), torch.optim.AdamW(model.parameters()), 4, 6)
+    with pytest.raises(ValueError, match="is of another model than the config"):
+        load_checkpoint(tmp_path / "checkpoints/step_00000002", other)
+
+
+def test_a_failed_save_leaves_the_previous_checkpoint_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_steps(new_state(), RunFolder(tmp_path), 2)
+
+    def full_disk(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("train.checkpoint.save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path / "checkpoints", new_state(), {}, RUNTIME)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
+
+
+def test_a_run_folder_refuses_another_config_and_names_the_keys(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    config = {"model": {"width": 16, "depth": 2}, "runtime": {"device": "cpu"}, "seed": 0}
+    folder.claim(config)
+    folder.claim({**config, "runtime": {"device": "cuda"}})  # another machine is no other run
+    with pytest.raises(ValueError, match=r"model.width is 16 there and 32 now"):
+        folder.claim({**config, "model": {"width": 32, "depth": 2}})
+
+
+def test_rolling_back_drops_later_and_cut_lines(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for step in (2, 4, 6):
+        folder.append(folder.metrics, {"step": step})
+    with folder.metrics.open("a") as file:
+        file.write('{"step": 8, "lo')
+    assert [line["step"] for line in read_lines(folder.metrics)] == [2, 4, 6]
+    folder.roll_back(4)
+    assert folder.metrics.read_text() == '{"step": 2}\n{"step": 4}\n'
+
+
+def test_a_stranger_reads_the_weights_with_safetensors_alone(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    state = new_state()
+    run_steps(state, RunFolder(tmp_path), 2)
+    path = tmp_path / "checkpoints/step_00000002"
+    weights = load_file(path / "ema.safetensors")
+    assert torch.equal(weights["label_embedding.weight"], state.ema.module.label_embedding.weight)
+    assert json.loads((path / "state.json").read_text())["step"] == 2
