@@ -33,7 +33,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.demo
+	$(BIN)/python -m benchmarks.loader
 
 clean:
 	rm -rf .venv runs shards cache .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -1,0 +1,112 @@
+"""Several processes train the same run as one, and a killed run continues as if nothing had happened."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_RUN, command, ditscale, json_lines, torchrun
+from safetensors.torch import load_file
+
+NEWEST = "checkpoints/step_00000040"
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for name in ("model", "ema", "optimizer"):
+        found |= {f"{name}/{key}": value for key, value in load_file(run / NEWEST / f"{name}.safetensors").items()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole_run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    ditscale("train", *TINY_RUN, f"data.shards={digits}", "run_dir=run", cwd=folder)
+    return folder / "run"
+
+
+def test_two_processes_train_the_same_run_as_one(whole_run: Path, digits: Path, tmp_path: Path) -> None:
+    torchrun(2, *TINY_RUN, f"data.shards={digits}", "run_dir=run", cwd=tmp_path)
+    alone, together = json_lines(whole_run / "metrics.jsonl"), json_lines(tmp_path / "run/metrics.jsonl")
+    assert [line["step"] for line in together] == [line["step"] for line in alone]
+    for one, two in zip(alone, together, strict=True):
+        for key in ("loss", "mse", "vlb", "grad_norm"):
+            assert two[key] == pytest.approx(one[key], rel=1e-4), (one["step"], key)
+    assert together[0]["loss"] == pytest.approx(alone[0]["loss"], rel=1e-6)
+    one_weights, two_weights = weights(whole_run), weights(tmp_path / "run")
+    for name, value in one_weights.items():
+        np.testing.assert_allclose(two_weights[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_a_run_changes_its_number_of_processes_on_the_way(whole_run: Path, digits: Path, tmp_path: Path) -> None:
+    words = [*TINY_RUN, f"data.shards={digits}", "run_dir=run"]
+    killed_after(20, words, tmp_path)
+    torchrun(2, *words, cwd=tmp_path)
+    alone, mixed = json_lines(whole_run / "metrics.jsonl"), json_lines(tmp_path / "run/metrics.jsonl")
+    assert [line["step"] for line in mixed] == [line["step"] for line in alone]
+    for one, two in zip(alone, mixed, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+def test_a_batch_that_does_not_divide_by_the_processes_is_refused(digits: Path, tmp_path: Path) -> None:
+    shown = torchrun(2, *TINY_RUN, f"data.shards={digits}", "batch_size=15", cwd=tmp_path, expect=1)
+    assert "batch_size 15 does not divide by the 2 processes; use 14 or 16" in shown
+
+
+def test_two_processes_generate_and_measure_the_same_as_one(digits: Path, tmp_path: Path) -> None:
+    words = [*TINY_RUN, f"data.shards={digits}", "total_steps=10", "evaluate_every=10", "sampler.steps=5"]
+    words += ["evaluation.num_images=101", "evaluation.batch_size=20", "evaluation.features.epochs=2"]
+    ditscale("train", *words, "run_dir=one", cwd=tmp_path)
+    torchrun(2, *words, "run_dir=two", cwd=tmp_path)
+    (one,), (two,) = json_lines(tmp_path / "one/evaluations.jsonl"), json_lines(tmp_path / "two/evaluations.jsonl")
+    assert two["frechet_distance"] == pytest.approx(one["frechet_distance"], rel=1e-2)
+    assert two["feature_extractor_hash"] == one["feature_extractor_hash"]
+
+
+def killed_after(step: int, words: list[str], cwd: Path) -> None:
+    """Start training and kill -9 it once the checkpoint of ``step`` is there."""
+    process = subprocess.Popen(
+        command("train", *words), cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
+    )
+    deadline = time.monotonic() + 120
+    while not (cwd / f"run/checkpoints/step_{step:08d}").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    time.sleep(random.Random(step).random() * 0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_resume_after_kill_gives_the_same_weights(whole_run: Path, digits: Path, tmp_path: Path) -> None:
+    words = [*TINY_RUN, f"data.shards={digits}", "run_dir=run"]
+    for step in (10, 30):
+        killed_after(step, words, tmp_path)
+    ditscale("train", *words, cwd=tmp_path)
+    for name, value in weights(whole_run).items():
+        assert torch.equal(weights(tmp_path / "run")[name], value), name
+    assert (tmp_path / "run/metrics.jsonl").read_text() == (whole_run / "metrics.jsonl").read_text()
+
+
+def test_a_finished_run_started_again_changes_nothing(whole_run: Path, digits: Path) -> None:
+    before = (whole_run / "metrics.jsonl").read_text()
+    shown = ditscale("train", *TINY_RUN, f"data.shards={digits}", "run_dir=run", cwd=whole_run.parent)
+    assert "step 40" in shown
+    assert (whole_run / "metrics.jsonl").read_text() == before
+
+
+def test_other_shards_are_refused_when_a_run_continues(digits: Path, tmp_path: Path) -> None:
+    words = [*TINY_RUN, "data.shards=shards", "run_dir=run"]
+    ditscale("encode", "data.shards=shards", cwd=tmp_path)
+    ditscale("train", *words, "total_steps=40", cwd=tmp_path)
+    for path in (tmp_path / "shards").iterdir():
+        path.unlink()
+    ditscale("encode", "data.shards=shards", "seed=1", cwd=tmp_path)
+    shown = ditscale("train", *words, cwd=tmp_path, expect=2)
+    assert "was trained on shards with manifest" in shown

@@ -1,0 +1,134 @@
+"""All jobs, end to end, as a user types them: a small sweep on the digits that ends in a curve."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ditscale, json_lines
+from PIL import Image
+from wandb_file import offline_history
+
+SWEEP = [
+    "experiment=demo",
+    "group=small",
+    "model.width=16",
+    "model.patch_size=4,2",
+    "model.depth=2",
+    "total_steps=30",
+    "log_every=10",
+    "checkpoint_every=10",
+    "sample_every=30",
+    "evaluate_every=30",
+    "sampler.steps=10",
+    "evaluation.num_images=200",
+    "evaluation.features.epochs=3",
+    "hydra.launcher.n_jobs=2",
+]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which encode, a sweep of two models and the report have run."""
+    folder = tmp_path_factory.mktemp("study")
+    ditscale("encode", cwd=folder)
+    ditscale("train", "-m", *SWEEP, cwd=folder, env={"WANDB_MODE": "offline"})
+    ditscale("report", "sweep=runs/small", cwd=folder, env={"WANDB_MODE": "offline"})
+    return folder
+
+
+def runs(study: Path) -> list[Path]:
+    return sorted(path.parent for path in study.glob("runs/small/*/config.yaml"))
+
+
+def test_each_run_folder_is_complete(study: Path) -> None:
+    assert [path.name for path in runs(study)] == [f"d16-n2-p{p}-adaln_zero-seed0" for p in (2, 4)]
+    for run in runs(study):
+        assert [line["step"] for line in json_lines(run / "metrics.jsonl")] == [10, 20, 30]
+        assert {"step_time_sec", "images_per_sec"} <= json_lines(run / "timing.jsonl")[0].keys()
+        assert (run / "checkpoints/step_00000030/state.json").exists()
+        assert Image.open(run / "samples/step_00000030.png").size == (662, 530)
+        (evaluation,) = json_lines(run / "evaluations.jsonl")
+        assert evaluation["step"] == 30
+        assert evaluation["frechet_distance"] > 0
+        assert 0 <= evaluation["recognized_fraction"] <= 1
+        assert evaluation["classifier_accuracy"] > 0.5
+
+
+def test_the_report_holds_what_the_runs_measured(study: Path) -> None:
+    with (study / "runs/small/report/fid_vs_gflops.csv").open() as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    for run in runs(study):
+        (evaluation,) = json_lines(run / "evaluations.jsonl")
+        assert float(rows[run.name]["frechet_distance"]) == evaluation["frechet_distance"]
+        assert float(rows[run.name]["gmacs"]) == evaluation["gmacs"]
+    assert Image.open(study / "runs/small/report/fid_vs_gflops.png").size[0] > 600
+
+
+def test_wandb_holds_the_losses_the_picture_and_the_table(study: Path) -> None:
+    history = offline_history(runs(study)[0])
+    losses = {json.loads(row["step"]): json.loads(row["loss"]) for row in history if "loss" in row}
+    assert losses == {line["step"]: line["loss"] for line in json_lines(runs(study)[0] / "metrics.jsonl")}
+    assert any("frechet_distance" in row for row in history)
+    report = offline_history(study / "runs/small/report")
+    assert any(key.startswith("fid_vs_gflops") for row in report for key in row)
+    (table,) = (study / "runs/small/report").glob("wandb/offline-run-*/files/media/table/*.table.json")
+    content = json.loads(table.read_text())
+    assert len(content["data"]) == 2
+    assert "frechet_distance" in content["columns"]
+
+
+def test_sampling_gives_a_grid_and_an_adm_file(study: Path) -> None:
+    run = runs(study)[0]
+    words = ["sample", f"checkpoint={run}", "num_images=23", "sampler.steps=10"]
+    ditscale(*words, "out=a", "batch_size=23", cwd=study)
+    ditscale(*words, "out=b", "batch_size=4", cwd=study)
+    with np.load(study / "a.npz", allow_pickle=False) as first, np.load(study / "b.npz", allow_pickle=False) as second:
+        assert first["arr_0"].shape == (23, 8, 8, 1)
+        assert first["arr_0"].dtype == np.uint8
+        assert first["arr_1"].tolist() == [i % 10 for i in range(23)]
+        difference = np.abs(first["arr_0"].astype(int) - second["arr_0"].astype(int))
+        assert difference.max() <= 1
+        assert (difference > 0).mean() < 0.01
+    assert Image.open(study / "a.png").size == (662, 200)
+
+
+def test_guidance_and_labels_are_chosen_on_the_command_line(study: Path) -> None:
+    run = runs(study)[0]
+    words = ["sample", f"checkpoint={run}", "num_images=6", "labels=[3,10]", "sampler.steps=5"]
+    ditscale(*words, "out=plain", cwd=study)
+    ditscale(*words, "out=guided", "diffusion/guidance=classifier_free", "guidance.scale=4", cwd=study)
+    with np.load(study / "plain.npz") as plain, np.load(study / "guided.npz") as guided:
+        assert plain["arr_1"].tolist() == [3, 10, 3, 10, 3, 10]
+        assert not np.array_equal(plain["arr_0"][0], guided["arr_0"][0])
+        difference = plain["arr_0"][1].astype(int) - guided["arr_0"][1]  # the null class guides itself nowhere
+        assert np.abs(difference).max() <= 1
+
+
+def test_evaluating_a_checkpoint_repeats_the_number_of_training(study: Path) -> None:
+    run = runs(study)[0]
+    words = ["evaluation.num_images=200", "evaluation.features.epochs=3", "sampler.steps=10"]
+    ditscale("evaluate", f"checkpoint={run}", *words, "runtime.device=cpu", cwd=study)
+    during, after = json_lines(run / "evaluations.jsonl")
+    assert after.keys() == during.keys()
+    assert after["frechet_distance"] == pytest.approx(during["frechet_distance"], rel=1e-6)
+
+
+def test_a_sweep_started_again_trains_nothing_anew(study: Path) -> None:
+    before = {run: (run / "metrics.jsonl").stat().st_mtime_ns for run in runs(study)}
+    history = {run: (run / "metrics.jsonl").read_text() for run in runs(study)}
+    ditscale("train", "-m", *SWEEP, cwd=study, env={"WANDB_MODE": "offline"})
+    assert {run: (run / "metrics.jsonl").read_text() for run in runs(study)} == history
+    assert before.keys() == history.keys()
+    for run in runs(study):
+        assert len(list(run.glob("wandb/offline-run-*"))) == 1
+
+
+def test_without_wandb_no_file_of_it_appears(study: Path) -> None:
+    words = [word for word in SWEEP if not word.startswith(("model.patch_size", "group", "hydra."))]
+    shards, cache = study / "shards/digits", study / "cache"
+    settings = [f"data.shards={shards}", f"evaluation.features.cache={cache}", "train/logger=none"]
+    ditscale("train", *words, "group=bare", *settings, "model.patch_size=4", "name=run", cwd=study)
+    assert json_lines(study / "runs/bare/run/evaluations.jsonl")
+    assert not list((study / "runs/bare").rglob("*wandb*"))
