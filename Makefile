@@ -6,7 +6,7 @@ DEMO := runs/demo
 # Small models on a CPU are fastest with one thread each and the models in parallel.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint format bench soak clean
+.PHONY: demo test lint format bench clean
 
 $(STAMP): setup.cfg constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv

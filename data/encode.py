@@ -2,11 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,21 +14,11 @@ from numpy.typing import NDArray
 from data.atomic import sha256_of, write_bytes
 from data.images import to_unit_range
 from data.manifest import FORMAT_VERSION, MANIFEST_NAME, LatentSpec, Manifest, ShardEntry
+from data.progress import ProgressBar
 from data.shards import INDEX_NAME, Layout, write_index, write_shard
 from data.sources import Source, checked_example
 from diffusion.draws import Philox, Purpose, permutation
 from model.autoencoder import Autoencoder
-
-
-class Progress(Protocol):
-    """What a job tells of its advance."""
-
-    def update(self, n: int = 1) -> Any:
-        """``n`` more are done."""
-        ...
-
-
-ProgressBar = Callable[[str, int, int, str], AbstractContextManager[Progress]]  # label, done, total, unit
 
 
 def latent_spec(name: str, num_classes: int, autoencoder: Autoencoder, image_size: int, flip: bool) -> LatentSpec:

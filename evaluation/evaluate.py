@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from data.encode import ProgressBar
+from data.progress import ProgressBar
 from evaluation.features import FeatureExtractor
 from evaluation.generate import Generator, balanced_labels
 from evaluation.references import Reference

@@ -38,6 +38,9 @@ def run(job: str, function: JobFunction) -> None:
         application(task)()
         if task.error is not None:
             raise task.error
+    except KeyboardInterrupt:
+        print(f"ditscale {job}: stopped; the same command continues.", file=sys.stderr)
+        sys.exit(130)
     except FloatingPointError as error:
         if wants_traceback:
             raise

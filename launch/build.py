@@ -22,6 +22,12 @@ from model.flops import multiply_adds, num_parameters, training_multiply_adds
 from runtime.protocol import Runtime
 from train.checkpoint import list_checkpoints, load_weights, read_state_file
 
+
+def build(section: Mapping[str, Any], **arguments: Any) -> Any:
+    """Make what a section's ``_target_`` names; lists and mappings reach it as Python's own."""
+    return instantiate(section, _convert_="all", **arguments)
+
+
 _FROM_MANIFEST = {"latent_size": "latent_size", "channels": "channels", "num_classes": "num_classes"}
 
 
@@ -41,7 +47,7 @@ def fill_model(model: Mapping[str, Any], spec: LatentSpec) -> dict[str, Any]:
 
 def expected_spec(data: Mapping[str, Any], manifest: Manifest) -> tuple[Autoencoder, LatentSpec]:
     """The autoencoder of the config, and the spec that shards must have to fit the config."""
-    autoencoder: Autoencoder = instantiate(data["autoencoder"])
+    autoencoder: Autoencoder = build(data["autoencoder"])
     spec = latent_spec(data["name"], manifest.spec.num_classes, autoencoder, data["image_size"], data["flip"])
     return autoencoder, spec
 
@@ -81,9 +87,9 @@ def build_generator(
     Raises ValueError for settings that do not fit, before anything is trained or generated.
     """
     evenly_spaced(process.num_steps, config["sampler"]["steps"])  # refuses more steps than were trained
-    guide = instantiate(config["guidance"])
+    guide = build(config["guidance"])
     denoiser = guide(model, num_classes=spec.num_classes, latent_channels=spec.channels)
-    sampler = instantiate(config["sampler"])
+    sampler = build(config["sampler"])
     return Generator(denoiser, process, autoencoder, sampler, spec, seed, runtime)
 
 
@@ -96,8 +102,8 @@ def build_evaluator(config: Mapping[str, Any]) -> Evaluator:
         num_images=settings["num_images"],
         seed=settings["seed"],
     )
-    extractor = instantiate(settings["features"])
-    reference = make_reference(instantiate(data["source"]), data["image_size"], extractor)
+    extractor = build(settings["features"])
+    reference = make_reference(build(data["source"]), data["image_size"], extractor)
     return Evaluator(extractor, reference, protocol, settings["batch_size"])
 
 
@@ -125,9 +131,9 @@ class LoadedCheckpoint:
         state = read_state_file(path)
         config = state["config"]
         check_targets(config, trusted_only=True)
-        model: DiT = instantiate(config["model"])
+        model: DiT = build(config["model"])
         load_weights(model, path, weights)
-        process: GaussianDiffusion = instantiate(config["diffusion"])
+        process: GaussianDiffusion = build(config["diffusion"])
         return cls(
             path=path,
             run_dir=path.parent.parent,
@@ -136,7 +142,7 @@ class LoadedCheckpoint:
             spec=LatentSpec(**state["spec"]),
             model=runtime.place(model).eval().requires_grad_(False),
             process=runtime.place(process),
-            autoencoder=instantiate(config["data"]["autoencoder"]),
+            autoencoder=build(config["data"]["autoencoder"]),
         )
 
     def generator(self, config: Mapping[str, Any], seed: int, runtime: Runtime) -> Generator:

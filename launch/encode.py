@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
-
-from data.encode import ProgressBar, encode
+from data.encode import encode
+from data.progress import ProgressBar
 from launch.app import run
+from launch.build import build
 
 
 def encode_job(config: dict[str, Any], progress: ProgressBar) -> None:
@@ -14,8 +14,8 @@ def encode_job(config: dict[str, Any], progress: ProgressBar) -> None:
     data = config["data"]
     folder = Path(data["shards"])
     manifest = encode(
-        instantiate(data["source"]),
-        instantiate(data["autoencoder"]),
+        build(data["source"]),
+        build(data["autoencoder"]),
         folder,
         image_size=data["image_size"],
         flip=data["flip"],

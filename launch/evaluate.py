@@ -3,18 +3,16 @@
 import json
 from typing import Any
 
-from hydra.utils import instantiate
-
-from data.encode import ProgressBar
+from data.progress import ProgressBar
 from launch.app import run
-from launch.build import LoadedCheckpoint, build_evaluator, model_facts
+from launch.build import LoadedCheckpoint, build, build_evaluator, model_facts
 from runtime.protocol import Runtime
 from train.runfolder import RunFolder
 
 
 def evaluate_job(config: dict[str, Any], progress: ProgressBar) -> None:
     """Generate, measure, append. Prints the record."""
-    runtime: Runtime = instantiate(config["runtime"])
+    runtime: Runtime = build(config["runtime"])
     checkpoint = LoadedCheckpoint.load(config["checkpoint"], config["weights"], runtime)
     data = config["data"]
     if (data["name"], data["image_size"]) != (checkpoint.spec.source, checkpoint.spec.image_size):

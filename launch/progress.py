@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 
 from tqdm import tqdm
 
-from data.encode import Progress, ProgressBar
+from data.progress import Progress, ProgressBar
 
 QUIET_INTERVAL_SEC = 20.0
 
@@ -20,8 +20,8 @@ def make_progress(name: str = "", row: int = 0, enabled: bool = True) -> Progres
             initial=done,
             total=total,
             unit=unit,
-            position=row,
-            leave=row == 0,
+            position=row if on_terminal else 0,
+            leave=row == 0 or not on_terminal,
             disable=not enabled,
             dynamic_ncols=on_terminal,
             mininterval=0.1 if on_terminal else QUIET_INTERVAL_SEC,

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
-
-from data.encode import ProgressBar
+from data.progress import ProgressBar
 from evaluation.report import Report, make_report
 from launch.app import run
+from launch.build import build
 from train.loggers import Logger
 
 
@@ -15,7 +14,7 @@ def report_job(config: dict[str, Any], progress: ProgressBar) -> None:
     """Write picture and table, log both to the sweep's wandb group, print the rows."""
     sweep, out = Path(config["sweep"]), Path(config["out"])
     report = make_report(sweep, out)
-    logger: Logger = instantiate(config["logger"])(
+    logger: Logger = build(config["logger"])(
         folder=out, group=sweep.name, name=f"{sweep.name}-report", config=config, job="report"
     )
     logger.log_table("fid_vs_gflops", report.rows)

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hydra.utils import instantiate
 
 from data.atomic import write_bytes
-from data.encode import ProgressBar
+from data.progress import ProgressBar
 from evaluation.generate import balanced_labels, given_labels
 from evaluation.grid import save_grid
 from launch.app import run
-from launch.build import LoadedCheckpoint
+from launch.build import LoadedCheckpoint, build
 from runtime.protocol import Runtime
 
 GRID_IMAGES = 100  # a picture with more is no longer looked at
@@ -22,7 +21,7 @@ def sample_job(config: dict[str, Any], progress: ProgressBar) -> None:
     """Write ``{out}.png`` and ``{out}.npz`` (``arr_0`` uint8 [N, H, W, C], ``arr_1`` int64 labels [N])."""
     if config["num_images"] < 1:
         raise ValueError(f"num_images is {config['num_images']}, but it must be at least 1; set it higher.")
-    runtime: Runtime = instantiate(config["runtime"])
+    runtime: Runtime = build(config["runtime"])
     checkpoint = LoadedCheckpoint.load(config["checkpoint"], config["weights"], runtime)
     count, num_classes = config["num_images"], checkpoint.spec.num_classes
     if config["labels"] is None:

@@ -6,18 +6,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from torch import nn
 
 from data.batches import TrainingBatches
-from data.encode import ProgressBar
 from data.prefetch import prefetch
+from data.progress import ProgressBar
 from data.shards import MappedShards
 from diffusion.process import GaussianDiffusion
 from evaluation.generate import Generator
 from evaluation.hooks import EvaluationHook, SampleGridHook
 from launch.app import run
-from launch.build import build_evaluator, build_generator, expected_spec, fill_model, model_facts
+from launch.build import build, build_evaluator, build_generator, expected_spec, fill_model, model_facts
 from launch.check import check_train_scalars
 from model.autoencoder import Autoencoder
 from model.dit import DiT
@@ -41,8 +40,8 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
     shards.manifest.require(spec, shards.folder)
     config["model"] = fill_model(config["model"], spec)
 
-    runtime: Runtime = instantiate(config["runtime"])
-    process = runtime.place(instantiate(config["diffusion"]))
+    runtime: Runtime = build(config["runtime"])
+    process = runtime.place(build(config["diffusion"]))
     batches = _batches(config, shards, autoencoder, process, runtime)
     state = _new_state(config, runtime)
     seed = config["evaluation"]["seed"]
@@ -97,11 +96,11 @@ def _batches(
 
 def _new_state(config: Mapping[str, Any], runtime: Runtime) -> TrainState:
     """State at step 0: weights from the seed, their average, the optimizer."""
-    model: DiT = instantiate(config["model"])
+    model: DiT = build(config["model"])
     model.initialize(config["seed"])
     model = runtime.place(model)
-    ema: EMA = instantiate(config["ema"])(model)
-    optimizer = instantiate(config["optimizer"])(model.parameters())
+    ema: EMA = build(config["ema"])(model)
+    optimizer = build(config["optimizer"])(model.parameters())
     return TrainState(model, ema, optimizer, config["batch_size"], config["total_steps"])
 
 
@@ -135,7 +134,7 @@ def _restore(folder: RunFolder, state: TrainState, shards: MappedShards, runtime
 def _logger(config: Mapping[str, Any], folder: RunFolder, runtime: Runtime) -> Logger:
     if not runtime.is_main:
         return NoLogger()
-    logger: Logger = instantiate(config["logger"])(
+    logger: Logger = build(config["logger"])(
         folder=folder.path, group=config["group"], name=config["name"], config=config, job="train"
     )
     return logger

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from data.encode import ProgressBar
+from data.progress import ProgressBar
 from runtime.protocol import Runtime
 from train.checkpoint import save_checkpoint
 from train.loggers import Logger
