@@ -35,5 +35,6 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.loader
 
+# Runs and shards of the demo go; other runs and shards are yours to delete.
 clean:
-	rm -rf .venv runs shards cache .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf .venv runs/demo shards/digits .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -30,7 +30,7 @@ SAMPLES, BATCH_SIZE, SECONDS = 2048, 256, 5.0
 class RandomImages:
     """Random 32x32 images; `FourChannels` makes latents of the usual shape of them."""
 
-    name = "random"
+    name, fingerprint = "random", "0"
     class_names = [str(number) for number in range(1000)]  # noqa: RUF012
 
     def __len__(self) -> int:

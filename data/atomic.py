@@ -46,6 +46,15 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed writers left aside in ``folder``. Only for a caller that knows of no other writer."""
+    for aside in folder.glob(".*.tmp"):
+        if aside.is_dir():
+            shutil.rmtree(aside)
+        else:
+            aside.unlink()
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a whole file atomically."""
     with atomic_file(path) as file:

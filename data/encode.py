@@ -53,12 +53,13 @@ class Plan:
     order: NDArray[np.int64]  # source index of each row: classes mixed by a fixed permutation
     samples_per_shard: int
     seed: int
+    source_fingerprint: str
 
     @property
     def hash(self) -> str:
         """Identity of the plan; a shard made by another plan is never reused."""
         content = {"version": FORMAT_VERSION, "spec": asdict(self.spec), "seed": self.seed}
-        content |= {"samples": len(self.order), "samples_per_shard": self.samples_per_shard}
+        content |= {"source": self.source_fingerprint, "samples_per_shard": self.samples_per_shard}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -85,13 +86,13 @@ def encode(
     """
     spec = latent_spec(source.name, len(source.class_names), autoencoder, image_size, flip)
     order = permutation(Philox(seed), 0, Purpose.ENCODING_ORDER, len(source))
-    plan = Plan(spec, order, samples_per_shard, seed)
+    plan = Plan(spec, order, samples_per_shard, seed, source.fingerprint)
     _require_same_plan(folder, plan)
     with progress("encode", 0, len(order), "img") as bar:
         sidecars = []
         for number, first in enumerate(plan.shard_firsts):
             rows = plan.order[first : first + samples_per_shard]
-            path = folder / f"shard-{number:06d}.tar"
+            path = folder / shard_name(number)
             sidecar = _sound_sidecar(path, plan)
             if sidecar is None:
                 sidecar = _encode_shard(path, plan, first, rows, source, autoencoder, batch_size)
@@ -105,10 +106,15 @@ def _require_same_plan(folder: Path, plan: Plan) -> None:
         return
     present = Manifest.load(folder)
     if present.plan_hash != plan.hash:
-        differences = present.spec.differences(plan.spec) or ["seed, shard size or number of images"]
+        differences = present.spec.differences(plan.spec) or ["the images, the seed or the shard size differ"]
         raise ValueError(
             f"{folder} already holds other shards: {'; '.join(differences)}; encode into another data.shards."
         )
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard."""
+    return f"shard-{number:06d}.tar"
 
 
 def _sidecar_path(shard: Path) -> Path:
@@ -193,7 +199,11 @@ def _statistics(sums: Sequence[dict[str, Any]]) -> tuple[list[float], list[float
 
 
 def _finish(folder: Path, plan: Plan, class_names: list[str], sidecars: Sequence[dict[str, Any]]) -> Manifest:
-    """Merge the sidecars into the index, then the manifest."""
+    """Merge the sidecars into the index, then the manifest; shards of an earlier, unfinished plan go."""
+    for path in folder.glob("shard-*.tar"):
+        if path.name not in {shard_name(number) for number in range(len(sidecars))}:
+            path.unlink()
+            _sidecar_path(path).unlink(missing_ok=True)
     index = {
         "label": np.array([label for s in sidecars for label in s["labels"]], dtype=np.int32),
         "source_id": np.array([name for s in sidecars for name in s["source_ids"]]),
@@ -210,7 +220,6 @@ def _finish(folder: Path, plan: Plan, class_names: list[str], sidecars: Sequence
         index_sha256=sha256_of(folder / INDEX_NAME),
         latent_mean=mean,
         latent_std=std,
-        skipped=0,
     )
     manifest.save(folder)
     return manifest

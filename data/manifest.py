@@ -73,7 +73,6 @@ class Manifest:
     index_sha256: str
     latent_mean: list[float]
     latent_std: list[float]
-    skipped: int
 
     @property
     def num_samples(self) -> int:
@@ -100,19 +99,18 @@ class Manifest:
             raise ValueError(f"There is no {MANIFEST_NAME} in {folder}; make shards with `ditscale encode`.")
         try:
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            version = content["format_version"]
-        except (ValueError, KeyError, TypeError) as error:
+            if (version := content.pop("format_version")) == FORMAT_VERSION:
+                spec = LatentSpec(**content.pop("spec"))
+                shards = [ShardEntry(**shard) for shard in content.pop("shards")]
+                return cls(format_version=version, spec=spec, shards=shards, **content)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} is not a readable manifest ({error}); delete it and run `ditscale encode` again."
             ) from error
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"{path} has format version {version}, but this program reads version {FORMAT_VERSION}; "
-                "encode again with this program."
-            )
-        content["spec"] = LatentSpec(**content["spec"])
-        content["shards"] = [ShardEntry(**shard) for shard in content["shards"]]
-        return cls(**content)
+        raise ValueError(
+            f"{path} has format version {version}, but this program reads version {FORMAT_VERSION}; "
+            "encode again with this program."
+        )
 
     def require(self, expected: LatentSpec, folder: Path) -> None:
         """Raise ValueError unless these shards are what the config describes.

@@ -81,9 +81,9 @@ class MappedShards:
     def __init__(self, folder: Path, verify_checksums: bool = True) -> None:
         self.folder = folder
         self.manifest = Manifest.load(folder)
-        self._require_file(INDEX_NAME, None, self.manifest.index_sha256)
+        self._require_file(INDEX_NAME, None, self.manifest.index_sha256, read=True)
         for shard in self.manifest.shards:
-            self._require_file(shard.name, shard.bytes, shard.sha256 if verify_checksums else None)
+            self._require_file(shard.name, shard.bytes, shard.sha256, read=verify_checksums)
         with np.load(folder / INDEX_NAME, allow_pickle=False) as index:
             self.labels: NDArray[np.int64] = index["label"].astype(np.int64)
             self.source_ids: NDArray[np.str_] = index["source_id"]
@@ -109,16 +109,17 @@ class MappedShards:
             gathered[chosen] = self._views[shard][within, flips[chosen].astype(np.int64)]
         return gathered
 
-    def _require_file(self, name: str, size: int | None, sha256: str | None) -> None:
+    def _require_file(self, name: str, size: int | None, sha256: str, read: bool) -> None:
         path = self.folder / name
         repair = "run the same `ditscale encode` again, which rewrites just what is damaged"
         if not path.is_file():
             raise ValueError(f"{path} is missing, but the manifest lists it; {repair}.")
         if size is not None and path.stat().st_size != size:
             raise ValueError(
-                f"{path} is damaged: the manifest says {size} bytes, the file has {path.stat().st_size}; {repair}."
+                f"{path} is damaged: the manifest says {size} bytes, the file has {path.stat().st_size} "
+                f"(sha256 {sha256} expected, {sha256_of(path)} found); {repair}."
             )
-        if sha256 is not None and (found := sha256_of(path)) != sha256:
+        if read and (found := sha256_of(path)) != sha256:
             raise ValueError(f"{path} is damaged: the manifest says sha256 {sha256}, the file has {found}; {repair}.")
 
     def _require_labels(self) -> None:

@@ -1,5 +1,6 @@
 """Where images and labels come from."""
 
+import hashlib
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ class Source(Protocol):
 
     name: str
     class_names: list[str]
+    fingerprint: str  # changes where an image, a label or their order changes
 
     def __len__(self) -> int: ...
 
@@ -37,6 +39,7 @@ class DigitsSource:
         self._images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., np.newaxis]
         self._labels = digits.target
         self.class_names = [str(name) for name in digits.target_names]
+        self.fingerprint = hashlib.sha256(self._images.tobytes() + self._labels.tobytes()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._labels)

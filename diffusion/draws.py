@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 
 class Purpose(IntEnum):
-    """What a stream is for. The numbers are part of the format of a run: never reuse one."""
+    """What a stream is for. The numbers are part of the format of a run: never change or reuse one."""
 
     POSTERIOR = 1
     NOISE = 2
@@ -21,7 +21,6 @@ class Purpose(IntEnum):
     FLIP = 5
     ORDER = 6
     SAMPLING = 7
-    SAMPLE_LABEL = 8
     ENCODING_ORDER = 9
     SPLIT = 10
 

@@ -38,6 +38,18 @@ class Tables(NamedTuple):
     posterior_mean_coef2: NDArray[np.float64]
 
 
+_TABLES_ON_DEVICE = (
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_log_variance_clipped",
+    "log_betas",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+)
+
+
 def make_tables(betas: NDArray[np.float64]) -> Tables:
     """All coefficients from beta_t (equations 4, 6 and 7)."""
     alphas_cumprod: NDArray[np.float64] = np.cumprod(1.0 - betas, dtype=np.float64)
@@ -80,8 +92,9 @@ class GaussianDiffusion(nn.Module):
             betas = _betas_of_subset(betas, kept_steps)
         self.tables = make_tables(betas)
         self.register_buffer("timesteps", torch.from_numpy(kept_steps.astype(np.int64)), persistent=False)
-        for name, table in self.tables._asdict().items():
-            self.register_buffer(f"_{name}", torch.from_numpy(table).float(), persistent=False)
+        for name in _TABLES_ON_DEVICE:
+            table = torch.from_numpy(getattr(self.tables, name)).float()
+            self.register_buffer(f"_{name}", table, persistent=False)
 
     @property
     def num_steps(self) -> int:
@@ -89,7 +102,8 @@ class GaussianDiffusion(nn.Module):
         return len(self.tables.betas)
 
     def respace(self, kept_steps: NDArray[np.int64]) -> "GaussianDiffusion":
-        """The process that visits only ``kept_steps`` of this one's schedule (Nichol & Dhariwal 2021, sec. 4)."""
+        """The process that visits only ``kept_steps`` of the schedule (Nichol & Dhariwal 2021, section 4)."""
+        assert self.num_steps == len(self.schedule.betas()), "a respaced process is not respaced again"
         respaced = GaussianDiffusion(self.schedule, self.variance, kept_steps)
         return respaced.to(self.timesteps.device)
 

@@ -14,13 +14,14 @@ from evaluation.statistics import FeatureStatistics, frechet_distance
 
 
 @dataclass(frozen=True)
-class Protocol:
+class MeasurementProtocol:
     """How a number was measured. Numbers of two protocols are never drawn in one curve."""
 
     sampler: Mapping[str, Any]  # class and arguments
     guidance: Mapping[str, Any]
     num_images: int
-    seed: int
+    sampling_seed: int
+    precision: str  # of the network: fp32 or bf16
     labels: str = "balanced"
 
     def __post_init__(self) -> None:
@@ -36,7 +37,7 @@ class Evaluator:
 
     extractor: FeatureExtractor
     reference: Reference
-    protocol: Protocol
+    protocol: MeasurementProtocol
     batch_size: int  # images of a process at once; changes no number
 
     def evaluate(self, generator: Generator, progress: ProgressBar) -> dict[str, Any]:
@@ -46,15 +47,16 @@ class Evaluator:
         """
         protocol, runtime = self.protocol, generator.runtime
         labels = balanced_labels(protocol.num_images, generator.spec.num_classes)
-        vectors, recognized = [], 0
+        size = len(self.reference.statistics.total)
+        statistics, recognized = FeatureStatistics.empty(size), 0
         with progress("evaluate", 0, protocol.num_images, "img") as bar:
             for indices, images in generator.batches(labels, self.batch_size):
                 features = self.extractor(images)
-                vectors.append(features.vectors)
+                statistics += FeatureStatistics.of(features.vectors)
                 if features.classes is not None:
                     recognized += int((features.classes == labels[indices]).sum())
                 bar.update(len(indices) * runtime.data_world)
-        statistics = FeatureStatistics.of(runtime.gather(np.concatenate(vectors)))
+        statistics = statistics.merged(runtime.gather)
         num_recognized = int(runtime.gather(np.array([recognized])).sum())
         return {
             **self._facts(generator),

@@ -63,6 +63,8 @@ def given_labels(labels: Sequence[int], num_images: int, num_classes: int) -> ND
 
     ``num_classes`` itself is the null class: an unconditional sample.
     """
+    if not labels:
+        raise ValueError(f"labels is empty; give classes from 0 to {num_classes - 1}, or leave it out for all of them.")
     for label in labels:
         if not 0 <= label <= num_classes:
             raise ValueError(

@@ -29,7 +29,7 @@ class _CatchingUpHook:
         if due(state, self._every):
             self.act(state)
 
-    def finish(self, state: TrainState) -> None:
+    def finish(self) -> None:
         """Nothing to do: the last step was due."""
 
     def is_done(self, state: TrainState) -> bool:
@@ -75,13 +75,18 @@ class SampleGridHook(_CatchingUpHook):
 
 
 class EvaluationHook(_CatchingUpHook):
-    """Appends a record to evaluations.jsonl. ``evaluate`` gives its metrics, ``facts`` what never changes."""
+    """Appends a record to evaluations.jsonl.
+
+    ``evaluate`` gives its metrics, ``facts`` what is known of the model after so many images seen, and
+    ``identity`` what tells the hook's own records from those that others append to the file.
+    """
 
     def __init__(
         self,
         every: int | None,
         evaluate: Callable[[], dict[str, Any]],
         facts: Callable[[int], Mapping[str, Any]],
+        identity: Mapping[str, Any],
         folder: RunFolder,
         logger: Logger,
         is_main: bool,
@@ -89,14 +94,16 @@ class EvaluationHook(_CatchingUpHook):
         super().__init__(every)
         self._evaluate = evaluate
         self._facts = facts
+        self._identity = identity
         self._folder = folder
         self._logger = logger
         self._is_main = is_main
 
     def is_done(self, state: TrainState) -> bool:
         """Whether the record exists."""
+        wanted = {**self._identity, "step": state.step}
         records = read_lines(self._folder.evaluations)
-        return any(record["step"] == state.step for record in records)
+        return any(wanted.items() <= record.items() for record in records)
 
     def act(self, state: TrainState) -> None:
         """Evaluate on all processes, write on the main one."""

@@ -22,7 +22,8 @@ PROTOCOL_KEYS = (
     "guidance",
     "num_images",
     "labels",
-    "seed",
+    "sampling_seed",
+    "precision",
     "decoder",
     "reference_hash",
     "feature_extractor_hash",
@@ -36,6 +37,7 @@ COLUMNS = (
     "gmacs",
     "parameters",
     "training_gmacs",
+    "training_seed",
     "step",
     "images_seen",
     "frechet_distance",
@@ -47,7 +49,8 @@ COLUMNS = (
 class Report:
     """What `make_report` found and wrote."""
 
-    rows: list[dict[str, Any]]  # one a run, by rising gmacs, with the keys COLUMNS
+    rows: list[dict[str, Any]]  # one an evaluated run, by rising gmacs, with the keys COLUMNS
+    unevaluated: list[str]  # runs without any evaluation
     correlation: float  # Spearman's, of gmacs and Frechet distance; nan for fewer than 3 runs
     picture: Path
     table: Path
@@ -55,54 +58,60 @@ class Report:
 
 
 def make_report(sweep: Path, out: Path) -> Report:
-    """Write ``fid_vs_gflops.png`` and ``fid_vs_gflops.csv`` from the newest evaluation of each run in ``sweep``.
+    """Write ``fid_vs_gflops.png`` and ``fid_vs_gflops.csv`` from the evaluations of the runs in ``sweep``.
 
-    Raises ValueError where there is no evaluation, or where runs were measured by different protocols.
+    Where runs were measured in several ways, the newest way that all of them share is drawn. Raises ValueError
+    where there is no evaluation, or no shared protocol.
     """
-    records = {folder.name: record for folder in _run_folders(sweep) if (record := _newest(folder))}
-    if not records:
-        raise ValueError(
-            f"There are 0 evaluated runs in {sweep}; train with evaluate_every set, or run "
-            "`ditscale evaluate checkpoint=RUN/checkpoints/step_...` first."
-        )
-    _require_one_protocol(records)
+    if not sweep.is_dir():
+        raise ValueError(f"There is no sweep folder {sweep}; give the folder that holds the runs.")
+    folders = sorted(path.parent for path in sweep.glob("*/config.yaml"))
+    by_run = {folder.name: read_lines(RunFolder(folder).evaluations) for folder in folders}
+    unevaluated = [name for name, records in by_run.items() if not records]
+    records = _of_shared_protocol({name: records for name, records in by_run.items() if records}, sweep)
     rows = [
         {column: name if column == "run" else record[column] for column in COLUMNS} for name, record in records.items()
     ]
     rows.sort(key=lambda row: row["gmacs"])
     any_record = next(iter(records.values()))
     title = f"Frechet distance on {any_record['feature_extractor']}"
-    report = Report(rows, _correlation(rows), out / "fid_vs_gflops.png", out / "fid_vs_gflops.csv", title)
+    picture, table = out / "fid_vs_gflops.png", out / "fid_vs_gflops.csv"
+    report = Report(rows, unevaluated, _correlation(rows), picture, table, title)
     write_bytes(report.table, _csv(rows))
     write_bytes(report.picture, _picture(report, any_record))
     return report
 
 
-def _run_folders(sweep: Path) -> list[Path]:
-    if not sweep.is_dir():
-        raise ValueError(f"There is no sweep folder {sweep}; give the folder that holds the runs.")
-    return sorted(path.parent for path in sweep.glob("*/evaluations.jsonl"))
+def _of_shared_protocol(by_run: dict[str, list[dict[str, Any]]], sweep: Path) -> dict[str, dict[str, Any]]:
+    """One record a run, all measured the same way."""
+    if not by_run:
+        raise ValueError(
+            f"There are 0 evaluated runs in {sweep}; train with evaluate_every set, or run "
+            "`ditscale evaluate checkpoint=RUN` first."
+        )
+    ways = [{_protocol(record): record for record in records} for records in by_run.values()]  # the last of equals
+    shared = set(ways[0]).intersection(*ways)
+    if not shared:
+        raise ValueError(_why_no_curve({name: records[-1] for name, records in by_run.items()}))
+    order = list(ways[0])
+    newest = max(shared, key=lambda way: (ways[0][way]["step"], order.index(way)))
+    return {name: records[newest] for name, records in zip(by_run, ways, strict=True)}
 
 
-def _newest(folder: Path) -> dict[str, Any] | None:
-    records = read_lines(RunFolder(folder).evaluations)
-    return max(records, key=lambda record: record["step"]) if records else None
+def _protocol(record: dict[str, Any]) -> str:
+    return json.dumps([record[key] for key in PROTOCOL_KEYS], sort_keys=True)
 
 
-def _require_one_protocol(records: dict[str, dict[str, Any]]) -> None:
-    names = list(records)
-    for name in names[1:]:
+def _why_no_curve(records: dict[str, dict[str, Any]]) -> str:
+    (first, one), *others = records.items()
+    for name, other in others:
         for key in PROTOCOL_KEYS:
-            first, other = records[names[0]][key], records[name][key]
-            if first != other:
-                raise ValueError(
-                    f"{names[0]} and {name} cannot share a curve: {key} is {_short(first)} in one and "
-                    f"{_short(other)} in the other; evaluate both the same way."
+            if one[key] != other[key]:
+                return (
+                    f"{first} and {name} cannot share a curve: {key} is {json.dumps(one[key])} in one and "
+                    f"{json.dumps(other[key])} in the other; evaluate both the same way with `ditscale evaluate`."
                 )
-
-
-def _short(value: Any) -> str:
-    return json.dumps(value)[:80]
+    return f"The runs {', '.join(records)} share no protocol; evaluate all of them the same way."
 
 
 def _correlation(rows: Sequence[dict[str, Any]]) -> float:

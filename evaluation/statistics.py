@@ -1,6 +1,8 @@
 """Gaussian statistics of features, in float64, and the distance between two of them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,17 @@ class FeatureStatistics:
         """Statistics of [n, D] features."""
         exact = features.astype(np.float64)
         return cls(len(exact), exact.sum(axis=0), exact.T @ exact)
+
+    @classmethod
+    def empty(cls, size: int) -> "FeatureStatistics":
+        """Statistics of no features of dimension ``size``."""
+        return cls(0, np.zeros(size), np.zeros((size, size)))
+
+    def merged(self, gather: Callable[[NDArray[Any]], NDArray[Any]]) -> "FeatureStatistics":
+        """The sum over all processes; ``gather`` concatenates rows of all of them."""
+        counts = gather(np.array([self.count]))
+        totals, outers = gather(self.total[np.newaxis]), gather(self.outer[np.newaxis])
+        return FeatureStatistics(int(counts.sum()), totals.sum(axis=0), outers.sum(axis=0))
 
     def __add__(self, other: "FeatureStatistics") -> "FeatureStatistics":
         return FeatureStatistics(self.count + other.count, self.total + other.total, self.outer + other.outer)

@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launch.check import check_targets, closest
+from launch.check import check_known, check_positive, check_targets, closest
 from launch.progress import make_progress
 from launch.schema import register
 
@@ -39,7 +39,8 @@ def run(job: str, function: JobFunction) -> None:
         if task.error is not None:
             raise task.error
     except KeyboardInterrupt:
-        print(f"ditscale {job}: stopped; the same command continues.", file=sys.stderr)
+        again = "; the same command continues" if job in ("train", "encode") else ""
+        print(f"ditscale {job}: stopped{again}.", file=sys.stderr)
         sys.exit(130)
     except FloatingPointError as error:
         if wants_traceback:
@@ -74,8 +75,10 @@ class _Task:
             self.error = cause
 
     def _run(self, config: DictConfig) -> None:
-        plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+        check_known(config)
+        plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True, enum_to_str=True)  # type: ignore[assignment]
         check_targets(plain)
+        check_positive(plain)
         hydra_config: Any = HydraConfig.get()
         row = OmegaConf.select(hydra_config, "job.num") or 0
         is_main = os.environ.get("RANK", "0") == "0"
@@ -129,6 +132,9 @@ def _explain_override(job: str, message: str) -> str:
     typed = re.search(r"override (\S+?)=.* Value '(.*)' of type '\w+' could not be converted to (\w+)", message)
     if typed is not None:
         return f"{typed.group(1)} is {typed.group(2)!r}, but it must be of type {typed.group(3).lower()}."
+    merged = re.search(r"override (\S+?)=.*? (Value .*|Invalid value.*?)\.? full_key", message)
+    if merged is not None:
+        return f"{merged.group(1)}: {merged.group(2)}."
     found = re.search(r"[Cc]ould not (?:override|append|delete)[^']*'([^']+)'", message)
     if found is None:
         return " ".join(message.split())

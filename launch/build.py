@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 from data.encode import latent_spec
 from data.manifest import LatentSpec, Manifest
 from diffusion.process import GaussianDiffusion
 from diffusion.protocol import Denoiser
 from diffusion.respacing import evenly_spaced
-from evaluation.evaluate import Evaluator, Protocol
+from evaluation.evaluate import Evaluator, MeasurementProtocol
 from evaluation.generate import Generator
 from evaluation.references import make_reference
-from launch.check import check_targets, check_weights_name
+from launch.app import CONF
+from launch.check import check_trusted
 from model.autoencoder import Autoencoder
 from model.dit import DiT
 from model.flops import multiply_adds, num_parameters, training_multiply_adds
@@ -52,11 +54,12 @@ def expected_spec(data: Mapping[str, Any], manifest: Manifest) -> tuple[Autoenco
     return autoencoder, spec
 
 
-def model_facts(model: DiT, images_seen: int, weights: str) -> dict[str, Any]:
+def model_facts(model: DiT, images_seen: int, weights: str, training_seed: int) -> dict[str, Any]:
     """What an evaluation record says of the network. Compute in giga multiply-adds, the paper's Gflops."""
     config = model.config
     return {
         "weights": weights,
+        "training_seed": training_seed,
         "patch_size": config.patch_size,
         "width": config.width,
         "depth": config.depth,
@@ -81,12 +84,18 @@ def build_generator(
     spec: LatentSpec,
     seed: int,
     runtime: Runtime,
+    class_dropout: float,
 ) -> Generator:
     """Images of a network with the ``sampler`` and ``guidance`` of a config.
 
     Raises ValueError for settings that do not fit, before anything is trained or generated.
     """
     evenly_spaced(process.num_steps, config["sampler"]["steps"])  # refuses more steps than were trained
+    if class_dropout == 0 and "scale" in config["guidance"]:
+        raise ValueError(
+            "Guidance needs the null class, but this model is trained with class_dropout 0 and never sees it; use "
+            "diffusion/guidance=none, or train with class_dropout=0.1."
+        )
     guide = build(config["guidance"])
     denoiser = guide(model, num_classes=spec.num_classes, latent_channels=spec.channels)
     sampler = build(config["sampler"])
@@ -96,11 +105,12 @@ def build_generator(
 def build_evaluator(config: Mapping[str, Any]) -> Evaluator:
     """What measures images by the ``evaluation`` of a config; its extractor is made or trained here."""
     settings, data = config["evaluation"], config["data"]
-    protocol = Protocol(
+    protocol = MeasurementProtocol(
         sampler=_named_settings(config["sampler"]),
         guidance=_named_settings(config["guidance"]),
         num_images=settings["num_images"],
-        seed=settings["seed"],
+        sampling_seed=settings["seed"],
+        precision=config["precision"],
     )
     extractor = build(settings["features"])
     reference = make_reference(build(data["source"]), data["image_size"], extractor)
@@ -119,6 +129,8 @@ class LoadedCheckpoint:
     model: DiT
     process: GaussianDiffusion
     autoencoder: Autoencoder
+    class_dropout: float
+    training_seed: int
 
     @classmethod
     def load(cls, where: str, weights: str, runtime: Runtime) -> "LoadedCheckpoint":
@@ -126,28 +138,40 @@ class LoadedCheckpoint:
 
         Raises ValueError for a missing or damaged checkpoint, or one that asks for foreign code.
         """
-        check_weights_name(weights)
         path = _checkpoint_path(Path(where))
         state = read_state_file(path)
         config = state["config"]
-        check_targets(config, trusted_only=True)
+        trusted = _shipped_targets()
+        for section in ("model", "diffusion"):
+            check_trusted(config[section], trusted, f"{section}.")
+        check_trusted(config["data"]["autoencoder"], trusted, "data.autoencoder.")
         model: DiT = build(config["model"])
         load_weights(model, path, weights)
         process: GaussianDiffusion = build(config["diffusion"])
         return cls(
             path=path,
-            run_dir=path.parent.parent,
+            run_dir=path.resolve().parent.parent,
             step=state["step"],
             images_seen=state["step"] * config["batch_size"],
             spec=LatentSpec(**state["spec"]),
             model=runtime.place(model).eval().requires_grad_(False),
             process=runtime.place(process),
             autoencoder=build(config["data"]["autoencoder"]),
+            class_dropout=config["class_dropout"],
+            training_seed=config["seed"],
         )
 
     def generator(self, config: Mapping[str, Any], seed: int, runtime: Runtime) -> Generator:
         """Images of this checkpoint with the job's sampler and guidance."""
-        return build_generator(config, self.model, self.process, self.autoencoder, self.spec, seed, runtime)
+        return build_generator(
+            config, self.model, self.process, self.autoencoder, self.spec, seed, runtime, self.class_dropout
+        )
+
+
+def _shipped_targets() -> frozenset[str]:
+    """What the configs of this project build: all that a checkpoint's config may ask for."""
+    found = (OmegaConf.select(OmegaConf.load(path), "_target_") for path in CONF.rglob("*.yaml"))
+    return frozenset(target for target in found if target is not None)
 
 
 def _checkpoint_path(where: Path) -> Path:

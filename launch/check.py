@@ -3,15 +3,30 @@
 import difflib
 import inspect
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import SchemaError
 
-# Checkpoints carry a config; what it may build is limited to our rooms and PyTorch's optimizers.
-TRUSTED_ROOTS = ("data.", "diffusion.", "evaluation.", "model.", "runtime.", "train.", "torch.optim.")
+POSITIVE = (
+    "total_steps",
+    "batch_size",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "sample_every",
+    "evaluate_every",
+    "num_images",
+    "max_grad_norm",
+    "data.image_size",
+    "data.samples_per_shard",
+    "evaluation.num_images",
+    "evaluation.batch_size",
+)
 
 
 def closest(name: str, candidates: Iterable[str]) -> str:
@@ -20,23 +35,50 @@ def closest(name: str, candidates: Iterable[str]) -> str:
     return f"; did you mean {found[0]!r}?" if found else "."
 
 
-def check_targets(config: Mapping[str, Any], path: str = "", trusted_only: bool = False) -> None:
+def check_known(config: DictConfig, path: str = "") -> None:
+    """Every key of a typed section must be of its schema, also one forced in with ``+``. Raises ValueError."""
+    schema = OmegaConf.get_type(config)
+    names = [field.name for field in fields(schema)] if schema is not None and is_dataclass(schema) else None
+    for key in map(str, config):
+        if names is not None and key not in names:
+            raise ValueError(f"There is no setting '{path}{key}'{closest(key, names)}")
+        if not OmegaConf.is_missing(config, key) and isinstance(config[key], DictConfig):
+            check_known(config[key], f"{path}{key}.")
+
+
+def check_targets(node: Any, path: str = "") -> None:
     """Walk every ``_target_``: each key must be a parameter of it, each scalar of the parameter's type.
 
-    ``trusted_only`` refuses targets outside our rooms, for configs that come out of a file. Raises ValueError
-    with the closest valid name.
+    Raises ValueError with the closest valid name.
     """
-    if "_target_" in config:
-        _check_target(config, path, trusted_only)
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            check_targets(value, f"{path}{key}.", trusted_only)
+    for place, section in _sections(node, path):
+        if "_target_" in section:
+            _check_target(section, place)
 
 
-def _check_target(config: Mapping[str, Any], path: str, trusted_only: bool) -> None:
+def check_trusted(node: Any, trusted: Collection[str], path: str) -> None:
+    """Refuse a config out of a file that would build anything but the ``trusted`` targets. Raises ValueError."""
+    for place, section in _sections(node, path):
+        target = section.get("_target_")
+        if target is not None and target not in trusted:
+            raise ValueError(f"{place}_target_ is {target!r}, which a checkpoint may not ask for; it is not loaded.")
+        if "_args_" in section:
+            raise ValueError(f"{place}_args_ is given, which a checkpoint may not ask for; it is not loaded.")
+
+
+def _sections(node: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every mapping at or below ``node``, in lists too, with its dotted path."""
+    if isinstance(node, Mapping):
+        yield path, node
+        for key, value in node.items():
+            yield from _sections(value, f"{path}{key}.")
+    elif isinstance(node, list):
+        for number, value in enumerate(node):
+            yield from _sections(value, f"{path}{number}.")
+
+
+def _check_target(config: Mapping[str, Any], path: str) -> None:
     name = config["_target_"]
-    if trusted_only and not str(name).startswith(TRUSTED_ROOTS):
-        raise ValueError(f"{path}_target_ is {name!r}, which a checkpoint may not ask for; it is not loaded.")
     try:
         target = get_object(name)
     except Exception as error:  # hydra raises several kinds, ImportError of the target's module among them
@@ -72,11 +114,19 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
         raise ValueError(f"{name} is {value!r}, but {error.errors()[0]['msg'].lower()}.") from error
 
 
+def check_positive(config: Mapping[str, Any]) -> None:
+    """Counts, sizes and intervals of any job must be positive. Raises ValueError with the number."""
+    for name in POSITIVE:
+        value: Any = config
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if value is not None and value <= 0:
+            never = " (null is never)" if name.endswith("_every") else ""
+            raise ValueError(f"{name} is {value}, but it must be positive{never}; set it higher.")
+
+
 def check_train_scalars(config: Mapping[str, Any]) -> None:
     """Run scalars that must fit each other. Raises ValueError with both numbers."""
-    for key in ("total_steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
-        if config[key] < 1:
-            raise ValueError(f"{key} is {config[key]}, but it must be at least 1; set it higher.")
     if config["checkpoint_every"] % config["log_every"]:
         raise ValueError(
             f"checkpoint_every {config['checkpoint_every']} is no multiple of log_every {config['log_every']}, "
@@ -86,9 +136,3 @@ def check_train_scalars(config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"class_dropout is {config['class_dropout']}, but it is a fraction between 0 and 1; the paper uses 0.1."
         )
-
-
-def check_weights_name(weights: str) -> None:
-    """Raises ValueError unless ``weights`` names one of a checkpoint's two sets."""
-    if weights not in ("ema", "model"):
-        raise ValueError(f"weights is {weights!r}, but a checkpoint has 'ema' and 'model'; choose one.")

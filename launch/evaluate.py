@@ -12,8 +12,10 @@ from train.runfolder import RunFolder
 
 def evaluate_job(config: dict[str, Any], progress: ProgressBar) -> None:
     """Generate, measure, append. Prints the record."""
-    runtime: Runtime = build(config["runtime"])
+    runtime: Runtime = build(config["runtime"], precision=config["precision"])
     checkpoint = LoadedCheckpoint.load(config["checkpoint"], config["weights"], runtime)
+    folder = RunFolder(checkpoint.run_dir)
+    folder.read_config()  # refuses a folder that is no run's
     data = config["data"]
     if (data["name"], data["image_size"]) != (checkpoint.spec.source, checkpoint.spec.image_size):
         raise ValueError(
@@ -21,16 +23,15 @@ def evaluate_job(config: dict[str, Any], progress: ProgressBar) -> None:
             f"reference would be {data['name']} at {data['image_size']} px; choose data={checkpoint.spec.source}."
         )
     evaluator = build_evaluator(config)
-    generator = checkpoint.generator(config, evaluator.protocol.seed, runtime)
+    generator = checkpoint.generator(config, evaluator.protocol.sampling_seed, runtime)
     metrics = evaluator.evaluate(generator, progress)
     record = {
         "step": checkpoint.step,
         "images_seen": checkpoint.images_seen,
-        **model_facts(checkpoint.model, checkpoint.images_seen, config["weights"]),
+        **model_facts(checkpoint.model, checkpoint.images_seen, config["weights"], checkpoint.training_seed),
         **metrics,
     }
     if runtime.is_main:
-        folder = RunFolder(checkpoint.run_dir)
         folder.append(folder.evaluations, record)
         print(json.dumps(record, indent=1))
 

@@ -31,6 +31,8 @@ def _text(report: Report) -> str:
         f"{row['run']:40s} {row['gmacs']:14.6f} {row['frechet_distance']:9.1f} {100 * row['recognized_fraction']:9.1f}%"
         for row in report.rows
     ]
+    if report.unevaluated:
+        lines.append(f"Not evaluated, so not in the curve: {', '.join(report.unevaluated)}")
     lines.append(f"Spearman rank correlation of Gflops and distance: {report.correlation:.2f}")
     lines.append(f"{report.picture} and {report.table}")
     return "\n".join(lines)

@@ -1,12 +1,11 @@
 """``ditscale sample``: a checkpoint to a PNG grid and an ADM-format ``.npz``."""
 
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.atomic import write_bytes
+from data.atomic import atomic_file
 from data.progress import ProgressBar
 from evaluation.generate import balanced_labels, given_labels
 from evaluation.grid import save_grid
@@ -19,9 +18,7 @@ GRID_IMAGES = 100  # a picture with more is no longer looked at
 
 def sample_job(config: dict[str, Any], progress: ProgressBar) -> None:
     """Write ``{out}.png`` and ``{out}.npz`` (``arr_0`` uint8 [N, H, W, C], ``arr_1`` int64 labels [N])."""
-    if config["num_images"] < 1:
-        raise ValueError(f"num_images is {config['num_images']}, but it must be at least 1; set it higher.")
-    runtime: Runtime = build(config["runtime"])
+    runtime: Runtime = build(config["runtime"], precision=config["precision"])
     checkpoint = LoadedCheckpoint.load(config["checkpoint"], config["weights"], runtime)
     count, num_classes = config["num_images"], checkpoint.spec.num_classes
     if config["labels"] is None:
@@ -37,15 +34,23 @@ def sample_job(config: dict[str, Any], progress: ProgressBar) -> None:
     images = runtime.gather(_concatenate(parts, checkpoint))
     if not runtime.is_main:
         return
-    name = f"step_{checkpoint.step:08d}-{config['weights']}-seed{config['seed']}"
-    out = Path(config["out"] or checkpoint.run_dir / "samples" / name)
-    content = io.BytesIO()
-    np.savez(content, images, labels)  # numpy names them arr_0 and arr_1, as ADM's evaluator expects
-    write_bytes(out.with_name(out.name + ".npz"), content.getvalue())
+    out = Path(config["out"] or checkpoint.run_dir / "samples" / _name(config, checkpoint.step))
+    with atomic_file(out.with_name(out.name + ".npz")) as file:
+        np.savez(file, images, labels)  # numpy names them arr_0 and arr_1, as ADM's evaluator expects
     shown = images[:GRID_IMAGES]
     columns = min(num_classes if config["labels"] is None else 10, 10, len(shown))
     save_grid(out.with_name(out.name + ".png"), shown, columns)
     print(f"{count} images of {checkpoint.path} ({config['weights']} weights): {out}.npz and {out}.png")
+
+
+def _name(config: dict[str, Any], step: int) -> str:
+    """A file name that says how the images were made."""
+    parts = [f"step_{step:08d}", config["weights"], f"seed{config['seed']}", f"{config['sampler']['steps']}steps"]
+    if "scale" in config["guidance"]:
+        parts.append(f"guidance{config['guidance']['scale']}")
+    if config["labels"] is not None:
+        parts.append("labels" + "_".join(str(label) for label in config["labels"][:10]))
+    return "-".join(parts)
 
 
 def _concatenate(parts: list[np.ndarray], checkpoint: LoadedCheckpoint) -> np.ndarray:

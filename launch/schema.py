@@ -1,17 +1,63 @@
 """Scalars of each job, typed; sections that are built from ``_target_`` are checked by `launch.check`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 
+class Precision(Enum):
+    """Of the network's forward and backward pass; everything else is float32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Weights(Enum):
+    """Which of a checkpoint's weights."""
+
+    ema = "ema"
+    model = "model"
+
+
+@dataclass
+class DataSchema:
+    """Images, and the shards of their latents."""
+
+    source: Any = MISSING
+    autoencoder: Any = MISSING
+    name: str = MISSING
+    image_size: int = MISSING  # pixels
+    flip: bool = MISSING  # train on mirrored images too
+    shards: str = MISSING  # folder
+    samples_per_shard: int = MISSING
+    verify_checksums: bool = MISSING  # read every shard once at the start
+
+
+@dataclass
+class EvaluationSchema:
+    """How samples are measured."""
+
+    features: Any = MISSING
+    num_images: int = MISSING
+    batch_size: int = MISSING  # images of a process at once; changes no number
+    seed: int = MISSING  # of the sampling noise
+
+
+@dataclass
+class ResumeSchema:
+    """What a run may change when it continues."""
+
+    allow: list[str] = field(default_factory=list)  # settings, besides those that are free
+
+
 @dataclass
 class TrainSchema:
     """``ditscale train``. The defaults are the paper's recipe."""
 
-    data: Any = MISSING
+    data: DataSchema = field(default_factory=DataSchema)
     model: Any = MISSING
     diffusion: Any = MISSING
     optimizer: Any = MISSING
@@ -19,20 +65,21 @@ class TrainSchema:
     logger: Any = MISSING
     sampler: Any = MISSING
     guidance: Any = MISSING
-    evaluation: Any = MISSING
+    evaluation: EvaluationSchema = field(default_factory=EvaluationSchema)
     runtime: Any = MISSING
 
     group: str = "dit"  # of runs that are compared with each other
     name: str = "d${model.width}-n${model.depth}-p${model.patch_size}-${hydra:runtime.choices.model/block}-seed${seed}"
     sweep_dir: str = "runs/${group}"
     run_dir: str = "${sweep_dir}/${name}"
+    resume: ResumeSchema = field(default_factory=ResumeSchema)
 
     seed: int = 0  # of weights, order, draws
     total_steps: int = 400_000
     batch_size: int = 256  # global, over all processes
     class_dropout: float = 0.1  # fraction of labels replaced by the null class
     max_grad_norm: float | None = None  # null: gradients are not clipped
-    precision: str = "bf16"  # of the network: fp32 or bf16
+    precision: Precision = Precision.bf16
 
     log_every: int = 100  # steps
     checkpoint_every: int = 10_000  # steps, a multiple of log_every
@@ -45,7 +92,7 @@ class TrainSchema:
 class EncodeSchema:
     """``ditscale encode``."""
 
-    data: Any = MISSING
+    data: DataSchema = field(default_factory=DataSchema)
     seed: int = 0  # of the fixed permutation that mixes classes over shards
     batch_size: int = 64  # images in one call of the autoencoder
 
@@ -58,27 +105,27 @@ class SampleSchema:
     guidance: Any = MISSING
     runtime: Any = MISSING
     checkpoint: str = MISSING  # a run folder (its newest checkpoint) or one checkpoint's folder
-    weights: str = "ema"  # ema or model
+    weights: Weights = Weights.ema
     num_images: int = 80
     labels: list[int] | None = None  # repeated to num_images; null: balanced over all classes
     batch_size: int = 64  # images per process at once; changes no image
     seed: int = 0
     out: str | None = None  # path without ending of the .png and .npz; null: in the run's samples/
-    precision: str = "fp32"
+    precision: Precision = Precision.fp32
 
 
 @dataclass
 class EvaluateSchema:
     """``ditscale evaluate``."""
 
-    data: Any = MISSING
+    data: DataSchema = field(default_factory=DataSchema)
     sampler: Any = MISSING
     guidance: Any = MISSING
-    evaluation: Any = MISSING
+    evaluation: EvaluationSchema = field(default_factory=EvaluationSchema)
     runtime: Any = MISSING
     checkpoint: str = MISSING
-    weights: str = "ema"
-    precision: str = "fp32"
+    weights: Weights = Weights.ema
+    precision: Precision = Precision.fp32
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from data.batches import TrainingBatches
+from data.manifest import Manifest
 from data.prefetch import prefetch
 from data.progress import ProgressBar
 from data.shards import MappedShards
@@ -23,7 +25,7 @@ from model.dit import DiT
 from runtime.protocol import Runtime
 from train.checkpoint import code_version, load_newest, read_state_file
 from train.ema import EMA
-from train.hooks import CheckpointHook, Hook, LogHook, ProgressHook
+from train.hooks import CheckpointHook, Clock, Hook, LogHook, ProgressHook
 from train.loggers import Logger, NoLogger
 from train.loop import train
 from train.runfolder import RunFolder, read_lines
@@ -32,44 +34,42 @@ from train.step import make_step
 
 
 def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
-    """Train, or continue to train, the run in ``run_dir``."""
+    """Train, or continue to train, the run in ``run_dir``. What does not fit is refused before anything is written."""
     check_train_scalars(config)
-    data = config["data"]
-    shards = MappedShards(Path(data["shards"]), data["verify_checksums"])
-    autoencoder, spec = expected_spec(data, shards.manifest)
-    shards.manifest.require(spec, shards.folder)
+    shards_folder = Path(config["data"]["shards"])
+    manifest = Manifest.load(shards_folder)
+    autoencoder, spec = expected_spec(config["data"], manifest)
+    manifest.require(spec, shards_folder)
     config["model"] = fill_model(config["model"], spec)
 
-    runtime: Runtime = build(config["runtime"])
+    runtime: Runtime = build(config["runtime"], precision=config["precision"])
     process = runtime.place(build(config["diffusion"]))
-    batches = _batches(config, shards, autoencoder, process, runtime)
     state = _new_state(config, runtime)
-    seed = config["evaluation"]["seed"]
-    generator = build_generator(config, state.ema.module, process, autoencoder, spec, seed, runtime)
+    generator = build_generator(
+        config,
+        state.ema.module,
+        process,
+        autoencoder,
+        spec,
+        config["evaluation"]["seed"],
+        runtime,
+        config["class_dropout"],
+    )
+    shards = MappedShards(shards_folder, config["data"]["verify_checksums"])
+    batches = _batches(config, shards, autoencoder, process, runtime)
     folder = RunFolder(Path(config["run_dir"]))
-    _claim(folder, config, runtime)
-    _restore(folder, state, shards, runtime)
-
-    model, optimizer = runtime.prepare(state.model, state.optimizer)
-    step = runtime.step(make_step(model, optimizer, state.ema, process, runtime, config["max_grad_norm"]))
-    logger = _logger(config, folder, runtime)
-    facts = {
-        "seed": config["seed"],
-        "config": config,
-        "spec": asdict(spec),
-        "data_manifest_hash": shards.manifest.hash,
-        "code": code_version(),
-    }
-    hooks: list[Hook] = [
-        ProgressHook(progress),
-        LogHook(config["log_every"], folder, logger, runtime),
-        CheckpointHook(config["checkpoint_every"], config["keep_checkpoints"], folder, facts, runtime),
-        SampleGridHook(config["sample_every"], generator, folder, logger),
-        *_evaluation_hooks(config, state.model, generator, folder, logger, progress),
-    ]
-    host_batches = prefetch(batches.from_step(state.step, config["total_steps"]))
-    train(state, step, host_batches, runtime, hooks)
-    logger.finish()
+    with folder.locked() if runtime.is_main else nullcontext():
+        _claim(folder, config, runtime)
+        _restore(folder, state, manifest, config["checkpoint_every"], runtime)
+        logger = _logger(config, folder, runtime)
+        try:
+            model, optimizer = runtime.prepare(state.model, state.optimizer)
+            step = runtime.step(make_step(model, optimizer, state.ema, process, runtime, config["max_grad_norm"]))
+            hooks = _hooks(config, state, generator, manifest, folder, logger, progress)
+            host_batches = prefetch(batches.from_step(state.step, config["total_steps"]))
+            train(state, step, host_batches, runtime, hooks)
+        finally:
+            logger.finish()
     if runtime.is_main:
         print(_summary(folder, state))
 
@@ -107,25 +107,26 @@ def _new_state(config: Mapping[str, Any], runtime: Runtime) -> TrainState:
 def _claim(folder: RunFolder, config: Mapping[str, Any], runtime: Runtime) -> None:
     """The main process makes the folder this run's; then the others check that it is."""
     if runtime.is_main:
-        folder.claim(config)
+        folder.claim(config, config["resume"]["allow"])
     runtime.wait()
-    if not runtime.is_main:
-        folder.claim(config)
 
 
-def _restore(folder: RunFolder, state: TrainState, shards: MappedShards, runtime: Runtime) -> None:
+def _restore(folder: RunFolder, state: TrainState, manifest: Manifest, checkpoint_every: int, runtime: Runtime) -> None:
     """Continue from the newest good checkpoint, and take back what was written after it."""
     path, complaints = load_newest(folder.checkpoints, state)
+    if path is None:
+        folder.require_no_lost_checkpoint(checkpoint_every)
+    else:
+        trained_on = read_state_file(path)["data_manifest_hash"]
+        if trained_on != manifest.hash:
+            raise ValueError(
+                f"The run {folder.path} was trained on shards with manifest {trained_on[:12]}, but data.shards has "
+                f"{manifest.hash[:12]}; give back the old shards or start a new run."
+            )
     if runtime.is_main:
         for complaint in complaints:
             print(f"warning: {complaint} Continuing from step {state.step}.", file=sys.stderr)
-    if path is not None:
-        trained_on = read_state_file(path)["data_manifest_hash"]
-        if trained_on != shards.manifest.hash:
-            raise ValueError(
-                f"The run {folder.path} was trained on shards with manifest {trained_on[:12]}, but those in "
-                f"{shards.folder} have {shards.manifest.hash[:12]}; give back the old shards or start a new run."
-            )
+    runtime.wait()  # every process has read the lines before the main one takes some back
     if runtime.is_main:
         folder.roll_back(state.step)
     runtime.wait()
@@ -140,17 +141,43 @@ def _logger(config: Mapping[str, Any], folder: RunFolder, runtime: Runtime) -> L
     return logger
 
 
-def _evaluation_hooks(
+def _hooks(
+    config: Mapping[str, Any],
+    state: TrainState,
+    generator: Generator,
+    manifest: Manifest,
+    folder: RunFolder,
+    logger: Logger,
+    progress: ProgressBar,
+) -> list[Hook]:
+    """Everything around the steps; an evaluation's extractor and reference are made before training starts."""
+    runtime, clock = generator.runtime, Clock()
+    facts = {
+        "seed": config["seed"],
+        "config": config,
+        "spec": asdict(generator.spec),
+        "data_manifest_hash": manifest.hash,
+        "code": code_version(),
+    }
+    hooks: list[Hook] = [
+        ProgressHook(progress),
+        LogHook(config["log_every"], folder, logger, runtime, clock),
+        CheckpointHook(config["checkpoint_every"], config["keep_checkpoints"], folder, facts, runtime),
+        SampleGridHook(config["sample_every"], generator, folder, logger),
+    ]
+    if config["evaluate_every"] is not None:
+        hooks.append(_evaluation_hook(config, state.model, generator, folder, logger, progress))
+    return [*hooks, clock]
+
+
+def _evaluation_hook(
     config: Mapping[str, Any],
     model: nn.Module,
     generator: Generator,
     folder: RunFolder,
     logger: Logger,
     progress: ProgressBar,
-) -> list[Hook]:
-    """The evaluation, where one is asked for; its extractor and reference are made before training starts."""
-    if config["evaluate_every"] is None:
-        return []
+) -> EvaluationHook:
     evaluator = build_evaluator(config)
     assert isinstance(model, DiT)
 
@@ -158,10 +185,11 @@ def _evaluation_hooks(
         return evaluator.evaluate(generator, progress)
 
     def facts(images_seen: int) -> dict[str, Any]:
-        return model_facts(model, images_seen, "ema")
+        return model_facts(model, images_seen, "ema", config["seed"])
 
+    identity = {"weights": "ema", **asdict(evaluator.protocol)}
     every, is_main = config["evaluate_every"], generator.runtime.is_main
-    return [EvaluationHook(every, measure, facts, folder, logger, is_main)]
+    return EvaluationHook(every, measure, facts, identity, folder, logger, is_main)
 
 
 def _summary(folder: RunFolder, state: TrainState) -> str:

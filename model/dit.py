@@ -1,14 +1,17 @@
 """The Diffusion Transformer (Peebles & Xie, arXiv 2212.09748, section 3.2)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from model.blocks import AdaLNZeroBlock, AdaptiveFinalLayer, Block, initialize_linears
+from model.attention import initialize_linears
+from model.blocks import AdaLNZeroBlock, Block
 from model.embeddings import TimestepEmbedding, position_embedding_2d
+
+BlockFactory = Callable[[int, int], Block]  # (width, num_heads) -> block
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,15 @@ class DiTConfig:
     depth: int  # N, number of blocks
     num_heads: int
     num_classes: int  # without the null class, which has index num_classes
-    block: Callable[..., nn.Module] = AdaLNZeroBlock  # (width, num_heads) -> Block
+    block: BlockFactory = AdaLNZeroBlock
     learn_sigma: bool = True  # 2c output channels: noise, then variance logits
 
     def __post_init__(self) -> None:
         for name in ("latent_size", "channels", "patch_size", "width", "depth", "num_heads", "num_classes"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(
+                    f"model.{name} is {getattr(self, name)!r}, but it must be one whole number: latents are square."
+                )
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}, but it must be at least 1; set it higher.")
         if self.latent_size % self.patch_size:
@@ -69,7 +76,7 @@ class DiT(nn.Module):
         depth: int,
         num_heads: int,
         num_classes: int,
-        block: Callable[..., nn.Module] = AdaLNZeroBlock,
+        block: BlockFactory = AdaLNZeroBlock,
         learn_sigma: bool = True,
     ) -> None:
         super().__init__()
@@ -82,8 +89,13 @@ class DiT(nn.Module):
         positions = position_embedding_2d(width, latent_size // patch_size)
         self.register_buffer("position_embedding", positions, persistent=False)
         self.blocks = nn.ModuleList([block(width, num_heads) for _ in range(depth)])
-        self.final_layer = AdaptiveFinalLayer(width, config.out_channels * patch_size**2)
+        self.final_layer = self.block_list[0].final_layer(width, config.out_channels * patch_size**2)
         self.initialize(0)
+
+    @property
+    def block_list(self) -> list[Block]:
+        """The blocks, from the first to the last."""
+        return cast(list[Block], list(self.blocks))
 
     def initialize(self, seed: int) -> None:
         """Draw the weights anew from one generator seeded with ``seed`` (released code's scheme).
@@ -101,7 +113,7 @@ class DiT(nn.Module):
             self.timestep_embedding.output.weight,
         ):
             nn.init.normal_(table, std=0.02, generator=generator)
-        for block in cast(Iterable[Block], self.blocks):
+        for block in self.block_list:
             block.initialize()
         self.final_layer.initialize()
 
@@ -109,12 +121,24 @@ class DiT(nn.Module):
         """Predict the noise, and the variance logits where they are learned.
 
         [B, c, h, w] float, [B] int64 or float, [B] int64 in [0, num_classes] -> [B, 2c or c, h, w].
+        Raises ValueError for latents of another shape than the config's.
         """
+        self._require_shape(x_t)
         tokens = self.patch_embedding(self._patchify(x_t)) + self.position_embedding
         condition = torch.stack([self.timestep_embedding(t), self.label_embedding(label)], dim=1)
+        tokens = self.block_list[0].enter(tokens, condition)
         for block in self.blocks:
             tokens = block(tokens, condition)
+        tokens = self.block_list[-1].leave(tokens)
         return self._unpatchify(self.final_layer(tokens, condition))
+
+    def _require_shape(self, latent: Tensor) -> None:
+        expected = (self.config.channels, self.config.latent_size, self.config.latent_size)
+        if latent.shape[1:] != expected:
+            raise ValueError(
+                f"The latent has shape {tuple(latent.shape[1:])}, but this model was built for {expected}; "
+                "build one of that size (latents are square)."
+            )
 
     def _patchify(self, latent: Tensor) -> Tensor:
         """[B, c, h, w] -> [B, T, c p p], the layout of a convolution's weight."""

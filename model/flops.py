@@ -5,13 +5,10 @@ FLOPs are twice that. Counted: patch embedding, timestep MLP, attention with sco
 modulation, final layer. Not counted: additions of biases and residuals, norms, activations, look-ups.
 """
 
-from collections.abc import Iterable
 from dataclasses import fields
-from typing import cast
 
 import torch
 
-from model.blocks import Block
 from model.dit import DiT, DiTConfig
 
 # A backward pass costs about twice the forward pass (paper, section 5, "training compute").
@@ -29,7 +26,7 @@ def multiply_adds(config: DiTConfig) -> int:
     model = _shape_only(config)
     tokens = config.num_tokens
     patch_embedding = tokens * model.patch_embedding.in_features * config.width
-    blocks = sum(block.multiply_adds(tokens) for block in cast(Iterable[Block], model.blocks))
+    blocks = sum(block.multiply_adds(tokens) for block in model.block_list)
     return patch_embedding + model.timestep_embedding.multiply_adds() + blocks + model.final_layer.multiply_adds(tokens)
 
 

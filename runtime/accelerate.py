@@ -27,8 +27,8 @@ class AccelerateRuntime:
 
     def __init__(
         self,
+        precision: Literal["fp32", "bf16"],
         device: Literal["auto", "cpu", "cuda"] = "auto",
-        precision: Literal["fp32", "bf16"] = "fp32",
         num_threads: int | None = None,
     ) -> None:
         has_cuda = torch.cuda.is_available()
@@ -110,6 +110,8 @@ class AccelerateRuntime:
         """A barrier."""
         self._accelerator.wait_for_everyone()
 
-    def state_for_save(self, module: nn.Module) -> dict[str, Tensor]:
-        """Copies on the host; every replica has the full state."""
-        return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+    def state_for_save(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies on the host of the main process; every replica has the full state."""
+        if not self.is_main:
+            return {}
+        return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}

@@ -62,6 +62,9 @@ class Runtime(Protocol):
         """Return when every process has arrived."""
         ...
 
-    def state_for_save(self, module: nn.Module) -> dict[str, Tensor]:
-        """Full, replica-independent copies on the host. Every replica must call it."""
+    def state_for_save(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Full, replica-independent copies on the host of the main process, nothing elsewhere.
+
+        Every replica must call it.
+        """
         ...

@@ -54,6 +54,7 @@ class PatternSource:
 
     def __init__(self, count: int = 50, size: int = 8, num_classes: int = 5, bad_label_at: int | None = None) -> None:
         self.class_names = [f"class {number}" for number in range(num_classes)]
+        self.fingerprint = f"{count} {size} {num_classes} {bad_label_at}"
         self._count, self._size, self._bad = count, size, bad_label_at
 
     def __len__(self) -> int:

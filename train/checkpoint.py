@@ -20,6 +20,7 @@ from runtime.protocol import Runtime
 from train.state import TrainState, load_optimizer_tensors, optimizer_tensors
 
 FORMAT_VERSION = 1
+REQUIRED_KEYS = ("step", "seed", "config", "spec", "data_manifest_hash", "sha256")
 _FOLDER_NAME = re.compile(r"step_(\d{8})")
 
 
@@ -29,9 +30,9 @@ def save_checkpoint(folder: Path, state: TrainState, facts: Mapping[str, Any], r
     ``facts`` are JSON values that identify the run: seed, config, data manifest hash, code version.
     """
     tensors = {
-        "model": runtime.state_for_save(state.model),
-        "ema": runtime.state_for_save(state.ema.module),
-        "optimizer": optimizer_tensors(state.model, state.optimizer),
+        "model": runtime.state_for_save(state.model.state_dict()),
+        "ema": runtime.state_for_save(state.ema.module.state_dict()),
+        "optimizer": runtime.state_for_save(optimizer_tensors(state.model, state.optimizer)),
     }
     if runtime.is_main:
         with atomic_folder(folder / f"step_{state.step:08d}") as aside:
@@ -57,6 +58,9 @@ def read_state_file(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
         version = content["format_version"]
+        absent = [key for key in REQUIRED_KEYS if key not in content]
+        if absent:
+            raise ValueError(f"it has no {absent[0]}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"The checkpoint {path} cannot be read: state.json is missing or damaged ({error}); "

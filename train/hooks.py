@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data.progress import ProgressBar
 from runtime.protocol import Runtime
-from train.checkpoint import save_checkpoint
+from train.checkpoint import list_checkpoints, save_checkpoint
 from train.loggers import Logger
 from train.runfolder import RunFolder
 from train.state import TrainState
@@ -28,8 +28,8 @@ class Hook(Protocol):
         """After each step; metrics are scalars on the device."""
         ...
 
-    def finish(self, state: TrainState) -> None:
-        """After the last step."""
+    def finish(self) -> None:
+        """After the last step, or after an exception."""
         ...
 
 
@@ -55,27 +55,51 @@ class ProgressHook:
         """One step further."""
         self._bar.update(1)
 
-    def finish(self, state: TrainState) -> None:
+    def finish(self) -> None:
         """Close the bar."""
         self._stack.close()
+
+
+class Clock:
+    """Measures the time between log steps without what other hooks do there: it is the last hook."""
+
+    def __init__(self) -> None:
+        self._since = 0.0
+        self._read = False
+
+    def start(self, state: TrainState) -> None:
+        """Start, after whatever other hooks did before the first step."""
+        self._since = time.perf_counter()
+
+    def __call__(self, state: TrainState, metrics: Mapping[str, Tensor]) -> None:
+        """Start again where the time was read at this step."""
+        if self._read:
+            self._since, self._read = time.perf_counter(), False
+
+    def read(self) -> float:
+        """Seconds since the last start; the next interval begins when this step's hooks are through."""
+        self._read = True
+        return time.perf_counter() - self._since
+
+    def finish(self) -> None:
+        """Nothing to do."""
 
 
 class LogHook:
     """Means over the last ``every`` steps, as one line of metrics.jsonl and to the logger.
 
-    ``metrics.jsonl`` holds only what the config determines; times go to ``timing.jsonl``, without the first
-    step of each interval, which may wait for another hook or for a compiler. Raises
+    ``metrics.jsonl`` holds only what the config determines; times go to ``timing.jsonl``. Raises
     FloatingPointError at the first mean that is not finite, which keeps later checkpoints from being written.
     """
 
-    def __init__(self, every: int, folder: RunFolder, logger: Logger, runtime: Runtime) -> None:
+    def __init__(self, every: int, folder: RunFolder, logger: Logger, runtime: Runtime, clock: Clock) -> None:
         self._every = every
         self._folder = folder
         self._logger = logger
         self._runtime = runtime
+        self._clock = clock
         self._sums: dict[str, Tensor] = {}
         self._count = 0
-        self._since = 0.0
 
     def start(self, state: TrainState) -> None:
         """Nothing to do."""
@@ -87,21 +111,15 @@ class LogHook:
             torch._foreach_add_(list(self._sums.values()), [metrics[name] for name in self._sums])
         else:
             self._sums = {name: value.clone() for name, value in metrics.items()}
-            self._since = time.perf_counter()
         self._count += 1
         if due(state, self._every):
             self._log(state)
 
     def _log(self, state: TrainState) -> None:
         means = self._runtime.fetch({name: total / self._count for name, total in self._sums.items()})
-        step_time_sec = (time.perf_counter() - self._since) / max(1, self._count - 1)
+        step_time_sec = self._clock.read() / self._count
+        self._require_finite(means, state)
         self._sums, self._count = {}, 0
-        for name, value in means.items():
-            if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"{name} is {value} between the steps {state.step - self._every} and {state.step}; the "
-                    f"last good checkpoint is kept in {self._folder.checkpoints}."
-                )
         progress = {"step": state.step, "images_seen": state.images_seen}
         timing = {"step_time_sec": step_time_sec, "images_per_sec": state.batch_size / step_time_sec}
         if self._runtime.is_main:
@@ -109,7 +127,17 @@ class LogHook:
             self._folder.append(self._folder.timing, {**progress, **timing})
             self._logger.log({**progress, **means, **timing})
 
-    def finish(self, state: TrainState) -> None:
+    def _require_finite(self, means: Mapping[str, float], state: TrainState) -> None:
+        for name, value in means.items():
+            if not math.isfinite(value):
+                kept = list_checkpoints(self._folder.checkpoints)
+                raise FloatingPointError(
+                    f"{name} is {value} between the steps {state.step - self._count} and {state.step} "
+                    f"({f'the last good checkpoint is {kept[-1]}' if kept else 'there is no checkpoint yet'}); the "
+                    "same command would diverge again: lower optimizer.lr or set max_grad_norm."
+                )
+
+    def finish(self) -> None:
         """Nothing is left: the last step is always logged."""
 
 
@@ -140,5 +168,5 @@ class CheckpointHook:
             if self._runtime.is_main:
                 self._folder.retain_checkpoints(self._keep)
 
-    def finish(self, state: TrainState) -> None:
+    def finish(self) -> None:
         """Nothing to do: the last step was saved."""

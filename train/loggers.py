@@ -1,12 +1,14 @@
 """Where scalars and pictures go besides the run folder."""
 
-import hashlib
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import wandb
+
+from data.atomic import write_bytes
 
 
 class Logger(Protocol):
@@ -51,9 +53,9 @@ class NoLogger:
 class WandbLogger:
     """Weights & Biases: online where the user is logged in, else offline files in ``folder``.
 
-    ``WANDB_MODE`` overrides that choice. The same folder continues the same wandb run, whose axis is the
-    logged ``step``, so lines that are logged again after a restart do no harm. The run is opened at the
-    first thing to log, so that a finished run that is started again leaves nothing behind.
+    ``WANDB_MODE`` overrides that choice. The same folder continues the same wandb run (its id is kept in
+    ``wandb/id``), whose axis is the logged ``step``, so lines that are logged again after a restart do no harm.
+    The run is opened at the first thing to log, so that a finished run that is started again leaves nothing.
     """
 
     def __init__(self, folder: Path, project: str, group: str, name: str, config: Mapping[str, Any], job: str) -> None:
@@ -65,7 +67,6 @@ class WandbLogger:
             "job_type": job,
             "config": dict(config),
         }
-        self._id = hashlib.sha256(f"{folder.resolve()}/{name}/{job}".encode()).hexdigest()[:16]
         self._opened: wandb.Run | None = None
 
     def _run(self) -> "wandb.Run":
@@ -73,10 +74,10 @@ class WandbLogger:
             mode = os.environ.get("WANDB_MODE")
             if mode is None:
                 mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
-            self._folder.mkdir(parents=True, exist_ok=True)
             self._opened = wandb.init(
                 **self._settings,
-                id=self._id,
+                id=self._id(),
+                reinit="create_new",  # a sweep's runs may share a process
                 resume="allow" if mode == "online" else None,
                 mode=mode,  # type: ignore[arg-type]  # wandb refuses what it does not know
                 dir=self._folder,
@@ -84,6 +85,12 @@ class WandbLogger:
             )
             self._opened.define_metric("*", step_metric="step")
         return self._opened
+
+    def _id(self) -> str:
+        path = self._folder / "wandb/id"
+        if not path.exists():
+            write_bytes(path, secrets.token_hex(8).encode())
+        return path.read_text(encoding="utf-8")
 
     def log(self, scalars: Mapping[str, Any]) -> None:
         """One row of history."""

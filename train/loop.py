@@ -20,12 +20,14 @@ def train(
     Hooks start before the first batch, also in a run that has nothing left to do: one that was killed
     between its last step and its last hook then catches up.
     """
-    for hook in hooks:
-        hook.start(state)
-    for batch in runtime.feed(host_batches):
-        metrics = step(batch)
-        state.advance()
+    try:
         for hook in hooks:
-            hook(state, metrics)
-    for hook in hooks:
-        hook.finish(state)
+            hook.start(state)
+        for batch in runtime.feed(host_batches):
+            metrics = step(batch)
+            state.advance()
+            for hook in hooks:
+                hook(state, metrics)
+    finally:
+        for hook in hooks:
+            hook.finish()

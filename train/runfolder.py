@@ -2,17 +2,40 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
-from data.atomic import append_line, write_bytes
+from data.atomic import append_line, remove_leftovers, write_bytes
 from train.checkpoint import list_checkpoints
 
-# Sections that change no result beyond float rounding: a run may continue on other hardware or loggers.
-FREE_SECTIONS = frozenset({"runtime", "logger", "run_dir", "sweep_dir", "name", "group", "progress"})
+# Settings that change neither weights nor losses beyond float rounding. A run may continue with others of these.
+FREE_SETTINGS = frozenset(
+    {
+        "runtime",
+        "logger",
+        "run_dir",
+        "sweep_dir",
+        "name",
+        "group",
+        "resume",
+        "sampler",
+        "guidance",
+        "evaluation",
+        "sample_every",
+        "evaluate_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "data.shards",
+        "data.source",
+        "data.samples_per_shard",
+        "data.verify_checksums",
+    }
+)
 
 
 class RunFolder:
@@ -35,17 +58,37 @@ class RunFolder:
         """Where the sample grid of a step lies."""
         return self.samples / f"step_{step:08d}.png"
 
-    def claim(self, config: Mapping[str, Any]) -> None:
-        """Make this the folder of ``config``, or find that it is. Raises ValueError where it holds another."""
-        if not self.config.exists():
-            write_bytes(self.config, yaml.safe_dump(dict(config), sort_keys=False).encode())
-            return
-        differences = _differences(self.read_config(), config)
-        if differences:
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other jobs from training here. Raises ValueError where one does; a killed job holds no lock."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
             raise ValueError(
-                f"The run folder {self.path} already holds another config: {'; '.join(differences)}; "
-                "set run_dir to another folder, or give the same settings to continue that run."
-            )
+                f"Another process is training in {self.path}; wait for it, or give this run its own name=..."
+            ) from error
+        try:
+            remove_leftovers(self.checkpoints)
+            yield
+        finally:
+            lock.release()
+
+    def claim(self, config: Mapping[str, Any], allowed: Iterable[str] = ()) -> None:
+        """Make this the folder of ``config``, or find that it is; the newest free settings are kept.
+
+        ``allowed`` names further settings that may change. Raises ValueError where a folder with checkpoints
+        holds another config.
+        """
+        if self.config.exists() and list_checkpoints(self.checkpoints):
+            differences = _differences(self.read_config(), config, FREE_SETTINGS | set(allowed))
+            if differences:
+                raise ValueError(
+                    f"The run folder {self.path} already holds another config: {'; '.join(differences)}; give this "
+                    "run its own name=..., or the same settings to continue, or name them in resume.allow=[...]."
+                )
+        write_bytes(self.config, yaml.safe_dump(dict(config), sort_keys=False).encode())
 
     def read_config(self) -> dict[str, Any]:
         """The resolved config. Raises ValueError where it cannot be read."""
@@ -61,11 +104,20 @@ class RunFolder:
         """Add one JSON line to a file of this folder."""
         append_line(file, json.dumps(dict(record)))
 
+    def require_no_lost_checkpoint(self, checkpoint_every: int) -> None:
+        """For a run that finds no checkpoint: raise ValueError where its lines say that there was one."""
+        last = max((line["step"] for line in read_lines(self.metrics)), default=0)
+        if last > checkpoint_every:
+            raise ValueError(
+                f"{self.path} has results up to step {last} but no checkpoint to continue from; put its checkpoints "
+                "back, or move the folder away to train anew."
+            )
+
     def roll_back(self, step: int) -> None:
         """Drop lines of steps after ``step``, and a last line that a crash cut short."""
         for file in (self.metrics, self.timing, self.evaluations):
             if file.exists():
-                kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _is_until(line, step)]
+                kept = [json.dumps(line) for line in read_lines(file) if line["step"] <= step]
                 write_bytes(file, "".join(line + "\n" for line in kept).encode())
 
     def retain_checkpoints(self, keep: int) -> None:
@@ -75,30 +127,33 @@ class RunFolder:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Records of a JSON-lines file; none where it does not exist. A last line cut by a crash is left out."""
+    """Records of a JSON-lines file; none where it does not exist. A last line cut by a crash is left out.
+
+    Raises ValueError that names the file and line where another line is damaged.
+    """
     if not file.exists():
         return []
-    lines = file.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is empty or cut
+    records = []
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last newline is empty or cut
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            records.append({**record, "step": int(record["step"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"Line {number} of {file} is damaged ({error}); remove that line.") from error
+    return records
 
 
-def _is_until(line: str, step: int) -> bool:
-    try:
-        return bool(json.loads(line)["step"] <= step)
-    except (ValueError, KeyError, TypeError):
-        return False
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Sentences "key is A there and B now", for keys outside the free sections."""
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Iterable[str], prefix: str = "") -> list[str]:
+    """Sentences "key is A there and B now", for settings that are not free."""
     found = []
     for key in [*old, *(key for key in new if key not in old)]:
         name = f"{prefix}{key}"
-        if not prefix and key in FREE_SECTIONS:
+        if name in free:
             continue
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found += _differences(before, after, f"{name}.")
+            found += _differences(before, after, free, f"{name}.")
         elif before != after:
             found.append(f"{name} is {before!r} there and {after!r} now")
     return found

@@ -35,12 +35,12 @@ class TrainState:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state keyed ``{parameter name}/{quantity}``, on the host.
+    """The optimizer's state keyed ``{parameter name}/{quantity}``.
 
     Names, not indices: independent of the runtime and of parameter groups.
     """
     return {
-        f"{name}/{quantity}": value.detach().cpu().clone()
+        f"{name}/{quantity}": value
         for name, parameter in model.named_parameters()
         for quantity, value in optimizer.state.get(parameter, {}).items()
     }

@@ -1,5 +1,6 @@
 """Every mistake of a user is one sentence and exit code 2."""
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ from launch import cli
 
 def fails(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> str:
     """Run the command in this process; returns the sentence after 'error:'."""
-    monkeypatch.setattr(sys, "argv", ["ditscale", *arguments])
+    # Where a mistake is overlooked, the run that starts is a short one.
+    short = ["total_steps=1"] if arguments[0] == "train" and "total_steps" not in " ".join(arguments) else []
+    monkeypatch.setattr(sys, "argv", ["ditscale", *arguments[:1], *short, *arguments[1:]])
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     with pytest.raises(SystemExit) as stopped:
         cli.main()
@@ -36,14 +39,22 @@ def fails(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.C
         (["train", "total_steps=abc"], "total_steps is 'abc', but it must be of type integer"),
         (["train", "model.width=abc"], "model.width is 'abc', but input should be a valid integer"),
         (["train", "optimizer.lr=abc"], "optimizer.lr is 'abc'"),
-        (["train", "precision=fp16"], "runtime.precision is 'fp16', but input should be 'fp32' or 'bf16'"),
-        (["train", "total_steps=0"], "total_steps is 0, but it must be at least 1"),
+        (["train", "precision=fp16"], "precision: Invalid value 'fp16', expected one of [fp32, bf16]"),
+        (["train", "total_steps=0"], "total_steps is 0, but it must be positive"),
         (["train", "checkpoint_every=150"], "checkpoint_every 150 is no multiple of log_every 100"),
         (["train", "class_dropout=2"], "class_dropout is 2.0"),
         (["sample"], "checkpoint is missing"),
         (["sample", "checkpoint=nowhere"], "no checkpoint folder nowhere"),
         (["sample", "checkpoint=x", "num_images=0"], "num_images is 0"),
-        (["sample", "checkpoint=x", "weights=emma"], "weights is 'emma'"),
+        (["train", "sample_every=0"], "sample_every is 0, but it must be positive (null is never)"),
+        (["train", "max_grad_norm=-1"], "max_grad_norm is -1.0, but it must be positive"),
+        (["train", "evaluation.batch_size=0"], "evaluation.batch_size is 0, but it must be positive"),
+        (["train", "+data.flipp=true"], "no setting 'data.flipp'; did you mean 'flip'?"),
+        (["train", "data.flip=ture"], "data.flip: Value 'ture' is not a valid bool"),
+        (["train", "model.width=null"], "model.width is None, but it must be one whole number"),
+        (["encode", "batch_size=0"], "batch_size is 0, but it must be positive"),
+        (["encode", "data.image_size=abc"], "data.image_size is 'abc', but it must be of type integer"),
+        (["sample", "checkpoint=x", "weights=emma"], "weights: Invalid value 'emma', expected one of [ema, model]"),
         (["report", "sweep=nowhere"], "no sweep folder nowhere"),
         (["encode", "data.image_size=16", "data.shards=new"], "is 8x8, but data.image_size is 16"),
         (["train", "runtime.device=cuda"], "PyTorch sees 0 GPUs"),
@@ -80,6 +91,7 @@ def test_a_mistake_on_the_command_line_is_one_sentence(
         ("sampler.steps=1001", "sampler.steps is 1001, but the process was trained with 1000 steps"),
         ("ema.decay=1.0", "ema.decay is 1.0"),
         ("seed=-1", "seed is -1"),
+        ("class_dropout=0 diffusion/guidance=classifier_free", "this model is trained with class_dropout 0"),
     ],
 )
 def test_a_config_that_does_not_fit_is_one_sentence(
@@ -91,7 +103,24 @@ def test_a_config_that_does_not_fit_is_one_sentence(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert words in fails(["train", *TINY_RUN, f"data.shards={digits}", override], monkeypatch, capfd)
+    assert words in fails(["train", *TINY_RUN, f"data.shards={digits}", *override.split()], monkeypatch, capfd)
+
+
+def test_a_missing_or_cut_shard_stops_training_with_one_sentence(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shards = tmp_path / "shards"
+    shutil.copytree(digits, shards)
+    cut = shards / "shard-000001.tar"
+    cut.write_bytes(cut.read_bytes()[:512])
+    sentence = fails(["train", *TINY_RUN, f"data.shards={shards}"], monkeypatch, capfd)
+    assert re.search(
+        r"shard-000001.tar is damaged: .*the file has 512 \(sha256 \w{64} expected, \w{64} found\)", sentence
+    )
+    cut.unlink()
+    sentence = fails(["train", *TINY_RUN, f"data.shards={shards}"], monkeypatch, capfd)
+    assert "shard-000001.tar is missing, but the manifest lists it; run the same `ditscale encode` again" in sentence
 
 
 def test_a_damaged_shard_stops_training_with_one_sentence(

@@ -22,15 +22,19 @@ from diffusion.samplers import ddpm
 from diffusion.schedules import LinearSchedule
 from diffusion.variances import LearnedRangeVariance
 from evaluation.classifier import ClassifierFeatures
-from evaluation.evaluate import Evaluator, Protocol
+from evaluation.evaluate import Evaluator, MeasurementProtocol
 from evaluation.features import Features
 from evaluation.generate import Generator, balanced_labels, given_labels
 from evaluation.grid import save_grid
+from evaluation.hooks import EvaluationHook
 from evaluation.references import make_reference
 from evaluation.report import make_report
 from evaluation.statistics import FeatureStatistics, frechet_distance
 from model.autoencoder import IdentityAutoencoder
 from runtime.accelerate import AccelerateRuntime
+from train.loggers import NoLogger
+from train.runfolder import RunFolder
+from train.state import TrainState
 
 RANDOM = np.random.default_rng(0)
 
@@ -80,7 +84,7 @@ def test_distance_of_rank_deficient_covariances_is_the_closed_form() -> None:
 def test_statistics_of_parts_add_up_to_the_whole(cuts: list[int]) -> None:
     sample = features(200, 6).astype(np.float32)
     whole = FeatureStatistics.of(sample)
-    merged = FeatureStatistics(0, np.zeros(6), np.zeros((6, 6)))
+    merged = FeatureStatistics.empty(6)
     for part in np.split(sample, sorted(cuts)):
         merged += FeatureStatistics.of(part)
     assert merged.count == 200
@@ -100,7 +104,7 @@ def generator() -> Generator:
     def ten_steps(*inputs: Any) -> torch.Tensor:
         return ddpm(*inputs, steps=10)
 
-    runtime = AccelerateRuntime(device="cpu")
+    runtime = AccelerateRuntime("fp32", device="cpu")
     return Generator(golden_model()[0].eval(), process, IdentityAutoencoder(4), ten_steps, spec, 0, runtime)
 
 
@@ -165,14 +169,14 @@ def test_evaluation_records_its_protocol_and_recounts(tmp_path: Path) -> None:
     own = np.concatenate([images for _, images in make.batches(labels, 30)])
     found = extractor(own)
     reference = type(reference)("own", "hash", FeatureStatistics.of(found.vectors), 0.0)
-    protocol = Protocol({"name": "ddpm", "steps": 10}, {"name": "unguided"}, 30, 0)
+    protocol = MeasurementProtocol({"name": "ddpm", "steps": 10}, {"name": "unguided"}, 30, 0, "fp32")
     record = Evaluator(extractor, reference, protocol, 7).evaluate(make, silent_progress)
     assert record["frechet_distance"] < 1e-2 * np.trace(FeatureStatistics.of(found.vectors).covariance)
     assert found.classes is not None
     assert record["recognized_fraction"] == pytest.approx((found.classes == labels).mean(), abs=0.04)
     assert (record["num_images"], record["sampler"]) == (30, {"name": "ddpm", "steps": 10})
     with pytest.raises(ValueError, match="num_images is 1, but a covariance needs at least 2"):
-        Protocol({}, {}, 1, 0)
+        MeasurementProtocol({}, {}, 1, 0, "fp32")
 
 
 def test_a_grid_shows_each_image_in_its_place(tmp_path: Path) -> None:
@@ -203,7 +207,9 @@ def record_of(width: int, distance: float, **changes: Any) -> dict[str, Any]:
         "guidance": {"name": "unguided"},
         "num_images": 2000,
         "labels": "balanced",
-        "seed": 0,
+        "sampling_seed": 0,
+        "training_seed": 0,
+        "precision": "fp32",
         "frechet_distance": distance,
         "frechet_distance_of_real_resample": 2.0,
         "recognized_fraction": 0.9,
@@ -213,6 +219,7 @@ def record_of(width: int, distance: float, **changes: Any) -> dict[str, Any]:
 
 def write_run(sweep: Path, name: str, *records: dict[str, Any]) -> None:
     (sweep / name).mkdir(parents=True)
+    (sweep / name / "config.yaml").write_text("seed: 0")
     (sweep / name / "evaluations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
@@ -235,6 +242,43 @@ def test_runs_measured_differently_share_no_curve(tmp_path: Path, change: dict[s
     write_run(tmp_path, "b", record_of(32, 20.0, **change))
     with pytest.raises(ValueError, match=f"cannot share a curve: {next(iter(change))} is"):
         make_report(tmp_path, tmp_path / "report")
+
+
+def test_evaluating_both_runs_the_same_way_brings_the_curve_back(tmp_path: Path) -> None:
+    write_run(tmp_path, "a", record_of(16, 40.0), record_of(16, 44.0, num_images=100))
+    write_run(tmp_path, "b", record_of(32, 20.0, num_images=100), record_of(32, 24.0, guidance={"scale": 2}))
+    write_run(tmp_path, "unfinished")
+    report = make_report(tmp_path, tmp_path / "report")
+    assert [row["frechet_distance"] for row in report.rows] == [44.0, 20.0]
+    assert report.unevaluated == ["unfinished"]
+
+
+def test_the_last_of_equal_evaluations_counts(tmp_path: Path) -> None:
+    write_run(tmp_path, "a", record_of(16, 40.0), record_of(16, 41.0))
+    assert make_report(tmp_path, tmp_path / "report").rows[0]["frechet_distance"] == 41.0
+
+
+def test_a_killed_run_makes_up_for_the_evaluation_that_it_owed(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    calls: list[int] = []
+
+    def measure() -> dict[str, Any]:
+        calls.append(1)
+        return {"num_images": 7, "frechet_distance": 1.0}
+
+    def hook() -> EvaluationHook:
+        identity = {"weights": "ema", "num_images": 7}
+        return EvaluationHook(2, measure, lambda _: {"weights": "ema"}, identity, folder, NoLogger(), True)
+
+    state = TrainState(None, None, None, batch_size=4, total_steps=9, step=4)  # type: ignore[arg-type]
+    folder.append(folder.evaluations, {"step": 4, "weights": "model", "num_images": 7})  # somebody else's
+    hook().start(state)
+    assert len(calls) == 1
+    hook().start(state)  # owed nothing any more
+    assert len(calls) == 1
+    state.step = 3
+    hook().start(state)  # nothing was due
+    assert len(calls) == 1
 
 
 def test_a_sweep_without_evaluations_is_refused(tmp_path: Path) -> None:

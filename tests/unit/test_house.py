@@ -11,7 +11,8 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from launch.app import CONF
-from launch.check import check_targets
+from launch.build import _shipped_targets
+from launch.check import check_targets, check_trusted
 from launch.schema import register
 
 ROOT = CONF.parent
@@ -78,7 +79,7 @@ def composed(job: str, *overrides: str) -> dict[str, Any]:
 GROUPS = sorted(
     f"{path.parent.relative_to(CONF)}={path.stem}"
     for path in CONF.rglob("*.yaml")
-    if path.parent != CONF and path.parent.name not in ("source", "autoencoder")  # chosen by the data's file
+    if path.parent != CONF and path.parent.name != "source"
 )
 
 
@@ -111,6 +112,22 @@ def test_the_defaults_are_the_papers_recipe() -> None:
     assert config["diffusion"]["schedule"]["num_steps"] == 1000
 
 
-def test_a_checkpoints_config_may_not_name_foreign_code() -> None:
-    with pytest.raises(ValueError, match=r"model._target_ is 'os.system', which a checkpoint may not ask for"):
-        check_targets({"model": {"_target_": "os.system", "command": "true"}}, trusted_only=True)
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"_target_": "os.system", "command": "true"},
+        {"_target_": "data.atomic.os.mkdir", "path": "x"},
+        {"_target_": "data.atomic.append_line", "path": "x", "line": "y"},
+        {"_target_": "model.dit.DiT", "channels": [{"_target_": "os.mkdir", "path": "x"}]},
+        {"_target_": "model.dit.DiT", "block": {"_target_": "model.blocks.AdaLNZeroBlock", "_args_": [1]}},
+    ],
+)
+def test_a_checkpoints_config_may_not_name_foreign_code(section: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="which a checkpoint may not ask for"):
+        check_trusted(section, {"model.dit.DiT", "model.blocks.AdaLNZeroBlock"}, "model.")
+
+
+def test_every_target_of_a_trained_model_is_trusted() -> None:
+    config = composed("train", "model/block=in_context", "model/attention=qk_norm")
+    for section in ("model", "diffusion"):
+        check_trusted(config[section], _shipped_targets(), section)

@@ -1,12 +1,17 @@
 """The network against the paper's numbers and the released implementation's outputs."""
 
+from functools import partial
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.attention import QKNormSelfAttention
 from model.autoencoder import IdentityAutoencoder
+from model.blocks import AdaLNBlock, AdaLNZeroBlock, Block, CrossAttentionBlock, InContextBlock
 from model.dit import DiT, DiTConfig
 from model.flops import multiply_adds, num_parameters, training_multiply_adds
 
@@ -41,7 +46,10 @@ RENAMED = [
 ]
 
 
-def tiny(**changes: int) -> DiT:
+BLOCKS = [InContextBlock, CrossAttentionBlock, AdaLNBlock, AdaLNZeroBlock]
+
+
+def tiny(**changes: Any) -> DiT:
     return DiT(
         **{
             "latent_size": 8,
@@ -82,15 +90,73 @@ def test_position_embedding_equals_the_released_one() -> None:
     torch.testing.assert_close(model.position_embedding, golden["weights/pos_embed"][0], rtol=0, atol=1e-6)
 
 
-def test_untrained_output_is_exactly_zero() -> None:
-    output = tiny()(torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999]), torch.tensor([0, 9, 10]))
+def trained(block: Any, seed: int = 0) -> DiT:
+    """A network whose zero-initialized parts are random, so that everything matters."""
+    model, generator = tiny(block=block), torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    return model
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(3, 4, 8, 8, generator=generator), torch.tensor([0, 500, 999]), torch.tensor([0, 9, 10])
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_untrained_output_is_exactly_zero(block: type[Block]) -> None:
+    output = tiny(block=block)(*inputs())
     assert output.shape == (3, 8, 8, 8)
     assert (output == 0).all()
 
 
-def test_untrained_block_is_the_identity() -> None:
+def test_untrained_adaln_zero_block_is_the_identity_and_no_other_is() -> None:
     tokens, condition = torch.randn(2, 16, 48), torch.randn(2, 2, 48)
-    assert torch.equal(tiny().blocks[0](tokens, condition), tokens)
+    for block in BLOCKS:
+        same = torch.equal(tiny(block=block).blocks[0](tokens, condition), tokens)
+        assert same == (block is AdaLNZeroBlock)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_block_sees_timestep_and_label(block: type[Block]) -> None:
+    model, (x_t, t, label) = trained(block), inputs()
+    output = model(x_t, t, label)
+    assert (model(x_t, t + 1, label) - output).abs().max() > 1e-4
+    assert (model(x_t, t, (label + 1) % 10) - output).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("block", [*BLOCKS, partial(AdaLNZeroBlock, attention=QKNormSelfAttention)])
+def test_images_of_a_batch_do_not_touch_each_other(block: Any) -> None:
+    model, (x_t, t, label), order = trained(block), inputs(), [2, 0, 1]
+    shuffled = model(x_t[order], t[order], label[order])
+    torch.testing.assert_close(shuffled, model(x_t, t, label)[order], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_gradients_are_finite_and_reach_every_weight_in_bf16(block: type[Block]) -> None:
+    model = trained(block)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(*inputs())
+    output.float().square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.dtype == torch.float32
+
+
+def test_normalized_queries_and_keys_bound_the_scores() -> None:
+    attention = QKNormSelfAttention(16, 2)
+    query, key = attention.normalize(1e6 * torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8))
+    assert (query @ key.transpose(2, 3)).abs().max() <= 8 + 1e-3
+
+
+def test_latents_of_another_shape_are_refused() -> None:
+    _, t, label = inputs()
+    for shape in ((3, 4, 8, 16), (3, 4, 16, 16), (3, 3, 8, 8)):
+        with pytest.raises(ValueError, match=r"but this model was built for \(4, 8, 8\)"):
+            tiny()(torch.zeros(shape), t, label)
+    with pytest.raises(ValueError, match="latents are square"):
+        tiny(latent_size=(8, 16))
 
 
 def test_initial_weights_depend_on_the_seed_alone() -> None:
@@ -115,9 +181,24 @@ def test_compute_and_size_equal_the_papers_table(
     assert num_parameters(config) / 1e6 == pytest.approx(params_millions, rel=0.006)
 
 
-def test_multiply_adds_equal_a_counted_forward_pass() -> None:
-    model = tiny()
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+@pytest.mark.parametrize(
+    ("block", "gflops"),
+    [(InContextBlock, 119.4), (CrossAttentionBlock, 137.6), (AdaLNBlock, 118.6), (AdaLNZeroBlock, 118.6)],
+)
+def test_compute_of_the_blocks_equals_the_papers_text(block: type[Block], gflops: float) -> None:
+    config = DiTConfig(32, 4, 2, 1152, 28, 16, 1000, block)
+    assert multiply_adds(config) / 1e9 == pytest.approx(gflops, rel=0.006)
+
+
+def test_compute_at_512_pixels_equals_the_papers_text() -> None:
+    assert multiply_adds(DiTConfig(64, 4, 2, 1152, 28, 16, 1000)) / 1e9 == pytest.approx(524.6, rel=0.006)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+def test_multiply_adds_equal_a_counted_forward_pass(block: type[Block], patch_size: int) -> None:
+    model, math_only = tiny(block=block, patch_size=patch_size), torch.nn.attention.SDPBackend.MATH
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(math_only):
         model(torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.tensor([1]))
     assert counter.get_total_flops() == 2 * multiply_adds(model.config)
 
@@ -136,7 +217,7 @@ def test_training_compute_is_three_forward_passes_an_image() -> None:
         ({"width": 6, "num_heads": 1}, "multiple of 4, but the width is 6"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused_with_both_numbers(changes: dict[str, int], words: str) -> None:
+def test_shapes_that_do_not_fit_are_refused_with_both_numbers(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         tiny(**changes)
 

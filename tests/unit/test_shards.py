@@ -1,6 +1,9 @@
 """Encoding, the shards' format, and what happens when they are damaged."""
 
+import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +11,11 @@ import pytest
 import webdataset
 from conftest import PatternSource, encode_pattern
 
-from data.atomic import append_line, atomic_file, atomic_folder
+from data.atomic import append_line, atomic_file, atomic_folder, remove_leftovers
 from data.images import to_uint8, to_unit_range
 from data.manifest import Manifest
 from data.shards import MappedShards
+from launch.app import CONF
 from model.autoencoder import IdentityAutoencoder
 
 
@@ -112,7 +116,7 @@ def test_a_truncated_shard_is_named_with_both_sizes_without_reading_it(tmp_path:
         MappedShards(tmp_path, verify_checksums=False)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format_version": 99}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format_version": 1}', '{"format_version": 99}'])
 def test_an_unreadable_manifest_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(ValueError, match=r"manifest.json"):
@@ -141,18 +145,56 @@ def test_labels_outside_the_classes_are_refused_when_reading(tmp_path: Path) -> 
         MappedShards(tmp_path)
 
 
-def test_a_killed_write_leaves_nothing(tmp_path: Path) -> None:
-    def interrupted() -> None:
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
+    def write_file() -> None:
         with atomic_file(tmp_path / "a") as file:
             file.write(b"half")
             raise KeyboardInterrupt
+
+    def write_folder() -> None:
         with atomic_folder(tmp_path / "b") as folder:
             (folder / "c").write_text("half")
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
+    for write in (write_file, write_folder):
+        with pytest.raises(KeyboardInterrupt):
+            write()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_that_is_killed_never_shows_half_a_folder(tmp_path: Path) -> None:
+    """A process that writes folders without end is killed at random moments; what it shows is whole."""
+    program = (
+        "import itertools, sys\n"
+        "from pathlib import Path\n"
+        "from data.atomic import atomic_folder\n"
+        "for number in itertools.count():\n"
+        "    with atomic_folder(Path(sys.argv[1]) / f'{number}') as aside:\n"
+        "        for name in 'abc':\n"
+        "            (aside / name).write_bytes(b'x' * 100_000)\n"
+        "    print(number, flush=True)\n"
+    )
+    random = np.random.default_rng(0)
+    for attempt in range(5):
+        target = tmp_path / str(attempt)
+        words = [sys.executable, "-c", program, str(target)]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, cwd=CONF.parent) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(random.random() * 0.05)
+            process.kill()
+        for folder in target.iterdir():
+            if not folder.name.startswith("."):
+                assert {path.name: path.stat().st_size for path in folder.iterdir()} == dict.fromkeys("abc", 100_000)
+        remove_leftovers(target)
+        assert not list(target.glob(".*"))
+
+
+def test_shards_of_an_unfinished_other_plan_do_not_stay(tmp_path: Path) -> None:
+    encode_pattern(tmp_path, samples_per_shard=5)
+    (tmp_path / "manifest.json").unlink()
+    encode_pattern(tmp_path, samples_per_shard=25)
+    assert sorted(path.name for path in tmp_path.glob("shard-*.tar")) == ["shard-000000.tar", "shard-000001.tar"]
 
 
 def test_appending_after_a_cut_line_takes_the_cut_line_away(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """State, EMA, step, loop, checkpoints and the rules of the run folder."""
 
 import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,15 @@ from diffusion.variances import LearnedRangeVariance
 from runtime.accelerate import AccelerateRuntime
 from train.checkpoint import list_checkpoints, load_checkpoint, load_newest, save_checkpoint
 from train.ema import EMA
-from train.hooks import CheckpointHook, LogHook
+from train.hooks import CheckpointHook, Clock, LogHook
 from train.loggers import NoLogger
 from train.loop import train
 from train.runfolder import RunFolder, read_lines
 from train.state import TrainState
 from train.step import make_step
 
-RUNTIME = AccelerateRuntime(device="cpu")
+RUNTIME = AccelerateRuntime("fp32", device="cpu")
+FACTS = {"seed": 0, "config": {}, "spec": {}, "data_manifest_hash": "0"}
 
 
 def new_state(total_steps: int = 6) -> TrainState:
@@ -84,7 +87,8 @@ def test_the_loss_falls_on_one_batch() -> None:
 
 
 def run_steps(state: TrainState, folder: RunFolder, last: int, value: float = 1.0) -> None:
-    hooks = [LogHook(2, folder, NoLogger(), RUNTIME), CheckpointHook(2, 2, folder, {"seed": 0}, RUNTIME)]
+    clock = Clock()
+    hooks = [LogHook(2, folder, NoLogger(), RUNTIME, clock), CheckpointHook(2, 2, folder, FACTS, RUNTIME), clock]
     batches = (batch_of(step, value) for step in range(state.step, last))
     train(state, step_of(state), batches, RUNTIME, hooks)
 
@@ -121,7 +125,9 @@ def test_metrics_are_means_over_the_interval(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     state, folder = new_state(), RunFolder(tmp_path)
     run_steps(state, folder, 2)
-    with pytest.raises(FloatingPointError, match=r"is nan between the steps 2 and 4"):
+    with pytest.raises(
+        FloatingPointError, match=r"is nan between the steps 2 and 4 \(the last good checkpoint is .*step_00000002\)"
+    ):
         run_steps(state, folder, 6, value=float("nan"))
     assert [path.name for path in list_checkpoints(folder.checkpoints)] == ["step_00000002"]
 
@@ -161,17 +167,51 @@ def test_a_failed_save_leaves_the_previous_checkpoint_alone(tmp_path: Path, monk
 
     monkeypatch.setattr("train.checkpoint.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(tmp_path / "checkpoints", new_state(), {}, RUNTIME)
+        save_checkpoint(tmp_path / "checkpoints", new_state(), FACTS, RUNTIME)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
 
 
 def test_a_run_folder_refuses_another_config_and_names_the_keys(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    config = {"model": {"width": 16, "depth": 2}, "runtime": {"device": "cpu"}, "seed": 0}
-    folder.claim(config)
+    config = {"model": {"width": 16, "depth": 2}, "runtime": {"device": "cpu"}, "seed": 0, "total_steps": 6}
+    wider = {**config, "model": {"width": 32, "depth": 2}}
+    folder.claim(wider)
+    folder.claim(config)  # nothing was trained yet: a mistake in the first command is no prison
+    run_steps(new_state(), folder, 2)
     folder.claim({**config, "runtime": {"device": "cuda"}})  # another machine is no other run
+    assert folder.read_config()["runtime"] == {"device": "cuda"}
     with pytest.raises(ValueError, match=r"model.width is 16 there and 32 now"):
-        folder.claim({**config, "model": {"width": 32, "depth": 2}})
+        folder.claim(wider)
+    with pytest.raises(ValueError, match=r"total_steps is 6 there and 9 now; .*resume.allow"):
+        folder.claim({**config, "total_steps": 9})
+    folder.claim({**config, "total_steps": 9}, allowed=["total_steps"])
+
+
+def test_two_jobs_cannot_train_in_one_folder(tmp_path: Path) -> None:
+    with (
+        RunFolder(tmp_path).locked(),
+        pytest.raises(ValueError, match="Another process is training in"),
+        RunFolder(tmp_path).locked(),
+    ):
+        pass
+    with RunFolder(tmp_path).locked():
+        pass
+
+
+def test_what_killed_writers_left_aside_is_removed(tmp_path: Path) -> None:
+    aside = tmp_path / "checkpoints/.step_00000002.123.tmp"
+    aside.mkdir(parents=True)
+    (aside / "model.safetensors").write_text("half")
+    with RunFolder(tmp_path).locked():
+        assert not aside.exists()
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_erase_its_results(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.append(folder.metrics, {"step": 8})
+    folder.require_no_lost_checkpoint(checkpoint_every=8)  # killed before its first checkpoint
+    with pytest.raises(ValueError, match="results up to step 8 but no checkpoint"):
+        folder.require_no_lost_checkpoint(checkpoint_every=4)
 
 
 def test_rolling_back_drops_later_and_cut_lines(tmp_path: Path) -> None:
@@ -194,3 +234,38 @@ def test_a_stranger_reads_the_weights_with_safetensors_alone(tmp_path: Path) -> 
     weights = load_file(path / "ema.safetensors")
     assert torch.equal(weights["label_embedding.weight"], state.ema.module.label_embedding.weight)
     assert json.loads((path / "state.json").read_text())["step"] == 2
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nrubbish\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"Line 2 of .*metrics.jsonl is damaged"):
+        read_lines(tmp_path / "metrics.jsonl")
+
+
+def test_step_time_leaves_out_what_other_hooks_do(tmp_path: Path) -> None:
+    class Sleepy(Clock):
+        def __call__(self, state: TrainState, metrics: Any) -> None:
+            if state.step % 2 == 0:
+                time.sleep(0.5)
+
+    state, folder, clock = new_state(), RunFolder(tmp_path), Clock()
+    hooks = [LogHook(2, folder, NoLogger(), RUNTIME, clock), Sleepy(), clock]
+    train(state, step_of(state), (batch_of(step) for step in range(6)), RUNTIME, hooks)
+    assert all(line["step_time_sec"] < 0.25 for line in json_lines(folder.timing))
+
+
+def test_hooks_are_finished_after_an_exception(tmp_path: Path) -> None:
+    finished = []
+
+    class Watcher(Clock):
+        def finish(self) -> None:
+            finished.append(True)
+
+    def broken() -> Iterator[Batch]:
+        yield batch_of(0)
+        raise OSError("disk gone")
+
+    state = new_state()
+    with pytest.raises(OSError, match="disk gone"):
+        train(state, step_of(state), broken(), RUNTIME, [Watcher()])
+    assert finished == [True]

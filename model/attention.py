@@ -1,0 +1,88 @@
+"""Attention layers, all through PyTorch's scaled_dot_product_attention."""
+
+import torch
+from torch import Tensor, nn
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.projection = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, N, d] -> [B, N, d]."""
+        batch, length, width = tokens.shape
+        qkv = self.qkv(tokens).view(batch, length, 3, self.num_heads, width // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        query, key = self.normalize(query, key)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.projection(mixed.transpose(1, 2).reshape(batch, length, width))
+
+    def normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, heads, N, d / heads] queries and keys as they enter the scores; the paper's are as they are."""
+        return query, key
+
+    def multiply_adds(self, num_tokens: int) -> int:
+        """Projections 4 N d^2, scores and weighted values 2 N^2 d."""
+        width = self.projection.in_features
+        return 4 * num_tokens * width**2 + 2 * num_tokens**2 * width
+
+
+class QKNormSelfAttention(SelfAttention):
+    """Queries and keys normalized per head (Dehghani et al. 2023, section 2).
+
+    Not the paper's: it is against attention scores that grow late in long bf16 runs.
+    """
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__(width, num_heads)
+        self.norm_query = nn.LayerNorm(width // num_heads, eps=1e-6)
+        self.norm_key = nn.LayerNorm(width // num_heads, eps=1e-6)
+
+    def normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, heads, N, d / heads], each vector normalized with a learned scale and shift."""
+        return self.norm_query(query).to(query.dtype), self.norm_key(key).to(key.dtype)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from tokens to another sequence."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.projection = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
+        """[B, N, d], [B, M, d] -> [B, N, d]."""
+        batch, length, width = tokens.shape
+        query = self._heads(self.query(tokens))
+        key, value = (self._heads(part) for part in self.key_value(context).chunk(2, dim=2))
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.projection(mixed.transpose(1, 2).reshape(batch, length, width))
+
+    def _heads(self, vectors: Tensor) -> Tensor:
+        """[B, L, d] -> [B, heads, L, d / heads]."""
+        batch, length, width = vectors.shape
+        return vectors.view(batch, length, self.num_heads, width // self.num_heads).transpose(1, 2)
+
+    def multiply_adds(self, num_tokens: int, context_length: int) -> int:
+        """Queries and projection 2 N d^2, keys and values 2 M d^2, scores and weighted values 2 N M d."""
+        width = self.projection.in_features
+        return 2 * (num_tokens + context_length) * width**2 + 2 * num_tokens * context_length * width
+
+
+def initialize_linears(module: nn.Module, generator: torch.Generator) -> None:
+    """Xavier-uniform weights and zero biases for every linear map below ``module``, in definition order.
+
+    Joint maps (qkv, keys and values) are drawn as one matrix, as in the released code.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight, generator=generator)
+            nn.init.zeros_(part.bias)

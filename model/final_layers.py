@@ -1,0 +1,57 @@
+"""From tokens back to patches."""
+
+from torch import Tensor, nn
+
+
+def modulate(normalized: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Per-sample affine map of normalized tokens: [B, N, d], [B, d], [B, d] -> [B, N, d]."""
+    return normalized * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class FinalLayer(nn.Module):
+    """Layer norm, then a linear decoder of each token to its patch (paper, section 3.2)."""
+
+    affine_norm = True
+
+    def __init__(self, width: int, patch_values: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=self.affine_norm)
+        self.decoder = nn.Linear(width, patch_values)
+
+    def initialize(self) -> None:
+        """Zero the decoder: an untrained network's output is exactly zero."""
+        nn.init.zeros_(self.decoder.weight)
+        nn.init.zeros_(self.decoder.bias)
+
+    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        """[B, N, d], [B, 2, d] -> [B, N, patch_values]."""
+        return self.decoder(self.norm(tokens))
+
+    def multiply_adds(self, num_tokens: int) -> int:
+        """The decoder once per token."""
+        return num_tokens * self.decoder.in_features * self.decoder.out_features
+
+
+class AdaptiveFinalLayer(FinalLayer):
+    """The same with an adaptive norm, for the adaptive blocks."""
+
+    affine_norm = False
+
+    def __init__(self, width: int, patch_values: int) -> None:
+        super().__init__(width, patch_values)
+        self.modulation = nn.Linear(width, 2 * width)
+
+    def initialize(self) -> None:
+        """Zero the modulation and the decoder."""
+        super().initialize()
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        """[B, N, d], [B, 2, d] -> [B, N, patch_values]."""
+        shift, scale = self.modulation(nn.functional.silu(condition.sum(dim=1))).chunk(2, dim=1)
+        return self.decoder(modulate(self.norm(tokens), shift, scale))
+
+    def multiply_adds(self, num_tokens: int) -> int:
+        """The modulation once per image, the decoder once per token."""
+        return super().multiply_adds(num_tokens) + 2 * self.modulation.in_features**2
