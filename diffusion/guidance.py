@@ -7,6 +7,8 @@ from torch import Tensor
 
 from diffusion.protocol import Denoiser
 
+Channels = int | Literal["all"]
+
 
 def unguided(denoiser: Denoiser, num_classes: int, latent_channels: int) -> Denoiser:
     """No guidance: the denoiser itself, at half the cost of scale 1."""
@@ -18,7 +20,10 @@ class ClassifierFreeGuidance:
 
     ``channels`` is how many of the noise prediction's channels are guided: "all", or 3 as in the released
     code, whose published results guide three of four latent channels. Variance logits are the conditional
-    ones. Both halves go through the network in one batch.
+    ones. Both halves go through the network in one batch. Guidance acts for t in [``t_min``, ``t_max``], in
+    trained steps (Kynkaanniemi et al. 2024); outside, the conditional prediction stands.
+
+    Raises ValueError for a negative scale, too many channels, or an empty interval.
     """
 
     def __init__(
@@ -27,25 +32,75 @@ class ClassifierFreeGuidance:
         num_classes: int,
         latent_channels: int,
         scale: float = 1.0,
-        channels: int | Literal["all"] = "all",
+        channels: Channels = "all",
+        t_min: int = 0,
+        t_max: int | None = None,
     ) -> None:
-        if scale < 0:
-            raise ValueError(f"guidance.scale is {scale}, but it must be at least 0; 1 means no guidance.")
-        guided = latent_channels if channels == "all" else channels
-        if not 1 <= guided <= latent_channels:
-            raise ValueError(
-                f"guidance.channels is {channels}, but the latent has {latent_channels} channels; "
-                "use a smaller number or 'all'."
-            )
+        if t_max is not None and t_max < t_min:
+            raise ValueError(f"guidance.t_max {t_max} is below guidance.t_min {t_min}; no step would be guided.")
         self.denoiser = denoiser
         self.null_class = num_classes
         self.scale = scale
-        self.num_guided = guided
+        self.num_guided = _num_guided(scale, channels, latent_channels)
+        self.t_min = t_min
+        self.t_max = t_max
 
     def __call__(self, x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
         """[B, c, h, w], [B], [B] int64 -> [B, 2c or c, h, w], as the denoiser's."""
         null = torch.full_like(label, self.null_class)
         both = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([label, null]))
         conditional, unconditional = both.float().chunk(2)
-        guided = torch.lerp(unconditional[:, : self.num_guided], conditional[:, : self.num_guided], self.scale)
-        return torch.cat([guided, conditional[:, self.num_guided :]], dim=1)
+        return _extrapolated(conditional, unconditional, self._scale_at(t), self.num_guided)
+
+    def _scale_at(self, t: Tensor) -> Tensor:
+        """[B, 1, 1, 1]: the scale inside the interval, 1 outside; chosen on the device, without a read."""
+        inside = t >= self.t_min
+        if self.t_max is not None:
+            inside = inside & (t <= self.t_max)
+        return torch.where(inside, self.scale, 1.0).view(-1, 1, 1, 1)
+
+
+class Autoguidance:
+    """Guidance by a worse version of the model: eps = eps_guide + scale (eps - eps_guide), both with the label.
+
+    Source: Karras et al. 2024, "Guiding a diffusion model with a bad version of itself", equation 2.
+    ``guide`` is another denoiser of the same latents: a smaller model, or one trained for less.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        num_classes: int,
+        latent_channels: int,
+        guide: Denoiser,
+        scale: float = 1.0,
+        channels: Channels = "all",
+    ) -> None:
+        self.denoiser = denoiser
+        self.guide = guide
+        self.scale = scale
+        self.num_guided = _num_guided(scale, channels, latent_channels)
+
+    def __call__(self, x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        """[B, c, h, w], [B], [B] int64 -> [B, 2c or c, h, w], as the denoiser's."""
+        good = self.denoiser(x_t, t, label).float()
+        scale = torch.full((len(t), 1, 1, 1), self.scale, device=t.device)
+        return _extrapolated(good, self.guide(x_t, t, label).float(), scale, self.num_guided)
+
+
+def _num_guided(scale: float, channels: Channels, latent_channels: int) -> int:
+    if scale < 0:
+        raise ValueError(f"guidance.scale is {scale}, but it must be at least 0; 1 means no guidance.")
+    guided = latent_channels if channels == "all" else channels
+    if not 1 <= guided <= latent_channels:
+        raise ValueError(
+            f"guidance.channels is {channels}, but the latent has {latent_channels} channels; "
+            "use a smaller number or 'all'."
+        )
+    return guided
+
+
+def _extrapolated(good: Tensor, bad: Tensor, scale: Tensor, num_guided: int) -> Tensor:
+    """Move the first ``num_guided`` channels from bad through good by ``scale`` [B, 1, 1, 1]; the rest is good's."""
+    guided = bad[:, :num_guided] + scale * (good[:, :num_guided] - bad[:, :num_guided])
+    return torch.cat([guided, good[:, num_guided:]], dim=1)

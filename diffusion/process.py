@@ -27,6 +27,7 @@ class Tables(NamedTuple):
 
     betas: NDArray[np.float64]
     alphas_cumprod: NDArray[np.float64]
+    alphas_cumprod_prev: NDArray[np.float64]  # of the step before; 1 at the first
     sqrt_alphas_cumprod: NDArray[np.float64]
     sqrt_one_minus_alphas_cumprod: NDArray[np.float64]
     sqrt_recip_alphas_cumprod: NDArray[np.float64]
@@ -39,6 +40,8 @@ class Tables(NamedTuple):
 
 
 _TABLES_ON_DEVICE = (
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
     "sqrt_alphas_cumprod",
     "sqrt_one_minus_alphas_cumprod",
     "sqrt_recip_alphas_cumprod",
@@ -60,6 +63,7 @@ def make_tables(betas: NDArray[np.float64]) -> Tables:
     return Tables(
         betas=betas,
         alphas_cumprod=alphas_cumprod,
+        alphas_cumprod_prev=previous,
         sqrt_alphas_cumprod=np.sqrt(alphas_cumprod),
         sqrt_one_minus_alphas_cumprod=np.sqrt(1.0 - alphas_cumprod),
         sqrt_recip_alphas_cumprod=np.sqrt(1.0 / alphas_cumprod),
@@ -129,7 +133,7 @@ class GaussianDiffusion(nn.Module):
         noise, logits = self.variance.split(output.float(), x_t.shape[1])
         mean = self.q_posterior(self.predict_x_0(x_t, t, noise), x_t, t).mean
         log_variance = self.variance.log_variance(
-            logits, self.table("posterior_log_variance_clipped", t), self.table("log_betas", t)
+            logits, self.table("posterior_log_variance_clipped", t), self.table("log_betas", t), t
         )
         return Gaussian(mean, log_variance)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffusion.process import GaussianDiffusion
 from diffusion.protocol import Denoiser
-from diffusion.respacing import evenly_spaced
+from diffusion.respacing import Steps, kept_steps
 
 
 class Noise(Protocol):
@@ -31,18 +31,47 @@ def ddpm(
     process: GaussianDiffusion,
     noise: Noise,
     label: Tensor,
-    steps: int = 250,
+    steps: Steps = 250,
 ) -> Tensor:
-    """Ancestral sampling over ``steps`` evenly respaced steps (Ho et al. 2020, algorithm 2): [B, c, h, w].
+    """Ancestral sampling over respaced ``steps`` (Ho et al. 2020, algorithm 2): [B, c, h, w].
 
-    Raises ValueError where ``steps`` exceeds the trained steps.
+    Raises ValueError for ``steps`` that the trained process does not have (see `kept_steps`).
     """
-    respaced = process.respace(evenly_spaced(process.num_steps, steps))
+    respaced = process.respace(kept_steps(process.num_steps, steps))
     x = noise(0)
-    for draw, step in enumerate(reversed(range(steps)), start=1):
+    for draw, step in enumerate(reversed(range(respaced.num_steps)), start=1):
         t = torch.full_like(label, step)
         reverse = respaced.p_reverse(denoiser(x, respaced.timesteps[t], label), x, t)
         x = reverse.mean
         if step > 0:  # the last step returns the mean
             x = x + torch.exp(0.5 * reverse.log_variance) * noise(draw)
+    return x
+
+
+def ddim(
+    denoiser: Denoiser,
+    process: GaussianDiffusion,
+    noise: Noise,
+    label: Tensor,
+    steps: Steps = 50,
+    eta: float = 0.0,
+) -> Tensor:
+    """Implicit sampling (Song et al. 2020, equation 12): [B, c, h, w]; ``eta`` 0 is deterministic, 1 is ancestral.
+
+    Raises ValueError for ``steps`` that the trained process does not have, or an ``eta`` outside [0, 1].
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"sampler.eta is {eta}, but it must be between 0 (deterministic) and 1 (ancestral).")
+    respaced = process.respace(kept_steps(process.num_steps, steps))
+    x = noise(0)
+    for draw, step in enumerate(reversed(range(respaced.num_steps)), start=1):
+        t = torch.full_like(label, step)
+        output = denoiser(x, respaced.timesteps[t], label).float()
+        predicted, _ = respaced.variance.split(output, x.shape[1])
+        alpha, previous = respaced.table("alphas_cumprod", t), respaced.table("alphas_cumprod_prev", t)
+        sigma = eta * torch.sqrt((1 - previous) / (1 - alpha)) * torch.sqrt(1 - alpha / previous)
+        direction = torch.sqrt(1 - previous - sigma**2) * predicted
+        x = torch.sqrt(previous) * respaced.predict_x_0(x, t, predicted) + direction
+        if eta > 0 and step > 0:
+            x = x + sigma * noise(draw)
     return x

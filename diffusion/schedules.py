@@ -30,3 +30,34 @@ class LinearSchedule:
     def betas(self) -> NDArray[np.float64]:
         """[num_steps] float64."""
         return np.linspace(self.beta_start, self.beta_end, self.num_steps, dtype=np.float64)
+
+
+class ScaledLinearSchedule:
+    """Betas whose square roots are linear (Rombach et al. 2022, released latent-diffusion code)."""
+
+    def __init__(self, num_steps: int = 1000, beta_start: float = 8.5e-4, beta_end: float = 1.2e-2) -> None:
+        self._roots = LinearSchedule(num_steps, beta_start**0.5, beta_end**0.5)
+
+    def betas(self) -> NDArray[np.float64]:
+        """[num_steps] float64."""
+        return self._roots.betas() ** 2
+
+
+class CosineSchedule:
+    """Cosine alphas_cumprod (Nichol & Dhariwal 2021, equation 17), betas clipped at ``max_beta``."""
+
+    def __init__(self, num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> None:
+        if num_steps < 1 or offset < 0 or not 0 < max_beta < 1:
+            raise ValueError(
+                f"A cosine schedule needs num_steps >= 1, offset >= 0 and 0 < max_beta < 1, but got {num_steps}, "
+                f"{offset} and {max_beta}; its paper uses 1000, 0.008 and 0.999."
+            )
+        self.num_steps = num_steps
+        self.offset = offset
+        self.max_beta = max_beta
+
+    def betas(self) -> NDArray[np.float64]:
+        """[num_steps] float64."""
+        t = np.arange(self.num_steps + 1, dtype=np.float64) / self.num_steps
+        alphas_cumprod = np.cos((t + self.offset) / (1 + self.offset) * np.pi / 2) ** 2
+        return np.minimum(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], self.max_beta)

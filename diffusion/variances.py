@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -14,8 +15,8 @@ class Variance(Protocol):
         """Network output -> (noise prediction [B, c, h, w], variance logits of that shape or None)."""
         ...
 
-    def log_variance(self, logits: Tensor | None, log_beta_tilde: Tensor, log_beta: Tensor) -> Tensor:
-        """Logits and the two bounds [B, 1, 1, 1] -> log-variance that broadcasts with x_t."""
+    def log_variance(self, logits: Tensor | None, log_beta_tilde: Tensor, log_beta: Tensor, t: Tensor) -> Tensor:
+        """Logits, the two bounds [B, 1, 1, 1] and t [B] -> log-variance that broadcasts with x_t."""
         ...
 
 
@@ -37,8 +38,37 @@ class LearnedRangeVariance:
         noise, logits = output.split(channels, dim=1)
         return noise, logits
 
-    def log_variance(self, logits: Tensor | None, log_beta_tilde: Tensor, log_beta: Tensor) -> Tensor:
+    def log_variance(self, logits: Tensor | None, log_beta_tilde: Tensor, log_beta: Tensor, t: Tensor) -> Tensor:
         """[B, c, h, w] logits -> [B, c, h, w] log-variance."""
         assert logits is not None
         fraction = (logits + 1) / 2
         return fraction * log_beta + (1 - fraction) * log_beta_tilde
+
+
+class _FixedVariance:
+    learned = False
+
+    def split(self, output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+        """[B, c, h, w] -> itself and no logits. ValueError where the network predicts a variance."""
+        if output.shape[1] != channels:
+            raise ValueError(
+                f"A fixed variance needs {channels} output channels, but the network has {output.shape[1]}; "
+                "set model.learn_sigma=false."
+            )
+        return output, None
+
+
+class FixedLargeVariance(_FixedVariance):
+    """sigma_t^2 = beta_t (Ho et al. 2020, section 3.2)."""
+
+    def log_variance(self, logits: Tensor | None, log_beta_tilde: Tensor, log_beta: Tensor, t: Tensor) -> Tensor:
+        """[B, 1, 1, 1]: the upper bound; at the first step the lower one, which ADM takes for a better likelihood."""
+        return torch.where(t.view(-1, 1, 1, 1) == 0, log_beta_tilde, log_beta)
+
+
+class FixedSmallVariance(_FixedVariance):
+    """sigma_t^2 = beta~_t (Ho et al. 2020, section 3.2)."""
+
+    def log_variance(self, logits: Tensor | None, log_beta_tilde: Tensor, log_beta: Tensor, t: Tensor) -> Tensor:
+        """[B, 1, 1, 1]: the lower bound."""
+        return log_beta_tilde

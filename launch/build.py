@@ -12,7 +12,7 @@ from data.encode import latent_spec
 from data.manifest import LatentSpec, Manifest
 from diffusion.process import GaussianDiffusion
 from diffusion.protocol import Denoiser
-from diffusion.respacing import evenly_spaced
+from diffusion.respacing import kept_steps
 from evaluation.evaluate import Evaluator, MeasurementProtocol
 from evaluation.generate import Generator
 from evaluation.references import make_reference
@@ -90,7 +90,7 @@ def build_generator(
 
     Raises ValueError for settings that do not fit, before anything is trained or generated.
     """
-    evenly_spaced(process.num_steps, config["sampler"]["steps"])  # refuses more steps than were trained
+    kept_steps(process.num_steps, config["sampler"]["steps"])  # refuses steps that there are not
     if class_dropout == 0 and "scale" in config["guidance"]:
         raise ValueError(
             "Guidance needs the null class, but this model is trained with class_dropout 0 and never sees it; use "

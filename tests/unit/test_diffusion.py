@@ -1,18 +1,22 @@
 """The process against ADM's numbers and against closed forms."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
-from test_model import golden_model
+from test_model import golden_model, trained
 from torch import Tensor
 
-from diffusion.guidance import ClassifierFreeGuidance, unguided
+from diffusion.guidance import Autoguidance, ClassifierFreeGuidance, unguided
 from diffusion.losses import diffusion_losses, gaussian_kl, vlb_term
 from diffusion.process import Gaussian, GaussianDiffusion
-from diffusion.respacing import evenly_spaced
-from diffusion.samplers import ddpm
-from diffusion.schedules import LinearSchedule
-from diffusion.variances import LearnedRangeVariance
+from diffusion.protocol import Denoiser
+from diffusion.respacing import Steps, kept_steps
+from diffusion.samplers import Sampler, ddim, ddpm
+from diffusion.schedules import CosineSchedule, LinearSchedule, ScaledLinearSchedule, Schedule
+from diffusion.variances import FixedLargeVariance, FixedSmallVariance, LearnedRangeVariance, Variance
+from model.blocks import AdaLNZeroBlock
 
 
 @pytest.fixture
@@ -130,36 +134,152 @@ def test_vlb_sends_no_gradient_to_the_noise_prediction(process: GaussianDiffusio
     assert (output.grad[:, 1:] != 0).any()
 
 
-def test_ddpm_samples_a_gaussian_with_its_mean_and_variance(process: GaussianDiffusion) -> None:
-    """For x_0 ~ N(m, s^2) the best noise prediction is known in closed form."""
-    mean, std = 0.4, 0.5
+def perfect_denoiser(process: GaussianDiffusion, mean: float, std: float) -> Denoiser:
+    """For x_0 ~ N(mean, std^2) the best noise prediction is known in closed form."""
 
-    def perfect(x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
+    def denoiser(x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
         signal, spread = process.table("sqrt_alphas_cumprod", t), process.table("sqrt_one_minus_alphas_cumprod", t)
         noise = spread * (x_t - signal * mean) / (signal**2 * std**2 + spread**2)
         return torch.cat([noise, -torch.ones_like(noise)], dim=1)
 
+    return denoiser
+
+
+@pytest.mark.parametrize(
+    "sampler", [partial(ddpm, steps=1000), partial(ddim, steps=250), partial(ddim, steps=1000, eta=1.0)]
+)
+def test_samplers_give_a_gaussian_its_mean_and_variance(process: GaussianDiffusion, sampler: Sampler) -> None:
     generator = torch.Generator().manual_seed(0)
     label = torch.zeros(4000, dtype=torch.int64)
-    sample = ddpm(perfect, process, lambda draw: torch.randn(4000, 1, 1, 1, generator=generator), label, steps=1000)
-    assert sample.mean().item() == pytest.approx(mean, abs=0.03)
-    assert sample.std().item() == pytest.approx(std, rel=0.05)
+
+    def noise(draw: int) -> Tensor:
+        return torch.randn(4000, 1, 1, 1, generator=generator)
+
+    sample = sampler(perfect_denoiser(process, 0.4, 0.5), process, noise, label)
+    assert sample.mean().item() == pytest.approx(0.4, abs=0.03)
+    assert sample.std().item() == pytest.approx(0.5, rel=0.05)
 
 
-def test_respacing_keeps_both_ends_and_refuses_more_steps_than_trained() -> None:
-    assert evenly_spaced(1000, 10).tolist() == [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]
-    assert evenly_spaced(1000, 1000).tolist() == list(range(1000))
+def test_ddim_converges_to_the_exact_solution_with_order_one(process: GaussianDiffusion) -> None:
+    """The probability-flow ODE takes a Gaussian to a Gaussian: x_0 = m + (x_T - a m) s / sqrt(a^2 s^2 + b^2)."""
+    mean, std, start = 0.4, 0.5, torch.linspace(-2, 2, 9).view(9, 1, 1, 1)
+    last = process.tables.alphas_cumprod[-1]
+    scale = std / np.sqrt(last * std**2 + 1 - last)
+    exact = mean + (start - np.sqrt(last) * mean) * scale
+    errors = []
+    for steps in (25, 50, 100, 200):
+        label = torch.zeros(9, dtype=torch.int64)
+        found = ddim(perfect_denoiser(process, mean, std), process, lambda _: start, label, steps=steps)
+        errors.append((found - exact).abs().max().item())
+    orders = np.log2(np.array(errors[:-1]) / errors[1:])
+    assert errors[-1] < 0.02
+    assert (orders > 0.7).all()
+
+
+def test_ddim_trajectory_equals_the_released_implementation(process: GaussianDiffusion) -> None:
+    model, golden = golden_model()
+    with torch.no_grad():
+        sample = ddim(model, process, lambda _: golden["sample/ddim10/z"], golden["sample/ddim10/y"], steps="ddim10")
+    final = golden["sample/ddim10/final"]
+    assert (sample - final).abs().max() / final.abs().max() < 1e-4
+
+
+def test_an_eta_outside_its_range_is_refused(process: GaussianDiffusion) -> None:
+    with pytest.raises(ValueError, match=r"sampler.eta is 2"):
+        ddim(golden_model()[0], process, lambda _: torch.zeros(1, 4, 8, 8), torch.zeros(1, dtype=torch.int64), eta=2)
+
+
+def test_a_limited_interval_guides_inside_it_only() -> None:
+    model, golden = golden_model()
+    x_t, label = golden["forward/x"], golden["forward/y"] % 10
+    t = torch.tensor([0, 99, 500, 900])
+    with torch.no_grad():
+        plain = model(x_t, t, label)
+        everywhere = ClassifierFreeGuidance(model, 10, 4, scale=3.0)(x_t, t, label)
+        limited = ClassifierFreeGuidance(model, 10, 4, scale=3.0, t_min=100, t_max=600)(x_t, t, label)
+    torch.testing.assert_close(limited[[0, 1, 3]], plain[[0, 1, 3]], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(limited[2], everywhere[2], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"t_max 1 is below guidance.t_min 2"):
+        ClassifierFreeGuidance(model, 10, 4, t_min=2, t_max=1)
+
+
+def test_autoguidance_extrapolates_from_the_worse_model() -> None:
+    good, golden = golden_model()
+    bad = trained(AdaLNZeroBlock, seed=1)
+    inputs = golden["forward/x"], golden["forward/t"], golden["forward/y"]
+    with torch.no_grad():
+        by_one = Autoguidance(good, 10, 4, guide=bad, scale=1.0)(*inputs)
+        by_two = Autoguidance(good, 10, 4, guide=bad, scale=2.0)(*inputs)
+        torch.testing.assert_close(by_one, good(*inputs), rtol=1e-4, atol=1e-4)
+        expected = 2 * good(*inputs)[:, :4] - bad(*inputs)[:, :4]
+    torch.testing.assert_close(by_two[:, :4], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("schedule", [LinearSchedule(), ScaledLinearSchedule(), CosineSchedule()])
+def test_schedules_go_from_data_to_noise(schedule: Schedule) -> None:
+    tables = GaussianDiffusion(schedule, LearnedRangeVariance()).tables
+    assert ((tables.betas > 0) & (tables.betas < 1)).all()
+    assert (np.diff(tables.alphas_cumprod) < 0).all()
+    assert tables.alphas_cumprod[0] > 0.99
+    assert tables.alphas_cumprod[-1] < 0.01
+
+
+def test_the_cosine_schedule_follows_its_equation() -> None:
+    tables = GaussianDiffusion(CosineSchedule(), LearnedRangeVariance()).tables
+    t = 499  # the 500th of 1,000 steps: halfway
+    expected = np.cos((0.5 + 0.008) / 1.008 * np.pi / 2) ** 2 / np.cos(0.008 / 1.008 * np.pi / 2) ** 2
+    assert tables.alphas_cumprod[t] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(("variance", "table"), [(FixedLargeVariance(), "betas"), (FixedSmallVariance(), None)])
+def test_fixed_variances_are_the_bounds(variance: Variance, table: str | None) -> None:
+    process = GaussianDiffusion(LinearSchedule(), variance)
+    t, x_t = torch.tensor([0, 400]), torch.randn(2, 1, 4, 4)
+    found = process.p_reverse(torch.randn(2, 1, 4, 4), x_t, t).log_variance.flatten()
+    tables = process.tables
+    assert found[0].item() == pytest.approx(np.log(tables.posterior_variance[1]), rel=1e-5)
+    expected = tables.betas[400] if table else tables.posterior_variance[400]
+    assert found[1].item() == pytest.approx(np.log(expected), rel=1e-5)
+    with pytest.raises(ValueError, match="needs 1 output channels, but the network has 2"):
+        process.p_reverse(torch.randn(2, 2, 4, 4), x_t, t)
+    losses = diffusion_losses(process, torch.randn(2, 1, 4, 4), x_t, x_t, t, x_t)
+    assert torch.equal(losses.total, losses.mse)
+
+
+def test_respacing_keeps_both_ends() -> None:
+    assert kept_steps(1000, 10).tolist() == [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]
+    assert kept_steps(1000, "10").tolist() == kept_steps(1000, 10).tolist()
+    assert kept_steps(1000, 1000).tolist() == list(range(1000))
     for steps in (2, 7, 50, 250, 999):
-        kept = evenly_spaced(1000, steps)
-        assert kept[0] == 0
-        assert kept[-1] == 999
+        kept = kept_steps(1000, steps)
+        assert (len(kept), kept[0], kept[-1]) == (steps, 0, 999)
         assert (np.diff(kept) > 0).all()
-    with pytest.raises(ValueError, match=r"sampler.steps is 1001, but the process was trained with 1000"):
-        evenly_spaced(1000, 1001)
+
+
+def test_sections_are_spaced_on_their_own() -> None:
+    assert kept_steps(10, [2, 3]).tolist() == [0, 4, 5, 7, 9]
+    assert kept_steps(10, "2,3").tolist() == [0, 4, 5, 7, 9]
+    assert kept_steps(11, [1, 2]).tolist() == [0, 6, 10]  # the first section is the longer one
+    assert kept_steps(1000, "ddim50").tolist() == list(range(0, 1000, 20))
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        (1001, "sampler.steps is 1001, but the process was trained with 1000"),
+        (1, "needs at least 2 steps"),
+        ([600, 10], "sampler.steps is 600, but the process was trained with 500 steps there"),
+        ("ddim300", "no whole stride takes 300 of 1000"),
+        ("many", "must be like 250, ddim50"),
+    ],
+)
+def test_steps_that_there_are_not_are_refused(steps: Steps, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        kept_steps(1000, steps)
 
 
 def test_respaced_process_keeps_the_noise_levels(process: GaussianDiffusion) -> None:
-    kept = evenly_spaced(1000, 7)
+    kept = kept_steps(1000, 7)
     respaced = process.respace(kept)
     np.testing.assert_allclose(respaced.tables.alphas_cumprod, process.tables.alphas_cumprod[kept], rtol=1e-12)
     assert respaced.timesteps.tolist() == kept.tolist()
