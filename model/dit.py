@@ -27,6 +27,7 @@ class DiTConfig:
     num_classes: int  # without the null class, which has index num_classes
     block: BlockFactory = AdaLNZeroBlock
     learn_sigma: bool = True  # 2c output channels: noise, then variance logits
+    frequency_shift: int = 0  # of the timestep's frequencies: 0 as released, 1 as in diffusers
 
     def __post_init__(self) -> None:
         for name in ("latent_size", "channels", "patch_size", "width", "depth", "num_heads", "num_classes"):
@@ -78,13 +79,14 @@ class DiT(nn.Module):
         num_classes: int,
         block: BlockFactory = AdaLNZeroBlock,
         learn_sigma: bool = True,
+        frequency_shift: int = 0,
     ) -> None:
         super().__init__()
         self.config = config = DiTConfig(
-            latent_size, channels, patch_size, width, depth, num_heads, num_classes, block, learn_sigma
+            latent_size, channels, patch_size, width, depth, num_heads, num_classes, block, learn_sigma, frequency_shift
         )
         self.patch_embedding = nn.Linear(channels * patch_size**2, width)
-        self.timestep_embedding = TimestepEmbedding(width)
+        self.timestep_embedding = TimestepEmbedding(width, frequency_shift)
         self.label_embedding = nn.Embedding(num_classes + 1, width)
         positions = position_embedding_2d(width, latent_size // patch_size)
         self.register_buffer("position_embedding", positions, persistent=False)

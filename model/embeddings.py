@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 
-def sincos_frequencies(num_frequencies: int, max_period: float = 10_000.0) -> Tensor:
-    """Geometric frequencies ``max_period ** (-i / num_frequencies)``: [num_frequencies] float64."""
-    exponent = torch.arange(num_frequencies, dtype=torch.float64) / num_frequencies
-    return torch.exp(-math.log(max_period) * exponent)
+def sincos_frequencies(num_frequencies: int, dtype: torch.dtype, shift: int = 0) -> Tensor:
+    """Geometric frequencies 10,000^(-i / (num_frequencies - shift)): [num_frequencies], computed in ``dtype``."""
+    exponent = -math.log(10_000) * torch.arange(num_frequencies, dtype=dtype)
+    return torch.exp(exponent / (num_frequencies - shift))
 
 
 def position_embedding_2d(width: int, grid_size: int) -> Tensor:
@@ -25,7 +25,7 @@ def position_embedding_2d(width: int, grid_size: int) -> Tensor:
             f"The position embedding needs a width that is a multiple of 4, but the width is {width}; "
             f"use {width - width % 4 + 4}."
         )
-    frequencies = sincos_frequencies(width // 4)
+    frequencies = sincos_frequencies(width // 4, torch.float64)
     positions = torch.arange(grid_size, dtype=torch.float64)
     angles = torch.outer(positions, frequencies)
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid_size, width / 2]
@@ -37,15 +37,19 @@ def position_embedding_2d(width: int, grid_size: int) -> Tensor:
 class TimestepEmbedding(nn.Module):
     """Sinusoidal features of t, then a two-layer perceptron with SiLU (paper, section 3.2).
 
-    The features are (cosines, sines), the order of ADM and of the released weights.
+    The features are (cosines, sines), the order of ADM and of the released weights. Frequency i of n is
+    10,000^(-i / (n - ``frequency_shift``)): the released code has shift 0, diffusers' DiT has 1.
     """
 
     num_features = 256
     frequencies: Tensor
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, frequency_shift: int = 0) -> None:
         super().__init__()
-        self.register_buffer("frequencies", sincos_frequencies(self.num_features // 2).float(), persistent=False)
+        num_frequencies = self.num_features // 2
+        # In float32 like the released code: at t = 999 the rounding of a frequency is 1e-4 of an angle.
+        frequencies = sincos_frequencies(num_frequencies, torch.float32, frequency_shift)
+        self.register_buffer("frequencies", frequencies, persistent=False)
         self.input = nn.Linear(self.num_features, width)
         self.output = nn.Linear(width, width)
 

@@ -26,6 +26,7 @@ ALLOWED = {
     "evaluation": {"train", "runtime", "data", "diffusion", "model"},
     "launch": {"evaluation", "train", "runtime", "data", "diffusion", "model"},
 }
+ROOM_SIZE = len(list((ROOT / "model").rglob("*.py")))  # the model room comes first
 FILES = [path for room in ALLOWED for path in sorted((ROOT / room).rglob("*.py"))]
 
 
@@ -53,7 +54,7 @@ def test_imports_between_rooms_point_one_way(path: Path) -> None:
         ("torch_xla", {"runtime/xla.py"}),
         ("hydra", {path.relative_to(ROOT).as_posix() for path in FILES if path.parent.name == "launch"}),
         ("omegaconf", {path.relative_to(ROOT).as_posix() for path in FILES if path.parent.name == "launch"}),
-        ("pickle", set()),
+        ("pickle", {"model/convert.py"}),  # for the name of an exception
     ],
 )
 def test_a_package_is_imported_in_its_home_only(package: str, homes: set[str]) -> None:
@@ -62,8 +63,9 @@ def test_a_package_is_imported_in_its_home_only(package: str, homes: set[str]) -
 
 
 def test_the_model_room_imports_nothing_that_knows_of_machines() -> None:
-    used = set().union(*(imports_of(path) for path in FILES if path.parent.name == "model"))
-    assert used - set(sys.stdlib_module_names) - {"model"} == {"torch"}
+    used = {path.name: imports_of(path) - set(sys.stdlib_module_names) - {"model"} for path in FILES[:ROOM_SIZE]}
+    assert used.pop("convert.py") == {"torch", "diffusers"}
+    assert set().union(*used.values()) == {"torch"}
 
 
 def composed(job: str, *overrides: str) -> dict[str, Any]:
