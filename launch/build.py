@@ -91,13 +91,14 @@ def build_generator(
     Raises ValueError for settings that do not fit, before anything is trained or generated.
     """
     kept_steps(process.num_steps, config["sampler"]["steps"])  # refuses steps that there are not
-    if class_dropout == 0 and "scale" in config["guidance"]:
+    if class_dropout == 0 and config["guidance"]["_target_"].endswith("ClassifierFreeGuidance"):
         raise ValueError(
             "Guidance needs the null class, but this model is trained with class_dropout 0 and never sees it; use "
             "diffusion/guidance=none, or train with class_dropout=0.1."
         )
-    guide = build(config["guidance"])
-    denoiser = guide(model, num_classes=spec.num_classes, latent_channels=spec.channels)
+    section = dict(config["guidance"])
+    others = {"guide": runtime.place(load_model(section.pop("guide"), "ema")).eval()} if "guide" in section else {}
+    denoiser = build(section)(model, num_classes=spec.num_classes, latent_channels=spec.channels, **others)
     sampler = build(config["sampler"])
     return Generator(denoiser, process, autoencoder, sampler, spec, seed, runtime)
 
@@ -115,6 +116,19 @@ def build_evaluator(config: Mapping[str, Any]) -> Evaluator:
     extractor = build(settings["features"])
     reference = make_reference(build(data["source"]), data["image_size"], extractor)
     return Evaluator(extractor, reference, protocol, settings["batch_size"])
+
+
+def load_model(where: str, weights: str) -> DiT:
+    """The network of a run's newest checkpoint, or of one checkpoint's folder, with its ``ema`` or ``model`` weights.
+
+    Raises ValueError for a missing or damaged checkpoint, or one that asks for foreign code.
+    """
+    path = _checkpoint_path(Path(where))
+    section = read_state_file(path)["config"]["model"]
+    check_trusted(section, _shipped_targets(), "model.")
+    model: DiT = build(section)
+    load_weights(model, path, weights)
+    return model
 
 
 @dataclass(frozen=True)
@@ -141,12 +155,9 @@ class LoadedCheckpoint:
         path = _checkpoint_path(Path(where))
         state = read_state_file(path)
         config = state["config"]
-        trusted = _shipped_targets()
-        for section in ("model", "diffusion"):
-            check_trusted(config[section], trusted, f"{section}.")
-        check_trusted(config["data"]["autoencoder"], trusted, "data.autoencoder.")
-        model: DiT = build(config["model"])
-        load_weights(model, path, weights)
+        check_trusted(config["diffusion"], _shipped_targets(), "diffusion.")
+        check_trusted(config["data"]["autoencoder"], _shipped_targets(), "data.autoencoder.")
+        model = load_model(where, weights)
         process: GaussianDiffusion = build(config["diffusion"])
         return cls(
             path=path,

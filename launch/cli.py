@@ -10,6 +10,7 @@ JOBS = {
     "train": "shards to a run folder; -m sweeps over models; the same command continues",
     "sample": "a checkpoint to a PNG grid and an .npz",
     "evaluate": "a checkpoint to numbers",
+    "export": "a checkpoint's weights to the released code's names or to diffusers",
     "report": "the runs of a sweep to the curve of distance against Gflops",
 }
 

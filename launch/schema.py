@@ -74,6 +74,7 @@ class TrainSchema:
     run_dir: str = "${sweep_dir}/${name}"
     resume: ResumeSchema = field(default_factory=ResumeSchema)
 
+    init_from: str | None = None  # weights to start with: ours, a released .pt or a diffusers folder
     seed: int = 0  # of weights, order, draws
     total_steps: int = 400_000
     batch_size: int = 256  # global, over all processes
@@ -128,6 +129,23 @@ class EvaluateSchema:
     precision: Precision = Precision.fp32
 
 
+class Program(Enum):
+    """Where exported weights go."""
+
+    reference = "reference"
+    diffusers = "diffusers"
+
+
+@dataclass
+class ExportSchema:
+    """``ditscale export``."""
+
+    checkpoint: str = MISSING
+    weights: Weights = Weights.ema
+    to: Program = MISSING
+    out: str = MISSING  # a .pt file for reference, a folder for diffusers
+
+
 @dataclass
 class ReportSchema:
     """``ditscale report``."""
@@ -144,4 +162,5 @@ def register() -> None:
     store.store(name="encode_schema", node=EncodeSchema)
     store.store(name="sample_schema", node=SampleSchema)
     store.store(name="evaluate_schema", node=EvaluateSchema)
+    store.store(name="export_schema", node=ExportSchema)
     store.store(name="report_schema", node=ReportSchema)

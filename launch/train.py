@@ -20,10 +20,11 @@ from evaluation.hooks import EvaluationHook, SampleGridHook
 from launch.app import run
 from launch.build import build, build_evaluator, build_generator, expected_spec, fill_model, model_facts
 from launch.check import check_train_scalars
+from launch.starting_weights import load_starting_weights
 from model.autoencoder import Autoencoder
 from model.dit import DiT
 from runtime.protocol import Runtime
-from train.checkpoint import code_version, load_newest, read_state_file
+from train.checkpoint import code_version, list_checkpoints, load_newest, read_state_file
 from train.ema import EMA
 from train.hooks import CheckpointHook, Clock, Hook, LogHook, ProgressHook
 from train.loggers import Logger, NoLogger
@@ -44,7 +45,8 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
 
     runtime: Runtime = build(config["runtime"], precision=config["precision"])
     process = runtime.place(build(config["diffusion"]))
-    state = _new_state(config, runtime)
+    folder = RunFolder(Path(config["run_dir"]))
+    state = _new_state(config, runtime, starts_anew=not list_checkpoints(folder.checkpoints))
     generator = build_generator(
         config,
         state.ema.module,
@@ -57,7 +59,6 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
     )
     shards = MappedShards(shards_folder, config["data"]["verify_checksums"])
     batches = _batches(config, shards, autoencoder, process, runtime)
-    folder = RunFolder(Path(config["run_dir"]))
     with folder.locked() if runtime.is_main else nullcontext():
         _claim(folder, config, runtime)
         _restore(folder, state, manifest, config["checkpoint_every"], runtime)
@@ -94,10 +95,14 @@ def _batches(
     )
 
 
-def _new_state(config: Mapping[str, Any], runtime: Runtime) -> TrainState:
-    """State at step 0: weights from the seed, their average, the optimizer."""
+def _new_state(config: Mapping[str, Any], runtime: Runtime, starts_anew: bool) -> TrainState:
+    """State at step 0: weights from ``init_from`` or the seed, their average, the optimizer."""
     model: DiT = build(config["model"])
     model.initialize(config["seed"])
+    if starts_anew and config["init_from"] is not None:
+        for note in load_starting_weights(model, config["init_from"]):
+            if runtime.is_main:
+                print(f"note: {note}")
     model = runtime.place(model)
     ema: EMA = build(config["ema"])(model)
     optimizer = build(config["optimizer"])(model.parameters())

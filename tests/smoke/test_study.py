@@ -115,6 +115,39 @@ def test_evaluating_a_checkpoint_repeats_the_number_of_training(study: Path) -> 
     assert after["frechet_distance"] == pytest.approx(during["frechet_distance"], rel=1e-6)
 
 
+def test_exported_weights_come_back_as_starting_weights(study: Path) -> None:
+    run = runs(study)[0]
+    ditscale("export", f"checkpoint={run}", "to=reference", "out=a.pt", cwd=study)
+    ditscale("export", f"checkpoint={run}", "to=diffusers", "out=folder", cwd=study)
+    words = [word for word in SWEEP if not word.startswith(("model.patch_size", "hydra.", "sample_", "evaluate_"))]
+    words += ["train/logger=none", "group=tuned", "model.patch_size=2", "sample_every=null", "evaluate_every=null"]
+    losses = {}
+    for start in ("a.pt", "folder", str(run), "null"):
+        name = f"from-{Path(start).stem}"
+        ditscale("train", *words, f"name={name}", f"init_from={start}", cwd=study)
+        losses[start] = json_lines(study / "runs/tuned" / name / "metrics.jsonl")[0]["loss"]
+    assert losses["a.pt"] == losses["folder"] == losses[str(run)]  # the same EMA weights, whatever the way
+    assert losses["a.pt"] < 0.95 * losses["null"]
+    shown = ditscale("train", *words, "name=other", "init_from=a.pt", "model.width=32", cwd=study, expect=2)
+    assert "init_from a.pt has width 16, but model.width is 32" in shown
+
+
+def test_a_worse_checkpoint_guides_a_better_one(study: Path) -> None:
+    better, worse = runs(study)
+    words = ["sample", f"checkpoint={better}", "num_images=4", "sampler.steps=5"]
+    ditscale(*words, "out=alone", cwd=study)
+    guidance = ["diffusion/guidance=autoguidance", f"guidance.guide={worse}"]
+    for scale in (1, 3):
+        ditscale(*words, *guidance, f"out=scale{scale}", f"guidance.scale={scale}", cwd=study)
+    with (
+        np.load(study / "alone.npz") as alone,
+        np.load(study / "scale1.npz") as one,
+        np.load(study / "scale3.npz") as three,
+    ):
+        assert np.abs(alone["arr_0"].astype(int) - one["arr_0"]).max() <= 1
+        assert np.abs(alone["arr_0"].astype(int) - three["arr_0"]).max() > 10
+
+
 def test_a_sweep_started_again_trains_nothing_anew(study: Path) -> None:
     before = {run: (run / "metrics.jsonl").stat().st_mtime_ns for run in runs(study)}
     history = {run: (run / "metrics.jsonl").read_text() for run in runs(study)}

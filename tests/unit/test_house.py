@@ -73,7 +73,9 @@ def composed(job: str, *overrides: str) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name=job):
         needed = {"train": "name=x", "sample": "checkpoint=x", "evaluate": "checkpoint=x", "report": "sweep=x"}
+        needed["export"] = "checkpoint=x"
         given = [needed[job]] if job in needed else []
+        given += ["to=reference", "out=x"] if job == "export" else []
         config = hydra.compose(config_name=job, overrides=[*given, *overrides])
     return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
 
@@ -87,10 +89,11 @@ GROUPS = sorted(
 
 @pytest.mark.parametrize("override", GROUPS)
 def test_every_config_file_builds_what_exists_with_settings_that_it_has(override: str) -> None:
-    check_targets(composed("train", override))
+    more = ["guidance.guide=x"] if override.endswith("autoguidance") else []
+    check_targets(composed("train", override, *more))
 
 
-@pytest.mark.parametrize("job", ["encode", "train", "sample", "evaluate", "report"])
+@pytest.mark.parametrize("job", ["encode", "train", "sample", "evaluate", "export", "report"])
 def test_every_job_composes(job: str) -> None:
     check_targets(composed(job))
 
