@@ -34,9 +34,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     aside.mkdir()
     try:
         yield aside
-        for file in aside.iterdir():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
+        for file in aside.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
         sync_folder(aside)
         if path.exists():  # the same step saved again, by a run that replays it
             shutil.rmtree(path)

@@ -54,6 +54,16 @@ def expected_spec(data: Mapping[str, Any], manifest: Manifest) -> tuple[Autoenco
     return autoencoder, spec
 
 
+def require_variance(model: DiT, process: GaussianDiffusion) -> None:
+    """Raise ValueError where the process wants a variance that the network does not predict, or the reverse."""
+    if process.variance.learned != model.config.learn_sigma:
+        raise ValueError(
+            f"{type(process.variance).__name__} needs {model.config.channels * (2 if process.variance.learned else 1)} "
+            f"output channels, but the model has {model.config.out_channels}; set "
+            f"model.learn_sigma={str(process.variance.learned).lower()}."
+        )
+
+
 def model_facts(model: DiT, images_seen: int, weights: str, training_seed: int) -> dict[str, Any]:
     """What an evaluation record says of the network. Compute in giga multiply-adds, the paper's Gflops."""
     config = model.config

@@ -81,6 +81,7 @@ class TrainSchema:
     class_dropout: float = 0.1  # fraction of labels replaced by the null class
     max_grad_norm: float | None = None  # null: gradients are not clipped
     precision: Precision = Precision.bf16
+    activation_checkpointing: bool = False  # recompute each block in the backward pass: a third more compute
 
     log_every: int = 100  # steps
     checkpoint_every: int = 10_000  # steps, a multiple of log_every

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -18,10 +18,19 @@ from diffusion.process import GaussianDiffusion
 from evaluation.generate import Generator
 from evaluation.hooks import EvaluationHook, SampleGridHook
 from launch.app import run
-from launch.build import build, build_evaluator, build_generator, expected_spec, fill_model, model_facts
+from launch.build import (
+    build,
+    build_evaluator,
+    build_generator,
+    expected_spec,
+    fill_model,
+    model_facts,
+    require_variance,
+)
 from launch.check import check_train_scalars
 from launch.starting_weights import load_starting_weights
 from model.autoencoder import Autoencoder
+from model.checkpointing import checkpoint_blocks
 from model.dit import DiT
 from runtime.protocol import Runtime
 from train.checkpoint import code_version, list_checkpoints, load_newest, read_state_file
@@ -46,7 +55,7 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
     runtime: Runtime = build(config["runtime"], precision=config["precision"])
     process = runtime.place(build(config["diffusion"]))
     folder = RunFolder(Path(config["run_dir"]))
-    state = _new_state(config, runtime, starts_anew=not list_checkpoints(folder.checkpoints))
+    state = _new_state(config, process, runtime, starts_anew=not list_checkpoints(folder.checkpoints))
     generator = build_generator(
         config,
         state.ema.module,
@@ -64,6 +73,8 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
         _restore(folder, state, manifest, config["checkpoint_every"], runtime)
         logger = _logger(config, folder, runtime)
         try:
+            if config["activation_checkpointing"]:  # after the EMA was copied, which has no backward pass
+                checkpoint_blocks(cast(DiT, state.model))
             model, optimizer = runtime.prepare(state.model, state.optimizer)
             step = runtime.step(make_step(model, optimizer, state.ema, process, runtime, config["max_grad_norm"]))
             hooks = _hooks(config, state, generator, manifest, folder, logger, progress)
@@ -95,9 +106,12 @@ def _batches(
     )
 
 
-def _new_state(config: Mapping[str, Any], runtime: Runtime, starts_anew: bool) -> TrainState:
+def _new_state(
+    config: Mapping[str, Any], process: GaussianDiffusion, runtime: Runtime, starts_anew: bool
+) -> TrainState:
     """State at step 0: weights from ``init_from`` or the seed, their average, the optimizer."""
     model: DiT = build(config["model"])
+    require_variance(model, process)
     model.initialize(config["seed"])
     if starts_anew and config["init_from"] is not None:
         for note in load_starting_weights(model, config["init_from"]):

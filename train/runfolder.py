@@ -23,6 +23,8 @@ FREE_SETTINGS = frozenset(
         "name",
         "group",
         "resume",
+        "activation_checkpointing",
+        "init_from",
         "sampler",
         "guidance",
         "evaluation",

@@ -17,6 +17,7 @@ from diffusion.samplers import Sampler, ddim, ddpm
 from diffusion.schedules import CosineSchedule, LinearSchedule, ScaledLinearSchedule, Schedule
 from diffusion.variances import FixedLargeVariance, FixedSmallVariance, LearnedRangeVariance, Variance
 from model.blocks import AdaLNZeroBlock
+from model.convert import from_reference, to_reference
 
 
 @pytest.fixture
@@ -40,6 +41,22 @@ def test_losses_equal_the_released_implementation(process: GaussianDiffusion) ->
     torch.testing.assert_close(losses.mse, golden["loss/mse"], rtol=1e-5, atol=0)
     torch.testing.assert_close(losses.vlb, golden["loss/vb"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(losses.total, golden["loss/total"], rtol=1e-5, atol=0)
+
+
+def test_gradients_equal_the_released_implementation(process: GaussianDiffusion) -> None:
+    _, golden = golden_model()
+    weights = {name.removeprefix("weights/"): golden[name] for name in golden if name.startswith("weights/")}
+    model = from_reference(weights, num_heads=4)
+    x_0, noise, t, label = (golden[f"loss/{name}"] for name in ("x0", "noise", "t", "y"))
+    x_t = process.q_sample(x_0, t, noise)
+    diffusion_losses(process, model(x_t, t, label), x_0, x_t, t, noise).total.mean().backward()
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        parameter.data = parameter.grad  # so that to_reference gives gradients under the released names
+    norms = {name: value.double().norm().item() for name, value in to_reference(model).items()}
+    for name in (key for key in golden if key.startswith("grad_norm/")):
+        found = norms[name.removeprefix("grad_norm/")]
+        assert found == pytest.approx(golden[name].item(), rel=1e-4), name
 
 
 def test_ddpm_trajectory_equals_the_released_implementation(process: GaussianDiffusion) -> None:

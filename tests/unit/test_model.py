@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.attention import QKNormSelfAttention
 from model.autoencoder import IdentityAutoencoder
 from model.blocks import AdaLNBlock, AdaLNZeroBlock, Block, CrossAttentionBlock, InContextBlock
+from model.checkpointing import checkpoint_blocks
 from model.dit import DiT, DiTConfig
 from model.flops import multiply_adds, num_parameters, training_multiply_adds
 
@@ -142,6 +143,30 @@ def test_gradients_are_finite_and_reach_every_weight_in_bf16(block: type[Block])
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
         assert parameter.dtype == torch.float32
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_activation_checkpointing_changes_memory_and_no_number(block: type[Block]) -> None:
+    plain, recomputing = trained(block), trained(block)
+    checkpoint_blocks(recomputing)
+    assert plain.state_dict().keys() == recomputing.state_dict().keys()
+    kept: dict[bool, int] = {}
+    for model in (plain, recomputing):
+        sizes: list[int] = []
+
+        def pack(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(*inputs()).square().mean()
+        kept[model is recomputing] = sum(sizes)
+        loss.backward()
+    assert kept[True] < kept[False] / 2
+    for (name, one), two in zip(plain.named_parameters(), recomputing.parameters(), strict=True):
+        assert one.grad is not None
+        assert two.grad is not None
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_normalized_queries_and_keys_bound_the_scores() -> None:
