@@ -44,6 +44,12 @@ def write_shard(
     return entry, _layout_of(path)
 
 
+def shard_bytes_per_sample(num_values: int) -> int:
+    """Bytes that a sample of ``num_values`` float16 takes in a tar: two headers, the label, header and values."""
+    block, npy_header = 512, 128
+    return 3 * block + -(-(npy_header + 2 * num_values) // block) * block
+
+
 def _layout_of(path: Path) -> Layout:
     """Read offset and stride back from the file, so that no assumption on the tar writer is needed."""
     with tarfile.open(path) as tar:

@@ -11,6 +11,7 @@ JOBS = {
     "sample": "a checkpoint to a PNG grid and an .npz",
     "evaluate": "a checkpoint to numbers",
     "export": "a checkpoint's weights to the released code's names or to diffusers",
+    "plan": "what a model or a sweep costs: Gflops, parameters, memory, hours, disk",
     "report": "the runs of a sweep to the curve of distance against Gflops",
 }
 

@@ -147,6 +147,31 @@ class ExportSchema:
     out: str = MISSING  # a .pt file for reference, a folder for diffusers
 
 
+class Format(Enum):
+    """For people or for programs."""
+
+    text = "text"
+    json = "json"
+
+
+@dataclass
+class PlanSchema:
+    """``ditscale plan``."""
+
+    model: Any = MISSING
+    name: str = "d${model.width}-n${model.depth}-p${model.patch_size}-${hydra:runtime.choices.model/block}"
+    total_steps: int = 400_000
+    batch_size: int = 256  # global
+    precision: Precision = Precision.bf16
+    devices: int = 8
+    peak_tflops: float = 989.0  # true FLOPs of a device in that precision, dense; an H100's or H200's in bf16
+    utilization: float = 0.4  # of the peak
+    sampling_steps: int = 250
+    num_samples: int = 1_281_167  # images in the shards: ImageNet's
+    flip: bool = True  # both orientations stored
+    format: Format = Format.text
+
+
 @dataclass
 class ReportSchema:
     """``ditscale report``."""
@@ -164,4 +189,5 @@ def register() -> None:
     store.store(name="sample_schema", node=SampleSchema)
     store.store(name="evaluate_schema", node=EvaluateSchema)
     store.store(name="export_schema", node=ExportSchema)
+    store.store(name="plan_schema", node=PlanSchema)
     store.store(name="report_schema", node=ReportSchema)

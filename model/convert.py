@@ -20,6 +20,7 @@ from torch import Tensor
 from model.attention import SelfAttention
 from model.blocks import AdaLNZeroBlock
 from model.dit import DiT
+from model.flops import constructor_arguments
 
 # Released name -> ours, for everything but the two tensors of other shape (see `_patch_weight`).
 _RENAMED = (
@@ -168,8 +169,7 @@ def to_diffusers(model: DiT, folder: Path, autoencoder: Any = None) -> None:
 
 def replace_label_table(model: DiT, num_classes: int) -> DiT:
     """The same network for another number of classes; only the label table is drawn anew, from the seed 0."""
-    shape = {name: getattr(model.config, name) for name in model.config.__dataclass_fields__}
-    renewed = DiT(**{**shape, "num_classes": num_classes})
+    renewed = DiT(**{**constructor_arguments(model.config), "num_classes": num_classes})
     kept = {name: value for name, value in model.state_dict().items() if not name.startswith("label_embedding.")}
     renewed.load_state_dict(kept, strict=False)
     return renewed

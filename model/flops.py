@@ -6,6 +6,7 @@ modulation, final layer. Not counted: additions of biases and residuals, norms, 
 """
 
 from dataclasses import fields
+from typing import Any
 
 import torch
 
@@ -15,10 +16,15 @@ from model.dit import DiT, DiTConfig
 TRAINING_FACTOR = 3
 
 
+def constructor_arguments(config: DiTConfig) -> dict[str, Any]:
+    """What builds a DiT of this config."""
+    return {field.name: getattr(config, field.name) for field in fields(config)}
+
+
 def _shape_only(config: DiTConfig) -> DiT:
     """The model on the meta device: shapes without memory."""
     with torch.device("meta"):
-        return DiT(**{field.name: getattr(config, field.name) for field in fields(config)})
+        return DiT(**constructor_arguments(config))
 
 
 def multiply_adds(config: DiTConfig) -> int:

@@ -132,6 +132,21 @@ def test_exported_weights_come_back_as_starting_weights(study: Path) -> None:
     assert "init_from a.pt has width 16, but model.width is 32" in shown
 
 
+def test_the_plan_of_the_papers_sweep_is_its_table(tmp_path: Path) -> None:
+    words = ["plan", "-m", "model/size=s,xl", "model.patch_size=8,2"]
+    shown = ditscale(*words, "format=json", cwd=tmp_path)
+    rows = [json.loads(line) for line in shown.splitlines() if line.startswith("{")]
+    assert [row["gmacs"] for row in rows] == pytest.approx([0.36, 6.06, 7.39, 118.64], rel=0.006)
+    assert [row["parameters_millions"] for row in rows] == pytest.approx([33.1, 33.0, 675.7, 675.1], rel=0.006)
+    xl = rows[-1]
+    assert xl["training_exaflops"] == pytest.approx(2 * 3 * 118.62e9 * 400_000 * 256 / 1e18, rel=1e-3)
+    assert xl["training_hours"] == pytest.approx(xl["training_exaflops"] * 1e18 / (8 * 989e12 * 0.4) / 3600, rel=1e-6)
+    assert xl["state_gb"] == pytest.approx(20 * 0.6751, rel=1e-3)
+    text = [line for line in ditscale(*words, cwd=tmp_path).splitlines() if "adaln_zero" in line or "Gflops" in line]
+    assert len(text) == 5
+    assert "118.621" in text[-1]
+
+
 def test_a_worse_checkpoint_guides_a_better_one(study: Path) -> None:
     better, worse = runs(study)
     words = ["sample", f"checkpoint={better}", "num_images=4", "sampler.steps=5"]

@@ -73,6 +73,7 @@ def composed(job: str, *overrides: str) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name=job):
         needed = {"train": "name=x", "sample": "checkpoint=x", "evaluate": "checkpoint=x", "report": "sweep=x"}
+        needed["plan"] = "name=x"
         needed["export"] = "checkpoint=x"
         given = [needed[job]] if job in needed else []
         given += ["to=reference", "out=x"] if job == "export" else []
@@ -93,7 +94,7 @@ def test_every_config_file_builds_what_exists_with_settings_that_it_has(override
     check_targets(composed("train", override, *more))
 
 
-@pytest.mark.parametrize("job", ["encode", "train", "sample", "evaluate", "export", "report"])
+@pytest.mark.parametrize("job", ["encode", "train", "sample", "evaluate", "export", "plan", "report"])
 def test_every_job_composes(job: str) -> None:
     check_targets(composed(job))
 

@@ -15,6 +15,7 @@ from model.blocks import AdaLNBlock, AdaLNZeroBlock, Block, CrossAttentionBlock,
 from model.checkpointing import checkpoint_blocks
 from model.dit import DiT, DiTConfig
 from model.flops import multiply_adds, num_parameters, training_multiply_adds
+from model.memory import activation_bytes_per_image
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 # Paper, Table 4 (model, patch size, Gflops as printed, parameters in millions).
@@ -255,3 +256,27 @@ def test_identity_autoencoder_gives_back_the_image() -> None:
     assert torch.equal(autoencoder.decode(latent), images)
     with pytest.raises(ValueError, match="configured for 1 channels, but the images have 3"):
         autoencoder.moments(torch.zeros(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_planned_activation_memory_is_what_a_real_pass_saves(block: type[Block], bf16: bool) -> None:
+    model = tiny(block=block)
+    saved = []
+    for batch_size in (3, 4):
+        storages: dict[int, int] = {}
+        held = []
+
+        def pack(tensor: torch.Tensor, storages: dict[int, int] = storages, held: list[Any] = held) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            held.append(tensor)
+            return tensor
+
+        index = torch.zeros(batch_size, dtype=torch.int64)
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
+            model(torch.randn(batch_size, 4, 8, 8), index, index)
+        saved.append(sum(storages.values()))
+    assert activation_bytes_per_image(model.config, bf16) == pytest.approx(saved[1] - saved[0], rel=0.02)

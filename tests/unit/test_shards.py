@@ -14,7 +14,7 @@ from conftest import PatternSource, encode_pattern
 from data.atomic import append_line, atomic_file, atomic_folder, remove_leftovers
 from data.images import to_uint8, to_unit_range
 from data.manifest import Manifest
-from data.shards import MappedShards
+from data.shards import MappedShards, shard_bytes_per_sample
 from launch.app import CONF
 from model.autoencoder import IdentityAutoencoder
 
@@ -69,6 +69,12 @@ def test_any_webdataset_reader_opens_the_shards(tmp_path: Path) -> None:
         assert sample["cls"] == shards.labels[row]
         gathered = [shards.gather(np.array([row]), np.array([flip]))[0] for flip in (False, True)]
         np.testing.assert_array_equal(sample["moments.npy"], np.stack(gathered))
+
+
+def test_the_planned_size_of_a_sample_is_its_stride(tmp_path: Path) -> None:
+    encode_pattern(tmp_path)
+    with np.load(tmp_path / "index.npz") as index:
+        assert index["layout"][0, 1] == shard_bytes_per_sample(2 * 2 * 8 * 8)
 
 
 def test_classes_are_mixed_within_a_shard(digits: Path) -> None:

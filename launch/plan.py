@@ -1,0 +1,76 @@
+"""``ditscale plan``: what a model or a sweep of models costs, before anything is trained."""
+
+import json
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+
+from data.progress import ProgressBar
+from data.shards import shard_bytes_per_sample
+from launch.app import run
+from launch.build import build
+from model.dit import DiTConfig
+from model.flops import TRAINING_FACTOR, multiply_adds, num_parameters
+from model.memory import STATE_BYTES_PER_PARAMETER, activation_bytes_per_image
+
+COLUMNS = (  # heading, key, format
+    ("model", "name", "32s"),
+    ("Gflops (GMACs)", "gmacs", "14.3f"),
+    ("params M", "parameters_millions", "8.1f"),
+    ("train EFLOPs", "training_exaflops", "12.1f"),
+    ("hours", "training_hours", "8.1f"),
+    ("state GB", "state_gb", "8.2f"),
+    ("activations GB", "activations_gb", "14.2f"),
+    ("sample TMACs", "sampling_tmacs", "12.2f"),
+    ("shards GB", "shards_gb", "9.1f"),
+)
+
+
+def plan_job(config: dict[str, Any], progress: ProgressBar) -> None:
+    """Print one row; a sweep prints its heading once."""
+    row = plan_row(config)
+    if config["format"] == "json":
+        print(json.dumps(row))
+        return
+    if not HydraConfig.get().job.get("num"):  # type: ignore[attr-defined]  # a DictConfig, whatever its annotation
+        print("  ".join(f"{heading:>{_width(layout)}s}" for heading, _, layout in COLUMNS))
+    print("  ".join(f"{row[key]:>{layout}}" for _, key, layout in COLUMNS))
+
+
+def plan_row(config: dict[str, Any]) -> dict[str, Any]:
+    """All numbers of one model. Gflops and TMACs are multiply-adds as in the paper; EFLOPs are true FLOPs."""
+    section = {key: value for key, value in config["model"].items() if key not in ("_target_", "block")}
+    model = DiTConfig(**section, block=build(config["model"]["block"]))
+    macs, parameters = multiply_adds(model), num_parameters(model)
+    images = config["total_steps"] * config["batch_size"]
+    training_flops = 2 * TRAINING_FACTOR * macs * images
+    flops_per_second = config["devices"] * config["peak_tflops"] * 1e12 * config["utilization"]
+    images_per_device = -(-config["batch_size"] // config["devices"])
+    activations = activation_bytes_per_image(model, config["precision"] == "bf16") * images_per_device
+    orientations = 2 if config["flip"] else 1
+    values = orientations * 2 * model.channels * model.latent_size**2
+    return {
+        "name": config["name"],
+        "gmacs": macs / 1e9,
+        "parameters_millions": parameters / 1e6,
+        "training_exaflops": training_flops / 1e18,
+        "training_hours": training_flops / flops_per_second / 3600,
+        "state_gb": sum(STATE_BYTES_PER_PARAMETER.values()) * parameters / 1e9,
+        "activations_gb": activations / 1e9,
+        "images_per_device": images_per_device,
+        "sampling_tmacs": macs * config["sampling_steps"] / 1e12,
+        "shards_gb": shard_bytes_per_sample(values) * config["num_samples"] / 1e9,
+    }
+
+
+def _width(layout: str) -> int:
+    return int(layout.split(".")[0].rstrip("s"))
+
+
+def main() -> None:
+    """Entry point."""
+    run("plan", plan_job)
+
+
+if __name__ == "__main__":
+    main()

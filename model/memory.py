@@ -1,0 +1,43 @@
+"""Bytes that training a DiT takes, from its config alone."""
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from model.dit import DiT, DiTConfig
+from model.flops import constructor_arguments
+
+# float32 weights, gradients, two AdamW moments and one moving average.
+STATE_BYTES_PER_PARAMETER = {"weights": 4, "gradients": 4, "optimizer": 8, "ema": 4}
+
+
+def activation_bytes_per_image(config: DiTConfig, bf16: bool) -> int:
+    """What one more image of a batch keeps for the backward pass, without activation checkpointing.
+
+    Not a formula: tensors without memory go through the network, and what autograd saves is added up. A
+    compiler, or another attention kernel than the CPU's flash one, keeps less or more.
+    """
+    return _saved_bytes(config, bf16, 2) - _saved_bytes(config, bf16, 1)  # the difference leaves out the weights
+
+
+def _saved_bytes(config: DiTConfig, bf16: bool, batch_size: int) -> int:
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with FakeTensorMode():
+        model = DiT(**constructor_arguments(config))
+        side = config.latent_size
+        latent = torch.empty(batch_size, config.channels, side, side)
+        index = torch.zeros(batch_size, dtype=torch.int64)
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
+            output = model(latent, index, index)  # kept alive: a freed storage's address may be used again
+        total = sum(storages.values())
+        del output
+    return total
