@@ -94,6 +94,15 @@ def test_sampling_gives_a_grid_and_an_adm_file(study: Path) -> None:
     assert Image.open(study / "a.png").size == (662, 200)
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "dpm_solver_pp", "heun"])
+def test_every_sampler_is_chosen_on_the_command_line(study: Path, sampler: str) -> None:
+    words = ["sample", f"checkpoint={runs(study)[0]}", "num_images=3", "sampler.steps=6"]
+    ditscale(*words, f"diffusion/sampler={sampler}", f"out={sampler}", cwd=study)
+    with np.load(study / f"{sampler}.npz") as images:
+        assert images["arr_0"].shape == (3, 8, 8, 1)
+        assert images["arr_0"].std() > 10
+
+
 def test_guidance_and_labels_are_chosen_on_the_command_line(study: Path) -> None:
     run = runs(study)[0]
     words = ["sample", f"checkpoint={run}", "num_images=6", "labels=[3,10]", "sampler.steps=5"]
