@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     SAMPLING = 7
     ENCODING_ORDER = 9
     SPLIT = 10
+    LIKELIHOOD = 11
 
 
 class Draws(NamedTuple):
@@ -76,13 +77,13 @@ def training_draws(
     )
 
 
-def sampling_noise(
-    philox: Philox, image_indices: NDArray[np.int64], draw: int, shape: tuple[int, ...]
+def draw_noise(
+    philox: Philox, positions: NDArray[np.int64], draw: int, shape: tuple[int, ...], purpose: Purpose
 ) -> NDArray[np.float32]:
-    """Standard normals [B, *shape] of the given images' draw'th use, whatever the batch they are in."""
-    noise = np.empty((len(image_indices), *shape), dtype=np.float32)
-    for row, index in zip(noise, image_indices, strict=True):
-        philox.at(int(index), Purpose.SAMPLING, draw).standard_normal(dtype=np.float32, out=row)
+    """Standard normals [B, *shape] of the given positions' draw'th use, whatever the batch they are in."""
+    noise = np.empty((len(positions), *shape), dtype=np.float32)
+    for row, position in zip(noise, positions, strict=True):
+        philox.at(int(position), purpose, draw).standard_normal(dtype=np.float32, out=row)
     return noise
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from data.images import to_uint8
 from data.manifest import LatentSpec
-from diffusion.draws import Philox, sampling_noise
+from diffusion.draws import Philox, Purpose, draw_noise
 from diffusion.process import GaussianDiffusion
 from diffusion.protocol import Denoiser
 from diffusion.samplers import Sampler
@@ -37,7 +37,7 @@ class Generator:
         device = self.runtime.device
 
         def noise(draw: int) -> torch.Tensor:
-            return torch.from_numpy(sampling_noise(philox, indices, draw, shape)).to(device)
+            return torch.from_numpy(draw_noise(philox, indices, draw, shape, Purpose.SAMPLING)).to(device)
 
         with self.runtime.autocast():
             latent = self.sampler(self.denoiser, self.process, noise, torch.from_numpy(labels).to(device))

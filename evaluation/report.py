@@ -66,7 +66,10 @@ def make_report(sweep: Path, out: Path) -> Report:
     if not sweep.is_dir():
         raise ValueError(f"There is no sweep folder {sweep}; give the folder that holds the runs.")
     folders = sorted(path.parent for path in sweep.glob("*/config.yaml"))
-    by_run = {folder.name: read_lines(RunFolder(folder).evaluations) for folder in folders}
+    by_run = {
+        folder.name: [line for line in read_lines(RunFolder(folder).evaluations) if "frechet_distance" in line]
+        for folder in folders
+    }
     unevaluated = [name for name, records in by_run.items() if not records]
     records = _of_shared_protocol({name: records for name, records in by_run.items() if records}, sweep)
     rows = [

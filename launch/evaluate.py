@@ -1,17 +1,27 @@
 """``ditscale evaluate``: a checkpoint to a line of its run's ``evaluations.jsonl``."""
 
 import json
+from pathlib import Path
 from typing import Any
 
+from data.manifest import Manifest
 from data.progress import ProgressBar
+from data.shards import MappedShards
+from evaluation.likelihood import measure_likelihood
 from launch.app import run
 from launch.build import LoadedCheckpoint, build, build_evaluator, model_facts
+from launch.check import closest
 from runtime.protocol import Runtime
 from train.runfolder import RunFolder
+
+METRICS = ("frechet", "nll")
 
 
 def evaluate_job(config: dict[str, Any], progress: ProgressBar) -> None:
     """Generate, measure, append. Prints the record."""
+    for name in config["metrics"]:
+        if name not in METRICS:
+            raise ValueError(f"There is no metric {name!r}{closest(name, METRICS)} There are: {', '.join(METRICS)}.")
     runtime: Runtime = build(config["runtime"], precision=config["precision"])
     checkpoint = LoadedCheckpoint.load(config["checkpoint"], config["weights"], runtime)
     folder = RunFolder(checkpoint.run_dir)
@@ -22,9 +32,14 @@ def evaluate_job(config: dict[str, Any], progress: ProgressBar) -> None:
             f"The checkpoint was trained on {checkpoint.spec.source} at {checkpoint.spec.image_size} px, but the "
             f"reference would be {data['name']} at {data['image_size']} px; choose data={checkpoint.spec.source}."
         )
-    evaluator = build_evaluator(config)
-    generator = checkpoint.generator(config, evaluator.protocol.sampling_seed, runtime)
-    metrics = evaluator.evaluate(generator, progress)
+    generator = checkpoint.generator(config, config["evaluation"]["seed"], runtime)
+    metrics: dict[str, Any] = {}
+    if "frechet" in config["metrics"]:
+        metrics |= build_evaluator(config).evaluate(generator, progress)
+    if "nll" in config["metrics"]:
+        shards = _shards_of(checkpoint, Path(data["shards"]), data["verify_checksums"])
+        settings = config["evaluation"]
+        metrics |= measure_likelihood(generator, shards, settings["num_images"], settings["batch_size"], progress)
     record = {
         "step": checkpoint.step,
         "images_seen": checkpoint.images_seen,
@@ -34,6 +49,12 @@ def evaluate_job(config: dict[str, Any], progress: ProgressBar) -> None:
     if runtime.is_main:
         folder.append(folder.evaluations, record)
         print(json.dumps(record, indent=1))
+
+
+def _shards_of(checkpoint: LoadedCheckpoint, folder: Path, verify_checksums: bool) -> MappedShards:
+    """The shards, refused where their latents are not those that the checkpoint was trained on."""
+    Manifest.load(folder).require(checkpoint.spec, folder)
+    return MappedShards(folder, verify_checksums)
 
 
 def main() -> None:

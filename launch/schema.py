@@ -128,6 +128,7 @@ class EvaluateSchema:
     checkpoint: str = MISSING
     weights: Weights = Weights.ema
     precision: Precision = Precision.fp32
+    metrics: list[str] = field(default_factory=lambda: ["frechet"])  # frechet, nll (bits per dimension)
 
 
 class Program(Enum):

@@ -172,6 +172,22 @@ def test_a_worse_checkpoint_guides_a_better_one(study: Path) -> None:
         assert np.abs(alone["arr_0"].astype(int) - three["arr_0"]).max() > 10
 
 
+def test_bits_per_dimension_do_not_depend_on_the_batch_and_leave_the_curve_alone(study: Path) -> None:
+    run = runs(study)[1]
+    before = json_lines(run / "evaluations.jsonl")
+    words = ["evaluate", f"checkpoint={run}", "metrics=[nll]", "evaluation.num_images=6"]
+    for batch_size in (6, 4):
+        ditscale(*words, f"evaluation.batch_size={batch_size}", cwd=study)
+    one, two = json_lines(run / "evaluations.jsonl")[len(before) :]
+    assert one["bits_per_dimension"] == pytest.approx(two["bits_per_dimension"], rel=1e-4)
+    assert (one["likelihood_images"], one["likelihood_steps"]) == (6, 1000)
+    assert one["bits_per_dimension"] > 0
+    assert "frechet_distance" not in one
+    ditscale("report", "sweep=runs/small", "train/logger=none", cwd=study)
+    shown = ditscale(*words[:2], "metrics=[nlll]", cwd=study, expect=2)
+    assert "There is no metric 'nlll'; did you mean 'nll'?" in shown
+
+
 def test_a_sweep_started_again_trains_nothing_anew(study: Path) -> None:
     before = {run: (run / "metrics.jsonl").stat().st_mtime_ns for run in runs(study)}
     history = {run: (run / "metrics.jsonl").read_text() for run in runs(study)}

@@ -5,11 +5,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from test_model import golden_model, trained
+from test_model import golden_model, tiny, trained
 from torch import Tensor
 
 from diffusion.diffusers_samplers import dpm_solver_pp, heun
 from diffusion.guidance import Autoguidance, ClassifierFreeGuidance, unguided
+from diffusion.likelihood import bits_per_dimension, prior_bits
 from diffusion.losses import diffusion_losses, gaussian_kl, vlb_term
 from diffusion.process import Gaussian, GaussianDiffusion
 from diffusion.protocol import Denoiser
@@ -58,6 +59,48 @@ def test_gradients_equal_the_released_implementation(process: GaussianDiffusion)
     for name in (key for key in golden if key.startswith("grad_norm/")):
         found = norms[name.removeprefix("grad_norm/")]
         assert found == pytest.approx(golden[name].item(), rel=1e-4), name
+
+
+def exact_reverse(process: GaussianDiffusion, mean: float, std: float) -> Denoiser:
+    """`perfect_denoiser` with the reverse process's true variance, beta~ + coef1^2 Var(x_0 | x_t), as logits."""
+    noise_of = perfect_denoiser(process, mean, std)
+
+    def denoiser(x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        noise = noise_of(x_t, t, label)[:, :1]
+        signal, spread = process.table("sqrt_alphas_cumprod", t), process.table("sqrt_one_minus_alphas_cumprod", t)
+        uncertainty = (std * spread) ** 2 / ((signal * std) ** 2 + spread**2)
+        beta_tilde = torch.from_numpy(process.tables.posterior_variance)[t].float().view(-1, 1, 1, 1)
+        variance = beta_tilde + process.table("posterior_mean_coef1", t) ** 2 * uncertainty
+        low, high = process.table("posterior_log_variance_clipped", t), process.table("log_betas", t)
+        logits = 2 * (torch.log(variance) - low) / (high - low) - 1
+        return torch.cat([noise, logits.expand_as(noise)], dim=1)
+
+    return denoiser
+
+
+def test_the_bound_of_the_exact_model_is_the_entropy_of_the_data(process: GaussianDiffusion) -> None:
+    """For x_0 ~ N(m, s^2) in bins of 2/255: entropy h / ln 2 - log2(2/255) bits a dimension."""
+    mean, std = 0.1, 0.2
+    generator = torch.Generator().manual_seed(0)
+    x_0 = mean + std * torch.randn(256, 1, 8, 8, generator=generator)
+    label = torch.zeros(256, dtype=torch.int64)
+
+    def noise(draw: int) -> Tensor:
+        return torch.randn(x_0.shape, generator=generator)
+
+    bits = bits_per_dimension(exact_reverse(process, mean, std), process, x_0, label, noise)
+    entropy = 0.5 * np.log(2 * np.pi * np.e * std**2) / np.log(2) - np.log2(2 / 255)
+    assert bits.shape == (256,)
+    assert bits.mean().item() == pytest.approx(entropy, abs=0.03)
+    worse = bits_per_dimension(perfect_denoiser(process, mean, std), process, x_0, label, noise)
+    assert worse.mean() > bits.mean() + 0.1  # the right mean with too small a variance
+
+
+def test_the_prior_term_is_the_closed_form(process: GaussianDiffusion) -> None:
+    x_0 = torch.full((1, 1, 2, 2), 0.5)
+    alpha = process.tables.alphas_cumprod[-1]
+    expected = 0.5 * (-np.log(1 - alpha) - 1 + (1 - alpha) + alpha * 0.25) / np.log(2)
+    assert prior_bits(process, x_0).item() == pytest.approx(expected, rel=0.05, abs=1e-7)
 
 
 def test_ddpm_trajectory_equals_the_released_implementation(process: GaussianDiffusion) -> None:
@@ -216,6 +259,21 @@ def test_deterministic_samplers_converge_to_the_exact_solution_with_their_order(
         errors.append((found - exact).abs().max().item())
     assert errors[-1] < last_error
     assert np.log2(errors[0] / errors[-1]) / 3 > order - 0.15
+
+
+@pytest.mark.parametrize("sampler", [ddpm, ddim, partial(ddim, eta=1.0), dpm_solver_pp, heun])
+def test_sampling_reads_nothing_back_from_the_device(process: GaussianDiffusion, sampler: Sampler) -> None:
+    """On the meta device there is nothing to read: a value that is asked for raises."""
+    model = tiny().to("meta")
+    guided = ClassifierFreeGuidance(model, 10, 4, scale=2.0, t_min=100, t_max=900)
+    label = torch.zeros(2, dtype=torch.int64, device="meta")
+
+    def noise(draw: int) -> Tensor:
+        return torch.empty(2, 4, 8, 8, device="meta")
+
+    sample = sampler(guided, process.to("meta"), noise, label, steps=4)
+    assert sample.shape == (2, 4, 8, 8)
+    assert sample.is_meta
 
 
 def test_an_order_that_the_solver_has_not_is_refused(process: GaussianDiffusion) -> None:

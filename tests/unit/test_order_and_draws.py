@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.order import epoch_order, positions_of_step, rows_at
-from diffusion.draws import Philox, Purpose, permutation, sampling_noise, training_draws
+from diffusion.draws import Philox, Purpose, draw_noise, permutation, training_draws
 
 PINNED_NOISE = [1.8699285984039307, 0.6554148197174072, 0.6459668278694153]
 PINNED_REST = (446, False, True)  # t, drop_label, flip
@@ -83,8 +83,8 @@ def test_no_flip_where_the_data_forbids_it() -> None:
 
 def test_sampling_noise_of_an_image_does_not_depend_on_its_batch() -> None:
     philox = Philox(3)
-    together = sampling_noise(philox, np.array([4, 5, 6]), 2, (1, 4, 4))
-    alone = sampling_noise(philox, np.array([5]), 2, (1, 4, 4))
+    together = draw_noise(philox, np.array([4, 5, 6]), 2, (1, 4, 4), Purpose.SAMPLING)
+    alone = draw_noise(philox, np.array([5]), 2, (1, 4, 4), Purpose.SAMPLING)
     np.testing.assert_array_equal(together[1], alone[0])
     assert not np.array_equal(together[0], together[1])
 
