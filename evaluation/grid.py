@@ -15,7 +15,8 @@ GAP = 2
 
 
 def save_grid(path: Path, images: NDArray[np.uint8], columns: int) -> None:
-    """Write [N, H, W, C] uint8 images, C 1 or 3, row by row as one PNG."""
+    """Write [N, H, W, C] uint8 images row by row as one PNG; of other than 1 or 3 channels, the first 3 or 1."""
+    images = images[..., : 3 if images.shape[3] >= 3 else 1]
     count, height, width, channels = images.shape
     factor = max(1, SHOWN_SIDE // height)
     rows = math.ceil(count / columns)

@@ -55,6 +55,7 @@ def plan_row(config: dict[str, Any]) -> dict[str, Any]:
         "parameters_millions": parameters / 1e6,
         "training_exaflops": training_flops / 1e18,
         "training_hours": training_flops / flops_per_second / 3600,
+        **{f"{part}_gb": size * parameters / 1e9 for part, size in STATE_BYTES_PER_PARAMETER.items()},
         "state_gb": sum(STATE_BYTES_PER_PARAMETER.values()) * parameters / 1e9,
         "activations_gb": activations / 1e9,
         "images_per_device": images_per_device,

@@ -11,6 +11,7 @@ from evaluation.generate import balanced_labels, given_labels
 from evaluation.grid import save_grid
 from launch.app import run
 from launch.build import LoadedCheckpoint, build
+from launch.foreign import is_foreign, load_foreign
 from runtime.protocol import Runtime
 
 GRID_IMAGES = 100  # a picture with more is no longer looked at
@@ -19,7 +20,10 @@ GRID_IMAGES = 100  # a picture with more is no longer looked at
 def sample_job(config: dict[str, Any], progress: ProgressBar) -> None:
     """Write ``{out}.png`` and ``{out}.npz`` (``arr_0`` uint8 [N, H, W, C], ``arr_1`` int64 labels [N])."""
     runtime: Runtime = build(config["runtime"], precision=config["precision"])
-    checkpoint = LoadedCheckpoint.load(config["checkpoint"], config["weights"], runtime)
+    if is_foreign(Path(config["checkpoint"])):
+        checkpoint = load_foreign(config, runtime)
+    else:
+        checkpoint = LoadedCheckpoint.load(config["checkpoint"], config["weights"], runtime)
     count, num_classes = config["num_images"], checkpoint.spec.num_classes
     if config["labels"] is None:
         labels = balanced_labels(count, num_classes)
@@ -34,18 +38,21 @@ def sample_job(config: dict[str, Any], progress: ProgressBar) -> None:
     images = runtime.gather(_concatenate(parts, checkpoint))
     if not runtime.is_main:
         return
-    out = Path(config["out"] or checkpoint.run_dir / "samples" / _name(config, checkpoint.step))
+    out = Path(config["out"] or checkpoint.run_dir / "samples" / _name(config, checkpoint))
     with atomic_file(out.with_name(out.name + ".npz")) as file:
         np.savez(file, images, labels)  # numpy names them arr_0 and arr_1, as ADM's evaluator expects
     shown = images[:GRID_IMAGES]
     columns = min(num_classes if config["labels"] is None else 10, 10, len(shown))
     save_grid(out.with_name(out.name + ".png"), shown, columns)
-    print(f"{count} images of {checkpoint.path} ({config['weights']} weights): {out}.npz and {out}.png")
+    which = f" ({config['weights']} weights)" if checkpoint.step else ""
+    print(f"{count} images of {checkpoint.path}{which}: {out}.npz and {out}.png")
 
 
-def _name(config: dict[str, Any], step: int) -> str:
+def _name(config: dict[str, Any], checkpoint: LoadedCheckpoint) -> str:
     """A file name that says how the images were made."""
-    parts = [f"step_{step:08d}", config["weights"], f"seed{config['seed']}", f"{config['sampler']['steps']}steps"]
+    source = [f"step_{checkpoint.step:08d}", config["weights"]] if checkpoint.step else [checkpoint.path.stem]
+    sampler = config["sampler"]["_target_"].rsplit(".", 1)[-1] + str(config["sampler"]["steps"])
+    parts = [*source, f"seed{config['seed']}", sampler]
     if "scale" in config["guidance"]:
         parts.append(f"guidance{config['guidance']['scale']}")
     if config["labels"] is not None:

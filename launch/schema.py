@@ -100,9 +100,20 @@ class EncodeSchema:
 
 
 @dataclass
-class SampleSchema:
-    """``ditscale sample``."""
+class ForeignSchema:
+    """What weights of other programs do not say."""
 
+    num_heads: int | None = None  # of a released .pt of a width that is none of the paper's
+    frequency_shift: int = 1  # of a diffusers folder: 1 as diffusers computes, 0 for the published weights
+
+
+@dataclass
+class SampleSchema:
+    """``ditscale sample``. ``data`` and ``diffusion`` are of a foreign checkpoint; ours carries its own."""
+
+    data: Any = MISSING
+    diffusion: Any = MISSING
+    foreign: ForeignSchema = field(default_factory=ForeignSchema)
     sampler: Any = MISSING
     guidance: Any = MISSING
     runtime: Any = MISSING

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from launch.build import load_model
-from model.convert import from_diffusers, from_reference, load_reference, replace_label_table
+from launch.foreign import is_foreign, read_foreign
+from model.convert import replace_label_table
 from model.dit import DiT
 
 # What must agree for weights to mean the same. Another number of classes only renews the label table.
@@ -16,7 +17,8 @@ def load_starting_weights(model: DiT, where: str) -> list[str]:
     Returns sentences on what was not taken over. Raises ValueError where there are no weights, or the shapes
     differ, naming both.
     """
-    found = _read(Path(where), model)
+    path, shape = Path(where), model.config
+    found = read_foreign(path, shape.num_heads, shape.frequency_shift) if is_foreign(path) else load_model(where, "ema")
     for name in _SHAPE:
         theirs, ours = getattr(found.config, name), getattr(model.config, name)
         if theirs != ours:
@@ -33,11 +35,3 @@ def load_starting_weights(model: DiT, where: str) -> list[str]:
     except RuntimeError as error:
         raise ValueError(f"init_from {where} has other blocks than model.block: {error}") from error
     return notes
-
-
-def _read(path: Path, model: DiT) -> DiT:
-    if path.is_file():
-        return from_reference(load_reference(path), model.config.num_heads)
-    if (path / "transformer").is_dir() or (path / "config.json").is_file():
-        return from_diffusers(path, model.config.frequency_shift)
-    return load_model(str(path), "ema")

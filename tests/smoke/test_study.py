@@ -141,6 +141,23 @@ def test_exported_weights_come_back_as_starting_weights(study: Path) -> None:
     assert "init_from a.pt has width 16, but model.width is 32" in shown
 
 
+def test_foreign_weights_give_the_images_that_ours_give(study: Path) -> None:
+    run = runs(study)[0]
+    ditscale("export", f"checkpoint={run}", "to=reference", "out=foreign.pt", cwd=study)
+    ditscale("export", f"checkpoint={run}", "to=diffusers", "out=foreign-folder", cwd=study)
+    words = ["num_images=4", "sampler.steps=5"]
+    ditscale("sample", f"checkpoint={run}", *words, "out=native", cwd=study)
+    settings = ["data.autoencoder.channels=1", "foreign.num_heads=4", "foreign.frequency_shift=0"]
+    for where in ("foreign.pt", "foreign-folder"):
+        ditscale("sample", f"checkpoint={where}", *words, *settings, "out=theirs", cwd=study)
+        with np.load(study / "native.npz") as ours, np.load(study / "theirs.npz") as theirs:
+            assert np.array_equal(ours["arr_0"], theirs["arr_0"])
+    shown = ditscale("sample", "checkpoint=foreign.pt", *words, "foreign.num_heads=4", cwd=study, expect=2)
+    assert "are for latents of 1 channels, but the autoencoder identity has 3" in shown
+    (study / "bad.pt").write_bytes(b"not a checkpoint")
+    assert "bad.pt is refused" in ditscale("sample", "checkpoint=bad.pt", *words, cwd=study, expect=2)
+
+
 def test_the_plan_of_the_papers_sweep_is_its_table(tmp_path: Path) -> None:
     words = ["plan", "-m", "model/size=s,xl", "model.patch_size=8,2"]
     shown = ditscale(*words, "format=json", cwd=tmp_path)

@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from test_model import golden_model, inputs, tiny, trained
 
+from launch.starting_weights import load_starting_weights
 from model.attention import QKNormSelfAttention
 from model.blocks import AdaLNBlock, AdaLNZeroBlock
 from model.convert import (
@@ -148,3 +149,18 @@ def test_models_that_exist_here_only_are_not_exported(tmp_path: Path) -> None:
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no diffusers DiT in safetensors"):
         from_diffusers(tmp_path)
+
+
+def test_starting_weights_for_other_classes_say_that_the_label_table_is_new(tmp_path: Path) -> None:
+    torch.save(released_weights(), tmp_path / "a.pt")
+    model = tiny(num_classes=3)
+    fresh_labels = model.label_embedding.weight.clone()
+    (note,) = load_starting_weights(model, str(tmp_path / "a.pt"))
+    assert "knows 10 classes and this run 3: the label table starts anew" in note
+    assert torch.equal(model.label_embedding.weight, fresh_labels)
+    expected = from_reference(released_weights(), num_heads=4).blocks[0].attention.qkv.weight
+    assert torch.equal(model.blocks[0].attention.qkv.weight, expected)
+    with pytest.raises(ValueError, match=r"has depth 2, but model.depth is 1; set it to 2"):
+        load_starting_weights(tiny(depth=1), str(tmp_path / "a.pt"))
+    with pytest.raises(ValueError, match="has other blocks than model.block"):
+        load_starting_weights(tiny(block=AdaLNBlock), str(tmp_path / "a.pt"))
