@@ -162,5 +162,5 @@ def test_starting_weights_for_other_classes_say_that_the_label_table_is_new(tmp_
     assert torch.equal(model.blocks[0].attention.qkv.weight, expected)
     with pytest.raises(ValueError, match=r"has depth 2, but model.depth is 1; set it to 2"):
         load_starting_weights(tiny(depth=1), str(tmp_path / "a.pt"))
-    with pytest.raises(ValueError, match="has other blocks than model.block"):
+    with pytest.raises(ValueError, match=r"has other blocks than model.block"):
         load_starting_weights(tiny(block=AdaLNBlock), str(tmp_path / "a.pt"))
