@@ -164,3 +164,11 @@ def test_starting_weights_for_other_classes_say_that_the_label_table_is_new(tmp_
         load_starting_weights(tiny(depth=1), str(tmp_path / "a.pt"))
     with pytest.raises(ValueError, match=r"has other blocks than model.block"):
         load_starting_weights(tiny(block=AdaLNBlock), str(tmp_path / "a.pt"))
+
+
+@pytest.mark.parametrize(("width", "num_heads"), [(384, 6), (768, 12), (1024, 16), (1152, 16)])
+def test_the_papers_sizes_need_no_number_of_heads(width: int, num_heads: int) -> None:
+    model = tiny(width=width, depth=1, num_heads=num_heads)
+    found = from_reference(to_reference(model))
+    assert found.config == model.config
+    assert_same_weights(model, found)

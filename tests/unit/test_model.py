@@ -13,6 +13,7 @@ from model.attention import QKNormSelfAttention
 from model.autoencoder import IdentityAutoencoder
 from model.blocks import AdaLNBlock, AdaLNZeroBlock, Block, CrossAttentionBlock, InContextBlock
 from model.checkpointing import checkpoint_blocks
+from model.convert import from_reference
 from model.dit import DiT, DiTConfig
 from model.flops import multiply_adds, num_parameters, training_multiply_adds
 from model.memory import activation_bytes_per_image
@@ -33,21 +34,6 @@ PAPER = [
     ("XL", 4, 29.05, 675.1),
     ("XL", 2, 118.64, 675.1),
 ]
-# Names of the released weights -> ours.
-RENAMED = [
-    ("x_embedder.proj", "patch_embedding"),
-    ("t_embedder.mlp.0", "timestep_embedding.input"),
-    ("t_embedder.mlp.2", "timestep_embedding.output"),
-    ("y_embedder.embedding_table", "label_embedding"),
-    ("attn.qkv", "attention.qkv"),
-    ("attn.proj", "attention.projection"),
-    ("mlp.fc1", "mlp.hidden"),
-    ("mlp.fc2", "mlp.output"),
-    ("adaLN_modulation.1", "modulation"),
-    ("final_layer.linear", "final_layer.decoder"),
-]
-
-
 BLOCKS = [InContextBlock, CrossAttentionBlock, AdaLNBlock, AdaLNZeroBlock]
 
 
@@ -71,12 +57,7 @@ def golden_model() -> tuple[DiT, dict[str, torch.Tensor]]:
     with np.load(GOLDEN / "official_tiny_p2.npz", allow_pickle=False) as stored:
         golden = {name: torch.from_numpy(stored[name]) for name in stored.files}
     weights = {name.removeprefix("weights/"): golden[name] for name in golden if name.startswith("weights/")}
-    del weights["pos_embed"]
-    weights["x_embedder.proj.weight"] = weights["x_embedder.proj.weight"].flatten(1)
-    for theirs, ours in RENAMED:
-        weights = {name.replace(theirs, ours): value for name, value in weights.items()}
-    model = tiny()
-    model.load_state_dict(weights)
+    model = from_reference(weights, num_heads=4)
     return model, golden
 
 
