@@ -109,9 +109,17 @@ def from_diffusers(folder: Path, frequency_shift: int = 1) -> DiT:
 
     inner = Path(folder) / "transformer"
     try:
-        theirs: Any = DiTTransformer2DModel.from_pretrained(inner if inner.is_dir() else folder, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no diffusers DiT in safetensors ({str(error).splitlines()[0]}).") from error
+        theirs, found = DiTTransformer2DModel.from_pretrained(
+            inner if inner.is_dir() else folder, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{folder} holds no diffusers DiT in safetensors ({reason}).") from error
+    # diffusers itself fills what is missing with random numbers and goes on.
+    problems = [f"{name} is missing" for name in found["missing_keys"]]
+    problems += [f"{name} is unknown" for name in found["unexpected_keys"]]
+    if problems:
+        raise ValueError(f"{folder} has not a DiT's weights: {'; '.join(problems[:3])} ({len(problems)} in all).")
     config = theirs.config
     out_channels = config.out_channels or config.in_channels
     model = DiT(

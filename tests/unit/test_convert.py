@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
+from safetensors.torch import load_file, save_file
 from test_model import golden_model, inputs, tiny, trained
 
 from launch.starting_weights import load_starting_weights
@@ -164,6 +165,24 @@ def test_starting_weights_for_other_classes_say_that_the_label_table_is_new(tmp_
         load_starting_weights(tiny(depth=1), str(tmp_path / "a.pt"))
     with pytest.raises(ValueError, match=r"has other blocks than model.block"):
         load_starting_weights(tiny(block=AdaLNBlock), str(tmp_path / "a.pt"))
+
+
+def test_a_diffusers_folder_with_wrong_weights_is_refused_with_their_names(tmp_path: Path) -> None:
+    to_diffusers(random_model(), tmp_path)
+    path = tmp_path / "transformer/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    save_file({name: value for name, value in weights.items() if name != "proj_out_2.bias"}, path)
+    with pytest.raises(ValueError, match=r"proj_out_2.bias is missing \(1 in all\)"):
+        from_diffusers(tmp_path)
+    save_file({**weights, "extra": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="extra is unknown"):
+        from_diffusers(tmp_path)
+    save_file({**weights, "proj_out_2.bias": torch.zeros(7)}, path)
+    with pytest.raises(ValueError, match=r"proj_out_2.bias"):
+        from_diffusers(tmp_path)
+    path.write_bytes(b"rubbish")
+    with pytest.raises(ValueError, match="holds no diffusers DiT in safetensors"):
+        from_diffusers(tmp_path)
 
 
 @pytest.mark.parametrize(("width", "num_heads"), [(384, 6), (768, 12), (1024, 16), (1152, 16)])
