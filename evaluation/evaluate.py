@@ -11,6 +11,7 @@ from evaluation.features import FeatureExtractor
 from evaluation.generate import Generator, balanced_labels
 from evaluation.references import Reference
 from evaluation.statistics import FeatureStatistics, frechet_distance
+from train.runfolder import RunFolder, read_lines
 
 
 @dataclass(frozen=True)
@@ -77,3 +78,8 @@ class Evaluator:
             "decoder": f"{generator.spec.autoencoder} {generator.spec.autoencoder_revision}",
             **asdict(self.protocol),
         }
+
+
+def distance_records(folder: RunFolder) -> list[dict[str, Any]]:
+    """The lines of ``evaluations.jsonl`` that hold a distance; others may hold bits per dimension alone."""
+    return [line for line in read_lines(folder.evaluations) if "frechet_distance" in line]

@@ -12,7 +12,8 @@ import matplotlib.figure
 from scipy.stats import spearmanr
 
 from data.atomic import write_bytes
-from train.runfolder import RunFolder, read_lines
+from evaluation.evaluate import distance_records
+from train.runfolder import RunFolder
 
 # What must agree between points of one curve.
 PROTOCOL_KEYS = (
@@ -66,10 +67,7 @@ def make_report(sweep: Path, out: Path) -> Report:
     if not sweep.is_dir():
         raise ValueError(f"There is no sweep folder {sweep}; give the folder that holds the runs.")
     folders = sorted(path.parent for path in sweep.glob("*/config.yaml"))
-    by_run = {
-        folder.name: [line for line in read_lines(RunFolder(folder).evaluations) if "frechet_distance" in line]
-        for folder in folders
-    }
+    by_run = {folder.name: distance_records(RunFolder(folder)) for folder in folders}
     unevaluated = [name for name, records in by_run.items() if not records]
     records = _of_shared_protocol({name: records for name, records in by_run.items() if records}, sweep)
     rows = [

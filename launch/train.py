@@ -15,6 +15,7 @@ from data.prefetch import prefetch
 from data.progress import ProgressBar
 from data.shards import MappedShards
 from diffusion.process import GaussianDiffusion
+from evaluation.evaluate import distance_records
 from evaluation.generate import Generator
 from evaluation.hooks import EvaluationHook, SampleGridHook
 from launch.app import run
@@ -216,7 +217,7 @@ def _summary(folder: RunFolder, state: TrainState) -> str:
     parts = [f"{folder.path}: step {state.step}"]
     if metrics := read_lines(folder.metrics):
         parts.append(f"loss {metrics[-1]['loss']:.4f}")
-    if evaluations := read_lines(folder.evaluations):
+    if evaluations := distance_records(folder):
         last = evaluations[-1]
         parts.append(
             f"Frechet distance on {last['feature_extractor']} {last['frechet_distance']:.1f}, "

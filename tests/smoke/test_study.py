@@ -201,6 +201,7 @@ def test_bits_per_dimension_do_not_depend_on_the_batch_and_leave_the_curve_alone
     assert one["bits_per_dimension"] > 0
     assert "frechet_distance" not in one
     ditscale("report", "sweep=runs/small", "train/logger=none", cwd=study)
+    ditscale("train", "-m", *SWEEP, cwd=study, env={"WANDB_MODE": "offline"})  # its summary shows the last distance
     shown = ditscale(*words[:2], "metrics=[nlll]", cwd=study, expect=2)
     assert "There is no metric 'nlll'; did you mean 'nll'?" in shown
 
