@@ -21,7 +21,7 @@ demo: $(STAMP)
 
 test: $(STAMP) lint
 	$(BIN)/pytest tests/unit -n auto
-	$(BIN)/pytest tests/runtime tests/smoke -n 2
+	$(BIN)/pytest tests/runtime tests/smoke -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
