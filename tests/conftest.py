@@ -101,7 +101,7 @@ def run_process(words: list[str], cwd: Path, expect: int, env: dict[str, str] | 
     done = subprocess.run(
         words, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=300, check=False
     )
-    assert (done.returncode == 0) == (expect == 0), done.stdout + done.stderr
+    assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
