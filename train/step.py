@@ -60,7 +60,7 @@ def make_step(
         norms = {
             "grad_norm": grad_norm,
             "param_norm": runtime.norm(weights),
-            "update_norm": runtime.norm([new - old for new, old in zip(weights, before, strict=True)]),
+            "update_norm": runtime.norm([old.sub_(new) for new, old in zip(weights, before, strict=True)]),
         }
         return {**{name: _mean([part[name] for part in parts]) for name in parts[0]}, **norms, **skipped}
 
