@@ -2,10 +2,12 @@
 
 import math
 import re
-from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
 
-COLLECTIVES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 BITS = {"pred": 8, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "s32": 32, "u32": 32, "f32": 32, "s64": 64, "f64": 64}
+_COLLECTIVE = re.compile(rf"%(\S+) = (\(.*?\)|\S+) ({KINDS})(?:-done)?\(")
 
 
 def spread(text: str, traced: int, cores: int) -> str:
@@ -25,27 +27,52 @@ def spread(text: str, traced: int, cores: int) -> str:
     return text if cores == traced else re.sub(r"devices=\[([\d,]+)\]([\d,]+)", widen, text)
 
 
-def collectives(hlo: str) -> dict[str, dict[str, int]]:
-    """Per kind the number of operations and the bytes of their results on one core, from the scheduled HLO.
+class Collective(NamedTuple):
+    """One operation by which devices exchange something; shapes and bytes are of its result on one device."""
+
+    name: str
+    kind: str
+    shapes: tuple[tuple[int, ...], ...]
+    bytes: int
+
+
+def collectives(hlo: str) -> list[Collective]:
+    """All of a partitioned program.
 
     An asynchronous pair counts once, at its end. libtpu writes a reduce-scatter as a fusion whose computation is
-    named so and holds an all-reduce: its bytes are those of the whole.
+    named so and holds an all-reduce: its shapes and bytes are those of the whole.
     """
-    counts: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
+    found = []
     computation = ""
     for line in hlo.splitlines():
         if line.startswith(("%", "ENTRY")):
             computation = line
-        found = re.search(rf"= (\(.*?\)|\S+) ({COLLECTIVES})(?:-done)?\(", line)
-        if found is not None:
-            kind = "reduce-scatter" if computation.startswith("%all-reduce-scatter") else found.group(2)
-            counts[kind] += 1
-            sizes[kind] += shape_bytes(found.group(1))
-    return {kind: {"count": counts[kind], "bytes": sizes[kind]} for kind in sorted(counts)}
+        if match := _COLLECTIVE.search(line):
+            name, shape, written = match.groups()
+            kind = "reduce-scatter" if computation.startswith("%all-reduce-scatter") else written
+            found.append(Collective(name, kind, tuple(dims for _, dims in _arrays(shape)), shape_bytes(shape)))
+    return found
+
+
+def totals(found: Sequence[Collective]) -> dict[str, dict[str, int]]:
+    """Per kind the number of operations and the bytes of their results."""
+    kinds = sorted({one.kind for one in found})
+    sizes = {kind: [one.bytes for one in found if one.kind == kind] for kind in kinds}
+    return {kind: {"count": len(sizes[kind]), "bytes": sum(sizes[kind])} for kind in kinds}
+
+
+def slices_of(hlo: str, name: str) -> list[tuple[int, ...]]:
+    """Shapes of the pieces that devices cut for themselves out of the value ``name``."""
+    cuts = re.findall(rf"= (\S+) dynamic-slice\(%{re.escape(name)},", hlo)
+    return [dims for cut in cuts for _, dims in _arrays(cut)]
 
 
 def shape_bytes(shape: str) -> int:
     """Bytes of an HLO shape or tuple of shapes, such as ``(f32[8,4]{1,0}, bf16[])``, without padding."""
-    arrays = re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", shape)
-    return sum(BITS[kind] // 8 * math.prod(int(n) for n in sizes.split(",") if n) for kind, sizes in arrays)
+    return sum(BITS[kind] // 8 * math.prod(dims) for kind, dims in _arrays(shape))
+
+
+def _arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Element type and dimensions of each array of a shape."""
+    written = re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", shape)
+    return [(kind, tuple(int(n) for n in dims.split(",") if n)) for kind, dims in written]

@@ -33,7 +33,7 @@ from jax.interpreters.mlir import ir
 from jaxlib import xla_client
 from jaxlib.mlir.dialects import stablehlo
 
-from benchmarks.hlo_text import collectives, spread
+from benchmarks.hlo_text import collectives, spread, totals
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -204,7 +204,7 @@ def _of_executable(executable: Any, cores: int, model_multiply_adds: int) -> dic
         "hbm_parts_bytes": parts,
         # Elementwise work is among the compiler's flops: half a percent for XL/2.
         "compiled_multiply_adds_over_model": round(flops / 2 * cores / model_multiply_adds, 4),
-        "collectives": collectives(executable.hlo_modules()[0].to_string()),
+        "collectives": totals(collectives(executable.hlo_modules()[0].to_string())),
     }
 
 

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from benchmarks.hlo_text import collectives, shape_bytes, spread
+from benchmarks.hlo_text import collectives, shape_bytes, slices_of, spread, totals
 
 PROGRAM = """\
 HloModule step, is_scheduled=true
@@ -39,11 +39,19 @@ def written(tiles: np.ndarray) -> str:
 
 
 def test_each_collective_is_counted_once_with_the_bytes_of_its_result() -> None:
-    assert collectives(PROGRAM) == {
+    assert totals(collectives(PROGRAM)) == {
         "all-gather": {"count": 1, "bytes": 4 * 4 * 4},
         "all-reduce": {"count": 1, "bytes": 4 + 3 * 5 * 2},
         "reduce-scatter": {"count": 1, "bytes": 8 * 4 * 2},
     }
+
+
+def test_a_sum_that_each_device_keeps_a_piece_of_is_told_from_one_that_it_keeps_whole() -> None:
+    whole = {one.name: one.shapes for one in collectives(PROGRAM)}
+    assert whole["all-reduce.9"] == ((8, 4),)
+    assert slices_of(PROGRAM, "all-reduce.9") == [(2, 4)]
+    assert whole["all-reduce.1"] == ((), (3, 5))
+    assert slices_of(PROGRAM, "all-reduce.1") == []
 
 
 @pytest.mark.parametrize(
