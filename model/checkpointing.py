@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from functools import partial
+from types import MethodType
 
 from torch import Tensor
 
+from model.blocks import Block
 from model.dit import DiT
 
 
@@ -13,5 +15,10 @@ def checkpoint_blocks(model: DiT, checkpoint: Callable[..., Tensor]) -> None:
 
     ``checkpoint(function, *arguments)`` is what does so on the machine at hand.
     """
+
+    def forward(block: Block, tokens: Tensor, condition: Tensor) -> Tensor:
+        return checkpoint(partial(type(block).forward, block), tokens, condition)
+
     for block in model.blocks:
-        block.forward = partial(checkpoint, block.forward)
+        # One function for all, of which the block is an argument: compiled once, it serves every block.
+        block.forward = MethodType(forward, block)

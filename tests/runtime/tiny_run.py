@@ -6,13 +6,15 @@ leaves ``OUT/NAME.safetensors`` (the final state) and ``OUT/NAME.json`` (losses 
 
 import functools
 import json
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo.utils
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,6 +33,7 @@ from train.state import optimizer_tensors
 from train.step import make_step
 
 NUM_CLASSES, DECAY = 10, 0.9999
+NORMS = ("grad_norm", "param_norm", "update_norm")
 
 
 @dataclass
@@ -95,7 +98,8 @@ def plain(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
     optimizer = case.optimizer(model)
     averages = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     gamma = averages_of.gamma_of(0.1)
-    losses = []
+    losses: list[float] = []
+    norms: dict[str, list[float]] = {name: [] for name in NORMS}
     for number, batch in enumerate(case.batches(0, 1)):
         for group in optimizer.param_groups:
             group["lr"] = case.learning_rates[number] if case.learning_rates else group["lr"]
@@ -104,16 +108,28 @@ def plain(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
         loss = diffusion_losses(process, output, batch["latent"], x_t, batch["t"], batch["noise"]).total.mean()
         optimizer.zero_grad()
         loss.backward()
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        norms["grad_norm"].append(norm(parameter.grad for parameter in model.parameters()))
         if case.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), case.max_grad_norm)
         optimizer.step()
+        norms["param_norm"].append(norm(model.parameters()))
+        norms["update_norm"].append(norm(new - old for new, old in zip(model.parameters(), before, strict=True)))
         for name, parameter in model.named_parameters():
             kept = DECAY if case.average == "constant" else (1 - 1 / (number + 1)) ** (gamma + 1)
             averages[name] = kept * averages[name] + (1 - kept) * parameter.detach()
         losses.append(loss.item())
     weights = {f"model/{name}": value.detach() for name, value in model.named_parameters()}
     moments = {f"optimizer/{name}": value for name, value in optimizer_tensors(model, optimizer).items()}
-    return {**weights, **{f"ema/{name}": value for name, value in averages.items()}, **moments}, {"losses": losses}
+    return {**weights, **{f"ema/{name}": value for name, value in averages.items()}, **moments}, {
+        "losses": losses,
+        "norms": norms,
+    }
+
+
+def norm(tensors: Iterable[Tensor]) -> float:
+    """Of all together, in float64."""
+    return math.sqrt(math.fsum(tensor.detach().double().square().sum().item() for tensor in tensors))
 
 
 def under_runtime(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -138,7 +154,9 @@ def under_runtime(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
             group["lr"] = case.learning_rates[number] if case.learning_rates else group["lr"]
         history.append(step(micro_batches))
     facts = {"of_training": counters.read()}
-    facts["losses"] = runtime.fetch(history)["loss"]
+    measured = runtime.fetch(history)
+    facts["losses"] = measured["loss"]
+    facts["norms"] = {name: measured[name] for name in NORMS}
     parts = {"model": model.state_dict(), "ema": ema.module.state_dict()}
     parts["optimizer"] = optimizer_tensors(model, optimizer)
     facts["shardings"] = {f"{part}/{name}": sharding(v) for part in parts for name, v in parts[part].items()}
@@ -158,18 +176,22 @@ def make_runtime(case: Case) -> Any:
 
 
 class Counters:
-    """Compilations and reads since the case began, by torch_xla's own metrics."""
+    """Since the case began: compilations and reads by torch_xla's own metrics, else compilations by torch.compile's."""
 
     def __init__(self, runtime: str) -> None:
-        self._counts = runtime == "xla"
-        if self._counts:
+        self._of_xla = runtime == "xla"
+        if self._of_xla:
             import torch_xla.debug.metrics as metrics
 
             metrics.clear_all()
+        else:
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
 
     def read(self) -> dict[str, int]:
-        if not self._counts:
-            return {}
+        if not self._of_xla:
+            counted = torch._dynamo.utils.counters
+            return {"compilations": counted["stats"]["unique_graphs"], "graph_breaks": len(counted["graph_break"])}
         import torch_xla
         import torch_xla.debug.metrics as metrics
 
