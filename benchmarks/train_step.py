@@ -1,11 +1,13 @@
 """Images per second of one training step, eager and compiled, against a plain step in the released code's style.
 
 ``python -m benchmarks.train_step [--sizes s b l xl] [--batch-size 256] [--precision bf16] [--variants ...]`` prints
-one JSON line a size; ``--batch-size 0`` takes the largest power of two that fits a GPU. Patch size 2, 256 px.
+one JSON line a size: of all four on a GPU, of S on a CPU. ``--batch-size 0`` takes the largest power of two that fits
+a GPU. Patch size 2, 256 px. Peak memory is of a GPU alone.
 
 Variants: ``baseline`` (eager float32 with TF32 where there is a GPU, AdamW as it comes, an average updated
 parameter by parameter, ``loss.item()`` each step), ``eager`` and ``compiled`` (ours, through runtime, step and
-feed). On a CPU the variants take turns and the medians are compared, since its speed drifts.
+feed). On a CPU the variants take turns and the medians are compared, since its speed drifts; beside wall time stands
+the processor time of the whole process, which other programs on the machine change little.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,12 +33,21 @@ from diffusion.variances import LearnedRangeVariance
 from model.dit import DiT
 from model.flops import TRAINING_FACTOR, multiply_adds
 from runtime.accelerate import AccelerateRuntime
+from train.checkpoint import code_version
 from train.ema import constant
 from train.step import make_step
 
 SIZES = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}
 LATENT, CHANNELS, CLASSES = 32, 4, 1000
 RunStep = Callable[[], float]  # does one step; seconds that it waited for data
+
+
+class Round(NamedTuple):
+    """Several steps of a variant: seconds a step by the wall and of processor time, and the share waited for data."""
+
+    step_sec: float
+    step_cpu_sec: float
+    waiting: float
 
 
 def new_model(size: str) -> DiT:
@@ -121,14 +132,14 @@ def wait_for_device() -> None:
         torch.cuda.synchronize()
 
 
-def timed(run: RunStep, steps: int) -> tuple[float, float]:
-    """Seconds a step, and the fraction of them waited for data."""
+def timed(run: RunStep, steps: int) -> Round:
+    """Steps one after another, to the end of the device's work."""
     wait_for_device()
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     waited = sum(run() for _ in range(steps))
     wait_for_device()
-    elapsed = time.perf_counter() - started
-    return elapsed / steps, waited / elapsed
+    elapsed, cpu_elapsed = time.perf_counter() - started, time.process_time() - cpu_started
+    return Round(elapsed / steps, cpu_elapsed / steps, waited / elapsed)
 
 
 def peak_flops() -> float:
@@ -141,7 +152,7 @@ def peak_flops() -> float:
         return 0.0
 
     timed(product, 3)
-    return 2 * side**3 / min(timed(product, 10)[0] for _ in range(5))
+    return 2 * side**3 / min(timed(product, 10).step_sec for _ in range(5))
 
 
 def largest_batch(variant: str, size: str, precision: str) -> int:
@@ -174,6 +185,9 @@ def measure(arguments: argparse.Namespace, size: str, peak: float) -> dict[str, 
         values["utilization_of_bf16_peak"] = round(values["images_per_sec"] * work / peak, 4)
         if "baseline" in found:
             values["ratio_to_baseline"] = round(values["images_per_sec"] / found["baseline"]["images_per_sec"], 2)
+            if not torch.cuda.is_available():
+                cpu_ratio = found["baseline"]["step_cpu_sec"] / values["step_cpu_sec"]
+                values["cpu_time_ratio_to_baseline"] = round(cpu_ratio, 2)
     return found
 
 
@@ -199,35 +213,36 @@ def taking_turns(arguments: argparse.Namespace, size: str) -> dict[str, dict[str
     runs = {variant: make(variant, size, batch_size, arguments.precision) for variant in arguments.variants}
     for run in runs.values():
         timed(run, arguments.warm_up)
-    rounds: dict[str, list[tuple[float, float]]] = {variant: [] for variant in runs}
+    rounds: dict[str, list[Round]] = {variant: [] for variant in runs}
     for _ in range(arguments.rounds):
         for variant, run in runs.items():
             rounds[variant].append(timed(run, arguments.steps))
     return {variant: summary(times, batch_size) for variant, times in rounds.items()}
 
 
-def summary(rounds: list[tuple[float, float]], batch_size: int) -> dict[str, Any]:
-    seconds = statistics.median(time for time, _ in rounds)
+def summary(rounds: list[Round], batch_size: int) -> dict[str, Any]:
+    seconds = [one.step_sec for one in rounds]
     return {
         "batch_size": batch_size,
-        "images_per_sec": round(batch_size / seconds, 3),
-        "step_sec": round(seconds, 4),
-        "step_sec_range": [round(edge(time for time, _ in rounds), 4) for edge in (min, max)],
-        "waiting_for_data": round(statistics.median(waited for _, waited in rounds), 4),
+        "images_per_sec": round(batch_size / statistics.median(seconds), 3),
+        "step_sec": round(statistics.median(seconds), 4),
+        "step_sec_range": [round(min(seconds), 4), round(max(seconds), 4)],
+        "step_cpu_sec": round(statistics.median(one.step_cpu_sec for one in rounds), 4),
+        "waiting_for_data": round(statistics.median(one.waiting for one in rounds), 4),
     }
 
 
 def main() -> None:
+    has_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["s"])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES) if has_gpu else ["s"])
     parser.add_argument("--batch-size", type=int, default=0, help="0: the largest that fits a GPU, 8 on a CPU")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="of ours")
     parser.add_argument("--variants", nargs="+", default=["baseline", "eager", "compiled"])
-    parser.add_argument("--steps", type=int, default=20 if torch.cuda.is_available() else 1, help="in a round")
+    parser.add_argument("--steps", type=int, default=20 if has_gpu else 1, help="in a round")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--warm-up", type=int, default=5 if torch.cuda.is_available() else 1, help="steps")
+    parser.add_argument("--warm-up", type=int, default=5 if has_gpu else 1, help="steps")
     arguments = parser.parse_args()
-    has_gpu = torch.cuda.is_available()
     if not has_gpu:
         print("No GPU: these are numbers of a CPU, and say nothing about the targets for GPUs.")
     for size in arguments.sizes:
@@ -243,6 +258,7 @@ def main() -> None:
             "processors": os.cpu_count(),
             "torch": torch.__version__,
             "python": platform.python_version(),
+            "commit": code_version(),
         }
         print(json.dumps(result), flush=True)
 
