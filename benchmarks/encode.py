@@ -10,7 +10,6 @@ import io
 import json
 import os
 import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from benchmarks.commit import current_commit
 from data.encode import Workers, encode
 from data.encodings import EncodeImages
 from data.image_folder import ImageFolder
@@ -105,7 +105,6 @@ def main() -> None:
         )
         pipeline = options.images / (time.perf_counter() - started)
         bare = (bare + bare_images_per_second(encoding, batch, repeats)) / 2  # before and after: the machine may drift
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     result = {
         "benchmark": "encode",
         "bare_encoder_images_per_sec": round(bare, 1),
@@ -117,7 +116,7 @@ def main() -> None:
         "decode_threads": options.threads,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
         "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
+        "commit": current_commit(),
     }
     print(json.dumps(result))
 

@@ -7,7 +7,6 @@ sizes; on a CPU it is S/8 in float32.
 
 import json
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.commit import current_commit
 from data.manifest import LatentSpec
 from diffusion.guidance import ClassifierFreeGuidance
 from diffusion.process import GaussianDiffusion
@@ -184,13 +184,12 @@ def manifold() -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """What the numbers depend on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "device": torch.cuda.get_device_name() if ON_GPU else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "commit": commit.stdout.strip(),
+        "commit": current_commit(),
     }
 
 

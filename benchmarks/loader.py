@@ -22,6 +22,7 @@ import webdataset
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from benchmarks.commit import current_commit
 from data.atomic import sha256_of
 from data.batches import TrainingBatches
 from data.encode import encode
@@ -33,7 +34,6 @@ from data.shards import INDEX_NAME, MappedShards, write_index
 from data.sources import Example
 from model.autoencoder import Autoencoder, IdentityAutoencoder
 from model.autoencoder_kl import DiffusersAutoencoder
-from train.checkpoint import code_version
 
 SHARDS, SAMPLES_PER_SHARD, BATCH_SIZE, SECONDS = 512, 2503, 256, 8.0
 RESUMED_STEP = 1_000_000
@@ -187,7 +187,7 @@ def main() -> None:
         "processor": platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "commit": code_version(),
+        "commit": current_commit(),
     }
     print(json.dumps(result))
 

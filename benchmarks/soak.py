@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.commit import current_commit
+
 TESTS = {
     "train": "tests/runtime/test_resume.py::test_a_run_killed_at_random_moments_ends_with_the_same_bits",
     "encode": "tests/runtime/test_encode_processes.py::test_a_job_killed_at_random_moments_ends_with_the_same_bytes",
@@ -25,14 +27,13 @@ def main() -> None:
     started = time.time()
     words = [sys.executable, "-m", "pytest", TESTS[options.job]]
     done = subprocess.run(words, env={**os.environ, "DITSCALE_KILLS": str(options.kills)}, check=False)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     result = {
         "benchmark": "soak",
         "job": options.job,
         "kills": options.kills,
         "same_bytes": done.returncode == 0,
         "duration_sec": round(time.time() - started),
-        "commit": commit.stdout.strip(),
+        "commit": current_commit(),
     }
     line = json.dumps(result)
     print(line)

@@ -6,7 +6,6 @@ writes ``step.hlo``, the step before it is partitioned, and ``step.json``, what 
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch_xla.distributed.spmd as xs
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from benchmarks.commit import current_commit
 from diffusion.batch import Batch
 from launch.app import CONF
 from launch.build import build
@@ -97,8 +97,6 @@ def facts(config: dict[str, Any], runtime: XlaRuntime) -> dict[str, Any]:
     """What was traced, by what."""
     shape = weightless(config["model"]).config
     mode, fsdp_devices = config["runtime"]["mode"], config["runtime"]["fsdp_devices"] or runtime.num_devices
-    described = ("git", "describe", "--always", "--dirty")
-    commit = subprocess.run(described, cwd=CONF.parent, capture_output=True, text=True).stdout.strip()
     return {
         "model": f"DiT-{shape.depth}x{shape.width}/{shape.patch_size}",
         "parameters": num_parameters(shape),
@@ -111,7 +109,7 @@ def facts(config: dict[str, Any], runtime: XlaRuntime) -> dict[str, Any]:
         "model_multiply_adds": training_multiply_adds(shape, config["batch_size"]),
         "torch": torch.__version__,
         "torch_xla": torch_xla.__version__,
-        "commit": commit,
+        "commit": current_commit(),
     }
 
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from benchmarks.commit import current_commit
 from data.prefetch import prefetch
 from diffusion.batch import Batch
 from diffusion.draws import Philox, training_draws
@@ -33,7 +34,6 @@ from diffusion.variances import LearnedRangeVariance
 from model.dit import DiT
 from model.flops import TRAINING_FACTOR, multiply_adds
 from runtime.accelerate import AccelerateRuntime
-from train.checkpoint import code_version
 from train.ema import constant
 from train.step import make_step
 
@@ -258,7 +258,7 @@ def main() -> None:
             "processors": os.cpu_count(),
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "commit": code_version(),
+            "commit": current_commit(),
         }
         print(json.dumps(result), flush=True)
 
