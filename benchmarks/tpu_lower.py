@@ -7,6 +7,7 @@ writes ``step.hlo``, the step before it is partitioned, and ``step.json``, what 
 import json
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,7 @@ os.environ.setdefault("PJRT_DEVICE", "CPU")
 
 import hydra
 import torch
-import torch_xla
-import torch_xla.core.xla_builder as xb
-import torch_xla.distributed.spmd as xs
 from omegaconf import OmegaConf
-from torch import Tensor
 
 from benchmarks.commit import current_commit
 from diffusion.batch import Batch
@@ -28,24 +25,12 @@ from launch.schema import register
 from model.checkpointing import checkpoint_blocks
 from model.dit import DiT
 from model.flops import num_parameters, training_multiply_adds
-from runtime.sharding import Axes
-from runtime.xla import XlaRuntime
+from runtime.lowering import TracingRuntime
 from train.ema import Averages
 from train.step import make_step
 
 # DiT-XL/2 at 256 px, whose latents are 32x32x4.
 XL_2 = ("model/size=xl", "model.patch_size=2", "model.latent_size=32", "model.channels=4", "model.num_classes=1000")
-
-
-class TracingRuntime(XlaRuntime):
-    """State that is on the meta device becomes placeholders: sharded like weights, but without memory."""
-
-    def _put(self, value: Tensor, axes: Axes | None = None) -> Tensor:
-        if not value.is_meta:
-            return super()._put(value, axes)
-        placeholder: Tensor = xb.create_placeholder_tensor(tuple(value.shape), value.dtype)
-        xs.annotate_custom_sharding(placeholder, self._state_mesh, axes or (None,) * value.dim())
-        return placeholder
 
 
 def compose(overrides: list[str]) -> dict[str, Any]:
@@ -56,7 +41,7 @@ def compose(overrides: list[str]) -> dict[str, Any]:
     return OmegaConf.to_container(config, resolve=True, enum_to_str=True)  # type: ignore[return-value]
 
 
-def trace(config: dict[str, Any], runtime: XlaRuntime) -> str:
+def trace(config: dict[str, Any], runtime: TracingRuntime) -> str:
     """The HLO of one whole step, with the sharding of everything that has one."""
     runtime.require_batch(config["batch_size"])
     model = weightless(config["model"])
@@ -71,9 +56,7 @@ def trace(config: dict[str, Any], runtime: XlaRuntime) -> str:
     metrics = step(next(runtime.feed([host_batch(model, config["batch_size"])])))
     moments = [value for state in optimizer.state.values() for value in state.values()]
     weights = [value for module in (model, *averages) for value in module.parameters()]
-    results = {id(value): value for value in (*metrics.values(), *weights, *moments)}
-    hlo: str = torch_xla._XLAC._get_xla_tensors_hlo(list(results.values()))
-    return hlo
+    return runtime.hlo([*metrics.values(), *weights, *moments])
 
 
 def weightless(section: dict[str, Any]) -> DiT:
@@ -93,7 +76,7 @@ def host_batch(model: DiT, batch_size: int) -> Batch:
     return Batch(latent=latent, label=index, t=index.clone(), noise=latent.clone())
 
 
-def facts(config: dict[str, Any], runtime: XlaRuntime) -> dict[str, Any]:
+def facts(config: dict[str, Any], runtime: TracingRuntime) -> dict[str, Any]:
     """What was traced, by what."""
     shape = weightless(config["model"]).config
     mode, fsdp_devices = config["runtime"]["mode"], config["runtime"]["fsdp_devices"] or runtime.num_devices
@@ -108,7 +91,7 @@ def facts(config: dict[str, Any], runtime: XlaRuntime) -> dict[str, Any]:
         "traced_devices": runtime.num_devices,
         "model_multiply_adds": training_multiply_adds(shape, config["batch_size"]),
         "torch": torch.__version__,
-        "torch_xla": torch_xla.__version__,
+        "torch_xla": version("torch_xla"),
         "commit": current_commit(),
     }
 

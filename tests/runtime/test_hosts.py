@@ -55,3 +55,10 @@ def test_the_others_stop_within_a_minute_with_its_error(tmp_path: Path, behaviou
         assert hosts[index].returncode == 1
         assert words in error
     assert hosts[1].wait(timeout=60) != 0
+
+
+def test_hosts_of_different_code_all_stop_and_name_it(tmp_path: Path) -> None:
+    for host in start(tmp_path, "differ"):
+        _, error = host.communicate(timeout=60)
+        assert host.returncode == 1
+        assert "source code is old on process 0 and new on process 2" in error

@@ -2,12 +2,15 @@
 
 import os
 import shutil
+import sys
 from importlib.metadata import PackageNotFoundError
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import run_process
 
 from launch.app import CONF
 from launch.facts import ROOMS, facts_of_process, source_hash
@@ -35,6 +38,19 @@ def test_auto_without_a_tpu_is_accelerate_on_the_gpu_or_the_cpu() -> None:
     runtime = choice.auto("fp32")
     assert isinstance(runtime, AccelerateRuntime)
     assert runtime.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_accelerate_takes_no_xla_device_though_torch_xla_is_installed(tmp_path: Path) -> None:
+    assert find_spec("torch_xla") is not None
+    script = """
+import sys
+from runtime.accelerate import AccelerateRuntime
+print(AccelerateRuntime("fp32").device.type, "torch_xla" in sys.modules)
+"""
+    # Without the variable that these tests set; PJRT_DEVICE alone makes accelerate prefer XLA.
+    env = {"USE_TORCH_XLA": "", "PJRT_DEVICE": "CPU", "PYTHONPATH": str(CONF.parent)}
+    shown = run_process([sys.executable, "-c", script], tmp_path, expect=0, env=env)
+    assert shown.split()[-2:] == ["cuda" if torch.cuda.is_available() else "cpu", "False"]
 
 
 @pytest.mark.skipif(choice.has_tpu(), reason="there is a TPU")
