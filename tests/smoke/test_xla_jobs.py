@@ -1,15 +1,23 @@
 """Training, grids, evaluation and sampling under XLA, as a user types them, on virtual devices of the CPU."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY_RUN, ditscale, json_lines
+from conftest import TINY_RUN, ditscale, json_lines, run_process
 from PIL import Image
 
 FAST_COMPILE = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 XLA = ["runtime=xla", "runtime.cpu_devices=4", "runtime.mode=zero1"]
 MEASURED = ["evaluation.num_images=102", "evaluation.batch_size=32", "evaluation.features.epochs=2", "sampler.steps=5"]
+
+COUNTED = """
+from launch import cli
+cli.main()
+import torch_xla.debug.metrics as metrics
+print("programs compiled:", metrics.metric_data("CompileTime")[0])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +59,11 @@ def test_a_batch_that_does_not_fit_is_refused_before_anything_is_compiled(digits
     shown = ditscale("train", *words, cwd=tmp_path, expect=2)
     assert "batch_size 18 does not divide by 4 devices; use 16 or 20" in shown
     assert not (tmp_path / "run/config.yaml").exists()
+
+
+def test_a_job_that_logs_and_saves_on_its_way_compiles_one_program(digits: Path, tmp_path: Path) -> None:
+    words = [*TINY_RUN, f"data.shards={digits}", "run_dir=run", "total_steps=20", *XLA]
+    shown = run_process([sys.executable, "-c", COUNTED, "train", *words], tmp_path, expect=0, env=FAST_COMPILE)
+    assert [line["step"] for line in json_lines(tmp_path / "run/metrics.jsonl")] == [5, 10, 15, 20]
+    assert len(list((tmp_path / "run/checkpoints").iterdir())) == 2
+    assert "programs compiled: 1" in shown.splitlines()
