@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import run_process
 from safetensors.torch import load_file
+from tiny_run import Case
 
 from runtime.sharding import axes_of
 
@@ -48,7 +49,7 @@ ACCELERATE_1 = [
 ACCELERATE_2 = [
     case("accelerate-2", "adaln_zero", "accelerate"),
     case("accelerate-2-fsdp-power", "power", "accelerate", settings={"mode": "fsdp"}),
-    case("accelerate-2-micro-batches", "adaln", "accelerate", settings={"micro_batches": 2}),
+    case("accelerate-2-micro-batches", "adaln", "accelerate", settings={"micro_batches": 2}, counts_exchanged=True),
     case("accelerate-2-fsdp", "in_context", "accelerate", settings={"mode": "fsdp"}, activation_checkpointing=True),
     case("accelerate-2-fsdp-micro", "warm_up", "accelerate", settings={"mode": "fsdp", "micro_batches": 2}),
 ]
@@ -165,6 +166,11 @@ def test_after_training_every_tensor_still_lies_as_the_mode_and_the_table_say(ou
             assert re.search(r"devices=\[([\d,]+)\]", found).group(1) == ",".join(map(str, dims)), name  # type: ignore[union-attr]
         elif devices > 1:
             assert found == "{replicated}", name
+
+
+def test_micro_batches_exchange_each_gradient_once_a_step(out: Path) -> None:
+    gradients = sum(parameter.numel() for parameter in Case("x", "accelerate", block="AdaLNBlock").model().parameters())
+    assert facts_of(out, "accelerate-2-micro-batches")["exchanged"] == 20 * gradients
 
 
 def test_fsdp_of_accelerate_spreads_weights_averages_and_moments(out: Path) -> None:

@@ -17,6 +17,8 @@ import torch
 import torch._dynamo.utils
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed import GradBucket
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from diffusion.batch import Batch
 from diffusion.losses import diffusion_losses
@@ -53,6 +55,7 @@ class Case:
     learning_rates: list[float] | None = None  # of each step
     average: str = "constant"
     skip_over: float | None = None  # gradient norm
+    counts_exchanged: bool = False  # elements of the gradients that processes exchange, under DistributedDataParallel
 
     def model(self) -> DiT:
         """Small random weights everywhere: a fresh DiT is zero where it matters."""
@@ -143,6 +146,9 @@ def under_runtime(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
         checkpoint_blocks(model, runtime.checkpoint)
     process = runtime.place(diffusion())
     stepping, optimizer = runtime.prepare(model, list(ema.modules.values()), optimizer)
+    exchanged: list[int] = []
+    if case.counts_exchanged:
+        stepping.register_comm_hook(exchanged, counted_exchange)
     guard = None
     if case.skip_over is not None:
         guard = SpikeGuard(2.0, optimizer, runtime)
@@ -156,6 +162,7 @@ def under_runtime(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
     facts = {"of_training": counters.read()}
     measured = runtime.fetch(history)
     facts["losses"] = measured["loss"]
+    facts["exchanged"] = sum(exchanged)
     facts["norms"] = {name: measured[name] for name in NORMS}
     parts = {"model": model.state_dict(), "ema": ema.module.state_dict()}
     parts["optimizer"] = optimizer_tensors(model, optimizer)
@@ -163,6 +170,12 @@ def under_runtime(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
     saved = {part: runtime.state_for_save(tensors) for part, tensors in parts.items()}
     facts["of_everything"] = counters.read()
     return {f"{part}/{name}": value for part in saved for name, value in saved[part].items()}, facts
+
+
+def counted_exchange(sizes: list[int], bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """What DistributedDataParallel does by itself, noting how much."""
+    sizes.append(bucket.buffer().numel())
+    return allreduce_hook(None, bucket)
 
 
 def make_runtime(case: Case) -> Any:
