@@ -64,9 +64,10 @@ CASES: tuple[tuple[str, ...], ...] = (
     ("v3-8", "runtime.mode=zero1", REMAT),
     ("v3-8", "runtime.mode=fsdp", REMAT),
     ("v3-128", "runtime.mode=replicated"),
-    ("v3-128", "runtime.mode=zero1", "runtime.fsdp_devices=8"),
     ("v3-256", "runtime.mode=replicated"),
     ("v4-8", "runtime.mode=replicated"),
+    ("v4-8", "runtime.mode=fsdp", REMAT),
+    ("v5e-8", "runtime.mode=replicated", REMAT),
     ("v5e-8", "runtime.mode=zero1"),
     ("v6e-8", "runtime.mode=replicated"),
 )
