@@ -30,7 +30,9 @@ from model.dit import DiT
 from model.flops import multiply_adds, num_parameters, training_multiply_adds
 from runtime.protocol import Runtime
 from train import posthoc
-from train.checkpoint import fill, list_checkpoints, load_weights, read_state_file
+from train.checkpoint import fill, load_weights, read_state_file
+from train.mirror import fetch_run
+from train.stores import list_checkpoints
 
 
 def build(section: Mapping[str, Any], **arguments: Any) -> Any:
@@ -38,6 +40,7 @@ def build(section: Mapping[str, Any], **arguments: Any) -> Any:
     return instantiate(section, _convert_="all", **arguments)
 
 
+COPIES = Path("cache/runs")  # of runs that are read from a URL
 _FROM_MANIFEST = {"latent_size": "latent_size", "channels": "channels", "num_classes": "num_classes"}
 
 
@@ -181,7 +184,7 @@ def load_model(where: str, weights: str) -> DiT:
 
     Raises ValueError for a missing or damaged checkpoint, or one that asks for foreign code.
     """
-    path = _checkpoint_path(Path(where))
+    path = _checkpoint_path(where)
     section = read_state_file(path)["config"]["model"]
     check_trusted(section, _shipped_targets(), "model.")
     model: DiT = build(section)
@@ -227,7 +230,7 @@ class LoadedCheckpoint:
 
         Raises ValueError for a missing or damaged checkpoint, or one that asks for foreign code.
         """
-        path = _checkpoint_path(Path(where))
+        path = _checkpoint_path(where)
         state = read_state_file(path)
         config = state["config"]
         check_trusted(config["diffusion"], _shipped_targets(), "diffusion.")
@@ -260,10 +263,12 @@ def _shipped_targets() -> frozenset[str]:
     return frozenset(target for target in found if target is not None)
 
 
-def _checkpoint_path(where: Path) -> Path:
-    if (where / "checkpoints").is_dir():
-        complete = list_checkpoints(where / "checkpoints")
+def _checkpoint_path(where: str) -> Path:
+    """A checkpoint's folder, of a run or of itself, which is copied to this machine where it is behind a URL."""
+    path = fetch_run(where, COPIES) if is_remote(where) else Path(where)
+    if (path / "checkpoints").is_dir():
+        complete = list_checkpoints(path / "checkpoints")
         if not complete:
             raise ValueError(f"The run {where} has no complete checkpoint yet; train it further.")
         return complete[-1]
-    return where
+    return path

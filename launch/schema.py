@@ -95,6 +95,7 @@ class TrainSchema:
     name: str = "${default_name}"
     sweep_dir: str = "runs/${group}"
     run_dir: str = "${sweep_dir}/${name}"
+    remote_dir: str | None = None  # gs:// or s3:// URL that holds the run; run_dir is then its working copy
     resume: ResumeSchema = field(default_factory=ResumeSchema)
 
     init_from: str | None = None  # weights to start with: ours, a released .pt or a diffusers folder

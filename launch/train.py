@@ -37,12 +37,13 @@ from model.autoencoder import Autoencoder
 from model.checkpointing import checkpoint_blocks
 from model.dit import DiT
 from runtime.protocol import Runtime
-from train.checkpoint import code_version, list_checkpoints, load_newest, read_state_file
+from train.checkpoint import code_version, load_newest, read_state_file
 from train.ema import Averages
 from train.guards import SpikeGuard
 from train.hooks import CheckpointHook, Clock, Hook, LogHook, ProgressHook
 from train.loggers import Logger, NoLogger
 from train.loop import train
+from train.mirror import MirroredRunFolder
 from train.runfolder import RunFolder, read_lines
 from train.signals import EX_TEMPFAIL, Stopped, StopSignals, watched
 from train.state import TrainState
@@ -62,8 +63,8 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
     runtime.require_batch(config["batch_size"])
     check_readers(runtime.data_world, len(manifest.shards))
     process = runtime.place(build(config["diffusion"]))
-    folder = RunFolder(Path(config["run_dir"]))
-    state = _new_state(config, process, runtime, starts_anew=not list_checkpoints(folder.checkpoints))
+    folder = _run_folder(config)
+    state = _new_state(config, process, runtime, starts_anew=not folder.store.steps())
     generator = build_generator(
         config,
         state.ema.module,
@@ -97,12 +98,19 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
         finally:
             shards.close()
             logger.finish()
+        if runtime.is_main:
+            folder.publish()
     if stopped:
         _leave_for_requeue(folder, state, runtime)
     if runtime.is_main:
         if has_news and config["evaluate_every"] is not None:
             update_group(config)
         print(_summary(folder, state))
+
+
+def _run_folder(config: Mapping[str, Any]) -> RunFolder:
+    path = Path(config["run_dir"])
+    return RunFolder(path) if config["remote_dir"] is None else MirroredRunFolder(path, config["remote_dir"])
 
 
 def _leave_for_requeue(folder: RunFolder, state: TrainState, runtime: Runtime) -> NoReturn:
@@ -155,7 +163,7 @@ def _guard(config: Mapping[str, Any], state: TrainState, runtime: Runtime) -> Sp
 
 
 def _claim(folder: RunFolder, config: Mapping[str, Any], runtime: Runtime) -> None:
-    """The main process makes the folder this run's; then the others check that it is."""
+    """The main process makes the folder this run's."""
     if runtime.is_main:
         folder.claim(config, config["resume"]["allow"])
     runtime.wait()
@@ -163,7 +171,7 @@ def _claim(folder: RunFolder, config: Mapping[str, Any], runtime: Runtime) -> No
 
 def _restore(folder: RunFolder, state: TrainState, manifest: Manifest, checkpoint_every: int, runtime: Runtime) -> None:
     """Continue from the newest good checkpoint, and take back what was written after it."""
-    path, complaints = load_newest(folder.checkpoints, state)
+    path, complaints = load_newest(folder.store, state)
     if path is None:
         folder.require_no_lost_checkpoint(checkpoint_every)
     else:
@@ -178,6 +186,7 @@ def _restore(folder: RunFolder, state: TrainState, manifest: Manifest, checkpoin
             print(f"warning: {complaint} Continuing from step {state.step}.", file=sys.stderr)
     runtime.wait()  # every process has read the lines before the main one takes some back
     if runtime.is_main:
+        folder.store.clean(state.step)
         folder.roll_back(state.step)
     runtime.wait()
 
@@ -254,8 +263,7 @@ def _evaluation_hook(
         return model_facts(model, images_seen, "ema", config["seed"])
 
     identity = {"weights": "ema", **evaluator.identity}
-    every, is_main = config["evaluate_every"], generator.runtime.is_main
-    return EvaluationHook(every, measure, facts, identity, folder, logger, is_main)
+    return EvaluationHook(config["evaluate_every"], measure, facts, identity, folder, logger, generator.runtime)
 
 
 def _summary(folder: RunFolder, state: TrainState) -> str:

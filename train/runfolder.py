@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from data.atomic import append_line, remove_folder, remove_leftovers, write_bytes
-from train.checkpoint import list_checkpoints, step_of
+from data.atomic import append_line, write_bytes
+from train.stores import CheckpointStore, FolderStore
 
 # Settings that change neither weights nor losses beyond float rounding. A run may continue with others of these.
 FREE_SETTINGS = frozenset(
@@ -19,6 +19,7 @@ FREE_SETTINGS = frozenset(
         "logger",
         "run_dir",
         "sweep_dir",
+        "remote_dir",
         "name",
         "default_name",
         "group",
@@ -50,7 +51,7 @@ class RunFolder:
     are taken back, since the run will write them again.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, store: CheckpointStore | None = None) -> None:
         self.path = path
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
@@ -58,6 +59,7 @@ class RunFolder:
         self.evaluations = path / "evaluations.jsonl"
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
+        self.store: CheckpointStore = store or FolderStore(self.checkpoints)
 
     def grid(self, step: int) -> Path:
         """Where the sample grid of a step lies."""
@@ -75,10 +77,15 @@ class RunFolder:
                 f"Another process is training in {self.path}; wait for it, or give this run its own name=..."
             ) from error
         try:
-            remove_leftovers(self.checkpoints)
             yield
         finally:
             lock.release()
+
+    def publish(self) -> None:
+        """Called when a checkpoint is about to be complete, and at the end. Nothing to do: everything is here."""
+
+    def check(self) -> None:
+        """Raise where this folder is no longer this job's."""
 
     def claim(self, config: Mapping[str, Any], allowed: Iterable[str] = ()) -> None:
         """Make this the folder of ``config``, or find that it is; the newest free settings are kept.
@@ -86,7 +93,7 @@ class RunFolder:
         ``allowed`` names further settings that may change. Raises ValueError where a folder with checkpoints
         holds another config.
         """
-        if self.config.exists() and list_checkpoints(self.checkpoints):
+        if self.config.exists() and self.store.steps():
             differences = _differences(self.read_config(), config, FREE_SETTINGS | set(allowed))
             if differences:
                 raise ValueError(
@@ -127,9 +134,9 @@ class RunFolder:
 
     def retain_checkpoints(self, keep: int, keep_every: int | None = None) -> None:
         """Delete all but the newest ``keep`` and those of the steps that ``keep_every`` divides."""
-        for path in list_checkpoints(self.checkpoints)[:-keep]:
-            if keep_every is None or step_of(path) % keep_every:
-                remove_folder(path)
+        for step in self.store.steps()[:-keep]:
+            if keep_every is None or step % keep_every:
+                self.store.remove(step)
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import pytest
 from conftest import TINY_RUN, command, ditscale, json_lines
 from test_processes import wait_for
 
-from train.checkpoint import list_checkpoints, step_of
+from train.stores import list_checkpoints, step_of
 
 STEPS = "total_steps=60"
 LAST = "checkpoints/step_00000060"

@@ -142,7 +142,9 @@ def under_runtime(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
     parts = {"model": model.state_dict(), "ema": ema.module.state_dict()}
     parts["optimizer"] = optimizer_tensors(model, optimizer)
     facts["shardings"] = {f"{part}/{name}": sharding(v) for part in parts for name, v in parts[part].items()}
-    saved = {part: runtime.state_for_save(tensors) for part, tensors in parts.items()}
+    saved: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
+    for part, tensors in parts.items():
+        runtime.copy_to_host(tensors, tensors if runtime.is_main else (), saved[part])
     facts["of_everything"] = counters.read()
     return {f"{part}/{name}": value for part in saved for name, value in saved[part].items()}, facts
 
