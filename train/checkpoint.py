@@ -1,9 +1,9 @@
 """Checkpoints: complete or absent, in safetensors that a stranger can read.
 
 ``step_00000500/``: ``model``, ``ema`` and ``optimizer`` ``.safetensors``, a file for each further average, and
-``state.json`` with the step, the facts of the run and the SHA-256 of each file. A part that several processes wrote is
-several files, ``ema-00001-of-00004.safetensors``, with an index ``ema.safetensors.index.json`` as Hugging Face's
-libraries have it. `train.saving` writes them.
+``state.json`` with the step, the facts of the run and the SHA-256 of each file. A large part that several processes
+wrote is several files, ``ema-00001-of-00004.safetensors``, with an index ``ema.safetensors.index.json`` as Hugging
+Face's libraries have it. `train.saving` writes them.
 """
 
 import json

@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from train.tensor_files import write_tensors
 
 POLL_SEC = 0.02  # between two looks for what other processes have written
 PATIENCE_SEC = 900.0  # for another process's part
+SPLIT_BYTES = 512 * 2**20  # up to which a part is one file, written by one process
 _RECEIPT = "written-by-{rank:05d}.json"  # SHA-256 of each file of a process, put when all of them are on disk
 
 
@@ -46,11 +47,12 @@ class CheckpointWriter:
         before_commit: Callable[[], None] = lambda: None,
         after_commit: Callable[[], None] = lambda: None,
         patience_sec: float = PATIENCE_SEC,
+        split_bytes: int = SPLIT_BYTES,
     ) -> None:
         self.timing = Timing()
         self._store, self._runtime = store, runtime
         self._before_commit, self._after_commit = before_commit, after_commit
-        self._patience_sec = patience_sec
+        self._patience_sec, self._split_bytes = patience_sec, split_bytes
         self._host: dict[str, dict[str, Tensor]] = {}  # of each part: this process's share
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -67,7 +69,7 @@ class CheckpointWriter:
             **{name: module.state_dict() for name, module in state.ema.modules.items()},
             "optimizer": optimizer_tensors(state.model, state.optimizer),
         }
-        owners = {part: shares(tensors, self._runtime.data_world) for part, tensors in parts.items()}
+        owners = shares(parts, self._runtime.data_world, self._split_bytes)
         for part, tensors in parts.items():
             mine = frozenset(owners[part][self._runtime.data_rank])
             self._runtime.copy_to_host(tensors, mine, self._host.setdefault(part, {}))
@@ -147,12 +149,25 @@ class CheckpointWriter:
         self._store.write(step, name, lambda file: file.write(text))
 
 
-def shares(tensors: Mapping[str, Tensor], num_processes: int) -> list[list[str]]:
-    """Names of the tensors that each process writes: whole tensors, the largest first to who has the fewest bytes."""
-    owned: list[list[str]] = [[] for _ in range(num_processes)]
-    sizes = [0] * num_processes
-    for name, value in sorted(tensors.items(), key=lambda item: (-item[1].numel(), item[0])):
-        rank = sizes.index(min(sizes))
-        owned[rank].append(name)
-        sizes[rank] += value.numel() * value.element_size()
-    return owned
+def shares(
+    parts: Mapping[str, Mapping[str, Tensor]], num_processes: int, split_bytes: int
+) -> dict[str, list[list[str]]]:
+    """Of each part: the names of the tensors that each process writes.
+
+    A part of at most ``split_bytes`` is one process's, so that it is one file; of a larger one each process gets whole
+    tensors. The largest comes first, and goes to who has the fewest bytes.
+    """
+    loads = [0] * num_processes
+    owners: dict[str, list[list[str]]] = {part: [[] for _ in loads] for part in parts}
+    for part, tensors in sorted(parts.items(), key=lambda item: -_bytes_of(item[1].values())):
+        names = sorted(tensors, key=lambda name: (-tensors[name].numel(), name))
+        groups = [names] if _bytes_of(tensors.values()) <= split_bytes else [[name] for name in names]
+        for group in groups:
+            rank = loads.index(min(loads))
+            owners[part][rank] += group
+            loads[rank] += _bytes_of(tensors[name] for name in group)
+    return owners
+
+
+def _bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(value.numel() * value.element_size() for value in tensors)

@@ -67,8 +67,9 @@ class Process(AccelerateRuntime):
         self.data_rank, self.data_world, self.is_main = rank, world, rank == 0
 
 
-def save_by(world: int, store: CheckpointStore, state: TrainState) -> None:
-    writers = [CheckpointWriter(store, Process(rank, world)) for rank in range(world)]
+def save_by(world: int, store: CheckpointStore, state: TrainState, split_bytes: int = 0) -> None:
+    """0: all parts are split, however small."""
+    writers = [CheckpointWriter(store, Process(rank, world), split_bytes=split_bytes) for rank in range(world)]
     for writer in reversed(writers):  # the main one last: it must not rely on the others being late
         writer.save(state, FACTS)
     for writer in writers:
@@ -115,11 +116,24 @@ def test_a_stranger_finds_each_tensor_by_the_index_of_hugging_face(tmp_path: Pat
 
 def test_shares_are_even_and_complete() -> None:
     tensors = new_state().model.state_dict()
+    parts = {"model": tensors, "ema": tensors}
     for world in (1, 2, 3, 7):
-        owned = shares(tensors, world)
-        assert sorted(name for names in owned for name in names) == sorted(tensors)
-        loads = [sum(tensors[name].nbytes for name in names) for names in owned]
+        owned = shares(parts, world, split_bytes=0)
+        loads = [0] * world
+        for part in parts:
+            assert sorted(name for names in owned[part] for name in names) == sorted(tensors)
+            loads = [
+                load + sum(tensors[n].nbytes for n in names) for load, names in zip(loads, owned[part], strict=True)
+            ]
         assert max(loads) - min(loads) <= max(value.nbytes for value in tensors.values())
+
+
+def test_parts_of_a_small_network_are_one_file_each_by_different_processes(tmp_path: Path) -> None:
+    save_by(2, FolderStore(tmp_path), trained(), split_bytes=2**20)
+    names = {file.name for file in (tmp_path / "step_00000002").iterdir()}
+    assert names == {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"}
+    parts = {"model": {"a": torch.zeros(4)}, "optimizer": {"a": torch.zeros(8)}}
+    assert shares(parts, 2, split_bytes=2**20) == {"model": [[], ["a"]], "optimizer": [["a"], []]}
 
 
 class HeldStore(FolderStore):
