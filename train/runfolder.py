@@ -90,11 +90,13 @@ class RunFolder:
     def claim(self, config: Mapping[str, Any], allowed: Iterable[str] = ()) -> None:
         """Make this the folder of ``config``, or find that it is; the newest free settings are kept.
 
-        ``allowed`` names further settings that may change. Raises ValueError where a folder with checkpoints
-        holds another config.
+        ``allowed`` names further settings that may change; ``batch_size`` never may. Raises ValueError where a folder
+        with checkpoints holds another config.
         """
         if self.config.exists() and self.store.steps():
-            differences = _differences(self.read_config(), config, FREE_SETTINGS | set(allowed))
+            before = self.read_config()
+            _require_same_batch(before.get("batch_size"), config.get("batch_size"), self.path)
+            differences = _differences(before, config, FREE_SETTINGS | set(allowed))
             if differences:
                 raise ValueError(
                     f"The run folder {self.path} already holds another config: {'; '.join(differences)}; give this "
@@ -155,6 +157,15 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"Line {number} of {file} is damaged ({error}); remove that line.") from error
     return records
+
+
+def _require_same_batch(before: int | None, now: int | None, path: Path) -> None:
+    if before != now:
+        raise ValueError(
+            f"batch_size is {before} in the run folder {path} and {now} now, but a run's position in the data is step x "
+            f"batch_size, and another one would skip or repeat samples; keep {before} (the number of processes and "
+            "runtime.micro_batches may change, the order stays exact), or start a new run with init_from."
+        )
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Iterable[str], prefix: str = "") -> list[str]:

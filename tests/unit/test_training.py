@@ -255,6 +255,19 @@ def test_a_run_folder_refuses_another_config_and_names_the_keys(tmp_path: Path) 
     folder.claim({**config, "total_steps": 9}, allowed=["total_steps"])
 
 
+def test_another_batch_size_is_refused_even_where_it_is_allowed_by_name(tmp_path: Path) -> None:
+    """Processes and micro-batches may change: they are settings of the runtime."""
+    folder = RunFolder(tmp_path)
+    config = {"batch_size": 4, "runtime": {"micro_batches": 1}}
+    folder.claim(config)
+    run_steps(new_state(), folder, 2)
+    folder.claim({**config, "runtime": {"micro_batches": 2}})
+    with pytest.raises(
+        ValueError, match=r"batch_size is 4 in the run folder .* and 8 now, but .* keep 4 \(the number of"
+    ):
+        folder.claim({**config, "batch_size": 8}, allowed=["batch_size"])
+
+
 def test_two_jobs_cannot_train_in_one_folder(tmp_path: Path) -> None:
     with (
         RunFolder(tmp_path).locked(),
