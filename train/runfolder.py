@@ -163,8 +163,8 @@ def _require_same_batch(before: int | None, now: int | None, path: Path) -> None
     if before != now:
         raise ValueError(
             f"batch_size is {before} in the run folder {path} and {now} now, but a run's position in the data is "
-            f"step x batch_size, and another one would skip or repeat samples; keep {before} (the number of processes and "
-            "runtime.micro_batches may change, the order stays exact), or start a new run with init_from."
+            f"step x batch_size, and another one would skip or repeat samples; keep {before} (the number of processes "
+            "and runtime.micro_batches may change, the order stays exact), or start a new run with init_from."
         )
 
 
