@@ -56,6 +56,10 @@ def open_remote(url: str, timeout_sec: float = Retry.timeout_sec) -> tuple[Any, 
             "or a local folder; use one of them."
         )
     try:
+        if protocol == "gs":
+            from data.google_storage import GoogleStorage
+
+            return GoogleStorage(**_options(protocol, timeout_sec)), GoogleStorage._strip_protocol(url)
         system, path = fsspec.url_to_fs(url, **_options(protocol, timeout_sec))
     except ImportError as error:
         package = PACKAGES[protocol]
@@ -118,7 +122,8 @@ def _is_refusal(error: Exception) -> bool:
     """Whether asking again is no use: the store knows us not, or does not let us."""
     status = getattr(error, "status", None) or getattr(error, "code", None)  # of aiohttp, of gcsfs
     no_keys = type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError")  # of botocore
-    return isinstance(error, PermissionError) or status in (401, 403) or no_keys
+    forbidden = isinstance(error, PermissionError) or str(error).startswith("Forbidden: ")  # gcsfs has no class for it
+    return forbidden or status in (401, 403) or no_keys
 
 
 def read_bytes(url: str, retry: Retry = DEFAULT_RETRY) -> bytes:

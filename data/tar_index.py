@@ -11,6 +11,8 @@ from braceexpand import braceexpand
 
 from data.files import Files
 
+READ_AHEAD_BYTES = 4 * 2**20  # of a remote tar, whose headers lie among the images
+
 
 class Member(NamedTuple):
     """One sample: its content's place in a tar, and its label."""
@@ -60,7 +62,7 @@ class TarIndex:
         places: dict[str, tuple[int, int]] = {}
         labels: dict[str, int] = {}
         try:
-            with self._files.open(name) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            with self._files.open(name, READ_AHEAD_BYTES) as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 for info in tar:
                     key, suffix = _split(info.name)
                     if not info.isfile() or (suffix != ".cls" and suffix not in suffixes):

@@ -436,8 +436,9 @@ def test_small_files_are_written_listed_read_and_removed(s3: tuple[str, str]) ->
 
 
 def test_a_protocol_without_its_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    for package in ("s3fs", "gcsfs"):
+    for package in ("s3fs", "gcsfs", "gcsfs.core"):
         monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "data.google_storage", raising=False)
     for name in ("s3", "gs"):
         monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, name, raising=False)
     with pytest.raises(ValueError, match=r"s3://a/b needs the Python package s3fs, .*; run `pip install s3fs`"):
