@@ -31,7 +31,6 @@ from launch.build import (
 )
 from launch.check import check_readers, check_train_scalars
 from launch.facts import facts_of_process
-from launch.report import update_group
 from launch.starting_weights import load_starting_weights
 from model.autoencoder import Autoencoder
 from model.checkpointing import checkpoint_blocks
@@ -104,6 +103,8 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
         _leave_for_requeue(folder, state, runtime)
     if runtime.is_main:
         if has_news and config["evaluate_every"] is not None:
+            from launch.report import update_group  # its plotting library would cost every start two seconds
+
             update_group(config)
         print(_summary(folder, state))
 

@@ -1,9 +1,12 @@
 """What tests share: small shards, small configs, and the command as a user types it."""
 
+import atexit
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from warm_jobs import TRAINING, WarmJobs
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["USE_TORCH_XLA"] = "0"  # as launch/__init__.py does, before a test imports diffusers
@@ -100,9 +104,28 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "launch.cli", *arguments]
 
 
+@functools.cache
+def warm(*modules: str) -> WarmJobs:
+    """The process, one for each worker of pytest and each choice of modules, that forks jobs."""
+    jobs = WarmJobs(list(modules))
+    atexit.register(jobs.close)
+    return jobs
+
+
 def ditscale(*arguments: str, cwd: Path, expect: int = 0, env: dict[str, str] | None = None) -> str:
     """Run the command; returns what it printed."""
-    return run_process(command(*arguments), cwd, expect, env)
+    if env or any("xla" in word for word in arguments):  # libraries read variables, and XLA orders, at import
+        return run_process(command(*arguments), cwd, expect, env)
+    return run_warm(TRAINING, *arguments, cwd=cwd, expect=expect)
+
+
+def run_warm(modules: list[str], *arguments: str, cwd: Path, expect: int = 0) -> str:
+    """Run the command in a process that has imported ``modules``; returns what it printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "output"
+        found = warm(*modules).start(list(arguments), cwd, output).wait()
+        assert found == expect, output.read_text()
+        return output.read_text()
 
 
 def torchrun(processes: int, *arguments: str, cwd: Path, expect: int = 0) -> str:
