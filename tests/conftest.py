@@ -18,6 +18,7 @@ import torch
 from warm_jobs import TRAINING, WarmJobs
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched
 os.environ["USE_TORCH_XLA"] = "0"  # as launch/__init__.py does, before a test imports diffusers
 
 from data.encode import encode
