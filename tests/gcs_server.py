@@ -12,7 +12,6 @@ import re
 import threading
 import time
 import urllib.parse
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec.config
+from local_server import LocalHandler, LocalServer
 
 BUCKET = "shards"
 STARTED = "2026-01-01T00:00:00.000000Z"  # objects have a generation, not a clock
@@ -62,7 +62,7 @@ class Upload:
     content: bytearray = field(default_factory=bytearray)
 
 
-class GcsServer:
+class GcsServer(LocalServer):
     """``buckets`` maps names to objects by name; put what a test needs there, or upload it as a client does.
 
     ``calls`` counts requests as "VERB NAME", with NAME the object's name after its last slash ("" of a list), and
@@ -72,34 +72,17 @@ class GcsServer:
     """
 
     def __init__(self) -> None:
+        super().__init__(_Handler)
         self.buckets: dict[str, dict[str, Object]] = {BUCKET: {}}
         self.uploads: dict[str, Upload] = {}
-        self.calls: Counter[str] = Counter()
-        self.faults: dict[str, list[str]] = {}
-        self.released = threading.Event()
         self.lock = threading.Lock()
         self._generation = 0
-        handler = type("Handler", (_Handler,), {"owner": self})
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def put(self, bucket: str, name: str, content: bytes) -> Object:
         """Write an object."""
         self._generation += 1
         written = self.buckets[bucket][name] = Object(content, self._generation)
         return written
-
-    @contextmanager
-    def running(self) -> Iterator["GcsServer"]:
-        thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield self
-        finally:
-            self.released.set()
-            self._server.shutdown()
-            thread.join()
-            self._server.server_close()
 
 
 @contextmanager
@@ -151,7 +134,7 @@ class _HangError(Exception):
     """Ends a request without an answer."""
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
+class _Handler(LocalHandler, http.server.BaseHTTPRequestHandler):
     owner: GcsServer
     query: dict[str, str]
     body: bytes
@@ -208,10 +191,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _meet_fault(self, verb: str, name: str) -> str | None:
         """Count the request; a fault that is none of the content is met here, the others are returned."""
-        call = f"{verb} {name.rsplit('/', 1)[-1]}"
-        self.owner.calls[call] += 1
-        waiting = self.owner.faults.get(call, [])
-        fault = waiting.pop(0) if waiting else None
+        fault = self.owner.met(f"{verb} {name.rsplit('/', 1)[-1]}")
         if fault is not None and fault.isdigit():
             raise _RefusedError(int(fault), "injected")
         if fault == "hang":
@@ -359,9 +339,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.flush()
             time.sleep(0.05)
             self.close_connection = True
-
-    def log_message(self, *_: Any) -> None:
-        pass
 
 
 def _json(answer: dict[str, Any]) -> _Answer:

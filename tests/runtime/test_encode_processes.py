@@ -79,7 +79,7 @@ def test_three_processes_write_the_same_bytes_as_one(whole: dict[str, bytes], wo
 def test_the_bar_of_the_first_process_counts_the_images_of_all(
     whole: dict[str, bytes], words: list[str], tmp_path: Path
 ) -> None:
-    """Of two; each finds two of its six shards done."""
+    """Of two; each finds two of its six shards done, and the first may find more that the other has just made."""
     (tmp_path / "shards").mkdir()
     for shard in range(4):
         for name in (f"shard-{shard:06d}.tar", f"shard-{shard:06d}.json"):
@@ -88,9 +88,8 @@ def test_the_bar_of_the_first_process_counts_the_images_of_all(
     bars = re.findall(r"encode: +(\d+)%\|.*?\| (\d+)/(\d+) \[(\S+)<(\S+), +(\S+)\]", shown)
     assert {total for _, _, total, *_ in bars} == {"96"}
     done = [int(images) for _, images, *_ in bars]
-    assert done[0] == 32  # one bar alone: the second would start there too
-    assert done == sorted(done)
-    assert done.count(32) == 1
+    assert 32 <= done[0] <= 64
+    assert done == sorted(done)  # one bar alone
     percent, images, _, _, eta, rate = bars[-1]
     assert (percent, images, eta) == ("100", "96", "00:00")
     assert re.fullmatch(r"\d+\.\d+(img/s|s/img)", rate)

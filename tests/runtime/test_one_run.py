@@ -88,8 +88,7 @@ def train(cases: list[dict[str, Any]], out: Path, processes: int = 1, env: dict[
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs, as files."""
     folder = tmp_path_factory.mktemp("runs")
-    train([case(name, name, "plain") for name in RECIPES], folder)
-    train([*ACCELERATE_1, BF16[1]], folder)
+    train([*(case(name, name, "plain") for name in RECIPES), *ACCELERATE_1, BF16[1]], folder)
     train(ACCELERATE_2, folder, processes=2)
     for cases in (XLA_1, [*XLA_4, BF16[0]], XLA_8):
         train(cases, folder, env=FAST_COMPILE)

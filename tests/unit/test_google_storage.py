@@ -120,16 +120,3 @@ def test_an_object_that_was_damaged_or_deleted_is_named(folder: Path, gcs: GcsSe
     shards.close()
     with pytest.raises(ValueError, match=f"There is no manifest.json in gs://{BUCKET}/nowhere"):
         remote_shards(f"gs://{BUCKET}/nowhere", tmp_path)
-
-
-def test_small_files_are_written_listed_read_and_removed(gcs: GcsServer) -> None:
-    url = f"gs://{BUCKET}/small"
-    assert remote.list_names(url) == []
-    for name in ("b.json", "a.json"):
-        remote.write_bytes(remote.join(url, name), name.encode())
-    assert remote.list_names(url) == ["a.json", "b.json"]
-    assert remote.read_bytes(f"{url}/a.json") == b"a.json"
-    remote.remove(f"{url}/a.json")
-    assert remote.list_names(url) == ["b.json"]
-    with pytest.raises(FileNotFoundError):
-        remote.read_bytes(f"{url}/a.json")
