@@ -115,16 +115,16 @@ def warm(*modules: str) -> WarmJobs:
 
 def ditscale(*arguments: str, cwd: Path, expect: int = 0, env: dict[str, str] | None = None) -> str:
     """Run the command; returns what it printed."""
-    if env or any("xla" in word for word in arguments):  # libraries read variables, and XLA orders, at import
+    if any("xla" in word for word in arguments):  # it reads variables, and wants an order, when it is imported
         return run_process(command(*arguments), cwd, expect, env)
-    return run_warm(TRAINING, *arguments, cwd=cwd, expect=expect)
+    return run_warm(TRAINING, *arguments, cwd=cwd, expect=expect, env=env)
 
 
-def run_warm(modules: list[str], *arguments: str, cwd: Path, expect: int = 0) -> str:
+def run_warm(modules: list[str], *arguments: str, cwd: Path, expect: int = 0, env: dict[str, str] | None = None) -> str:
     """Run the command in a process that has imported ``modules``; returns what it printed."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output"
-        found = warm(*modules).start(list(arguments), cwd, output).wait()
+        found = warm(*modules).start(list(arguments), cwd, output, env).wait()
         assert found == expect, output.read_text()
         return output.read_text()
 

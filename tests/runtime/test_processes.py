@@ -1,6 +1,5 @@
 """Several processes train the same run as one, and a killed run continues as if nothing had happened."""
 
-import os
 import random
 import re
 import signal
@@ -13,8 +12,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import TINY_RUN, command, ditscale, json_lines, torchrun
+from conftest import TINY_RUN, ditscale, json_lines, torchrun, warm
 from safetensors.torch import load_file
+from warm_jobs import TRAINING, WarmJob
 
 NEWEST = "checkpoints/step_00000040"
 
@@ -128,16 +128,14 @@ def test_a_process_that_dies_stops_the_others_with_its_error(digits: Path, tmp_p
 
 def killed_after(step: int, words: list[str], cwd: Path) -> None:
     """Start training and kill -9 it once the checkpoint of ``step`` is there."""
-    process = subprocess.Popen(
-        command("train", *words), cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
-    )
+    process = warm(*TRAINING).start(["train", *words], cwd, cwd / "log")
     wait_for(cwd / f"run/checkpoints/step_{step:08d}", process)
     time.sleep(random.Random(step).random() * 0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
 
 
-def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+def wait_for(path: Path, process: subprocess.Popen[bytes] | WarmJob) -> None:
     """Until a running process has made the path."""
     deadline = time.monotonic() + 120
     while not path.exists():
