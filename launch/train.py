@@ -179,10 +179,14 @@ def _keep_diverged(
     if not config["dump_nonfinite"]:
         raise error
     path = folder.dump(error.step)
+    remark = f"`ditscale train replay={path}` shows what went wrong in that step."
     if runtime.is_main:
-        write_dump(path, folder.store, error, facts, runtime.data_world)
+        try:
+            write_dump(path, folder.store, error, facts, runtime.data_world)
+        except (OSError, ValueError) as failure:  # no reason to hide why the run ended
+            remark = f"What led to it could not be kept for replay: {failure}."
     runtime.wait()
-    raise FloatingPointError(f"{error} `ditscale train replay={path}` shows what went wrong in that step.") from error
+    raise FloatingPointError(f"{error} {remark}") from error
 
 
 def _hooks(

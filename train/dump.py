@@ -51,11 +51,15 @@ class Dump:
         return self.path / "checkpoints"
 
 
-def write_dump(path: Path, store: CheckpointStore, error: DivergedError, facts: Mapping[str, Any], processes: int) -> None:
+def write_dump(
+    path: Path, store: CheckpointStore, error: DivergedError, facts: Mapping[str, Any], processes: int
+) -> None:
     """Keep what leads to the step at fault: the newest checkpoint before it, and the ``facts`` that checkpoints have.
 
-    A dump of the same step is replaced.
+    A dump of the same step is replaced. Only for the job that holds the run's lock.
     """
+    for leftover in path.parent.glob(".nonfinite_*.tmp"):  # of a job that was killed here
+        shutil.rmtree(leftover, ignore_errors=True)
     earlier = [step for step in store.steps() if step < error.step]
     content = {
         "format_version": FORMAT_VERSION,

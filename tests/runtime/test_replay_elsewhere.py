@@ -33,4 +33,7 @@ def test_two_sharded_processes_and_sharded_xla_devices_find_what_one_process_fin
     together = torchrun(2, DUMP, "runtime.mode=fsdp", "runtime.micro_batches=2", cwd=tmp_path)
     assert findings(together) == alone
     xla = [DUMP, "runtime=xla", "runtime.cpu_devices=4", "runtime.mode=fsdp"]
-    assert findings(ditscale("train", *xla, cwd=tmp_path, env={"XLA_FLAGS": "--xla_backend_optimization_level=0"})) == alone
+    assert (
+        findings(ditscale("train", *xla, cwd=tmp_path, env={"XLA_FLAGS": "--xla_backend_optimization_level=0"}))
+        == alone
+    )

@@ -114,6 +114,16 @@ def test_a_run_that_wants_no_dump_leaves_none(words: list[str], tmp_path: Path, 
     assert not list((tmp_path / "run").glob("nonfinite*"))
 
 
+def test_where_a_dump_cannot_be_written_the_run_still_says_why_it_ended(
+    words: list[str], tmp_path: Path, in_process: InProcess
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / DUMP).write_text("in the way")
+    shown = in_process(*words, expect=1)
+    assert f"in step {STEP}, whose batch" in shown
+    assert "What led to it could not be kept for replay: [Errno 20] Not a directory" in shown
+
+
 def test_replay_skips_the_steps_that_the_run_skipped(tmp_path: Path) -> None:
     """It comes to the same bits as the loop with its log, from a checkpoint between two log lines."""
 
