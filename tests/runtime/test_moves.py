@@ -64,18 +64,19 @@ def require_same_run(run: Path, whole: Path, same_bits_until: int) -> None:
 def test_one_process_two_sharded_ones_and_one_again(
     whole: Path, words: list[str], tmp_path: Path, in_process: InProcess
 ) -> None:
-    in_process("train", *words, *until(12))
-    torchrun(2, *words, *until(33), FSDP, cwd=tmp_path)
+    in_process("train", *words, *until(10))
+    torchrun(2, *words, *until(30), FSDP, cwd=tmp_path)
     in_process("train", *words, *until(40))
     require_same_run(tmp_path / "run", whole, same_bits_until=10)
 
 
-def test_four_xla_devices_eight_sharded_ones_two_processes_and_eight_devices_again(
-    whole: Path, words: list[str], tmp_path: Path
+def test_four_xla_devices_eight_sharded_ones_two_processes_eight_devices_again_and_one_process(
+    whole: Path, words: list[str], tmp_path: Path, in_process: InProcess
 ) -> None:
     xla = [*words, "runtime=xla"]
-    ditscale("train", *xla, *until(8), "runtime.cpu_devices=4", cwd=tmp_path, env=FAST_COMPILE)
-    ditscale("train", *xla, *until(23), "runtime.cpu_devices=8", FSDP, cwd=tmp_path, env=FAST_COMPILE)
-    torchrun(2, *words, *until(31), FSDP, cwd=tmp_path)
-    ditscale("train", *xla, *until(40), "runtime.cpu_devices=8", FSDP, cwd=tmp_path, env=FAST_COMPILE)
+    ditscale("train", *xla, *until(10), "runtime.cpu_devices=4", cwd=tmp_path, env=FAST_COMPILE)
+    ditscale("train", *xla, *until(20), "runtime.cpu_devices=8", FSDP, cwd=tmp_path, env=FAST_COMPILE)
+    torchrun(2, *words, *until(25), FSDP, cwd=tmp_path)
+    ditscale("train", *xla, *until(35), "runtime.cpu_devices=8", FSDP, cwd=tmp_path, env=FAST_COMPILE)
+    in_process("train", *words, *until(40))
     require_same_run(tmp_path / "run", whole, same_bits_until=0)
