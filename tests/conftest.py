@@ -122,12 +122,13 @@ class InProcess:
         from launch import cli
 
         self._monkeypatch.setattr(sys, "argv", ["ditscale", *arguments])
-        self._monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        self._monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         code = 0
         try:
             cli.main()
         except SystemExit as stopped:
             code = int(stopped.code or 0)
+        self._monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the command set it; later subprocesses would inherit it
         shown = self._capfd.readouterr()
         assert code == expect, shown.out + shown.err
         return shown.out + shown.err
