@@ -186,7 +186,7 @@ def load_model(where: str, weights: str) -> DiT:
     """
     path = _checkpoint_path(where)
     section = read_state_file(path)["config"]["model"]
-    check_trusted(section, _shipped_targets(), "model.")
+    require_shipped(section, "model.")
     model: DiT = build(section)
     if weights.startswith(posthoc.PREFIX):
         fill(model, path, posthoc.reconstruct(_checkpoints_up_to(path), _width(weights)))
@@ -233,8 +233,8 @@ class LoadedCheckpoint:
         path = _checkpoint_path(where)
         state = read_state_file(path)
         config = state["config"]
-        check_trusted(config["diffusion"], _shipped_targets(), "diffusion.")
-        check_trusted(config["data"]["autoencoder"], _shipped_targets(), "data.autoencoder.")
+        require_shipped(config["diffusion"], "diffusion.")
+        require_shipped(config["data"]["autoencoder"], "data.autoencoder.")
         model = load_model(where, weights)
         process: GaussianDiffusion = build(config["diffusion"])
         return cls(
@@ -255,6 +255,11 @@ class LoadedCheckpoint:
         return build_generator(
             config, self.model, self.process, self.autoencoder, self.spec, seed, runtime, self.class_dropout
         )
+
+
+def require_shipped(section: Mapping[str, Any], path: str) -> None:
+    """Raise ValueError where a section of a file's config would build what none of this project's configs does."""
+    check_trusted(section, _shipped_targets(), path)
 
 
 def _shipped_targets() -> frozenset[str]:

@@ -9,12 +9,9 @@ from typing import Any, NoReturn, cast
 
 from torch import nn
 
-from data.batches import TrainingBatches
-from data.manifest import Manifest
+from data.manifest import LatentSpec, Manifest
 from data.prefetch import prefetch
 from data.progress import ProgressBar
-from data.shards import MappedShards
-from diffusion.process import GaussianDiffusion
 from evaluation.evaluate import distance_records
 from evaluation.generate import Generator
 from evaluation.hooks import EvaluationHook, SampleGridHook
@@ -27,17 +24,16 @@ from launch.build import (
     expected_spec,
     fill_model,
     model_facts,
-    require_variance,
 )
 from launch.check import check_readers, check_train_scalars
 from launch.facts import facts_of_process
-from launch.starting_weights import load_starting_weights
-from model.autoencoder import Autoencoder
+from launch.replay import replay_job
+from launch.training import new_state, spike_guard, training_batches
 from model.checkpointing import checkpoint_blocks
 from model.dit import DiT
 from runtime.protocol import Runtime
 from train.checkpoint import code_version, load_newest, read_state_file
-from train.ema import Averages
+from train.dump import DivergedError, write_dump
 from train.guards import SpikeGuard
 from train.hooks import CheckpointHook, Clock, Hook, LogHook, ProgressHook
 from train.loggers import Logger, NoLogger
@@ -50,7 +46,12 @@ from train.step import make_step
 
 
 def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
-    """Train, or continue to train, the run in ``run_dir``. What does not fit is refused before anything is written."""
+    """Train, or continue to train, the run in ``run_dir``. What does not fit is refused before anything is written.
+
+    With ``replay``, look at the last step of a diverged run instead.
+    """
+    if config["replay"] is not None:
+        return replay_job(config)
     check_train_scalars(config)
     manifest = Manifest.load(config["data"]["shards"])
     autoencoder, spec = expected_spec(config["data"], manifest)
@@ -63,7 +64,7 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
     check_readers(runtime.data_world, len(manifest.shards))
     process = runtime.place(build(config["diffusion"]))
     folder = _run_folder(config)
-    state = _new_state(config, process, runtime, starts_anew=not folder.store.steps())
+    state = new_state(config, process, runtime, starts_anew=not folder.store.steps())
     generator = build_generator(
         config,
         state.ema.module,
@@ -75,7 +76,7 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
         config["class_dropout"],
     )
     shards = build_shards(config["data"])
-    batches = _batches(config, shards, autoencoder, process, runtime)
+    batches = training_batches(config, shards, autoencoder, process, runtime.data_rank, runtime.data_world)
     stopped = False
     with runtime.together(), folder.locked() if runtime.is_main else nullcontext(), StopSignals() as signals:
         _claim(folder, config, runtime)
@@ -85,7 +86,7 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
             if config["activation_checkpointing"]:  # after the EMA was copied, which has no backward pass
                 checkpoint_blocks(cast(DiT, state.model), runtime.checkpoint)
             model, state.optimizer = runtime.prepare(state.model, list(state.ema.modules.values()), state.optimizer)
-            guard = _guard(config, state, runtime)
+            guard = spike_guard(config, state, runtime)
             make = make_step(model, state.optimizer, state.ema, process, runtime, config["max_grad_norm"], guard)
             step = runtime.step(make)
             hooks = _hooks(config, state, generator, manifest, folder, logger, progress, signals, guard)
@@ -94,6 +95,8 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
             train(state, step, host_batches, runtime, hooks)
         except Stopped:
             stopped = True
+        except DivergedError as error:
+            _keep_diverged(error, folder, config, _facts(config, spec, manifest), runtime)
         finally:
             shards.close()
             logger.finish()
@@ -119,48 +122,6 @@ def _leave_for_requeue(folder: RunFolder, state: TrainState, runtime: Runtime) -
     if runtime.is_main:
         print(f"{folder.path}: stopped and saved at step {state.step}; the same command continues.", file=sys.stderr)
     sys.exit(EX_TEMPFAIL)
-
-
-def _batches(
-    config: Mapping[str, Any],
-    shards: MappedShards,
-    autoencoder: Autoencoder,
-    process: GaussianDiffusion,
-    runtime: Runtime,
-) -> TrainingBatches:
-    return TrainingBatches(
-        shards,
-        build(config["data"]["order"])(config["seed"], shards.counts),
-        autoencoder,
-        seed=config["seed"],
-        batch_size=config["batch_size"],
-        num_timesteps=process.num_steps,
-        class_dropout=config["class_dropout"],
-        flip=config["data"]["flip"],
-        rank=runtime.data_rank,
-        world=runtime.data_world,
-    )
-
-
-def _new_state(
-    config: Mapping[str, Any], process: GaussianDiffusion, runtime: Runtime, starts_anew: bool
-) -> TrainState:
-    """State at step 0, on the host: weights from ``init_from`` or the seed, their average, the optimizer."""
-    model: DiT = build(config["model"])
-    require_variance(model, process)
-    model.initialize(config["seed"])
-    if starts_anew and config["init_from"] is not None:
-        for note in load_starting_weights(model, config["init_from"]):
-            if runtime.is_main:
-                print(f"note: {note}")
-    ema: Averages = build(config["ema"])(model)
-    optimizer = build(config["optimizer"])(model.parameters())
-    return TrainState(model, ema, optimizer, config["batch_size"], config["total_steps"])
-
-
-def _guard(config: Mapping[str, Any], state: TrainState, runtime: Runtime) -> SpikeGuard | None:
-    factor = config["skip_grad_norm"]
-    return None if factor is None else SpikeGuard(factor, state.optimizer, runtime)
 
 
 def _claim(folder: RunFolder, config: Mapping[str, Any], runtime: Runtime) -> None:
@@ -201,6 +162,34 @@ def _logger(config: Mapping[str, Any], folder: RunFolder, runtime: Runtime) -> L
     return logger
 
 
+def _facts(config: Mapping[str, Any], spec: LatentSpec, manifest: Manifest) -> dict[str, Any]:
+    """What identifies the run, in its checkpoints and in a dump."""
+    return {
+        "seed": config["seed"],
+        "config": config,
+        "spec": asdict(spec),
+        "data_manifest_hash": manifest.hash,
+        "code": code_version(),
+    }
+
+
+def _keep_diverged(
+    error: DivergedError, folder: RunFolder, config: Mapping[str, Any], facts: Mapping[str, Any], runtime: Runtime
+) -> NoReturn:
+    """Raise the error again, after what its step can be looked at with was kept where the config wants it."""
+    if not config["dump_nonfinite"]:
+        raise error
+    path = folder.dump(error.step)
+    remark = f"`ditscale train replay={path}` shows what went wrong in that step."
+    if runtime.is_main:
+        try:
+            write_dump(path, folder.store, error, facts, runtime.data_world)
+        except (OSError, ValueError) as failure:  # no reason to hide why the run ended
+            remark = f"What led to it could not be kept for replay: {failure}."
+    runtime.wait()
+    raise FloatingPointError(f"{error} {remark}") from error
+
+
 def _hooks(
     config: Mapping[str, Any],
     state: TrainState,
@@ -214,13 +203,7 @@ def _hooks(
 ) -> list[Hook]:
     """Everything around the steps; an evaluation's extractor and reference are made before training starts."""
     runtime, clock = generator.runtime, Clock()
-    facts = {
-        "seed": config["seed"],
-        "config": config,
-        "spec": asdict(generator.spec),
-        "data_manifest_hash": manifest.hash,
-        "code": code_version(),
-    }
+    facts = _facts(config, generator.spec, manifest)
     log = LogHook(config["log_every"], folder, logger, runtime, clock, guard)
     checkpoints = CheckpointHook(
         config["checkpoint_every"],

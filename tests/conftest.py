@@ -135,6 +135,36 @@ def torchrun(processes: int, *arguments: str, cwd: Path, expect: int = 0) -> str
     return run_process([*launcher, "-m", "launch.train", *arguments], cwd, expect)
 
 
+class InProcess:
+    """``ditscale`` in the process of the tests, which saves it the seconds that imports take."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch, self._capfd = monkeypatch, capfd
+
+    def __call__(self, *arguments: str, expect: int = 0) -> str:
+        """Run the command; returns what it printed."""
+        from launch import cli
+
+        self._monkeypatch.setattr(sys, "argv", ["ditscale", *arguments])
+        self._monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        self._monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the command set it; later subprocesses would inherit it
+        shown = self._capfd.readouterr()
+        assert code == expect, shown.out + shown.err
+        return shown.out + shown.err
+
+
+@pytest.fixture
+def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> InProcess:
+    """The command, run in ``tmp_path``."""
+    monkeypatch.chdir(tmp_path)
+    return InProcess(monkeypatch, capfd)
+
+
 def run_process(words: list[str], cwd: Path, expect: int, env: dict[str, str] | None = None) -> str:
     done = subprocess.run(
         words, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=300, check=False

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from data.progress import ProgressBar
 from runtime.protocol import Metrics, Runtime
+from train.dump import DivergedError
 from train.guards import SpikeGuard
 from train.loggers import Logger
 from train.runfolder import RunFolder
@@ -89,7 +90,7 @@ class LogHook:
     """Means over the last ``every`` steps, as one line of metrics.jsonl and to the logger.
 
     ``metrics.jsonl`` holds only what the config determines; times go to ``timing.jsonl``. Raises
-    FloatingPointError at the first value that is not finite, which keeps later checkpoints from being written.
+    DivergedError at the first value that is not finite, which keeps later checkpoints from being written.
     """
 
     def __init__(
@@ -157,20 +158,21 @@ class LogHook:
             for name, values in state.interval.items():
                 if not math.isfinite(values[number]):
                     step = state.step - number_of_steps + number + 1
-                    raise FloatingPointError(self._diverged(name, values[number], step, state.batch_size))
+                    raise self._diverged(name, values[number], step, state.batch_size)
 
-    def _diverged(self, name: str, value: float, step: int, batch_size: int) -> str:
+    def _diverged(self, name: str, value: float, step: int, batch_size: int) -> DivergedError:
         steps = self._folder.store.steps()
         kept = (
             f"the last good checkpoint is {self._folder.store.place(steps[-1])}"
             if steps
             else "there is no checkpoint yet"
         )
-        return (
+        sentence = (
             f"{name} is {value} in step {step}, whose batch is the positions {(step - 1) * batch_size} to "
             f"{step * batch_size - 1} ({kept}); the same command would diverge again: lower optimizer.lr or set "
             "max_grad_norm."
         )
+        return DivergedError(sentence, step, name, value)
 
     def finish(self) -> None:
         """Nothing is left: the last step is always logged."""

@@ -24,6 +24,8 @@ FREE_SETTINGS = frozenset(
         "default_name",
         "group",
         "resume",
+        "replay",
+        "dump_nonfinite",
         "activation_checkpointing",
         "init_from",
         "sampler",
@@ -64,6 +66,10 @@ class RunFolder:
     def grid(self, step: int) -> Path:
         """Where the sample grid of a step lies."""
         return self.samples / f"step_{step:08d}.png"
+
+    def dump(self, step: int) -> Path:
+        """What is kept of a step that was not finite."""
+        return self.path / f"nonfinite_{step:08d}"
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -57,28 +57,6 @@ def test_a_run_changes_its_number_of_processes_on_the_way(whole_run: Path, digit
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 
-XLA = ["runtime=xla", "runtime.cpu_devices=8", "runtime.mode=fsdp", "total_steps=40"]
-
-
-def test_a_run_moves_between_eight_sharded_xla_devices_and_one_process(
-    whole_run: Path, digits: Path, tmp_path: Path
-) -> None:
-    fast = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    words = [*TINY_RUN, f"data.shards={digits}", "run_dir=run", "resume.allow=[total_steps]"]
-    ditscale("train", *words, *XLA, "total_steps=10", cwd=tmp_path, env=fast)
-    ditscale("train", *words, "total_steps=20", cwd=tmp_path)
-    ditscale("train", *words, *XLA, cwd=tmp_path, env=fast)
-    alone, moved = json_lines(whole_run / "metrics.jsonl"), json_lines(tmp_path / "run/metrics.jsonl")
-    assert [line["step"] for line in moved] == [line["step"] for line in alone]
-    for one, two in zip(alone, moved, strict=True):
-        for key in ("loss", "mse", "vlb", "grad_norm"):
-            assert two[key] == pytest.approx(one[key], rel=1e-4), (one["step"], key)
-    one_weights, moved_weights = weights(whole_run), weights(tmp_path / "run")
-    assert one_weights.keys() == moved_weights.keys()
-    for name, value in one_weights.items():
-        np.testing.assert_allclose(moved_weights[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
-
-
 def test_a_batch_that_does_not_divide_by_the_processes_is_refused(digits: Path, tmp_path: Path) -> None:
     shown = torchrun(2, *TINY_RUN, f"data.shards={digits}", "batch_size=15", cwd=tmp_path, expect=1)
     assert "batch_size 15 does not divide by 2 processes; use 14 or 16" in shown

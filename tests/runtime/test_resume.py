@@ -22,7 +22,7 @@ def words(digits: Path) -> list[str]:
     """A run that writes checkpoints, pictures and evaluations often, with two averages."""
     often = [f"total_steps={STEPS}", "log_every=4", "checkpoint_every=6", "sample_every=30", "evaluate_every=30"]
     small = ["sampler.steps=2", "evaluation.num_images=40", "evaluation.batch_size=20", "evaluation.features.epochs=1"]
-    averages = ["train/ema=several", "~ema.decay", "ema.decays=[0.995,0.9]"]
+    averages = ["train/ema=several", "ema.decays=[0.995,0.9]"]
     return [*TINY_RUN, f"data.shards={digits}", "run_dir=run", *often, *small, *averages]
 
 

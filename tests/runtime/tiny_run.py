@@ -29,6 +29,7 @@ from train import ema as averages_of
 from train.guards import SpikeGuard
 from train.state import optimizer_tensors
 from train.step import make_step
+from train.summary import TOTAL
 
 NUM_CLASSES, DECAY = 10, 0.9999
 
@@ -49,7 +50,7 @@ class Case:
     steps: int = 20
     learning_rates: list[float] | None = None  # of each step
     average: str = "constant"
-    skip_over: float | None = None  # gradient norm
+    skip_over: list[float] | None = None  # gradient norm, of each step
 
     def model(self) -> DiT:
         """Small random weights everywhere: a fresh DiT is zero where it matters."""
@@ -95,7 +96,7 @@ def plain(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
     optimizer = case.optimizer(model)
     averages = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     gamma = averages_of.gamma_of(0.1)
-    losses = []
+    losses, skipped = [], []
     for number, batch in enumerate(case.batches(0, 1)):
         for group in optimizer.param_groups:
             group["lr"] = case.learning_rates[number] if case.learning_rates else group["lr"]
@@ -104,16 +105,20 @@ def plain(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
         loss = diffusion_losses(process, output, batch["latent"], x_t, batch["t"], batch["noise"]).total.mean()
         optimizer.zero_grad()
         loss.backward()
-        if case.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), case.max_grad_norm)
-        optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), case.max_grad_norm or float("inf")).item()
+        skipped.append(float(case.skip_over is not None and norm > case.skip_over[number]))
+        if not skipped[-1]:
+            optimizer.step()
         for name, parameter in model.named_parameters():
             kept = DECAY if case.average == "constant" else (1 - 1 / (number + 1)) ** (gamma + 1)
             averages[name] = kept * averages[name] + (1 - kept) * parameter.detach()
         losses.append(loss.item())
     weights = {f"model/{name}": value.detach() for name, value in model.named_parameters()}
     moments = {f"optimizer/{name}": value for name, value in optimizer_tensors(model, optimizer).items()}
-    return {**weights, **{f"ema/{name}": value for name, value in averages.items()}, **moments}, {"losses": losses}
+    return {**weights, **{f"ema/{name}": value for name, value in averages.items()}, **moments}, {
+        "losses": losses,
+        "skipped": skipped,
+    }
 
 
 def under_runtime(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -130,15 +135,19 @@ def under_runtime(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
     guard = None
     if case.skip_over is not None:
         guard = SpikeGuard(2.0, optimizer, runtime)
-        guard._set(case.skip_over)
     step = runtime.step(make_step(stepping, optimizer, ema, process, runtime, case.max_grad_norm, guard))
-    history = []
+    history, guard_at = [], None
     for number, micro_batches in enumerate(runtime.feed(case.batches(runtime.data_rank, runtime.data_world))):
         for group in optimizer.param_groups:
             group["lr"] = case.learning_rates[number] if case.learning_rates else group["lr"]
+        if guard is not None and case.skip_over is not None and case.skip_over[number] != guard_at:
+            guard_at = case.skip_over[number]
+            guard._set(guard_at)  # as at a log step
         history.append(step(micro_batches))
     facts = {"of_training": counters.read()}
-    facts["losses"] = runtime.fetch(history)["loss"]
+    fetched = runtime.fetch(history)
+    facts["losses"] = fetched["loss"]
+    facts["skipped"] = fetched.get(f"skipped_steps{TOTAL}", [0.0] * case.steps)
     parts = {"model": model.state_dict(), "ema": ema.module.state_dict()}
     parts["optimizer"] = optimizer_tensors(model, optimizer)
     facts["shardings"] = {f"{part}/{name}": sharding(v) for part in parts for name, v in parts[part].items()}
