@@ -13,6 +13,7 @@ from typing import IO, Any
 import pytest
 import torch
 from conftest import json_lines
+from gcs_server import gcs_server
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from s3_server import BUCKET, s3_server
@@ -32,10 +33,11 @@ from train.stores import BucketStore, CheckpointStore, FolderStore, list_checkpo
 from train.tensor_files import write_tensors
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    with s3_server():
-        yield f"s3://{BUCKET}"
+@pytest.fixture(scope="module", params=["s3", "gs"])
+def bucket(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The URL of an empty bucket on a server of this machine."""
+    with {"s3": s3_server, "gs": gcs_server}[request.param]():
+        yield f"{request.param}://{BUCKET}"
 
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.float64]
@@ -272,7 +274,7 @@ def test_a_run_with_another_history_here_is_not_overwritten(bucket: str, tmp_pat
     run_steps(new_state(), RunFolder(tmp_path), 4)
     folder = MirroredRunFolder(tmp_path, f"{bucket}/runs/empty")
     with (
-        pytest.raises(ValueError, match=r"has checkpoints up to step 4, but s3://.*/runs/empty has none"),
+        pytest.raises(ValueError, match=r"has checkpoints up to step 4, but .*/runs/empty has none"),
         folder.locked(),
     ):
         pass
