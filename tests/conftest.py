@@ -113,18 +113,27 @@ def warm(*modules: str) -> WarmJobs:
     return jobs
 
 
-def ditscale(*arguments: str, cwd: Path, expect: int = 0, env: dict[str, str] | None = None) -> str:
+def ditscale(
+    *arguments: str, cwd: Path, expect: int = 0, env: dict[str, str] | None = None, timeout_sec: float = 300
+) -> str:
     """Run the command; returns what it printed."""
     if any("xla" in word for word in arguments):  # it reads variables, and wants an order, when it is imported
         return run_process(command(*arguments), cwd, expect, env)
-    return run_warm(TRAINING, *arguments, cwd=cwd, expect=expect, env=env)
+    return run_warm(TRAINING, *arguments, cwd=cwd, expect=expect, env=env, timeout_sec=timeout_sec)
 
 
-def run_warm(modules: list[str], *arguments: str, cwd: Path, expect: int = 0, env: dict[str, str] | None = None) -> str:
+def run_warm(
+    modules: list[str],
+    *arguments: str,
+    cwd: Path,
+    expect: int = 0,
+    env: dict[str, str] | None = None,
+    timeout_sec: float = 300,
+) -> str:
     """Run the command in a process that has imported ``modules``; returns what it printed."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output"
-        found = warm(*modules).start(list(arguments), cwd, output, env).wait()
+        found = warm(*modules).start(list(arguments), cwd, output, env).wait(timeout_sec)
         assert found == expect, output.read_text()
         return output.read_text()
 
