@@ -126,9 +126,9 @@ class _Tally:
         kept = self._owned - set(missing)
         return sum(len(self._plan.rows(shard)) for shard in kept) + self._others_done()
 
-    def look(self, bar: Progress) -> None:
-        """Bring the bar up to date with the others, now and then."""
-        if self._others and time.monotonic() >= self._next_look:
+    def look(self, bar: Progress, at_once: bool = False) -> None:
+        """Bring the bar up to date with the others, now and then or ``at_once``."""
+        if self._others and (at_once or time.monotonic() >= self._next_look):
             self._next_look = time.monotonic() + _POLL_SEC
             bar.update(self._others_done())
 
@@ -196,6 +196,7 @@ def _wait_for_all(folder: Path, plan: Plan, owned: range, tally: _Tally, bar: Pr
         tally.look(bar)
         if len(found) < plan.num_shards:
             time.sleep(_POLL_SEC)
+    tally.look(bar, at_once=True)
     return [found[shard] for shard in range(plan.num_shards)]
 
 

@@ -1,5 +1,7 @@
 """Files below one place, a local folder or a URL: listed once, read whole or in part, from any thread."""
 
+import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +46,22 @@ class Files:
         ]
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
-        """The bytes start .. end - 1 of a file, or all of them."""
+        """The bytes start .. end - 1 of a file, or all of them. Raises ValueError where a server sends no parts."""
         path = self._path(name)
         content: bytes = self._try(path, lambda: self._system.cat_file(path, start=start, end=end))
+        if end is not None and len(content) > end - (start or 0):
+            raise ValueError(
+                f"{path} was asked for {end - (start or 0)} bytes from {start or 0} on, but the server sent "
+                f"{len(content)}: it does not serve parts of files; copy them to a folder or another store."
+            )
         return content
 
-    def open(self, name: str) -> Any:
-        """A seekable binary file object."""
-        path = self._path(name)
-        return self._try(path, lambda: self._system.open(path, "rb"))
+    def open(self, name: str, buffer_bytes: int = 0) -> Any:
+        """A seekable binary file object; of a remote file, it reads ahead that many bytes."""
+        if not is_remote(self.place):
+            return self._system.open(self._path(name), "rb")
+        file = _ReadInParts(self, name)
+        return io.BufferedReader(file, buffer_bytes) if buffer_bytes else file
 
     def local_path(self, name: str) -> str | None:
         """The path of a file on this machine, or None where it is elsewhere."""
@@ -63,3 +72,32 @@ class Files:
 
     def _try(self, path: str, action: Any) -> Any:
         return with_retries(path, action, Retry()) if is_remote(self.place) else action()
+
+
+class _ReadInParts(io.RawIOBase):
+    """A remote file; each part that is asked for is tried again after a failure."""
+
+    def __init__(self, files: Files, name: str) -> None:
+        super().__init__()
+        self._files, self._name, self._position = files, name, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._files.sizes[self._name]}[whence]
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._position + len(buffer), self._files.sizes[self._name])
+        content = self._files.read(self._name, self._position, end) if self._position < end else b""
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)

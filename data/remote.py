@@ -56,6 +56,10 @@ def open_remote(url: str, timeout_sec: float = Retry.timeout_sec) -> tuple[Any, 
             "or a local folder; use one of them."
         )
     try:
+        if protocol == "gs":
+            from data.google_storage import GoogleStorage
+
+            return GoogleStorage(**_options(protocol, timeout_sec)), GoogleStorage._strip_protocol(url)
         system, path = fsspec.url_to_fs(url, **_options(protocol, timeout_sec))
     except ImportError as error:
         package = PACKAGES[protocol]
@@ -79,9 +83,13 @@ def _options(protocol: str, timeout_sec: float) -> dict[str, Any]:
 
 
 def with_retries(
-    url: str, action: Callable[[], Result], retry: Retry, stopped: threading.Event | None = None
+    url: str,
+    action: Callable[[], Result],
+    retry: Retry,
+    stopped: threading.Event | None = None,
+    done: str = "read",
 ) -> Result:
-    """What ``action`` returns, tried again with growing waits; ``url`` names the file in errors.
+    """What ``action`` returns, tried again with growing waits; ``url`` and what is ``done`` to it stand in errors.
 
     Raises FileNotFoundError at once, ValueError at once where access is refused, `DamagedError` where the last
     attempt ended with it, and else ValueError with the number of attempts and the last error. ``stopped`` ends
@@ -104,8 +112,8 @@ def with_retries(
                 if isinstance(error, DamagedError):
                     raise
                 raise ValueError(
-                    f"{url} cannot be read: {attempt} attempts failed, the last with {type(error).__name__}: {error}; "
-                    "check the network and the store, then give the same command again."
+                    f"{url} cannot be {done}: {attempt} attempts failed, the last with {type(error).__name__}: "
+                    f"{error}; check the network and the store, then give the same command again."
                 ) from error
             wait_sec = min(2 * wait_sec, retry.longest_wait_sec)
 
@@ -114,7 +122,8 @@ def _is_refusal(error: Exception) -> bool:
     """Whether asking again is no use: the store knows us not, or does not let us."""
     status = getattr(error, "status", None) or getattr(error, "code", None)  # of aiohttp, of gcsfs
     no_keys = type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError")  # of botocore
-    return isinstance(error, PermissionError) or status in (401, 403) or no_keys
+    forbidden = isinstance(error, PermissionError) or str(error).startswith("Forbidden: ")  # gcsfs has no class for it
+    return forbidden or status in (401, 403) or no_keys
 
 
 def read_bytes(url: str, retry: Retry = DEFAULT_RETRY) -> bytes:
@@ -127,7 +136,7 @@ def read_bytes(url: str, retry: Retry = DEFAULT_RETRY) -> bytes:
 def write_bytes(url: str, content: bytes, retry: Retry = DEFAULT_RETRY) -> None:
     """Write a whole small file; object stores show it complete or not at all. Raises as `with_retries` does."""
     system, path = open_remote(url, retry.timeout_sec)
-    with_retries(url, lambda: system.pipe_file(path, content), retry)
+    with_retries(url, lambda: system.pipe_file(path, content), retry, done="written")
 
 
 def list_names(url: str, retry: Retry = DEFAULT_RETRY) -> list[str]:
@@ -144,10 +153,22 @@ def list_names(url: str, retry: Retry = DEFAULT_RETRY) -> list[str]:
     return with_retries(url, names, retry)
 
 
+def list_tree(url: str, retry: Retry = DEFAULT_RETRY) -> list[str]:
+    """Paths of all files below a folder, relative to it, sorted. Raises as `with_retries` does."""
+    system, path = open_remote(url, retry.timeout_sec)
+    prefix = len(path.rstrip("/")) + 1
+
+    def names() -> list[str]:
+        system.invalidate_cache()  # of listings
+        return sorted(str(name)[prefix:] for name in system.find(path))
+
+    return with_retries(url, names, retry)
+
+
 def remove(url: str, retry: Retry = DEFAULT_RETRY) -> None:
     """Delete a file. Raises as `with_retries` does."""
     system, path = open_remote(url, retry.timeout_sec)
-    with_retries(url, lambda: system.rm_file(path), retry)
+    with_retries(url, lambda: system.rm_file(path), retry, done="removed")
 
 
 def download(url: str, to: Path, size: int, timeout_sec: float) -> None:

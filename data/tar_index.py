@@ -1,15 +1,18 @@
-"""Where the samples of webdataset tars lie: one pass over the headers, then any sample by its offset."""
+"""Samples of webdataset tars: where they lie, by one pass over the headers, then any of them by its offset."""
 
 import hashlib
 import json
 import tarfile
 from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from braceexpand import braceexpand
 
-from data.files import Files
+from data.files import Files, given
+from data.sources import Example
+
+READ_AHEAD_BYTES = 4 * 2**20  # of a remote tar, whose headers lie among the images
 
 
 class Member(NamedTuple):
@@ -60,7 +63,7 @@ class TarIndex:
         places: dict[str, tuple[int, int]] = {}
         labels: dict[str, int] = {}
         try:
-            with self._files.open(name) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            with self._files.open(name, READ_AHEAD_BYTES) as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 for info in tar:
                     key, suffix = _split(info.name)
                     if not info.isfile() or (suffix != ".cls" and suffix not in suffixes):
@@ -78,6 +81,34 @@ class TarIndex:
         if odd := sorted(places.keys() ^ labels.keys()):
             raise ValueError(f"{name} has {odd[0]} without {'a .cls' if odd[0] in places else 'its sample'}.")
         return [Member(name, key, offset, size, labels[key]) for key, (offset, size) in places.items()]
+
+
+class TarSamples:
+    """A `Source` of ``KEY.SUFFIX`` and ``KEY.cls`` in tars, local or at a URL; its classes say which suffixes.
+
+    ``tars`` is a folder or a pattern with braces. Classes are numbers unless ``class_names`` are given.
+    Raises ValueError as `TarIndex` does.
+    """
+
+    name: str
+    suffixes: tuple[str, ...]
+    block_sizes = None
+
+    def __init__(self, tars: str | None, class_names: list[str] | None = None) -> None:
+        self._index = TarIndex(given(tars, "tars"), self.suffixes)
+        self.class_names = class_names or [str(number) for number in range(self._index.num_classes)]
+        self.fingerprint = self._index.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._index.members)
+
+    def __getitem__(self, index: int) -> Example:
+        member = self._index.members[index]
+        return Example(member.source_id, self.decoded(self._index.read(member), member.source_id), member.label)
+
+    def decoded(self, content: bytes, source_id: str) -> Any:
+        """What an `Example` holds of a sample's bytes."""
+        return content
 
 
 def _folder_and_names(tars: str) -> tuple[str, list[str]]:

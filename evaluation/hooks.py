@@ -4,9 +4,11 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from evaluation.generate import Generator, balanced_labels
 from evaluation.grid import save_grid
-from runtime.protocol import Metrics
+from runtime.protocol import Metrics, Runtime
 from train.hooks import due
 from train.loggers import Logger
 from train.runfolder import RunFolder, read_lines
@@ -18,13 +20,16 @@ EVALUATED_BY_TRAINING = "train"  # in a record; the job `evaluate` writes its ow
 class _CatchingUpHook:
     """Acts each ``every`` steps and at the end, and once at the start where a killed run had not done so."""
 
-    def __init__(self, every: int | None) -> None:
+    def __init__(self, every: int | None, runtime: Runtime) -> None:
         self._every = every
+        self._runtime = runtime
 
     def start(self, state: TrainState) -> None:
-        """Do what was due at the step that this run continues from, unless it was done."""
-        if due(state, self._every) and not self.is_done(state):
-            self.act(state)
+        """Do what was due at the step that this run continues from, unless the main process finds it done."""
+        if due(state, self._every):
+            done = np.array([self._runtime.is_main and self.is_done(state)])
+            if not self._runtime.gather(done).any():
+                self.act(state)
 
     def __call__(self, state: TrainState, metrics: Metrics) -> None:
         """Act where it is due."""
@@ -54,7 +59,7 @@ class SampleGridHook(_CatchingUpHook):
         logger: Logger,
         per_class: int = 8,
     ) -> None:
-        super().__init__(every)
+        super().__init__(every, generator.runtime)
         self._generator = generator
         self._folder = folder
         self._logger = logger
@@ -68,7 +73,7 @@ class SampleGridHook(_CatchingUpHook):
     def act(self, state: TrainState) -> None:
         """Draw on all processes, write on the main one."""
         images = self._generator.all_images(balanced_labels(self._count, self._columns), self._count)
-        if not self._generator.runtime.is_main:
+        if not self._runtime.is_main:
             return
         path = self._folder.grid(state.step)
         save_grid(path, images, self._columns)
@@ -90,15 +95,14 @@ class EvaluationHook(_CatchingUpHook):
         identity: Mapping[str, Any],
         folder: RunFolder,
         logger: Logger,
-        is_main: bool,
+        runtime: Runtime,
     ) -> None:
-        super().__init__(every)
+        super().__init__(every, runtime)
         self._evaluate = evaluate
         self._facts = facts
         self._identity = identity
         self._folder = folder
         self._logger = logger
-        self._is_main = is_main
 
     def start(self, state: TrainState) -> None:
         """Refuse to go on with a curve that was measured in another way; then do what is owed."""
@@ -129,6 +133,6 @@ class EvaluationHook(_CatchingUpHook):
         metrics = self._evaluate()
         record = {"step": state.step, "images_seen": state.images_seen, "evaluated_by": EVALUATED_BY_TRAINING}
         record |= {**self._facts(state.images_seen), **metrics}
-        if self._is_main:
+        if self._runtime.is_main:
             self._folder.append(self._folder.evaluations, record)
             self._logger.log(record)

@@ -30,7 +30,9 @@ from model.dit import DiT
 from model.flops import multiply_adds, num_parameters, training_multiply_adds
 from runtime.protocol import Runtime
 from train import posthoc
-from train.checkpoint import fill, list_checkpoints, load_weights, read_state_file
+from train.checkpoint import fill, load_weights, read_state_file
+from train.mirror import fetch_run
+from train.stores import list_checkpoints
 
 
 def build(section: Mapping[str, Any], **arguments: Any) -> Any:
@@ -38,6 +40,7 @@ def build(section: Mapping[str, Any], **arguments: Any) -> Any:
     return instantiate(section, _convert_="all", **arguments)
 
 
+COPIES = Path("cache/runs")  # of runs that are read from a URL
 _FROM_MANIFEST = {"latent_size": "latent_size", "channels": "channels", "num_classes": "num_classes"}
 
 
@@ -181,9 +184,9 @@ def load_model(where: str, weights: str) -> DiT:
 
     Raises ValueError for a missing or damaged checkpoint, or one that asks for foreign code.
     """
-    path = _checkpoint_path(Path(where))
+    path = _checkpoint_path(where)
     section = read_state_file(path)["config"]["model"]
-    check_trusted(section, _shipped_targets(), "model.")
+    require_shipped(section, "model.")
     model: DiT = build(section)
     if weights.startswith(posthoc.PREFIX):
         fill(model, path, posthoc.reconstruct(_checkpoints_up_to(path), _width(weights)))
@@ -227,11 +230,11 @@ class LoadedCheckpoint:
 
         Raises ValueError for a missing or damaged checkpoint, or one that asks for foreign code.
         """
-        path = _checkpoint_path(Path(where))
+        path = _checkpoint_path(where)
         state = read_state_file(path)
         config = state["config"]
-        check_trusted(config["diffusion"], _shipped_targets(), "diffusion.")
-        check_trusted(config["data"]["autoencoder"], _shipped_targets(), "data.autoencoder.")
+        require_shipped(config["diffusion"], "diffusion.")
+        require_shipped(config["data"]["autoencoder"], "data.autoencoder.")
         model = load_model(where, weights)
         process: GaussianDiffusion = build(config["diffusion"])
         return cls(
@@ -254,16 +257,23 @@ class LoadedCheckpoint:
         )
 
 
+def require_shipped(section: Mapping[str, Any], path: str) -> None:
+    """Raise ValueError where a section of a file's config would build what none of this project's configs does."""
+    check_trusted(section, _shipped_targets(), path)
+
+
 def _shipped_targets() -> frozenset[str]:
     """What the configs of this project build: all that a checkpoint's config may ask for."""
     found = (OmegaConf.select(OmegaConf.load(path), "_target_") for path in CONF.rglob("*.yaml"))
     return frozenset(target for target in found if target is not None)
 
 
-def _checkpoint_path(where: Path) -> Path:
-    if (where / "checkpoints").is_dir():
-        complete = list_checkpoints(where / "checkpoints")
+def _checkpoint_path(where: str) -> Path:
+    """A checkpoint's folder, of a run or of itself, which is copied to this machine where it is behind a URL."""
+    path = fetch_run(where, COPIES) if is_remote(where) else Path(where)
+    if (path / "checkpoints").is_dir():
+        complete = list_checkpoints(path / "checkpoints")
         if not complete:
             raise ValueError(f"The run {where} has no complete checkpoint yet; train it further.")
         return complete[-1]
-    return where
+    return path

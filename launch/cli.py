@@ -8,7 +8,7 @@ from launch.check import closest
 JOBS = {
     "encode": "images to webdataset shards of latents",
     "verify": "re-reads shards against their manifest; repair=true mends them",
-    "train": "shards to a run folder; -m sweeps over models; the same command continues",
+    "train": "shards to a run folder; -m sweeps over models; the same command continues; replay=DUMP explains a NaN",
     "sample": "a checkpoint to a PNG grid and an .npz",
     "evaluate": "a checkpoint to numbers",
     "reference": "real images to the statistics that generated ones are compared with",

@@ -95,7 +95,10 @@ class TrainSchema:
     name: str = "${default_name}"
     sweep_dir: str = "runs/${group}"
     run_dir: str = "${sweep_dir}/${name}"
+    remote_dir: str | None = None  # gs:// or s3:// URL that holds the run; run_dir is then its working copy
     resume: ResumeSchema = field(default_factory=ResumeSchema)
+    replay: str | None = None  # RUN/nonfinite_STEP of a diverged run: look at that step, train nothing
+    dump_nonfinite: bool = True  # keep a link to the last checkpoint and the config of a diverged run, for replay
 
     init_from: str | None = None  # weights to start with: ours, a released .pt or a diffusers folder
     seed: int = 0  # of weights, order, draws

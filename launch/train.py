@@ -9,12 +9,9 @@ from typing import Any, NoReturn, cast
 
 from torch import nn
 
-from data.batches import TrainingBatches
-from data.manifest import Manifest
+from data.manifest import LatentSpec, Manifest
 from data.prefetch import prefetch
 from data.progress import ProgressBar
-from data.shards import MappedShards
-from diffusion.process import GaussianDiffusion
 from evaluation.evaluate import distance_records
 from evaluation.generate import Generator
 from evaluation.hooks import EvaluationHook, SampleGridHook
@@ -27,22 +24,21 @@ from launch.build import (
     expected_spec,
     fill_model,
     model_facts,
-    require_variance,
 )
 from launch.check import check_readers, check_train_scalars
 from launch.facts import facts_of_process
-from launch.report import update_group
-from launch.starting_weights import load_starting_weights
-from model.autoencoder import Autoencoder
+from launch.replay import replay_job
+from launch.training import new_state, spike_guard, training_batches
 from model.checkpointing import checkpoint_blocks
 from model.dit import DiT
 from runtime.protocol import Runtime
-from train.checkpoint import code_version, list_checkpoints, load_newest, read_state_file
-from train.ema import Averages
+from train.checkpoint import code_version, load_newest, read_state_file
+from train.dump import DivergedError, write_dump
 from train.guards import SpikeGuard
 from train.hooks import CheckpointHook, Clock, Hook, LogHook, ProgressHook
 from train.loggers import Logger, NoLogger
 from train.loop import train
+from train.mirror import MirroredRunFolder
 from train.runfolder import RunFolder, read_lines
 from train.signals import EX_TEMPFAIL, Stopped, StopSignals, watched
 from train.state import TrainState
@@ -50,7 +46,12 @@ from train.step import make_step
 
 
 def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
-    """Train, or continue to train, the run in ``run_dir``. What does not fit is refused before anything is written."""
+    """Train, or continue to train, the run in ``run_dir``. What does not fit is refused before anything is written.
+
+    With ``replay``, look at the last step of a diverged run instead.
+    """
+    if config["replay"] is not None:
+        return replay_job(config)
     check_train_scalars(config)
     manifest = Manifest.load(config["data"]["shards"])
     autoencoder, spec = expected_spec(config["data"], manifest)
@@ -62,8 +63,8 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
     runtime.require_batch(config["batch_size"])
     check_readers(runtime.data_world, len(manifest.shards))
     process = runtime.place(build(config["diffusion"]))
-    folder = RunFolder(Path(config["run_dir"]))
-    state = _new_state(config, process, runtime, starts_anew=not list_checkpoints(folder.checkpoints))
+    folder = _run_folder(config)
+    state = new_state(config, process, runtime, starts_anew=not folder.store.steps())
     generator = build_generator(
         config,
         state.ema.module,
@@ -75,7 +76,7 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
         config["class_dropout"],
     )
     shards = build_shards(config["data"])
-    batches = _batches(config, shards, autoencoder, process, runtime)
+    batches = training_batches(config, shards, autoencoder, process, runtime.data_rank, runtime.data_world)
     stopped = False
     with runtime.together(), folder.locked() if runtime.is_main else nullcontext(), StopSignals() as signals:
         _claim(folder, config, runtime)
@@ -85,7 +86,7 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
             if config["activation_checkpointing"]:  # after the EMA was copied, which has no backward pass
                 checkpoint_blocks(cast(DiT, state.model), runtime.checkpoint)
             model, state.optimizer = runtime.prepare(state.model, list(state.ema.modules.values()), state.optimizer)
-            guard = _guard(config, state, runtime)
+            guard = spike_guard(config, state, runtime)
             make = make_step(model, state.optimizer, state.ema, process, runtime, config["max_grad_norm"], guard)
             step = runtime.step(make)
             hooks = _hooks(config, state, generator, manifest, folder, logger, progress, signals, guard)
@@ -94,15 +95,26 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
             train(state, step, host_batches, runtime, hooks)
         except Stopped:
             stopped = True
+        except DivergedError as error:
+            _keep_diverged(error, folder, config, _facts(config, spec, manifest), runtime)
         finally:
             shards.close()
             logger.finish()
+        if runtime.is_main:
+            folder.publish()
     if stopped:
         _leave_for_requeue(folder, state, runtime)
     if runtime.is_main:
         if has_news and config["evaluate_every"] is not None:
+            from launch.report import update_group  # its plotting library would cost every start two seconds
+
             update_group(config)
         print(_summary(folder, state))
+
+
+def _run_folder(config: Mapping[str, Any]) -> RunFolder:
+    path = Path(config["run_dir"])
+    return RunFolder(path) if config["remote_dir"] is None else MirroredRunFolder(path, config["remote_dir"])
 
 
 def _leave_for_requeue(folder: RunFolder, state: TrainState, runtime: Runtime) -> NoReturn:
@@ -112,50 +124,8 @@ def _leave_for_requeue(folder: RunFolder, state: TrainState, runtime: Runtime) -
     sys.exit(EX_TEMPFAIL)
 
 
-def _batches(
-    config: Mapping[str, Any],
-    shards: MappedShards,
-    autoencoder: Autoencoder,
-    process: GaussianDiffusion,
-    runtime: Runtime,
-) -> TrainingBatches:
-    return TrainingBatches(
-        shards,
-        build(config["data"]["order"])(config["seed"], shards.counts),
-        autoencoder,
-        seed=config["seed"],
-        batch_size=config["batch_size"],
-        num_timesteps=process.num_steps,
-        class_dropout=config["class_dropout"],
-        flip=config["data"]["flip"],
-        rank=runtime.data_rank,
-        world=runtime.data_world,
-    )
-
-
-def _new_state(
-    config: Mapping[str, Any], process: GaussianDiffusion, runtime: Runtime, starts_anew: bool
-) -> TrainState:
-    """State at step 0, on the host: weights from ``init_from`` or the seed, their average, the optimizer."""
-    model: DiT = build(config["model"])
-    require_variance(model, process)
-    model.initialize(config["seed"])
-    if starts_anew and config["init_from"] is not None:
-        for note in load_starting_weights(model, config["init_from"]):
-            if runtime.is_main:
-                print(f"note: {note}")
-    ema: Averages = build(config["ema"])(model)
-    optimizer = build(config["optimizer"])(model.parameters())
-    return TrainState(model, ema, optimizer, config["batch_size"], config["total_steps"])
-
-
-def _guard(config: Mapping[str, Any], state: TrainState, runtime: Runtime) -> SpikeGuard | None:
-    factor = config["skip_grad_norm"]
-    return None if factor is None else SpikeGuard(factor, state.optimizer, runtime)
-
-
 def _claim(folder: RunFolder, config: Mapping[str, Any], runtime: Runtime) -> None:
-    """The main process makes the folder this run's; then the others check that it is."""
+    """The main process makes the folder this run's."""
     if runtime.is_main:
         folder.claim(config, config["resume"]["allow"])
     runtime.wait()
@@ -163,7 +133,7 @@ def _claim(folder: RunFolder, config: Mapping[str, Any], runtime: Runtime) -> No
 
 def _restore(folder: RunFolder, state: TrainState, manifest: Manifest, checkpoint_every: int, runtime: Runtime) -> None:
     """Continue from the newest good checkpoint, and take back what was written after it."""
-    path, complaints = load_newest(folder.checkpoints, state)
+    path, complaints = load_newest(folder.store, state)
     if path is None:
         folder.require_no_lost_checkpoint(checkpoint_every)
     else:
@@ -178,6 +148,7 @@ def _restore(folder: RunFolder, state: TrainState, manifest: Manifest, checkpoin
             print(f"warning: {complaint} Continuing from step {state.step}.", file=sys.stderr)
     runtime.wait()  # every process has read the lines before the main one takes some back
     if runtime.is_main:
+        folder.store.clean(state.step)
         folder.roll_back(state.step)
     runtime.wait()
 
@@ -189,6 +160,34 @@ def _logger(config: Mapping[str, Any], folder: RunFolder, runtime: Runtime) -> L
         folder=folder.path, group=config["group"], name=config["name"], config=config, job="train"
     )
     return logger
+
+
+def _facts(config: Mapping[str, Any], spec: LatentSpec, manifest: Manifest) -> dict[str, Any]:
+    """What identifies the run, in its checkpoints and in a dump."""
+    return {
+        "seed": config["seed"],
+        "config": config,
+        "spec": asdict(spec),
+        "data_manifest_hash": manifest.hash,
+        "code": code_version(),
+    }
+
+
+def _keep_diverged(
+    error: DivergedError, folder: RunFolder, config: Mapping[str, Any], facts: Mapping[str, Any], runtime: Runtime
+) -> NoReturn:
+    """Raise the error again, after what its step can be looked at with was kept where the config wants it."""
+    if not config["dump_nonfinite"]:
+        raise error
+    path = folder.dump(error.step)
+    remark = f"`ditscale train replay={path}` shows what went wrong in that step."
+    if runtime.is_main:
+        try:
+            write_dump(path, folder.store, error, facts, runtime.data_world)
+        except (OSError, ValueError) as failure:  # no reason to hide why the run ended
+            remark = f"What led to it could not be kept for replay: {failure}."
+    runtime.wait()
+    raise FloatingPointError(f"{error} {remark}") from error
 
 
 def _hooks(
@@ -204,13 +203,7 @@ def _hooks(
 ) -> list[Hook]:
     """Everything around the steps; an evaluation's extractor and reference are made before training starts."""
     runtime, clock = generator.runtime, Clock()
-    facts = {
-        "seed": config["seed"],
-        "config": config,
-        "spec": asdict(generator.spec),
-        "data_manifest_hash": manifest.hash,
-        "code": code_version(),
-    }
+    facts = _facts(config, generator.spec, manifest)
     log = LogHook(config["log_every"], folder, logger, runtime, clock, guard)
     checkpoints = CheckpointHook(
         config["checkpoint_every"],
@@ -254,8 +247,7 @@ def _evaluation_hook(
         return model_facts(model, images_seen, "ema", config["seed"])
 
     identity = {"weights": "ema", **evaluator.identity}
-    every, is_main = config["evaluate_every"], generator.runtime.is_main
-    return EvaluationHook(every, measure, facts, identity, folder, logger, is_main)
+    return EvaluationHook(config["evaluate_every"], measure, facts, identity, folder, logger, generator.runtime)
 
 
 def _summary(folder: RunFolder, state: TrainState) -> str:

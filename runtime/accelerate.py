@@ -1,7 +1,7 @@
 """CPU, one GPU, or data-parallel GPUs and nodes, through Hugging Face accelerate."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
@@ -188,14 +188,17 @@ class AccelerateRuntime:
         """A barrier."""
         self._accelerator.wait_for_everyone()
 
-    def state_for_save(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One tensor at a time, so that no process has to hold more than one whole."""
-        saved = {}
+    def copy_to_host(self, tensors: Mapping[str, Tensor], wanted: Container[str], host: dict[str, Tensor]) -> None:
+        """One tensor at a time, so that no process has to hold more than one whole; to pinned memory from a GPU."""
+        pinned = self.device.type == "cuda"
         for name, value in tensors.items():
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
-            if self.is_main:
-                saved[name] = whole.detach().to("cpu", copy=True).contiguous()
-        return saved
+            whole = (value.full_tensor() if isinstance(value, DTensor) else value).detach()
+            if name in wanted:
+                if name not in host:
+                    host[name] = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=pinned)
+                host[name].copy_(whole, non_blocking=pinned)
+        if pinned:
+            torch.cuda.current_stream().synchronize()
 
 
 def _shard(module: nn.Module, device_type: str, world: int) -> None:

@@ -1,6 +1,6 @@
 """What the loop, the step and the evaluation ask of a machine."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -113,9 +113,9 @@ class Runtime(Protocol):
         """Return when every process has arrived."""
         ...
 
-    def state_for_save(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Full copies on the host of the main process, whatever the sharding; nothing elsewhere.
+    def copy_to_host(self, tensors: Mapping[str, Tensor], wanted: Container[str], host: dict[str, Tensor]) -> None:
+        """Copy the ``wanted`` tensors whole, whatever their sharding, over those in ``host``, or add them to it.
 
-        Every process must call it.
+        Every process must call it, each with what it wants.
         """
         ...

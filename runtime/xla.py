@@ -6,7 +6,7 @@ gone, or zero, when the step ends. `runtime.choice` imports this file after it h
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -220,11 +220,14 @@ class XlaRuntime:
         """Hosts wait for each other; devices have no need to."""
         self._hosts.wait()
 
-    def state_for_save(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def copy_to_host(self, tensors: Mapping[str, Tensor], wanted: Container[str], host: dict[str, Tensor]) -> None:
         """One tensor at a time, so that no device has to hold more than one whole."""
         torch_xla.sync(wait=True)
-        whole = {name: self._whole(value.detach()) for name, value in tensors.items()}
-        return whole if self.is_main else {}
+        for name, value in tensors.items():
+            if name in wanted or self.data_world > 1:  # several hosts gather a value together
+                whole = self._whole(value.detach())
+                if name in wanted:
+                    host[name] = whole
 
     def _whole(self, value: Tensor) -> Tensor:
         if self.data_world > 1:

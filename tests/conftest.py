@@ -1,9 +1,12 @@
 """What tests share: small shards, small configs, and the command as a user types it."""
 
+import atexit
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from warm_jobs import TRAINING, WarmJobs
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched
 os.environ["USE_TORCH_XLA"] = "0"  # as launch/__init__.py does, before a test imports diffusers
 
 from data.encode import encode
@@ -100,15 +105,73 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "launch.cli", *arguments]
 
 
-def ditscale(*arguments: str, cwd: Path, expect: int = 0, env: dict[str, str] | None = None) -> str:
+@functools.cache
+def warm(*modules: str) -> WarmJobs:
+    """The process, one for each worker of pytest and each choice of modules, that forks jobs."""
+    jobs = WarmJobs(list(modules))
+    atexit.register(jobs.close)
+    return jobs
+
+
+def ditscale(
+    *arguments: str, cwd: Path, expect: int = 0, env: dict[str, str] | None = None, timeout_sec: float = 300
+) -> str:
     """Run the command; returns what it printed."""
-    return run_process(command(*arguments), cwd, expect, env)
+    if any("xla" in word for word in arguments):  # it reads variables, and wants an order, when it is imported
+        return run_process(command(*arguments), cwd, expect, env)
+    return run_warm(TRAINING, *arguments, cwd=cwd, expect=expect, env=env, timeout_sec=timeout_sec)
+
+
+def run_warm(
+    modules: list[str],
+    *arguments: str,
+    cwd: Path,
+    expect: int = 0,
+    env: dict[str, str] | None = None,
+    timeout_sec: float = 300,
+) -> str:
+    """Run the command in a process that has imported ``modules``; returns what it printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "output"
+        found = warm(*modules).start(list(arguments), cwd, output, env).wait(timeout_sec)
+        assert found == expect, output.read_text()
+        return output.read_text()
 
 
 def torchrun(processes: int, *arguments: str, cwd: Path, expect: int = 0) -> str:
     """Run ``launch.train`` in several gloo processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return run_process([*launcher, "-m", "launch.train", *arguments], cwd, expect)
+
+
+class InProcess:
+    """``ditscale`` in the process of the tests, which saves it the seconds that imports take."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch, self._capfd = monkeypatch, capfd
+
+    def __call__(self, *arguments: str, expect: int = 0) -> str:
+        """Run the command; returns what it printed."""
+        from launch import cli
+
+        self._monkeypatch.setattr(sys, "argv", ["ditscale", *arguments])
+        self._monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        self._monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the command set it; later subprocesses would inherit it
+        shown = self._capfd.readouterr()
+        assert code == expect, shown.out + shown.err
+        return shown.out + shown.err
+
+
+@pytest.fixture
+def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> InProcess:
+    """The command, run in ``tmp_path``."""
+    monkeypatch.chdir(tmp_path)
+    return InProcess(monkeypatch, capfd)
 
 
 def run_process(words: list[str], cwd: Path, expect: int, env: dict[str, str] | None = None) -> str:

@@ -1,18 +1,15 @@
 """An HTTP server of this machine that serves a folder, or another server's answers, with faults on demand."""
 
 import http.server
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+
+from local_server import LocalHandler, LocalServer
 
 
-class FaultyServer:
+class FaultyServer(LocalServer):
     """``faults`` maps a file name to what its next requests meet, in turn; ``gets`` counts requests of each name.
 
     Faults: "500", "403", "hang" (longer than any patience of a test), "cut" (the connection closes half-way),
@@ -20,35 +17,17 @@ class FaultyServer:
     """
 
     def __init__(self, folder: Path | None = None, upstream: str | None = None) -> None:
+        super().__init__(_Handler)
         self.folder, self.upstream = folder, upstream
-        self.faults: dict[str, list[str]] = {}
-        self.gets: Counter[str] = Counter()
-        self.released = threading.Event()
-        handler = type("Handler", (_Handler,), {"owner": self})
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    @contextmanager
-    def running(self) -> Iterator["FaultyServer"]:
-        thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield self
-        finally:
-            self.released.set()
-            self._server.shutdown()
-            thread.join()
-            self._server.server_close()
+        self.gets = self.calls
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
+class _Handler(LocalHandler, http.server.BaseHTTPRequestHandler):
     owner: FaultyServer
 
     def do_GET(self) -> None:
         name = self.path.rsplit("/", 1)[-1]
-        self.owner.gets[name] += 1
-        waiting = self.owner.faults.get(name, [])
-        fault = waiting.pop(0) if waiting else None
+        fault = self.owner.met(name)
         if fault == "hang":
             self.owner.released.wait(60)
             self.close_connection = True
@@ -87,6 +66,3 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.flush()
             time.sleep(0.05)
             self.close_connection = True
-
-    def log_message(self, *_: Any) -> None:
-        pass

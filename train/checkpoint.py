@@ -1,77 +1,55 @@
-"""Checkpoints: folders that are complete or absent, in safetensors that a stranger can read.
+"""Checkpoints: complete or absent, in safetensors that a stranger can read.
 
 ``step_00000500/``: ``model``, ``ema`` and ``optimizer`` ``.safetensors``, a file for each further average, and
-``state.json`` with the step, the facts of the run and the SHA-256 of each file.
+``state.json`` with the step, the facts of the run and the SHA-256 of each file. A large part that several processes
+wrote is several files, ``ema-00001-of-00004.safetensors``, with an index ``ema.safetensors.index.json`` as Hugging
+Face's libraries have it. `train.saving` writes them.
 """
 
 import json
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from data.atomic import atomic_folder, sha256_of
-from runtime.protocol import Runtime
-from train.state import TrainState, load_optimizer_tensors, optimizer_tensors
+from data.atomic import sha256_of
+from train.state import TrainState, load_optimizer_tensors
+from train.stores import STATE_FILE, CheckpointStore
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # 1: a part is one file
 REQUIRED_KEYS = ("step", "seed", "config", "spec", "data_manifest_hash", "sha256")
-_FOLDER_NAME = re.compile(r"step_(\d{8})")
+_PART_OF = re.compile(r"(.+)-\d{5}-of-\d{5}")
 
 
-def save_checkpoint(folder: Path, state: TrainState, facts: Mapping[str, Any], runtime: Runtime) -> None:
-    """Write ``folder/step_{step}``. Every process must call it; the main one writes.
-
-    ``facts`` are JSON values that identify the run: seed, config, data manifest hash, code version.
-    """
-    tensors = {
-        "model": runtime.state_for_save(state.model.state_dict()),
-        **{name: runtime.state_for_save(module.state_dict()) for name, module in state.ema.modules.items()},
-        "optimizer": runtime.state_for_save(optimizer_tensors(state.model, state.optimizer)),
-    }
-    if runtime.is_main:
-        with atomic_folder(folder / f"step_{state.step:08d}") as aside:
-            for name, named in tensors.items():
-                _save_file(named, aside / f"{name}.safetensors")
-            hashes = {f"{name}.safetensors": sha256_of(aside / f"{name}.safetensors") for name in tensors}
-            content: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": state.step, **facts, "sha256": hashes}
-            content |= {"interval": state.interval, "recent_grad_norms": state.recent_grad_norms}
-            (aside / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-    runtime.wait()
+def file_names(part: str, owners: Sequence[Sequence[str]]) -> list[str | None]:
+    """The file in which each process writes its tensors of a part; None for a process that has none of them."""
+    writers = [rank for rank, names in enumerate(owners) if names] or [0]
+    if len(writers) == 1:
+        return [f"{part}.safetensors" if rank in writers else None for rank in range(len(owners))]
+    names = {rank: f"{part}-{n:05d}-of-{len(writers):05d}.safetensors" for n, rank in enumerate(writers, start=1)}
+    return [names.get(rank) for rank in range(len(owners))]
 
 
-def _save_file(tensors: dict[str, Tensor], file: Path) -> None:
-    """The library's function, with errors of the operating system as what they are."""
-    try:
-        save_file(tensors, file)
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        code = int(number.group(1))
-        raise OSError(code, os.strerror(code), str(file)) from error
+def index_name(part: str) -> str:
+    """The file that says which of a part's files has which tensor."""
+    return f"{part}.safetensors.index.json"
+
+
+def part_of(file_name: str) -> str:
+    """The part that a safetensors file belongs to."""
+    stem = file_name.removesuffix(".safetensors")
+    match = _PART_OF.fullmatch(stem)
+    return match.group(1) if match else stem
 
 
 class UnknownVersionError(ValueError):
     """A checkpoint of a later program: no damage, and no reason to go on from an older one."""
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if _FOLDER_NAME.fullmatch(path.name))
-
-
-def step_of(path: Path) -> int:
-    """The step that a checkpoint's folder is named for."""
-    return int(path.name.removeprefix("step_"))
 
 
 def read_state_file(path: Path) -> dict[str, Any]:
@@ -82,7 +60,7 @@ def read_state_file(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise ValueError(f"There is no checkpoint folder {path}; give one like RUN/checkpoints/step_00000500.")
     try:
-        content: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
         version = content["format_version"]
         absent = [key for key in REQUIRED_KEYS if key not in content]
         if absent:
@@ -94,22 +72,29 @@ def read_state_file(path: Path) -> dict[str, Any]:
             f"The checkpoint {path} cannot be read: state.json is missing or damaged ({error}); "
             "use another checkpoint of that run."
         ) from error
-    if version != FORMAT_VERSION:
+    if version not in READABLE_VERSIONS:
         raise UnknownVersionError(
-            f"The checkpoint {path} has format version {version}, but this program reads version "
-            f"{FORMAT_VERSION}; use the program that wrote it."
+            f"The checkpoint {path} has format version {version}, but this program reads versions "
+            f"{READABLE_VERSIONS[0]} to {READABLE_VERSIONS[-1]}; use the program that wrote it."
         )
     return content
 
 
 def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
-    """Tensors of ``{name}.safetensors`` on the host. Raises ValueError where the file is damaged, naming it."""
-    file = path / f"{name}.safetensors"
-    hashes = read_state_file(path)["sha256"]
-    if file.name not in hashes:
-        weights = ", ".join(stem for stem in (Path(key).stem for key in hashes) if stem != "optimizer")
+    """Tensors of the part ``name`` on the host. Raises ValueError where a file is damaged, naming it."""
+    hashes: dict[str, str] = read_state_file(path)["sha256"]
+    files = [file_name for file_name in hashes if part_of(file_name) == name]
+    if not files:
+        weights = ", ".join(dict.fromkeys(part for part in map(part_of, hashes) if part != "optimizer"))
         raise ValueError(f"The checkpoint {path} has no weights {name!r}; it has {weights}.")
-    expected = hashes[file.name]
+    tensors: dict[str, Tensor] = {}
+    for file_name in files:
+        tensors |= _read_file(path, file_name, hashes[file_name])
+    return tensors
+
+
+def _read_file(path: Path, file_name: str, expected: str) -> dict[str, Tensor]:
+    file = path / file_name
     if not file.is_file():
         raise ValueError(f"The checkpoint {path} has no {file.name}; use another checkpoint of that run.")
     if (found := sha256_of(file)) != expected:
@@ -149,14 +134,15 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
     state.ema.start_at(state.step)
 
 
-def load_newest(folder: Path, state: TrainState) -> tuple[Path | None, list[str]]:
+def load_newest(store: CheckpointStore, state: TrainState) -> tuple[Path | None, list[str]]:
     """Restore the newest checkpoint that can be read.
 
-    Returns its path, None where there is no checkpoint at all, and a sentence for each damaged one passed
-    over. Raises ValueError where all of them are damaged, or one was met that a later program wrote.
+    Returns a folder with it, None where there is no checkpoint at all, and a sentence for each damaged one
+    passed over. Raises ValueError where all of them are damaged, or one was met that a later program wrote.
     """
     complaints: list[str] = []
-    for path in reversed(list_checkpoints(folder)):
+    for step in reversed(store.steps()):
+        path = store.local(step)
         try:
             load_checkpoint(path, state)
         except UnknownVersionError:
@@ -167,7 +153,7 @@ def load_newest(folder: Path, state: TrainState) -> tuple[Path | None, list[str]
             return path, complaints
     if complaints:
         raise ValueError(
-            f"None of the {len(complaints)} checkpoints in {folder} can be read; the newest: {complaints[0]}"
+            f"None of the {len(complaints)} checkpoints of this run can be read; the newest: {complaints[0]}"
         )
     return None, complaints
 

@@ -8,10 +8,11 @@ from typing import Any, Protocol
 
 from data.progress import ProgressBar
 from runtime.protocol import Metrics, Runtime
-from train.checkpoint import list_checkpoints, save_checkpoint
+from train.dump import DivergedError
 from train.guards import SpikeGuard
 from train.loggers import Logger
 from train.runfolder import RunFolder
+from train.saving import CheckpointWriter
 from train.signals import Stopped, StopSignals
 from train.state import TrainState
 from train.summary import summary
@@ -89,7 +90,7 @@ class LogHook:
     """Means over the last ``every`` steps, as one line of metrics.jsonl and to the logger.
 
     ``metrics.jsonl`` holds only what the config determines; times go to ``timing.jsonl``. Raises
-    FloatingPointError at the first value that is not finite, which keeps later checkpoints from being written.
+    DivergedError at the first value that is not finite, which keeps later checkpoints from being written.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class LogHook:
         self._guard = guard
         self._history: list[Metrics] = []  # on the device
         self._steps_timed = 0
+        self._further_timing: dict[str, float] = {}
 
     def start(self, state: TrainState) -> None:
         """What a stopped run had measured since its last line is in the state."""
@@ -130,6 +132,10 @@ class LogHook:
             self._history = []
             self._require_finite(state)
 
+    def note_timing(self, seconds: Mapping[str, float]) -> None:
+        """For the next line of ``timing.jsonl``."""
+        self._further_timing |= seconds
+
     def _log(self, state: TrainState) -> None:
         self.settle(state)
         step_time_sec = self._clock.read() / self._steps_timed
@@ -139,6 +145,8 @@ class LogHook:
         state.interval, self._steps_timed = {}, 0
         progress = {"step": state.step, "images_seen": state.images_seen}
         timing = {"step_time_sec": step_time_sec, "images_per_sec": state.batch_size / step_time_sec}
+        timing |= self._further_timing
+        self._further_timing = {}
         if self._runtime.is_main:
             self._folder.append(self._folder.metrics, {**progress, **means})
             self._folder.append(self._folder.timing, {**progress, **timing})
@@ -150,16 +158,21 @@ class LogHook:
             for name, values in state.interval.items():
                 if not math.isfinite(values[number]):
                     step = state.step - number_of_steps + number + 1
-                    raise FloatingPointError(self._diverged(name, values[number], step, state.batch_size))
+                    raise self._diverged(name, values[number], step, state.batch_size)
 
-    def _diverged(self, name: str, value: float, step: int, batch_size: int) -> str:
-        checkpoints = list_checkpoints(self._folder.checkpoints)
-        kept = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
-        return (
+    def _diverged(self, name: str, value: float, step: int, batch_size: int) -> DivergedError:
+        steps = self._folder.store.steps()
+        kept = (
+            f"the last good checkpoint is {self._folder.store.place(steps[-1])}"
+            if steps
+            else "there is no checkpoint yet"
+        )
+        sentence = (
             f"{name} is {value} in step {step}, whose batch is the positions {(step - 1) * batch_size} to "
             f"{step * batch_size - 1} ({kept}); the same command would diverge again: lower optimizer.lr or set "
             "max_grad_norm."
         )
+        return DivergedError(sentence, step, name, value)
 
     def finish(self) -> None:
         """Nothing is left: the last step is always logged."""
@@ -168,8 +181,8 @@ class LogHook:
 class CheckpointHook:
     """Saves the state each ``every`` steps, at the end, and when the run is asked to stop, which it then does.
 
-    One process stops after any step; several agree at log steps, ``agree_every`` steps apart. The newest
-    ``keep`` checkpoints stay, and those of the steps that ``keep_every`` divides.
+    One process stops after any step; several agree at log steps, ``agree_every`` steps apart. Files are written
+    beside the next steps; the newest ``keep`` checkpoints stay, and those of the steps that ``keep_every`` divides.
     """
 
     def __init__(
@@ -185,10 +198,11 @@ class CheckpointHook:
         keep_every: int | None = None,
     ) -> None:
         self._every = every
-        self._keep = keep
-        self._keep_every = keep_every
         self._folder = folder
         self._facts = facts
+        self._writer = CheckpointWriter(
+            folder.store, runtime, folder.publish, lambda: folder.retain_checkpoints(keep, keep_every)
+        )
         self._runtime = runtime
         self._log = log
         self._signals = signals
@@ -200,28 +214,32 @@ class CheckpointHook:
         self._saved_at = state.step
 
     def __call__(self, state: TrainState, metrics: Metrics) -> None:
-        """Save where it is due. Raises `Stopped` where the run was asked to stop."""
+        """Save where it is due. Raises `Stopped` where the run was asked to stop, and what the last save met."""
+        self._writer.check()
+        self._folder.check()
         stops = due(state, self._agree_every) and self._signals.agreed(self._runtime)
         if stops or due(state, self._every):
             self.save(state)
         if stops:
+            self._writer.wait()
             raise Stopped
 
     def stop_if_asked(self, state: TrainState) -> None:
         """Between two steps, for one process: save and raise `Stopped` where the run was asked to stop."""
         if self._runtime.data_world == 1 and self._signals.requested:
             self.save(state)
+            self._writer.wait()
             raise Stopped
 
     def save(self, state: TrainState) -> None:
-        """Save unless this step is saved. Every process must call it."""
+        """Begin to save, unless this step is saved. Every process must call it."""
         if state.step == self._saved_at:
             return
         self._log.settle(state)
-        save_checkpoint(self._folder.checkpoints, state, self._facts, self._runtime)
+        self._writer.save(state, self._facts)
+        self._log.note_timing({"checkpoint_stall_sec": self._writer.timing.stall_sec})
         self._saved_at = state.step
-        if self._runtime.is_main:
-            self._folder.retain_checkpoints(self._keep, self._keep_every)
 
     def finish(self) -> None:
-        """Nothing to do: the last step was saved."""
+        """The last step was saved; wait until it is on disk."""
+        self._writer.wait()

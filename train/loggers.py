@@ -4,11 +4,12 @@ import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
-
-import wandb
+from typing import TYPE_CHECKING, Any, Protocol
 
 from data.atomic import write_bytes
+
+if TYPE_CHECKING:
+    import wandb
 
 AXES = ("images_seen", "gmacs", "training_gmacs")  # gmacs are the paper's Gflops
 OVER_IMAGES_SEEN = (
@@ -78,6 +79,9 @@ class WandbLogger:
     """
 
     def __init__(self, folder: Path, project: str, group: str, name: str, config: Mapping[str, Any], job: str) -> None:
+        import wandb  # most of a second, which runs without it need not spend
+
+        self._wandb = wandb
         self._folder = folder
         self._settings: dict[str, Any] = {
             "project": project,
@@ -92,15 +96,15 @@ class WandbLogger:
         if self._opened is None:
             mode = os.environ.get("WANDB_MODE")
             if mode is None:
-                mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
-            self._opened = wandb.init(
+                mode = "online" if self._wandb.login(prompt=False, verify=False) else "offline"
+            self._opened = self._wandb.init(
                 **self._settings,
                 id=self._id(),
                 reinit="create_new",  # a sweep's runs may share a process
                 resume="allow" if mode == "online" else None,
                 mode=mode,  # type: ignore[arg-type]  # wandb refuses what it does not know
                 dir=self._folder,
-                settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+                settings=self._wandb.Settings(silent=True, console="off", x_disable_stats=True),
             )
             self._opened.define_metric("*", step_metric="step")
             for axis in AXES:
@@ -121,22 +125,21 @@ class WandbLogger:
 
     def log_image(self, name: str, path: Path, step: int) -> None:
         """A picture of a step."""
-        self._run().log({name: wandb.Image(str(path)), "step": step})
+        self._run().log({name: self._wandb.Image(str(path)), "step": step})
 
     def log_table(self, name: str, rows: list[dict[str, Any]]) -> None:
         """A wandb table."""
-        self._run().log({name: _table(rows)})
+        self._run().log({name: self._table(rows)})
 
     def log_chart(self, name: str, rows: list[dict[str, Any]], x: str, y: str, title: str) -> None:
         """A chart of wandb's own, over a table that it keeps beside it."""
-        self._run().log({name: wandb.plot.scatter(_table(rows), x, y, title=title)})
+        self._run().log({name: self._wandb.plot.scatter(self._table(rows), x, y, title=title)})
 
     def finish(self) -> None:
         """Wait until everything is on disk or sent."""
         if self._opened is not None:
             self._opened.finish()
 
-
-def _table(rows: list[dict[str, Any]]) -> wandb.Table:
-    columns: list[str | int] = list(rows[0])
-    return wandb.Table(columns=columns, data=[[row[str(column)] for column in columns] for row in rows])
+    def _table(self, rows: list[dict[str, Any]]) -> "wandb.Table":
+        columns: list[str | int] = list(rows[0])
+        return self._wandb.Table(columns=columns, data=[[row[str(column)] for column in columns] for row in rows])

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from data.atomic import append_line, remove_folder, remove_leftovers, write_bytes
-from train.checkpoint import list_checkpoints, step_of
+from data.atomic import append_line, write_bytes
+from train.stores import CheckpointStore, FolderStore
 
 # Settings that change neither weights nor losses beyond float rounding. A run may continue with others of these.
 FREE_SETTINGS = frozenset(
@@ -19,10 +19,13 @@ FREE_SETTINGS = frozenset(
         "logger",
         "run_dir",
         "sweep_dir",
+        "remote_dir",
         "name",
         "default_name",
         "group",
         "resume",
+        "replay",
+        "dump_nonfinite",
         "activation_checkpointing",
         "init_from",
         "sampler",
@@ -50,7 +53,7 @@ class RunFolder:
     are taken back, since the run will write them again.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, store: CheckpointStore | None = None) -> None:
         self.path = path
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
@@ -58,10 +61,15 @@ class RunFolder:
         self.evaluations = path / "evaluations.jsonl"
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
+        self.store: CheckpointStore = store or FolderStore(self.checkpoints)
 
     def grid(self, step: int) -> Path:
         """Where the sample grid of a step lies."""
         return self.samples / f"step_{step:08d}.png"
+
+    def dump(self, step: int) -> Path:
+        """What is kept of a step that was not finite."""
+        return self.path / f"nonfinite_{step:08d}"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -75,19 +83,26 @@ class RunFolder:
                 f"Another process is training in {self.path}; wait for it, or give this run its own name=..."
             ) from error
         try:
-            remove_leftovers(self.checkpoints)
             yield
         finally:
             lock.release()
 
+    def publish(self) -> None:
+        """Called when a checkpoint is about to be complete, and at the end. Nothing to do: everything is here."""
+
+    def check(self) -> None:
+        """Raise where this folder is no longer this job's."""
+
     def claim(self, config: Mapping[str, Any], allowed: Iterable[str] = ()) -> None:
         """Make this the folder of ``config``, or find that it is; the newest free settings are kept.
 
-        ``allowed`` names further settings that may change. Raises ValueError where a folder with checkpoints
-        holds another config.
+        ``allowed`` names further settings that may change; ``batch_size`` never may. Raises ValueError where a folder
+        with checkpoints holds another config.
         """
-        if self.config.exists() and list_checkpoints(self.checkpoints):
-            differences = _differences(self.read_config(), config, FREE_SETTINGS | set(allowed))
+        if self.config.exists() and self.store.steps():
+            before = self.read_config()
+            _require_same_batch(before.get("batch_size"), config.get("batch_size"), self.path)
+            differences = _differences(before, config, FREE_SETTINGS | set(allowed))
             if differences:
                 raise ValueError(
                     f"The run folder {self.path} already holds another config: {'; '.join(differences)}; give this "
@@ -127,9 +142,9 @@ class RunFolder:
 
     def retain_checkpoints(self, keep: int, keep_every: int | None = None) -> None:
         """Delete all but the newest ``keep`` and those of the steps that ``keep_every`` divides."""
-        for path in list_checkpoints(self.checkpoints)[:-keep]:
-            if keep_every is None or step_of(path) % keep_every:
-                remove_folder(path)
+        for step in self.store.steps()[:-keep]:
+            if keep_every is None or step % keep_every:
+                self.store.remove(step)
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -148,6 +163,15 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"Line {number} of {file} is damaged ({error}); remove that line.") from error
     return records
+
+
+def _require_same_batch(before: int | None, now: int | None, path: Path) -> None:
+    if before != now:
+        raise ValueError(
+            f"batch_size is {before} in the run folder {path} and {now} now, but a run's position in the data is "
+            f"step x batch_size, and another one would skip or repeat samples; keep {before} (the number of processes "
+            "and runtime.micro_batches may change, the order stays exact), or start a new run with init_from."
+        )
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Iterable[str], prefix: str = "") -> list[str]:

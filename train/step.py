@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.batch import Batch
-from diffusion.losses import diffusion_losses
+from diffusion.losses import Losses, diffusion_losses
 from diffusion.process import GaussianDiffusion
 from runtime.protocol import Metrics, Runtime, Step
 from train.ema import Averages
@@ -31,13 +31,9 @@ def make_step(
     """
 
     def losses(batch: Batch) -> Metrics:
-        x_0, t, noise = batch["latent"], batch["t"], batch["noise"]
-        x_t = process.q_sample(x_0, t, noise)
-        with runtime.autocast():
-            output = model(x_t, t, batch["label"])
-        found = diffusion_losses(process, output, x_0, x_t, t, noise)
+        found = sample_losses(model, batch, process, runtime)
         means = {"loss": found.total.mean(), "mse": found.mse.mean(), "vlb": found.vlb.mean()}
-        return {**means, **by_quarter(found.total.detach(), t, process.num_steps)}
+        return {**means, **by_quarter(found.total.detach(), batch["t"], process.num_steps)}
 
     def step(micro_batches: Sequence[Batch]) -> Metrics:
         parts: list[Metrics] = []
@@ -65,6 +61,15 @@ def make_step(
         return {**{name: _mean([part[name] for part in parts]) for name in parts[0]}, **norms, **skipped}
 
     return step
+
+
+def sample_losses(model: nn.Module, batch: Batch, process: GaussianDiffusion, runtime: Runtime) -> Losses:
+    """The forward pass: losses [B] of a device batch."""
+    x_0, t, noise = batch["latent"], batch["t"], batch["noise"]
+    x_t = process.q_sample(x_0, t, noise)
+    with runtime.autocast():
+        output = model(x_t, t, batch["label"])
+    return diffusion_losses(process, output, x_0, x_t, t, noise)
 
 
 def by_quarter(losses: Tensor, t: Tensor, num_steps: int) -> Metrics:

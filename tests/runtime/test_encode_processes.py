@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -11,8 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import command, ditscale, run_process
+from conftest import command, run_process, run_warm, warm
 from pictures import make_autoencoder, make_image_folder
+from warm_jobs import ENCODING
 
 from data.manifest import Manifest
 
@@ -49,9 +51,14 @@ def words(inputs: Path) -> list[str]:
 def whole(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What an undisturbed job of one process writes."""
     folder = tmp_path_factory.mktemp("whole")
-    shown = ditscale("encode", *words, cwd=folder)
+    shown = run_process(command("encode", *words), folder, expect=0)
     assert "96 samples of 3 classes in 12 shards" in shown
     return contents(folder / "shards")
+
+
+def encoding(job: str, *words: str, cwd: Path, expect: int = 0) -> str:
+    """A job in a process that has imported diffusers, which takes longer than these jobs do."""
+    return run_warm(ENCODING, job, *words, cwd=cwd, expect=expect)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -66,6 +73,26 @@ def torchrun_encode(processes: int, words: list[str], cwd: Path) -> str:
 def test_three_processes_write_the_same_bytes_as_one(whole: dict[str, bytes], words: list[str], tmp_path: Path) -> None:
     shown = torchrun_encode(3, words, tmp_path)
     assert shown.count("96 samples of 3 classes in 12 shards") == 1
+    assert contents(tmp_path / "shards") == whole
+
+
+def test_the_bar_of_the_first_process_counts_the_images_of_all(
+    whole: dict[str, bytes], words: list[str], tmp_path: Path
+) -> None:
+    """Of two; each finds two of its six shards done, and the first may find more that the other has just made."""
+    (tmp_path / "shards").mkdir()
+    for shard in range(4):
+        for name in (f"shard-{shard:06d}.tar", f"shard-{shard:06d}.json"):
+            (tmp_path / "shards" / name).write_bytes(whole[name])
+    shown = torchrun_encode(2, words, tmp_path)
+    bars = re.findall(r"encode: +(\d+)%\|.*?\| (\d+)/(\d+) \[(\S+)<(\S+), +(\S+)\]", shown)
+    assert {total for _, _, total, *_ in bars} == {"96"}
+    done = [int(images) for _, images, *_ in bars]
+    assert 32 <= done[0] <= 64
+    assert done == sorted(done)  # one bar alone
+    percent, images, _, _, eta, rate = bars[-1]
+    assert (percent, images, eta) == ("100", "96", "00:00")
+    assert re.fullmatch(r"\d+\.\d+(img/s|s/img)", rate)
     assert contents(tmp_path / "shards") == whole
 
 
@@ -85,9 +112,7 @@ def test_a_job_killed_at_random_moments_ends_with_the_same_bytes(
             for path in sorted(folder.glob("shard-*.json"))[: SHARDS // 2]:
                 path.unlink()
             continue
-        process = subprocess.Popen(
-            command("encode", *words), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = warm(*ENCODING).start(["encode", *words], tmp_path, tmp_path / "log")
         while len(list(folder.glob("shard-*.json"))) < target and process.poll() is None:
             time.sleep(0.001)
         time.sleep(chance.random() * 0.05)
@@ -96,7 +121,7 @@ def test_a_job_killed_at_random_moments_ends_with_the_same_bytes(
         kills += 1
         for path in folder.glob("shard-*.tar"):
             assert path.read_bytes() in (whole[path.name], b"damaged"), path.name
-    ditscale("encode", *words, cwd=tmp_path)
+    encoding("encode", *words, cwd=tmp_path)
     assert contents(folder) == whole
 
 
@@ -123,33 +148,33 @@ def test_a_disk_that_fills_up_leaves_no_half_shard_and_the_same_command_continue
     assert "cannot be written: File too large; free some space, then give the same command again" in done.stderr
     assert not list((tmp_path / "shards").glob("*.tar*"))
     assert not list((tmp_path / "shards").glob(".*.tmp"))
-    ditscale("encode", *words, cwd=tmp_path)
+    encoding("encode", *words, cwd=tmp_path)
     assert contents(tmp_path / "shards") == whole
 
 
 def test_verify_and_repair_from_the_command_line(whole: dict[str, bytes], words: list[str], tmp_path: Path) -> None:
-    ditscale("encode", *words, cwd=tmp_path)
-    assert "12 shards with 96 samples are as the manifest says" in ditscale("verify", *words, cwd=tmp_path)
+    encoding("encode", *words, cwd=tmp_path)
+    assert "12 shards with 96 samples are as the manifest says" in encoding("verify", *words, cwd=tmp_path)
     path = tmp_path / "shards/shard-000004.tar"
     path.write_bytes(path.read_bytes()[:1000])
-    shown = ditscale("verify", "data.shards=shards", cwd=tmp_path, expect=2)
+    shown = encoding("verify", "data.shards=shards", cwd=tmp_path, expect=2)
     assert "shard-000004.tar has 1000 bytes, not" in shown
     assert "1 of 14 files in shards are damaged: shard-000004.tar" in shown
-    assert "as the manifest says" in ditscale("verify", *words, "repair=true", cwd=tmp_path)
+    assert "as the manifest says" in encoding("verify", *words, "repair=true", cwd=tmp_path)
     assert contents(tmp_path / "shards") == whole
 
 
 def test_a_model_trains_on_encoded_images_and_its_samples_are_decoded(words: list[str], tmp_path: Path) -> None:
     """Images to latents to a run to pictures, with an autoencoder of four channels."""
-    ditscale("encode", *words, cwd=tmp_path)
+    encoding("encode", *words, cwd=tmp_path)
     data = [word for word in words if word.startswith("data") and "source" not in word]
     size = ["model.width=16", "model.depth=1", "model.num_heads=2", "model.patch_size=4", "batch_size=8"]
     steps = ["total_steps=4", "log_every=2", "checkpoint_every=2", "sampler.steps=2", "sample_every=4"]
-    ditscale("train", *data, *size, *steps, "train/logger=none", "run_dir=run", "precision=fp32", cwd=tmp_path)
+    encoding("train", *data, *size, *steps, "train/logger=none", "run_dir=run", "precision=fp32", cwd=tmp_path)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 2
     assert all(0 < loss < 10 for loss in losses)
-    ditscale("sample", "checkpoint=run", "num_images=3", "sampler.steps=2", "out=pictures", cwd=tmp_path)
+    encoding("sample", "checkpoint=run", "num_images=3", "sampler.steps=2", "out=pictures", cwd=tmp_path)
     assert (tmp_path / "pictures.png").stat().st_size > 100
     spec = Manifest.load(tmp_path / "shards").spec
     assert (spec.latent_size, spec.channels, spec.crop, spec.flip) == (16, 4, "center", True)
@@ -170,6 +195,6 @@ def test_a_model_trains_on_encoded_images_and_its_samples_are_decoded(words: lis
 def test_bad_input_is_one_sentence_and_exit_code_2(
     words: list[str], tmp_path: Path, change: str, sentence: str
 ) -> None:
-    shown = ditscale("encode", *words, change, cwd=tmp_path, expect=2, env={"HF_HUB_OFFLINE": "1"})
+    shown = encoding("encode", *words, change, cwd=tmp_path, expect=2)
     assert sentence in shown
     assert "Traceback" not in shown

@@ -1,6 +1,5 @@
 """Several processes train the same run as one, and a killed run continues as if nothing had happened."""
 
-import os
 import random
 import re
 import signal
@@ -13,8 +12,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import TINY_RUN, command, ditscale, json_lines, torchrun
+from conftest import TINY_RUN, ditscale, json_lines, torchrun, warm
 from safetensors.torch import load_file
+from warm_jobs import TRAINING, WarmJob
 
 NEWEST = "checkpoints/step_00000040"
 
@@ -55,28 +55,6 @@ def test_a_run_changes_its_number_of_processes_on_the_way(whole_run: Path, digit
     assert [line["step"] for line in mixed] == [line["step"] for line in alone]
     for one, two in zip(alone, mixed, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
-
-
-XLA = ["runtime=xla", "runtime.cpu_devices=8", "runtime.mode=fsdp", "total_steps=40"]
-
-
-def test_a_run_moves_between_eight_sharded_xla_devices_and_one_process(
-    whole_run: Path, digits: Path, tmp_path: Path
-) -> None:
-    fast = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    words = [*TINY_RUN, f"data.shards={digits}", "run_dir=run", "resume.allow=[total_steps]"]
-    ditscale("train", *words, *XLA, "total_steps=10", cwd=tmp_path, env=fast)
-    ditscale("train", *words, "total_steps=20", cwd=tmp_path)
-    ditscale("train", *words, *XLA, cwd=tmp_path, env=fast)
-    alone, moved = json_lines(whole_run / "metrics.jsonl"), json_lines(tmp_path / "run/metrics.jsonl")
-    assert [line["step"] for line in moved] == [line["step"] for line in alone]
-    for one, two in zip(alone, moved, strict=True):
-        for key in ("loss", "mse", "vlb", "grad_norm"):
-            assert two[key] == pytest.approx(one[key], rel=1e-4), (one["step"], key)
-    one_weights, moved_weights = weights(whole_run), weights(tmp_path / "run")
-    assert one_weights.keys() == moved_weights.keys()
-    for name, value in one_weights.items():
-        np.testing.assert_allclose(moved_weights[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
 def test_a_batch_that_does_not_divide_by_the_processes_is_refused(digits: Path, tmp_path: Path) -> None:
@@ -128,16 +106,14 @@ def test_a_process_that_dies_stops_the_others_with_its_error(digits: Path, tmp_p
 
 def killed_after(step: int, words: list[str], cwd: Path) -> None:
     """Start training and kill -9 it once the checkpoint of ``step`` is there."""
-    process = subprocess.Popen(
-        command("train", *words), cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
-    )
+    process = warm(*TRAINING).start(["train", *words], cwd, cwd / "log")
     wait_for(cwd / f"run/checkpoints/step_{step:08d}", process)
     time.sleep(random.Random(step).random() * 0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
 
 
-def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+def wait_for(path: Path, process: subprocess.Popen[bytes] | WarmJob) -> None:
     """Until a running process has made the path."""
     deadline = time.monotonic() + 120
     while not path.exists():

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import TINY_RUN, command, ditscale, json_lines
+from conftest import TINY_RUN, InProcess, command, ditscale, json_lines
 from test_processes import wait_for
 
-from train.checkpoint import list_checkpoints, step_of
+from train.stores import list_checkpoints, step_of
 
 STEPS = "total_steps=60"
 LAST = "checkpoints/step_00000060"
@@ -58,6 +58,29 @@ def test_a_stopped_run_exits_with_75_and_the_same_command_ends_with_the_same_bit
     assert 20 <= stopped_at <= 60
     ditscale("train", *words, cwd=tmp_path)
     same_run(tmp_path / "run", whole)
+
+
+def test_a_signal_during_an_evaluation_ends_it_and_the_same_command_makes_it_up(
+    digits: Path, tmp_path: Path, in_process: InProcess
+) -> None:
+    """The evaluation is at a step that has no checkpoint of its own."""
+    words = [*TINY_RUN, f"data.shards={digits}", "total_steps=30", "sample_every=15", "evaluate_every=15"]
+    words += ["sampler.steps=25", "evaluation.num_images=600", "evaluation.batch_size=20"]
+    words += ["evaluation.features.epochs=1", f"evaluation.cache={tmp_path / 'cache'}"]
+    in_process("train", *words, "run_dir=whole")
+    job = start([*words, "run_dir=run"], tmp_path)
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    wait_for(run / "samples/step_00000015.png", job)  # drawn before the step is measured
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(60) == 75, (tmp_path / "log").read_text()
+    assert step_of(list_checkpoints(run / "checkpoints")[-1]) == 15
+    assert not (run / "evaluations.jsonl").exists()
+    in_process("train", *words, "run_dir=run")
+    for name in FILES:
+        last = f"checkpoints/step_00000030/{name}"
+        assert (run / last).read_bytes() == (whole / last).read_bytes(), name
+    assert (run / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    assert json_lines(run / "evaluations.jsonl") == json_lines(whole / "evaluations.jsonl")
 
 
 def test_a_second_signal_leaves_at_once_and_loses_nothing_that_was_saved(

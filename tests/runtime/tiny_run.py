@@ -33,6 +33,7 @@ from train import ema as averages_of
 from train.guards import SpikeGuard
 from train.state import optimizer_tensors
 from train.step import make_step
+from train.summary import TOTAL
 
 NUM_CLASSES, DECAY = 10, 0.9999
 NORMS = ("grad_norm", "param_norm", "update_norm")
@@ -54,7 +55,7 @@ class Case:
     steps: int = 20
     learning_rates: list[float] | None = None  # of each step
     average: str = "constant"
-    skip_over: float | None = None  # gradient norm
+    skip_over: list[float] | None = None  # gradient norm, of each step
     counts_exchanged: bool = False  # elements of the gradients that processes exchange, under DistributedDataParallel
 
     def model(self) -> DiT:
@@ -101,7 +102,7 @@ def plain(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
     optimizer = case.optimizer(model)
     averages = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     gamma = averages_of.gamma_of(0.1)
-    losses: list[float] = []
+    losses, skipped = [], []
     norms: dict[str, list[float]] = {name: [] for name in NORMS}
     for number, batch in enumerate(case.batches(0, 1)):
         for group in optimizer.param_groups:
@@ -111,13 +112,14 @@ def plain(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
         loss = diffusion_losses(process, output, batch["latent"], x_t, batch["t"], batch["noise"]).total.mean()
         optimizer.zero_grad()
         loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), case.max_grad_norm or float("inf")).item()
+        skipped.append(float(case.skip_over is not None and grad_norm > case.skip_over[number]))
         before = [parameter.detach().clone() for parameter in model.parameters()]
-        norms["grad_norm"].append(norm(parameter.grad for parameter in model.parameters()))
-        if case.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), case.max_grad_norm)
-        optimizer.step()
-        norms["param_norm"].append(norm(model.parameters()))
-        norms["update_norm"].append(norm(new - old for new, old in zip(model.parameters(), before, strict=True)))
+        if not skipped[-1]:
+            optimizer.step()
+        updates = [new.detach() - old for new, old in zip(model.parameters(), before, strict=True)]
+        for name, value in zip(NORMS, (grad_norm, norm(model.parameters()), norm(updates)), strict=True):
+            norms[name].append(value)
         for name, parameter in model.named_parameters():
             kept = DECAY if case.average == "constant" else (1 - 1 / (number + 1)) ** (gamma + 1)
             averages[name] = kept * averages[name] + (1 - kept) * parameter.detach()
@@ -127,6 +129,7 @@ def plain(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return {**weights, **{f"ema/{name}": value for name, value in averages.items()}, **moments}, {
         "losses": losses,
         "norms": norms,
+        "skipped": skipped,
     }
 
 
@@ -152,22 +155,27 @@ def under_runtime(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
     guard = None
     if case.skip_over is not None:
         guard = SpikeGuard(2.0, optimizer, runtime)
-        guard._set(case.skip_over)
     step = runtime.step(make_step(stepping, optimizer, ema, process, runtime, case.max_grad_norm, guard))
-    history = []
+    history, guard_at = [], None
     for number, micro_batches in enumerate(runtime.feed(case.batches(runtime.data_rank, runtime.data_world))):
         for group in optimizer.param_groups:
             group["lr"] = case.learning_rates[number] if case.learning_rates else group["lr"]
+        if guard is not None and case.skip_over is not None and case.skip_over[number] != guard_at:
+            guard_at = case.skip_over[number]
+            guard._set(guard_at)  # as at a log step
         history.append(step(micro_batches))
     facts = {"of_training": counters.read()}
-    measured = runtime.fetch(history)
-    facts["losses"] = measured["loss"]
+    fetched = runtime.fetch(history)
+    facts["losses"] = fetched["loss"]
+    facts["norms"] = {name: fetched[name] for name in NORMS}
+    facts["skipped"] = fetched.get(f"skipped_steps{TOTAL}", [0.0] * case.steps)
     facts["exchanged"] = sum(exchanged)
-    facts["norms"] = {name: measured[name] for name in NORMS}
     parts = {"model": model.state_dict(), "ema": ema.module.state_dict()}
     parts["optimizer"] = optimizer_tensors(model, optimizer)
     facts["shardings"] = {f"{part}/{name}": sharding(v) for part in parts for name, v in parts[part].items()}
-    saved = {part: runtime.state_for_save(tensors) for part, tensors in parts.items()}
+    saved: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
+    for part, tensors in parts.items():
+        runtime.copy_to_host(tensors, tensors if runtime.is_main else (), saved[part])
     facts["of_everything"] = counters.read()
     return {f"{part}/{name}": value for part in saved for name, value in saved[part].items()}, facts
 

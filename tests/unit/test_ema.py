@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_training import FACTS, RUNTIME
+from test_training import FACTS, save
 from torch import Tensor, nn
 
-from train.checkpoint import load_checkpoint, load_weights, read_tensors, save_checkpoint
+from train.checkpoint import load_checkpoint, load_weights, read_tensors
 from train.ema import Averages, constant, gamma_of, power, relative_std_of, several, warmed_up
 from train.posthoc import Profile, coefficients, inner_product, reconstruct
 from train.state import TrainState
@@ -133,14 +133,14 @@ def test_an_average_of_any_width_is_made_after_training(tmp_path: Path) -> None:
     for step in range(20, STEPS + 1, 20):
         follow(model, averages, weights[: step + 1], first=step - 19)
         state.step = step
-        save_checkpoint(tmp_path, state, facts, RUNTIME)
+        save(tmp_path, state, facts)
     checkpoints = sorted(tmp_path.iterdir())
     for width in (0.05, 0.07, 0.1, 0.15):
         made = reconstruct(checkpoints, width)["weight"].item()
         expected = power_average(weights, gamma_of(width))
         assert made == pytest.approx(expected, abs=0.01 * weights.std().item()), width
     assert abs(power_average(weights, gamma_of(0.15)) - value_of(averages)) > 0.1 * weights.std().item()
-    save_checkpoint(tmp_path / "other", state, FACTS, RUNTIME)
+    save(tmp_path / "other", state)
     with pytest.raises(ValueError, match="of which no other width can be made; train with train/ema=power"):
         reconstruct([tmp_path / "other/step_00000400"], 0.1)
 
@@ -154,7 +154,7 @@ def test_averages_continue_bit_for_bit_from_a_checkpoint(tmp_path: Path, make: o
     state = state_with(model, averages)
     follow(model, averages, weights[:11])
     state.step = 10
-    save_checkpoint(tmp_path, state, FACTS, RUNTIME)
+    save(tmp_path, state)
     follow(model, averages, weights[:21], first=11)
     other = one_weight()
     restored = state_with(other, make(other))  # type: ignore[operator]
@@ -166,7 +166,7 @@ def test_averages_continue_bit_for_bit_from_a_checkpoint(tmp_path: Path, make: o
 
 def test_weights_that_a_checkpoint_has_not_are_named_with_those_that_it_has(tmp_path: Path) -> None:
     model = one_weight()
-    save_checkpoint(tmp_path, state_with(model, several(model, [0.9, 0.5])), FACTS, RUNTIME)
+    save(tmp_path, state_with(model, several(model, [0.9, 0.5])))
     load_weights(model, tmp_path / "step_00000000", "ema_0.5")
-    with pytest.raises(ValueError, match=r"has no weights 'emma'; it has model, ema, ema_0.5"):
+    with pytest.raises(ValueError, match=r"has no weights 'emma'; it has ema, ema_0.5, model"):
         read_tensors(tmp_path / "step_00000000", "emma")

@@ -2,6 +2,8 @@
 
 import json
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -265,3 +267,27 @@ def test_latents_of_another_shape_or_with_flips_are_refused(tmp_path: Path, auto
         ValueError, match=r"has shape \(4, 8, 8\), but the latents of tiny at 32 pixels have \(4, 16, 16\)"
     ):
         encode(LatentTars(str(tmp_path)), encoding, tmp_path / "shards", progress=silent_progress, **settings)
+
+
+def test_the_bar_ends_at_the_images_of_all_processes_also_when_the_others_end_last(tmp_path: Path) -> None:
+    """The other of two works while the first, which looks at the others once a second, has done its last batch."""
+    counted: list[int] = []
+
+    class Bar:
+        def update(self, n: int = 1) -> None:
+            counted.append(n)
+            if sum(counted) == 8 + 8 + 8 + 2:  # shards 0, 2, 4 and 6
+                work(1, silent_progress)
+
+    @contextmanager
+    def progress(label: str, done: int, total: int, unit: str) -> Iterator[Bar]:
+        assert (label, done, total, unit) == ("encode", 0, 50, "img")
+        yield Bar()
+
+    def work(rank: int, bar: Any) -> None:
+        encoding = image_encoding(IdentityAutoencoder(1), 8, flip=True, crop=ExactSize())
+        settings: dict[str, Any] = {"name": "pattern", "samples_per_shard": 8, "batch_size": 8, "seed": 0}
+        encode(PatternSource(), encoding, tmp_path, progress=bar, workers=Workers(rank, 2), **settings)
+
+    work(0, progress)
+    assert sum(counted) == 50

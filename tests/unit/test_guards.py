@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import json_lines
-from test_training import FACTS, RUNTIME, batch_of, everything, new_state, step_of
+from test_training import RUNTIME, batch_of, everything, new_state, save, step_of
 
-from train.checkpoint import load_checkpoint, save_checkpoint
+from train.checkpoint import load_checkpoint
 from train.guards import MIN_NORMS, SpikeGuard
 from train.hooks import Clock, LogHook
 from train.loggers import NoLogger
@@ -52,7 +52,7 @@ def test_the_threshold_is_a_multiple_of_the_median_and_is_restored(tmp_path: Pat
         state.interval = {"grad_norm": norms}
         guard.observe(state)
     assert guard.threshold.item() == 5.0
-    save_checkpoint(tmp_path, state, FACTS, RUNTIME)
+    save(tmp_path, state)
     other = new_state()
     load_checkpoint(tmp_path / "step_00000000", other)
     restored = guarded(other, 5.0)

@@ -159,6 +159,15 @@ def test_the_defaults_are_the_papers_recipe() -> None:
     assert config["diffusion"]["schedule"]["num_steps"] == 1000
 
 
+@pytest.mark.parametrize("experiment", ["demo", "demo/scaling"])
+@pytest.mark.parametrize("name", ["several", "power", "warmed_up"])
+def test_an_experiments_average_is_replaced_whole(experiment: str, name: str) -> None:
+    """No decay of a short run stays behind where another kind of average is asked for."""
+    alone = composed("train", f"train/ema={name}")["ema"]
+    assert composed("train", f"experiment={experiment}", f"train/ema={name}")["ema"] == alone
+    assert composed("train", f"experiment={experiment}")["ema"]["decay"] < 0.9999
+
+
 @pytest.mark.parametrize(
     "section",
     [

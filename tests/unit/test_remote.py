@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import fsspec
@@ -15,6 +16,7 @@ import pytest
 import torch
 from conftest import encode_pattern
 from faulty_server import FaultyServer
+from gcs_server import gcs_server
 from s3_server import BUCKET, s3_server, upload
 
 from data import remote
@@ -420,8 +422,15 @@ def test_a_file_in_use_is_never_evicted_and_waiting_for_room_ends_in_a_sentence(
     assert sorted(path.stem for path in tmp_path.glob("*.tar")) == sorted(file.sha256 for file in files[1:])
 
 
-def test_small_files_are_written_listed_read_and_removed(s3: tuple[str, str]) -> None:
-    url = f"s3://{BUCKET}/small"
+@pytest.mark.parametrize(("protocol", "server"), [("s3", s3_server), ("gs", gcs_server)])
+def test_small_files_are_written_listed_read_and_removed(
+    protocol: str, server: Callable[[], AbstractContextManager[object]]
+) -> None:
+    with server():
+        write_list_read_and_remove(f"{protocol}://{BUCKET}/small")
+
+
+def write_list_read_and_remove(url: str) -> None:
     assert remote.list_names(url) == []
     for name in ("b.json", "a.json"):
         remote.write_bytes(remote.join(url, name), name.encode())
@@ -436,8 +445,9 @@ def test_small_files_are_written_listed_read_and_removed(s3: tuple[str, str]) ->
 
 
 def test_a_protocol_without_its_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    for package in ("s3fs", "gcsfs"):
+    for package in ("s3fs", "gcsfs", "gcsfs.core"):
         monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "data.google_storage", raising=False)
     for name in ("s3", "gs"):
         monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, name, raising=False)
     with pytest.raises(ValueError, match=r"s3://a/b needs the Python package s3fs, .*; run `pip install s3fs`"):

@@ -218,3 +218,15 @@ def test_a_folder_behind_a_web_server_is_the_same_source(tmp_path: Path) -> None
         assert contents(remote) == contents(local)
         assert remote.fingerprint == local.fingerprint
         server.shutdown()
+
+
+def test_a_web_server_without_parts_of_files_is_named_and_no_tar_is_misread(tmp_path: Path) -> None:
+    make_tars(tmp_path / "tars")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(
+            ValueError, match=r"train-0.tar was asked for \d+ bytes from \d+ on, but the server sent \d+"
+        ):
+            ImageTars(f"http://127.0.0.1:{server.server_address[1]}/tars")[0]
+        server.shutdown()

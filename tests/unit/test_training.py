@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,17 @@ from diffusion.process import GaussianDiffusion
 from diffusion.schedules import LinearSchedule
 from diffusion.variances import LearnedRangeVariance
 from runtime.accelerate import AccelerateRuntime
-from train.checkpoint import list_checkpoints, load_checkpoint, load_newest, save_checkpoint
+from train.checkpoint import load_checkpoint, load_newest
 from train.ema import constant
 from train.hooks import CheckpointHook, Clock, LogHook
 from train.loggers import NoLogger
 from train.loop import train
 from train.runfolder import RunFolder, read_lines
+from train.saving import CheckpointWriter
 from train.signals import Stopped, StopSignals
 from train.state import TrainState
 from train.step import make_step
+from train.stores import FolderStore, list_checkpoints
 from train.summary import summary
 
 RUNTIME = AccelerateRuntime("fp32", device="cpu")
@@ -90,6 +92,12 @@ def test_the_loss_falls_on_one_batch() -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
+def save(folder: Path, state: TrainState, facts: Mapping[str, Any] = FACTS) -> None:
+    writer = CheckpointWriter(FolderStore(folder), RUNTIME)
+    writer.save(state, facts)
+    writer.wait()
+
+
 def run_steps(
     state: TrainState,
     folder: RunFolder,
@@ -114,7 +122,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path) -> None:
     first = new_state()
     run_steps(first, RunFolder(tmp_path / "parts"), 5)  # one step past the checkpoint of step 4
     second, folder = new_state(), RunFolder(tmp_path / "parts")
-    path, complaints = load_newest(folder.checkpoints, second)
+    path, complaints = load_newest(folder.store, second)
     assert (second.step, complaints) == (4, [])
     assert path == folder.checkpoints / "step_00000004"
     folder.roll_back(second.step)
@@ -182,7 +190,7 @@ def test_a_run_that_is_asked_to_stop_saves_between_log_lines_and_continues_bit_f
     run_steps(whole, RunFolder(tmp_path / "whole"), 6, log_every=4)
     for step in range(1, 7):
         state = new_state()
-        load_newest(parts.checkpoints, state)
+        load_newest(parts.store, state)
         parts.roll_back(state.step)
         with StopSignals() as signals, pytest.raises(Stopped):  # noqa: PT012
             signal.raise_signal(signal.SIGTERM if step % 2 else signal.SIGINT)
@@ -198,21 +206,21 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(tmp_pat
     damaged = tmp_path / "checkpoints/step_00000006/ema.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     state = new_state()
-    path, complaints = load_newest(tmp_path / "checkpoints", state)
+    path, complaints = load_newest(FolderStore(tmp_path / "checkpoints"), state)
     assert path is not None
     assert (path.name, state.step) == ("step_00000004", 4)
     assert "ema.safetensors should have sha256" in complaints[0]
     (tmp_path / "checkpoints/step_00000004/state.json").write_text("{")
     with pytest.raises(ValueError, match="None of the 2 checkpoints"):
-        load_newest(tmp_path / "checkpoints", new_state())
+        load_newest(FolderStore(tmp_path / "checkpoints"), new_state())
 
 
 def test_a_checkpoint_of_a_later_program_is_refused_not_passed_over(tmp_path: Path) -> None:
     run_steps(new_state(), RunFolder(tmp_path), 6)
     newest = tmp_path / "checkpoints/step_00000006/state.json"
     newest.write_text(json.dumps({**json.loads(newest.read_text()), "format_version": 7}))
-    with pytest.raises(ValueError, match="has format version 7, but this program reads version 1"):
-        load_newest(tmp_path / "checkpoints", new_state())
+    with pytest.raises(ValueError, match="has format version 7, but this program reads versions 1 to 2"):
+        load_newest(FolderStore(tmp_path / "checkpoints"), new_state())
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
@@ -220,7 +228,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_passed_over(tmp_path: Path) ->
     run_steps(new_state(), RunFolder(tmp_path), 6)
     (tmp_path / "checkpoints/step_00000006/ema.safetensors").chmod(0)
     with pytest.raises(PermissionError):
-        load_newest(tmp_path / "checkpoints", new_state())
+        load_newest(FolderStore(tmp_path / "checkpoints"), new_state())
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -229,18 +237,6 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     other = TrainState(model, constant(model), torch.optim.AdamW(model.parameters()), 4, 6)
     with pytest.raises(ValueError, match="is of another model than the config"):
         load_checkpoint(tmp_path / "checkpoints/step_00000002", other)
-
-
-def test_a_failed_save_leaves_the_previous_checkpoint_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_steps(new_state(), RunFolder(tmp_path), 2)
-
-    def full_disk(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("train.checkpoint.save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(tmp_path / "checkpoints", new_state(), FACTS, RUNTIME)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
 
 
 def test_a_run_folder_refuses_another_config_and_names_the_keys(tmp_path: Path) -> None:
@@ -259,6 +255,19 @@ def test_a_run_folder_refuses_another_config_and_names_the_keys(tmp_path: Path) 
     folder.claim({**config, "total_steps": 9}, allowed=["total_steps"])
 
 
+def test_another_batch_size_is_refused_even_where_it_is_allowed_by_name(tmp_path: Path) -> None:
+    """Processes and micro-batches may change: they are settings of the runtime."""
+    folder = RunFolder(tmp_path)
+    config = {"batch_size": 4, "runtime": {"micro_batches": 1}}
+    folder.claim(config)
+    run_steps(new_state(), folder, 2)
+    folder.claim({**config, "runtime": {"micro_batches": 2}})
+    with pytest.raises(
+        ValueError, match=r"batch_size is 4 in the run folder .* and 8 now, but .* keep 4 \(the number of"
+    ):
+        folder.claim({**config, "batch_size": 8}, allowed=["batch_size"])
+
+
 def test_two_jobs_cannot_train_in_one_folder(tmp_path: Path) -> None:
     with (
         RunFolder(tmp_path).locked(),
@@ -274,8 +283,8 @@ def test_what_killed_writers_left_aside_is_removed(tmp_path: Path) -> None:
     aside = tmp_path / "checkpoints/.step_00000002.123.tmp"
     aside.mkdir(parents=True)
     (aside / "model.safetensors").write_text("half")
-    with RunFolder(tmp_path).locked():
-        assert not aside.exists()
+    RunFolder(tmp_path).store.clean(newest_good=0)
+    assert not aside.exists()
 
 
 def test_a_run_whose_checkpoints_are_gone_does_not_erase_its_results(tmp_path: Path) -> None:

@@ -1,0 +1,119 @@
+"""What a checkpoint costs: how long training stands still for it, and how long writing and loading take.
+
+``python -m benchmarks.checkpoint [--size l] [--batch-size 1] [--folder DIR]`` prints one JSON line. It saves
+three times (the first allocates the copy in memory), loads once, and steps with and without a checkpoint being written.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.train_step import SIZES, diffusion, host_batches, new_model, wait_for_device
+from runtime.accelerate import AccelerateRuntime
+from train.checkpoint import load_newest
+from train.ema import constant
+from train.saving import CheckpointWriter
+from train.state import TrainState
+from train.step import make_step
+from train.stores import FolderStore
+
+FACTS: dict[str, Any] = {"seed": 0, "config": {}, "spec": {}, "data_manifest_hash": ""}
+SAVES = 3
+
+
+class Training:
+    """A training that can be stepped and saved."""
+
+    def __init__(self, size: str, batch_size: int, store: FolderStore) -> None:
+        runtime = AccelerateRuntime("bf16")
+        self.state = new_state(size)
+        process = runtime.place(diffusion())
+        model, self.state.optimizer = runtime.prepare(self.state.model, [self.state.ema.module], self.state.optimizer)
+        self._step = runtime.step(make_step(model, self.state.optimizer, self.state.ema, process, runtime))
+        self._batches = runtime.feed(host_batches(batch_size))
+        self.writer = CheckpointWriter(store, runtime)
+
+    def step_sec(self, steps: int) -> float:
+        """Mean of some steps."""
+        wait_for_device()
+        started = time.perf_counter()
+        for _ in range(steps):
+            self._step(next(self._batches))
+            self.state.advance()
+        wait_for_device()
+        return (time.perf_counter() - started) / steps
+
+    def save(self) -> None:
+        """Begin to write."""
+        self.writer.save(self.state, FACTS)
+
+
+def new_state(size: str) -> TrainState:
+    model = new_model(size)
+    return TrainState(model, constant(model), torch.optim.AdamW(model.parameters(), weight_decay=0.0), 1, 10**9)
+
+
+def measure(size: str, batch_size: int, steps: int, store: FolderStore) -> dict[str, Any]:
+    training = Training(size, batch_size, store)
+    training.step_sec(1)
+    alone, stalls, writes, beside = [], [], [], []
+    for _ in range(SAVES):
+        alone.append(training.step_sec(steps))
+        training.save()
+        stalls.append(training.writer.timing.stall_sec)
+        beside.append(training.step_sec(steps))
+        training.writer.wait()
+        writes.append(training.writer.timing.write_sec)
+    gigabytes = training.writer.timing.bytes_written / 1e9
+    del training
+    started = time.perf_counter()
+    load_newest(store, new_state(size))
+    load_sec = time.perf_counter() - started
+    step, stall = statistics.median(alone), statistics.median(stalls[1:])
+    return {
+        "gigabytes": round(gigabytes, 3),
+        "first_stall_sec": round(stalls[0], 3),
+        "stall_sec": round(stall, 3),
+        "write_sec": round(statistics.median(writes), 3),
+        "load_sec": round(load_sec, 3),
+        "stall_over_write": round(stall / statistics.median(writes), 4),
+        "batch_size": batch_size,
+        "step_sec": round(step, 4),
+        "step_sec_while_writing": round(statistics.median(beside), 4),
+        "stall_fraction_at_one_per_1000_steps": round(stall / (1000 * step), 6),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    has_gpu = torch.cuda.is_available()
+    parser.add_argument("--size", choices=SIZES, default="xl" if has_gpu else "s")
+    parser.add_argument("--batch-size", type=int, default=256 if has_gpu else 4)
+    parser.add_argument("--steps", type=int, default=20 if has_gpu else 2, help="before and after each save")
+    parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        found = measure(arguments.size, arguments.batch_size, arguments.steps, FolderStore(Path(folder)))
+    result = {
+        "benchmark": "checkpoint",
+        "model": f"{arguments.size}/2 at 256 px",
+        "device": torch.cuda.get_device_name() if has_gpu else "CPU",
+        **found,
+        "threads": torch.get_num_threads(),
+        "processors": os.cpu_count(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""``ditscale train replay=RUN/nonfinite_STEP``: what went wrong in the step at which a run diverged.
+
+Goes on from the checkpoint in the dump to the step before, then runs that step under watch. Writes nothing; the
+report goes to standard output.
+"""
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from hydra.core.hydra_config import HydraConfig
+from numpy.typing import NDArray
+
+from data.manifest import Manifest
+from data.order import positions_of_step
+from data.prefetch import prefetch
+from data.progress import ProgressBar
+from data.shards import MappedShards
+from diffusion.batch import Batch
+from launch.build import build, build_shards, expected_spec, require_shipped
+from launch.check import check_targets
+from launch.facts import facts_of_process
+from launch.progress import make_progress
+from launch.training import new_state, spike_guard, training_batches
+from model.checkpointing import checkpoint_blocks
+from model.dit import DiT
+from runtime.protocol import Runtime
+from train.checkpoint import code_version, load_newest
+from train.dump import DivergedError, Dump, read_dump
+from train.loop import train
+from train.replay import MAX_NAMED, Findings, FollowHook, Replay
+from train.step import make_step
+from train.stores import FolderStore
+
+MAY_BE_GIVEN = ("runtime", "data.shards", "data.cache", "data.cache_bytes", "data.verify_checksums")
+BUILT = ("model", "diffusion", "optimizer", "ema", "runtime")  # sections of the dump's config
+
+
+def replay_job(config: dict[str, Any]) -> None:
+    """Report on the last step of the dump ``config["replay"]``. Exits with 1 where that step is finite this time."""
+    dump = read_dump(Path(config["replay"]))
+    settings = _settings(dump, config, list(HydraConfig.get().overrides.task))
+    manifest = Manifest.load(settings["data"]["shards"])
+    if manifest.hash != dump.data_manifest_hash:
+        raise ValueError(
+            f"The run of {dump.path} trained on shards with manifest {dump.data_manifest_hash[:12]}, but "
+            f"{settings['data']['shards']} has {manifest.hash[:12]}; give data.shards=... where the old ones are."
+        )
+    runtime: Runtime = build(settings["runtime"], precision=settings["precision"])
+    runtime.require_same(facts_of_process(settings))
+    runtime.require_batch(settings["batch_size"])
+    shards, progress = build_shards(settings["data"]), make_progress(settings["name"], enabled=runtime.is_main)
+    try:
+        with runtime.together():
+            found, whole = _replayed(dump, settings, manifest, shards, runtime, progress)
+        if runtime.is_main:
+            rows = build(settings["data"]["order"])(settings["seed"], shards.counts).rows_at(_positions(dump))
+            print("\n".join(_report(dump, found, whole, shards, rows.tolist())))
+    finally:
+        shards.close()
+    if not found.not_finite:
+        raise FloatingPointError(_unlike(dump, f"step {dump.step} is finite this time", settings, runtime))
+
+
+def _settings(dump: Dump, config: Mapping[str, Any], words: list[str]) -> dict[str, Any]:
+    """The dump's config, with what of the command line may differ. Raises ValueError for other settings, by name."""
+    settings = deepcopy(dump.config)
+    for section in BUILT:
+        require_shipped(settings[section], f"{section}.")
+    require_shipped(settings["data"], "data.")
+    for word in sorted(words):  # `runtime` before `runtime.device`
+        key = word.lstrip("+~").split("=", 1)[0]
+        if key == "replay":
+            continue
+        if key not in MAY_BE_GIVEN and not key.startswith("runtime."):
+            raise ValueError(
+                f"replay takes its settings from {dump.path}, but {word} is given too; leave it out (of a run's "
+                f"settings, {', '.join(MAY_BE_GIVEN)} may be given)."
+            )
+        *path, name = key.split(".")
+        into: Any = settings
+        value: Any = config
+        for part in path:
+            into, value = into[part], value[part]
+        into[name] = value[name]
+    if settings["runtime"].get("compile"):
+        settings["runtime"]["compile"] = False  # a compiled block cannot be watched from inside
+    check_targets(settings["runtime"], "runtime.")
+    return settings
+
+
+def _replayed(
+    dump: Dump,
+    settings: Mapping[str, Any],
+    manifest: Manifest,
+    shards: MappedShards,
+    runtime: Runtime,
+    progress: ProgressBar,
+) -> tuple[Findings, Batch]:
+    """What happens in the step, and the batch of all processes."""
+    autoencoder, spec = expected_spec(settings["data"], manifest)
+    manifest.require(spec, settings["data"]["shards"])
+    process = runtime.place(build(settings["diffusion"]))
+    store = FolderStore(dump.checkpoints)
+    state = new_state(settings, process, runtime, starts_anew=not store.steps())
+    load_newest(store, state)
+    if settings["activation_checkpointing"]:
+        checkpoint_blocks(cast(DiT, state.model), runtime.checkpoint)
+    model, state.optimizer = runtime.prepare(state.model, list(state.ema.modules.values()), state.optimizer)
+    guard = spike_guard(settings, state, runtime)
+    step = runtime.step(
+        make_step(model, state.optimizer, state.ema, process, runtime, settings["max_grad_norm"], guard)
+    )
+    mine = training_batches(settings, shards, autoencoder, process, runtime.data_rank, runtime.data_world)
+    follow = FollowHook(settings["log_every"], dump.step - 1, runtime, guard, progress)
+    try:
+        train(state, step, prefetch(mine.from_step(state.step, dump.step - 1)), runtime, [follow])
+    except DivergedError as error:
+        raise FloatingPointError(_unlike(dump, str(error), settings, runtime)) from error
+    whole = training_batches(settings, shards, autoencoder, process, rank=0, world=1).batch(dump.step - 1)
+    findings = Replay(model, state, step, process, runtime).examine(mine.batch(dump.step - 1), whole, progress)
+    return findings, whole
+
+
+def _positions(dump: Dump) -> NDArray[np.int64]:
+    return positions_of_step(dump.step - 1, dump.config["batch_size"], rank=0, world=1)
+
+
+def _unlike(dump: Dump, what: str, settings: Mapping[str, Any], runtime: Runtime) -> str:
+    """The run had it otherwise: say what may be the reason."""
+    here = {**code_version(), "processes": str(runtime.data_world), "runtime": str(settings["runtime"])}
+    there = {**dump.code, "processes": str(dump.processes), "runtime": str(dump.config["runtime"])}
+    differing = [f"{key} is {there.get(key)} there and {here[key]} here" for key in here if there.get(key) != here[key]]
+    return (
+        f"{what}, but in the run {dump.metric} was {dump.value} in step {dump.step}: "
+        f"{'; '.join(differing) or 'the hardware may differ'}; replay where and as the run was trained."
+    )
+
+
+def _report(dump: Dump, found: Findings, whole: Batch, shards: MappedShards, rows: list[int]) -> list[str]:
+    """The findings in lines; ``rows`` of the shards are the batch ``whole``."""
+    positions = _positions(dump)
+    metrics = {name: value for name, value in found.metrics.items() if "/" not in name}
+    return [
+        f"{dump.path}: step {dump.step}, the positions {positions[0]} to {positions[-1]}",
+        "  " + ", ".join(f"{name} {value:.6g}" for name, value in metrics.items()),
+        *_samples(found, whole, shards, rows, positions.tolist()),
+        _first("outputs of modules", found.passes.activations, "in the order of the forward pass"),
+        _first("norms of gradients", found.passes.gradients, "from the loss backwards"),
+        _first("norms of weights after the update", found.weights, "in the order of the model"),
+    ]
+
+
+def _samples(
+    found: Findings, whole: Batch, shards: MappedShards, rows: list[int], positions: list[int]
+) -> Iterator[str]:
+    """Those at fault, with what the step saw of them."""
+    what = "loss" if not np.isfinite(found.passes.losses).all() else "gradient of its own"
+    if not found.samples:
+        yield f"samples: no sample alone has a loss or gradient that is not finite ({len(rows)} looked at)"
+        return
+    yield f"samples: {len(found.samples)} of {len(rows)} with a {what} that is not finite"
+    names, null_class = shards.source_ids, shards.manifest.spec.num_classes
+    for index in found.samples[:MAX_NAMED]:
+        label, dropped = shards.labels[rows[index]], " (dropped)" if whole["label"][index] == null_class else ""
+        yield (
+            f"  position {positions[index]}: image {names[rows[index]]}, label {label}{dropped}, "
+            f"t {whole['t'][index]}, loss {found.passes.losses[index]:.6g}, "
+            f"largest |x_0| {whole['latent'][index].abs().max():.6g}"
+        )
+    if len(found.samples) > MAX_NAMED:
+        yield f"  and {len(found.samples) - MAX_NAMED} more"
+
+
+def _first(what: str, names: list[str], order: str) -> str:
+    if not names:
+        return f"{what}: all finite"
+    return f"{what}: {len(names)} not finite; {order} the first is {names[0]}"

@@ -1,0 +1,323 @@
+"""Checkpoints are written beside training, by all processes, to folders and to buckets."""
+
+import hashlib
+import io
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+import torch
+from conftest import json_lines
+from gcs_server import gcs_server
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from s3_server import BUCKET, s3_server
+from safetensors import safe_open
+from safetensors.torch import save as library_save
+from test_training import FACTS, RUNTIME, batch_of, everything, new_state, run_steps, save, step_of
+
+from data import remote
+from runtime.accelerate import AccelerateRuntime
+from train.checkpoint import load_checkpoint, load_newest, read_tensors
+from train.lease import Lease, LeaseLostError
+from train.mirror import MirroredRunFolder, fetch_run
+from train.runfolder import RunFolder, read_lines
+from train.saving import CheckpointWriter, shares
+from train.state import TrainState
+from train.stores import BucketStore, CheckpointStore, FolderStore, list_checkpoints
+from train.tensor_files import write_tensors
+
+
+@pytest.fixture(scope="module", params=["s3", "gs"])
+def bucket(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The URL of an empty bucket on a server of this machine."""
+    with {"s3": s3_server, "gs": gcs_server}[request.param]():
+        yield f"{request.param}://{BUCKET}"
+
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.float64]
+
+
+@given(
+    st.dictionaries(
+        st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8).filter(
+            lambda name: name != "__metadata__"
+        ),
+        st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 4), max_size=3)),
+        max_size=6,
+    )
+)
+@settings(deadline=None)
+def test_our_files_are_the_librarys_byte_for_byte(kinds: dict[str, tuple[torch.dtype, list[int]]]) -> None:
+    tensors = {name: torch.randint(0, 9, shape).to(dtype) for name, (dtype, shape) in kinds.items()}
+    file = io.BytesIO()
+    found = write_tensors(file, tensors)
+    assert file.getvalue() == library_save(tensors)
+    assert found == hashlib.sha256(file.getvalue()).hexdigest()
+
+
+class Process(AccelerateRuntime):
+    """One of several processes that hold the same state, each in a thread of this one."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        super().__init__("fp32", device="cpu")
+        self.data_rank, self.data_world, self.is_main = rank, world, rank == 0
+
+
+def save_by(world: int, store: CheckpointStore, state: TrainState, split_bytes: int = 0) -> None:
+    """0: all parts are split, however small."""
+    writers = [CheckpointWriter(store, Process(rank, world), split_bytes=split_bytes) for rank in range(world)]
+    for writer in reversed(writers):  # the main one last: it must not rely on the others being late
+        writer.save(state, FACTS)
+    for writer in writers:
+        writer.wait()
+
+
+def trained(steps: int = 2, total_steps: int = 6) -> TrainState:
+    state = new_state(total_steps)
+    for number in range(steps):
+        step_of(state)([batch_of(number)])
+        state.advance()
+    return state
+
+
+def assert_equal_states(one: TrainState, other: TrainState) -> None:
+    for name, value in everything(one).items():
+        assert torch.equal(value, everything(other)[name]), name
+
+
+@pytest.mark.parametrize("world", [1, 3, 200])
+def test_any_number_of_processes_writes_what_any_number_reads(tmp_path: Path, world: int) -> None:
+    state, restored = trained(), new_state()
+    save_by(world, FolderStore(tmp_path), state)
+    path = tmp_path / "step_00000002"
+    load_checkpoint(path, restored)
+    assert_equal_states(state, restored)
+    names = {file.name for file in path.iterdir()}
+    assert ("ema.safetensors" in names) == (world == 1)
+    assert ("ema-00001-of-00003.safetensors" in names) == (world == 3)
+    assert not {name for name in names if name.startswith(("written-by", "."))}
+
+
+def test_a_stranger_finds_each_tensor_by_the_index_of_hugging_face(tmp_path: Path) -> None:
+    state = trained()
+    save_by(3, FolderStore(tmp_path), state)
+    path = tmp_path / "step_00000002"
+    places = json.loads((path / "ema.safetensors.index.json").read_text())["weight_map"]
+    expected = state.ema.module.state_dict()
+    assert set(places) == set(expected)
+    for name, file_name in places.items():
+        with safe_open(path / file_name, "pt") as file:
+            assert torch.equal(file.get_tensor(name), expected[name]), name
+
+
+def test_shares_are_even_and_complete() -> None:
+    tensors = new_state().model.state_dict()
+    parts = {"model": tensors, "ema": tensors}
+    for world in (1, 2, 3, 7):
+        owned = shares(parts, world, split_bytes=0)
+        loads = [0] * world
+        for part in parts:
+            assert sorted(name for names in owned[part] for name in names) == sorted(tensors)
+            loads = [
+                load + sum(tensors[n].nbytes for n in names) for load, names in zip(loads, owned[part], strict=True)
+            ]
+        assert max(loads) - min(loads) <= max(value.nbytes for value in tensors.values())
+
+
+def test_parts_of_a_small_network_are_one_file_each_by_different_processes(tmp_path: Path) -> None:
+    save_by(2, FolderStore(tmp_path), trained(), split_bytes=2**20)
+    names = {file.name for file in (tmp_path / "step_00000002").iterdir()}
+    assert names == {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"}
+    parts = {"model": {"a": torch.zeros(4)}, "optimizer": {"a": torch.zeros(8)}}
+    assert shares(parts, 2, split_bytes=2**20) == {"model": [[], ["a"]], "optimizer": [["a"], []]}
+
+
+class HeldStore(FolderStore):
+    """Writes tensors only when it is let go."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.may_write = threading.Event()
+
+    def write(self, step: int, name: str, content: Callable[[IO[bytes]], Any]) -> Any:
+        assert self.may_write.wait(60)
+        return super().write(step, name, content)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(tmp_path: Path) -> None:
+    state, expected, store = trained(), trained(), HeldStore(tmp_path)
+    writer = CheckpointWriter(store, RUNTIME)
+    state.interval = {"loss": [1.0]}
+    writer.save(state, FACTS)
+    step_of(state)([batch_of(2)])  # with the very tensors that are being saved
+    state.interval["loss"].append(2.0)
+    assert store.steps() == []
+    store.may_write.set()
+    writer.wait()
+    restored = new_state()
+    load_newest(store, restored)
+    assert_equal_states(restored, expected)
+    assert restored.interval == {"loss": [1.0]}
+    assert writer.timing.bytes_written > 0
+
+
+def test_an_error_of_writing_ends_the_run_at_a_later_step_and_leaves_nothing_half(tmp_path: Path) -> None:
+    class Full(FolderStore):
+        def write(self, step: int, name: str, content: Callable[[IO[bytes]], Any]) -> Any:
+            if step == 4 and name.startswith("optimizer"):
+                raise OSError(28, "No space left on device", name)
+            return super().write(step, name, content)
+
+    state, folder = new_state(), RunFolder(tmp_path, Full(tmp_path / "checkpoints"))
+    with pytest.raises(OSError, match="No space left"):
+        run_steps(state, folder, 6)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
+
+
+def test_a_process_that_does_not_see_the_folder_is_noticed(tmp_path: Path) -> None:
+    writer = CheckpointWriter(FolderStore(tmp_path), Process(0, 2), patience_sec=0.1)
+    writer.save(trained(), FACTS)
+    with pytest.raises(ValueError, match=r"1 of 2 processes have not written their part of .*step_00000002 after 0 "):
+        writer.wait()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoints_of_the_first_format_are_read(tmp_path: Path) -> None:
+    state, restored = trained(), new_state()
+    save(tmp_path, state)
+    file = tmp_path / "step_00000002/state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 1}))
+    load_checkpoint(tmp_path / "step_00000002", restored)
+    assert_equal_states(state, restored)
+
+
+def test_a_missing_part_is_named(tmp_path: Path) -> None:
+    save_by(3, FolderStore(tmp_path), trained())
+    (tmp_path / "step_00000002/model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"step_00000002 has no model-00002-of-00003.safetensors"):
+        read_tensors(tmp_path / "step_00000002", "model")
+
+
+def test_the_time_that_the_loop_stood_still_is_in_the_next_line_of_times(tmp_path: Path) -> None:
+    run_steps(new_state(), RunFolder(tmp_path), 6)
+    stalls = ["checkpoint_stall_sec" in line for line in json_lines(tmp_path / "timing.jsonl")]
+    assert stalls == [False, True, True]  # the first checkpoint comes after the first line
+
+
+def test_a_bucket_has_a_checkpoint_when_it_is_complete(bucket: str, tmp_path: Path) -> None:
+    state, store = trained(), BucketStore(f"{bucket}/complete", tmp_path)
+    assert store.steps() == []
+    store.write(2, "model.safetensors", lambda file: file.write(b"half"))
+    assert (store.steps(), store.written(2)) == ([], {"model.safetensors"})
+    save_by(3, store, state)
+    assert store.steps() == [2]
+    restored = new_state()
+    path, complaints = load_newest(BucketStore(f"{bucket}/complete", tmp_path / "elsewhere"), restored)
+    assert (path, complaints) == (tmp_path / "elsewhere/step_00000002", [])
+    assert_equal_states(state, restored)
+    assert not {name for name in store.written(2) if name.startswith("written-by")}
+    store.write(4, "model.safetensors", lambda file: file.write(b"half"))
+    store.clean(newest_good=2)
+    assert (store.steps(), store.written(4)) == ([2], set())
+    store.remove(2)
+    assert store.written(2) == set()
+
+
+def test_a_damaged_newest_checkpoint_of_a_bucket_is_passed_over_and_written_again(bucket: str, tmp_path: Path) -> None:
+    url, state = f"{bucket}/damaged", trained(2)
+    store = BucketStore(url, tmp_path / "copies")
+    save_by(1, store, state)
+    save_by(1, store, trained(4))
+    remote.write_bytes(f"{url}/step_00000004/ema.safetensors", b"?")
+    restored = new_state()
+    _, complaints = load_newest(store, restored)
+    assert (restored.step, len(complaints)) == (2, 1)
+    assert "ema.safetensors should have sha256" in complaints[0]
+    store.clean(restored.step)
+    assert store.steps() == [2]
+    save_by(1, store, trained(4))
+    assert load_newest(store, restored)[1] == []
+    assert_equal_states(restored, trained(4))
+
+
+def test_a_run_goes_on_from_its_url_on_another_machine(bucket: str, tmp_path: Path) -> None:
+    whole, url = new_state(), f"{bucket}/runs/one"
+    run_steps(whole, RunFolder(tmp_path / "whole"), 6)
+    here = MirroredRunFolder(tmp_path / "here", url)
+    with here.locked():
+        run_steps(new_state(), here, 5)  # what comes after the checkpoint of step 4 is lost with the machine
+    there, state = MirroredRunFolder(tmp_path / "there", url), new_state()
+    with there.locked():
+        path, _ = load_newest(there.store, state)
+        assert (path, state.step) == (tmp_path / "there/checkpoints/step_00000004", 4)
+        there.roll_back(state.step)
+        run_steps(state, there, 6)
+        there.publish()
+    assert_equal_states(state, whole)
+    copy = fetch_run(url, tmp_path / "copies")
+    assert [path.name for path in list_checkpoints(copy / "checkpoints")] == ["step_00000004", "step_00000006"]
+    for folder in (tmp_path / "there", copy):
+        assert (folder / "metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    one = fetch_run(f"{url}/checkpoints/step_00000004", tmp_path / "one")
+    assert [path.name for path in list_checkpoints(one.parent)] == ["step_00000004"]
+    with pytest.raises(ValueError, match="has no complete checkpoint; give the URL of a run"):
+        fetch_run(f"{bucket}/runs", tmp_path / "copies")
+
+
+def test_a_run_with_another_history_here_is_not_overwritten(bucket: str, tmp_path: Path) -> None:
+    run_steps(new_state(), RunFolder(tmp_path), 4)
+    folder = MirroredRunFolder(tmp_path, f"{bucket}/runs/empty")
+    with (
+        pytest.raises(ValueError, match=r"has checkpoints up to step 4, but .*/runs/empty has none"),
+        folder.locked(),
+    ):
+        pass
+    with pytest.raises(ValueError, match="remote_dir is http://x/run, but a run is kept behind gs:// or s3:// only"):
+        MirroredRunFolder(tmp_path, "http://x/run")
+
+
+def test_two_machines_cannot_train_in_one_bucket(bucket: str) -> None:
+    url = f"{bucket}/lease/lock.json"
+    refused = pytest.raises(ValueError, match=f"in the run .*process {os.getpid()}")
+    with Lease(url, "the run", 0.2).held(), refused, Lease(url, "the run", 0.2).held():
+        pass
+    with Lease(url, "the run", 0.2).held():
+        pass
+    assert remote.list_tree(f"{bucket}/lease") == []
+
+
+def test_a_lease_whose_holder_is_dead_is_taken_over_and_he_notices_if_he_was_not(bucket: str) -> None:
+    url = f"{bucket}/dead/lock.json"
+    holder = {"owner": "x", "host": "elsewhere", "pid": 1, "beat": 3}
+    remote.write_bytes(url, json.dumps(holder).encode())
+    started = time.monotonic()
+    first = Lease(url, "the run", 0.2)
+    with first.held():
+        assert time.monotonic() - started >= 3 * 0.2
+        first.check()
+        remote.write_bytes(url, json.dumps(holder).encode())
+        time.sleep(1.0)
+        with pytest.raises(LeaseLostError, match="host elsewhere, process 1"):
+            first.check()
+    assert json.loads(remote.read_bytes(url)) == holder  # who lost it does not take it away
+    gone = {**holder, "host": os.uname().nodename, "pid": 2**22 + 1}
+    remote.write_bytes(url, json.dumps(gone).encode())
+    started = time.monotonic()
+    with Lease(url, "the run", 1.0).held():
+        assert time.monotonic() - started < 3
+
+
+def test_lines_of_a_bucket_are_those_of_the_last_checkpoint(bucket: str, tmp_path: Path) -> None:
+    folder = MirroredRunFolder(tmp_path / "a", f"{bucket}/runs/lines")
+    with folder.locked():
+        run_steps(new_state(), folder, 5)
+    other = MirroredRunFolder(tmp_path / "b", f"{bucket}/runs/lines")
+    with other.locked():
+        steps = [line["step"] for line in read_lines(other.metrics)]
+    assert steps[:2] == [2, 4]

@@ -1,0 +1,182 @@
+"""The step at which a run diverged, once more: which samples, which module, which parameter.
+
+Everything goes through the runtime, as in training, so a dump of any runtime and sharding can be looked at where it
+was made. Nothing is written. Unlike training, the host reads after every step.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from data.progress import ProgressBar
+from diffusion.batch import Batch, mapped
+from diffusion.process import GaussianDiffusion
+from runtime.protocol import Metrics, Runtime, Step
+from train.dump import DivergedError
+from train.guards import SpikeGuard
+from train.hooks import due
+from train.state import TrainState
+from train.step import sample_losses
+
+MAX_NAMED = 20  # samples at fault that are looked for one by one
+OUTPUT = "the network's output"
+
+
+class FollowHook:
+    """Brings a restored run to the step before the one at fault: what `LogHook` does, without a line written."""
+
+    def __init__(
+        self, every: int, last: int, runtime: Runtime, guard: SpikeGuard | None, progress: ProgressBar
+    ) -> None:
+        self._every, self._last = every, last
+        self._runtime = runtime
+        self._guard = guard
+        self._progress = progress
+        self._bar: Any = None
+        self._stack = ExitStack()
+
+    def start(self, state: TrainState) -> None:
+        """Show how far it is."""
+        if self._guard is not None:
+            self._guard.start(state)
+        self._bar = self._stack.enter_context(self._progress("replay", state.step, self._last, "step"))
+
+    def __call__(self, state: TrainState, metrics: Metrics) -> None:
+        """Raises DivergedError where this step, which was finite in the run, is not."""
+        self._bar.update(1)
+        for name, (value,) in self._runtime.fetch([metrics]).items():
+            state.interval.setdefault(name, []).append(value)
+            if not math.isfinite(value):
+                raise DivergedError(f"{name} is {value} in step {state.step} already", state.step, name, value)
+        if due(state, self._every):
+            if self._guard is not None:
+                self._guard.observe(state)
+            state.interval = {}
+
+    def finish(self) -> None:
+        """Close the bar."""
+        self._stack.close()
+
+
+@dataclass(frozen=True)
+class Passes:
+    """A forward and a backward pass, the same on every process."""
+
+    losses: NDArray[np.float64]  # [B] of the whole batch, in the order of positions
+    activations: list[str]  # modules whose output is not finite, in the order in which they are through
+    gradients: list[str]  # parameters whose gradient's norm is not finite, from the loss backwards
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The step at fault."""
+
+    metrics: dict[str, float]  # as training has them: loss, norms
+    passes: Passes
+    weights: list[str]  # parameters that are not finite after the update
+    samples: list[int] = field(default_factory=list)  # rows of the batch whose loss, or own gradient, is not finite
+
+    @property
+    def not_finite(self) -> dict[str, float]:
+        """Of the metrics; empty where the step is sound."""
+        return {name: value for name, value in self.metrics.items() if not math.isfinite(value)}
+
+
+class Replay:
+    """One step of a prepared run. Every process must call what it has.
+
+    ``model`` and ``step`` are the runtime's; ``state`` stands before the step.
+    """
+
+    def __init__(
+        self, model: nn.Module, state: TrainState, step: Step, process: GaussianDiffusion, runtime: Runtime
+    ) -> None:
+        self._model = model
+        self._state = state
+        self._step = step
+        self._process = process
+        self._runtime = runtime
+
+    def examine(self, batch: Batch, whole: Batch, progress: ProgressBar) -> Findings:
+        """Run the step with this process's rows ``batch``; ``whole`` is the batch of all processes."""
+        passes = self.passes(batch)
+        samples: list[int] = np.flatnonzero(~np.isfinite(passes.losses)).tolist()
+        if passes.gradients and not samples:
+            samples = self._one_by_one(whole, len(batch["label"]), progress)
+        metrics = self._fetch(self._step(self._on_device(batch)))
+        norms = {name: self._runtime.norm([weight.detach()]) for name, weight in self._state.model.named_parameters()}
+        weights = [name for name, norm in self._fetch(norms).items() if not math.isfinite(norm)]
+        return Findings(metrics, passes, weights, samples)
+
+    def passes(self, batch: Batch) -> Passes:
+        """Forward and backward, watched; the state stays as it is."""
+        losses: list[Tensor] = []
+        order: dict[str, Tensor] = {}
+
+        def watched_passes(micro_batches: Sequence[Batch]) -> Metrics:
+            for number, part in enumerate(micro_batches, start=1):
+                with self._runtime.micro_step(self._model, is_last=number == len(micro_batches)):
+                    with _watched(self._state.model, order):
+                        found = sample_losses(self._model, part, self._process, self._runtime)
+                    self._runtime.backward(found.total.mean() / len(micro_batches))
+                    losses.append(found.total.detach())
+            gradients = [(name, weight.grad) for name, weight in self._state.model.named_parameters()]
+            norms = {f"gradient {name}": self._runtime.norm([grad]) for name, grad in gradients if grad is not None}
+            self._state.optimizer.zero_grad(set_to_none=True)
+            return {**{f"output {name}": finite for name, finite in order.items()}, **norms}
+
+        values = self._fetch(self._runtime.step(watched_passes)(self._on_device(batch)))
+        mine = np.concatenate([self._runtime.rows(part).double().numpy() for part in losses])
+        outputs = [name for name in order if values[f"output {name}"] < 1]  # a mean over processes
+        bad = {name for name, value in values.items() if name.startswith("gradient ") and not math.isfinite(value)}
+        gradients = [name for name in self._parameters_backwards(list(order)) if f"gradient {name}" in bad]
+        return Passes(self._runtime.gather(mine), outputs, gradients)
+
+    def _one_by_one(self, whole: Batch, rows: int, progress: ProgressBar) -> list[int]:
+        """Rows whose own gradient is not finite: the batch filled with one sample, which any runtime can split."""
+        found: list[int] = []
+        count = len(whole["label"])
+        with progress("each sample's gradient", 0, count, "img") as bar:
+            for row in range(count):
+                same = torch.full((rows,), row)
+                if self.passes(mapped(whole, itemgetter(same))).gradients:
+                    found.append(row)
+                bar.update(1)
+                if len(found) == MAX_NAMED:
+                    break
+        return found
+
+    def _parameters_backwards(self, modules_in_order: list[str]) -> list[str]:
+        """Names of parameters, those of the module that was through last first."""
+        place = {name: number for number, name in enumerate(modules_in_order)}
+        names = [name for name, _ in self._state.model.named_parameters()]
+        return sorted(names, key=lambda name: -place.get(name.rpartition(".")[0], -1))
+
+    def _on_device(self, batch: Batch) -> Sequence[Batch]:
+        return next(iter(self._runtime.feed([batch])))
+
+    def _fetch(self, metrics: Metrics) -> dict[str, float]:
+        return {name: value for name, (value,) in self._runtime.fetch([metrics]).items()}
+
+
+@contextmanager
+def _watched(model: nn.Module, finite: dict[str, Tensor]) -> Iterator[None]:
+    """In the block, ``finite`` gets 1.0 or 0.0 [] for each module's output, on the device, in the order of ends."""
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+
+            def note(_: nn.Module, __: Any, output: Any, name: str = name or OUTPUT) -> None:
+                if isinstance(output, Tensor):
+                    flag = torch.isfinite(output.detach()).all().float()
+                    finite[name] = finite[name] * flag if name in finite else flag
+
+            stack.callback(module.register_forward_hook(note).remove)
+        yield

@@ -1,0 +1,173 @@
+"""Checkpoints are written beside training, by all processes: the loop waits for the copy to host memory only."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from runtime.protocol import Runtime
+from train.checkpoint import FORMAT_VERSION, file_names, index_name
+from train.state import TrainState, optimizer_tensors
+from train.stores import CheckpointStore
+from train.tensor_files import write_tensors
+
+POLL_SEC = 0.02  # between two looks for what other processes have written
+PATIENCE_SEC = 900.0  # for another process's part
+SPLIT_BYTES = 512 * 2**20  # up to which a part is one file, written by one process
+_RECEIPT = "written-by-{rank:05d}.json"  # SHA-256 of each file of a process, put when all of them are on disk
+
+
+@dataclass
+class Timing:
+    """Of the last save, in seconds: the loop stood still for ``stall_sec``; ``write_sec`` went by beside it."""
+
+    stall_sec: float = 0.0
+    write_sec: float = 0.0
+    bytes_written: int = 0  # by this process
+
+
+class CheckpointWriter:
+    """Saves one state at a time. Every process must make the same calls.
+
+    Each process copies its share of the tensors to memory, which is kept for the next save, and a thread writes
+    them; the main process's thread completes the checkpoint when it has seen everyone's receipt. Processes speak
+    through the store only, so a thread never meets the training's collectives. ``before_commit`` is called on the
+    main process when the tensors are written, ``after_commit`` when the checkpoint is complete.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        runtime: Runtime,
+        before_commit: Callable[[], None] = lambda: None,
+        after_commit: Callable[[], None] = lambda: None,
+        patience_sec: float = PATIENCE_SEC,
+        split_bytes: int = SPLIT_BYTES,
+    ) -> None:
+        self.timing = Timing()
+        self._store, self._runtime = store, runtime
+        self._before_commit, self._after_commit = before_commit, after_commit
+        self._patience_sec, self._split_bytes = patience_sec, split_bytes
+        self._host: dict[str, dict[str, Tensor]] = {}  # of each part: this process's share
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, state: TrainState, facts: Mapping[str, Any]) -> None:
+        """Begin to write the state; an earlier save is finished first. Raises what that one met.
+
+        ``facts`` are JSON values that identify the run: seed, config, data manifest hash, code version.
+        """
+        self.wait()
+        started = time.perf_counter()
+        parts: dict[str, Mapping[str, Tensor]] = {
+            "model": state.model.state_dict(),
+            **{name: module.state_dict() for name, module in state.ema.modules.items()},
+            "optimizer": optimizer_tensors(state.model, state.optimizer),
+        }
+        owners = shares(parts, self._runtime.data_world, self._split_bytes)
+        for part, tensors in parts.items():
+            mine = frozenset(owners[part][self._runtime.data_rank])
+            self._runtime.copy_to_host(tensors, mine, self._host.setdefault(part, {}))
+        content: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": state.step, **facts}
+        content |= {"interval": state.interval, "recent_grad_norms": state.recent_grad_norms}
+        frozen = json.loads(json.dumps(content))  # training goes on changing lists
+        self.timing = Timing(stall_sec=time.perf_counter() - started)
+        self._thread = threading.Thread(
+            target=self._write, args=(state.step, frozen, owners), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when the checkpoint that is being written is complete. Raises what its writing met."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise what the writing met, if it failed."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(self, step: int, content: dict[str, Any], owners: dict[str, list[list[str]]]) -> None:
+        started = time.perf_counter()
+        try:
+            self._write_share(step, owners)
+            if self._runtime.is_main:
+                self._complete(step, content, owners)
+        except BaseException as error:
+            if self._runtime.is_main:
+                self._store.abandon(step)
+            self._error = error
+        self.timing.write_sec = time.perf_counter() - started
+
+    def _write_share(self, step: int, owners: dict[str, list[list[str]]]) -> None:
+        rank, hashes = self._runtime.data_rank, {}
+        for part, by_rank in owners.items():
+            mine = {name: self._host[part][name] for name in by_rank[rank]}
+            file_name = file_names(part, by_rank)[rank]
+            if file_name is not None:
+                hashes[file_name] = self._store.write(step, file_name, partial(write_tensors, tensors=mine))
+                self.timing.bytes_written += sum(value.nbytes for value in mine.values())
+        self._put(step, _RECEIPT.format(rank=rank), hashes)
+
+    def _complete(self, step: int, content: dict[str, Any], owners: dict[str, list[list[str]]]) -> None:
+        receipts = {_RECEIPT.format(rank=rank) for rank in range(self._runtime.data_world)}
+        self._await(step, receipts)
+        hashes: dict[str, str] = {}
+        for receipt in receipts:
+            hashes |= json.loads(self._store.read(step, receipt))
+        for part, by_rank in owners.items():
+            names = file_names(part, by_rank)
+            if len(set(names) - {None}) > 1:
+                places = {tensor: names[rank] for rank, mine in enumerate(by_rank) for tensor in mine}
+                self._put(step, index_name(part), {"metadata": {}, "weight_map": dict(sorted(places.items()))})
+        self._before_commit()
+        state = json.dumps({**content, "sha256": dict(sorted(hashes.items()))}, indent=1).encode()
+        self._store.commit(step, state, receipts)
+        self._after_commit()
+
+    def _await(self, step: int, receipts: set[str]) -> None:
+        until = time.monotonic() + self._patience_sec
+        while missing := receipts - self._store.written(step):
+            if time.monotonic() > until:
+                raise ValueError(
+                    f"{len(missing)} of {len(receipts)} processes have not written their part of "
+                    f"{self._store.place(step)} after {self._patience_sec:.0f} seconds; all must see the same folder, "
+                    "and it must take their writing in that time."
+                )
+            time.sleep(POLL_SEC)
+
+    def _put(self, step: int, name: str, content: Mapping[str, Any]) -> None:
+        text = json.dumps(content, indent=1).encode()
+        self._store.write(step, name, lambda file: file.write(text))
+
+
+def shares(
+    parts: Mapping[str, Mapping[str, Tensor]], num_processes: int, split_bytes: int
+) -> dict[str, list[list[str]]]:
+    """Of each part: the names of the tensors that each process writes.
+
+    A part of at most ``split_bytes`` is one process's, so that it is one file; of a larger one each process gets whole
+    tensors. The largest comes first, and goes to who has the fewest bytes.
+    """
+    loads = [0] * num_processes
+    owners: dict[str, list[list[str]]] = {part: [[] for _ in loads] for part in parts}
+    for part, tensors in sorted(parts.items(), key=lambda item: -_bytes_of(item[1].values())):
+        names = sorted(tensors, key=lambda name: (-tensors[name].numel(), name))
+        groups = [names] if _bytes_of(tensors.values()) <= split_bytes else [[name] for name in names]
+        for group in groups:
+            rank = loads.index(min(loads))
+            owners[part][rank] += group
+            loads[rank] += _bytes_of(tensors[name] for name in group)
+    return owners
+
+
+def _bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(value.numel() * value.element_size() for value in tensors)
