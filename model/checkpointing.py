@@ -1,7 +1,6 @@
 """Activation checkpointing: less memory for a third more compute. Leaves the network's maths and names alone."""
 
 from collections.abc import Callable
-from functools import partial
 from types import MethodType
 
 from torch import Tensor
@@ -13,11 +12,11 @@ from model.dit import DiT
 def checkpoint_blocks(model: DiT, checkpoint: Callable[..., Tensor]) -> None:
     """Keep only each block's input for the backward pass and compute the rest of it again there.
 
-    ``checkpoint(function, *arguments)`` is what does so on the machine at hand.
+    ``checkpoint(function, block, *arguments)`` is what does so with a method on the machine at hand.
     """
 
     def forward(block: Block, tokens: Tensor, condition: Tensor) -> Tensor:
-        return checkpoint(partial(type(block).forward, block), tokens, condition)
+        return checkpoint(type(block).forward, block, tokens, condition)
 
     for block in model.blocks:
         # One function for all, of which the block is an argument: compiled once, it serves every block.

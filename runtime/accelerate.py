@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 # accelerate picks XLA wherever torch_xla can be imported, even for cpu=True; it must not know of it.
@@ -116,9 +117,9 @@ class AccelerateRuntime:
             return model, optimizer
         return DistributedDataParallel(model, gradient_as_bucket_view=True), optimizer
 
-    def checkpoint(self, function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
-        """PyTorch's own."""
-        result: Tensor = checkpoint(function, *arguments, use_reentrant=False)
+    def checkpoint(self, method: Callable[..., Tensor], owner: nn.Module, *arguments: Tensor) -> Tensor:
+        """PyTorch's own. Bound methods of two modules would be two programs to torch.compile."""
+        result: Tensor = checkpoint(partial(method, owner), *arguments, use_reentrant=False)
         return result
 
     def feed(self, host_batches: Iterable[Batch]) -> Iterator[list[Batch]]:

@@ -57,8 +57,8 @@ class Runtime(Protocol):
         """
         ...
 
-    def checkpoint(self, function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
-        """``function(*arguments)``, computed again in the backward pass instead of kept."""
+    def checkpoint(self, method: Callable[..., Tensor], owner: nn.Module, *arguments: Tensor) -> Tensor:
+        """``method(owner, *arguments)``, computed again in the backward pass instead of kept."""
         ...
 
     def feed(self, host_batches: Iterable[Batch]) -> Iterator[list[Batch]]:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -134,9 +135,9 @@ class XlaRuntime:
                 whole = partial(_forward_with_whole_weights, part, part.forward, specs, self._state_mesh)
                 part.forward = partial(_forward_by_rows, whole, self._batch_mesh)
 
-    def checkpoint(self, function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
-        """PyTorch/XLA's own: the compiler would undo PyTorch's."""
-        result: Tensor = checkpoint(function, *arguments, preserve_rng_state=False)
+    def checkpoint(self, method: Callable[..., Tensor], owner: nn.Module, *arguments: Tensor) -> Tensor:
+        """PyTorch/XLA's own: the compiler would undo PyTorch's. It asks a bound method for the weights to take again."""
+        result: Tensor = checkpoint(MethodType(method, owner), *arguments, preserve_rng_state=False)
         return result
 
     def feed(self, host_batches: Iterable[Batch]) -> Iterator[list[Batch]]:

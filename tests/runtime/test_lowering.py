@@ -26,6 +26,17 @@ def lowered(folder: Path, *overrides: str) -> str:
     return (folder / "step.hlo").read_text()
 
 
+def test_recomputation_takes_its_weights_again_so_that_gathered_ones_need_not_stay(tmp_path: Path) -> None:
+    hlo = lowered(tmp_path, "runtime.mode=fsdp", "activation_checkpointing=true", "model.depth=2")
+    barriers = [line for line in hlo.splitlines() if " opt-barrier(" in line]
+    assert len(barriers) == 2  # before the backward pass of each block
+    with torch.device("meta"):
+        block = DiT(32, 4, 2, width=1152, depth=1, num_heads=16, num_classes=1000).blocks[0]
+    shapes = Counter(f"f32[{','.join(map(str, value.shape))}]" for value in block.parameters())
+    for barrier in barriers:
+        assert shapes <= Counter(re.findall(r"\w+\[[\d,]*\]", barrier.split(" opt-barrier(")[0]))
+
+
 def annotation(axes: Axes) -> str:
     if not any(axes):
         return "{replicated}"
