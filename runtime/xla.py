@@ -136,7 +136,7 @@ class XlaRuntime:
                 part.forward = partial(_forward_by_rows, whole, self._batch_mesh)
 
     def checkpoint(self, method: Callable[..., Tensor], owner: nn.Module, *arguments: Tensor) -> Tensor:
-        """PyTorch/XLA's own: the compiler would undo PyTorch's. It asks a bound method for the weights to take again."""
+        """PyTorch/XLA's own: the compiler would undo PyTorch's. A bound method gives it the weights to take again."""
         result: Tensor = checkpoint(MethodType(method, owner), *arguments, preserve_rng_state=False)
         return result
 
