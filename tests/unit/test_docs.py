@@ -48,7 +48,7 @@ def test_fsdp_on_v4_gathers_the_blocks_weights_twice_and_scatters_the_gradients(
     assert sent["all-reduce"]["bytes"] < 0.001 * bf16_bytes  # gradients of vectors
 
 
-@pytest.mark.parametrize("slice_name", ["v3-128", "v3-256", "v4-8"])
+@pytest.mark.parametrize("slice_name", ["v3-128", "v3-256", "v4-8", "v6e-8"])
 def test_replicated_sends_the_gradients_in_bf16_and_nothing_else(slice_name: str) -> None:
     line = compiled(slice_name, "replicated", recomputes=False)
     assert line["collectives"].keys() == {"all-reduce"}
