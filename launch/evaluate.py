@@ -60,8 +60,9 @@ def evaluate_job(config: dict[str, Any], progress: ProgressBar) -> None:
     }
     if runtime.is_main:
         folder.append(folder.evaluations, record)
-        store.clear()
         print(json.dumps(record, indent=1))
+    runtime.wait()  # until the record is written
+    store.clear()
 
 
 def _store(evaluator: Evaluator, checkpoint: LoadedCheckpoint, weights: str) -> ChunkStore:
