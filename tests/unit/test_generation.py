@@ -16,6 +16,7 @@ from PIL import Image
 from test_bad_input import fails
 from test_evaluation import PixelFeatures, generator
 from test_metrics import in_parallel
+from test_model import golden_model
 from test_references import write
 
 from evaluation.chunks import Chunk, ChunkStore, chunks_of
@@ -31,6 +32,7 @@ from evaluation.manifolds import PrecisionRecall
 from evaluation.references import Reference
 from evaluation.statistics import FeatureStatistics
 from launch import cli
+from launch.evaluate import compile_blocks
 from train.loggers import NoLogger
 from train.runfolder import RunFolder
 from train.state import TrainState
@@ -261,6 +263,14 @@ def test_an_evaluation_that_is_killed_during_training_goes_on_where_it_was(tmp_p
     state.step = 4
     hook(later)(state, {})
     assert later.made == list(range(30))
+
+
+def test_a_network_that_cannot_be_compiled_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="XLA compiles by itself"):
+        compile_blocks(golden_model()[0], torch.device("xla"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match=r"needs a C.. compiler, but there is no no-such-compiler"):
+        compile_blocks(golden_model()[0], torch.device("cpu"))
 
 
 def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
