@@ -288,6 +288,7 @@ class Parsed(HTMLParser):
 
 def test_the_page_is_whole_and_needs_nothing_from_elsewhere(full: Report) -> None:
     text = full.page.read_text()
+    assert "The right one, the best model beside ADM and LDM, is missing" in text
     page = Parsed(text)
     assert page.open == []
     addresses = [value for _, attrs in page.tags for key, value in attrs.items() if key in ("src", "href")]
