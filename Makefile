@@ -54,6 +54,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.loader
 	$(BIN)/python -m benchmarks.encode
 	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.evaluate
 
 # The tests that kill jobs, with many more kills than `make test` has; a result line each in benchmarks/results/.
 soak: $(STAMP)
