@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.evaluate [frechet] [inception] [sampling] [manifold]`` prints one JSON line for each. Weights are
 random: speed does not depend on them. Both networks run at the best of several batch sizes. On a GPU sampling is XL/2
-in bf16, compiled. On a CPU it is S/8 in float32, seconds are CPU-seconds, which other work on the machine moves less, and
-each line says that the targets for a GPU (at least twice the plain loop, metrics under 5% of generation) were not
+in bf16, compiled. On a CPU it is S/8 in float32, seconds are CPU-seconds, which other work on the machine moves less,
+and each line says that the targets for a GPU (at least twice the plain loop, metrics under 5% of generation) were not
 measured.
 """
 
