@@ -7,8 +7,9 @@ DEMO := runs/demo
 STUDY := runs/digits-study
 # Small models on a CPU are fastest with one thread each and the models in parallel.
 export OMP_NUM_THREADS ?= 1
+BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
 
-.PHONY: demo study test lint format bench soak aot clean
+.PHONY: demo study test browser lint format bench soak aot clean
 
 $(STAMP): setup.cfg constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -29,9 +30,16 @@ study: $(STAMP)
 		checkpoint=$$(ls -d $(STUDY)/*adaln_zero* | paste -sd,)
 	$(BIN)/ditscale report sweep=$(STUDY) runtime=cpu sampler.steps=20
 
-test: $(STAMP) lint
+test: $(STAMP) browser lint
 	$(BIN)/pytest tests/unit -n auto
 	$(BIN)/pytest tests/runtime tests/smoke -n 2 --dist loadfile
+
+# A test opens the report in a browser. Where none is and none can be installed, that test is skipped and says so.
+browser:
+	@for name in $(BROWSERS); do command -v $$name > /dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends chromium; \
+	else false; fi || echo "No browser was installed: the test that opens the report in one will be skipped."
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -46,6 +54,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.loader
 	$(BIN)/python -m benchmarks.encode
 	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.evaluate
 
 # The tests that kill jobs, with many more kills than `make test` has; a result line each in benchmarks/results/.
 soak: $(STAMP)

@@ -73,7 +73,7 @@ class ChunkStore:
         write_bytes(path.with_suffix(".json"), json.dumps(self._sidecar(chunk, sha256_of(path))).encode())
 
     def clear(self) -> None:
-        """Delete all chunks: their number is on record."""
+        """Delete all chunks: their number is on record. For every process; hosts may share the folder or not."""
         if self._folder is not None:
             rmtree(self._folder, ignore_errors=True)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from evaluation.chunks import ChunkStore
 from evaluation.generate import Generator, balanced_labels
 from evaluation.grid import save_grid
 from runtime.protocol import Metrics, Runtime
@@ -83,14 +84,16 @@ class SampleGridHook(_CatchingUpHook):
 class EvaluationHook(_CatchingUpHook):
     """Appends a record to evaluations.jsonl.
 
-    ``evaluate`` gives its metrics, ``facts`` what is known of the model after so many images seen, and
-    ``identity`` what tells the hook's own records from those that others append to the file.
+    ``evaluate`` gives its metrics, ``chunks`` where a step's finished chunks are kept until its record is written,
+    ``facts`` what is known of the model after so many images seen, and ``identity`` what tells the hook's own
+    records from those that others append to the file.
     """
 
     def __init__(
         self,
         every: int | None,
-        evaluate: Callable[[], dict[str, Any]],
+        evaluate: Callable[[ChunkStore], dict[str, Any]],
+        chunks: Callable[[int], ChunkStore],
         facts: Callable[[int], Mapping[str, Any]],
         identity: Mapping[str, Any],
         folder: RunFolder,
@@ -99,6 +102,7 @@ class EvaluationHook(_CatchingUpHook):
     ) -> None:
         super().__init__(every, runtime)
         self._evaluate = evaluate
+        self._chunks = chunks
         self._facts = facts
         self._identity = identity
         self._folder = folder
@@ -130,9 +134,12 @@ class EvaluationHook(_CatchingUpHook):
 
     def act(self, state: TrainState) -> None:
         """Evaluate on all processes, write on the main one."""
-        metrics = self._evaluate()
+        store = self._chunks(state.step)
+        metrics = self._evaluate(store)
         record = {"step": state.step, "images_seen": state.images_seen, "evaluated_by": EVALUATED_BY_TRAINING}
         record |= {**self._facts(state.images_seen), **metrics}
         if self._runtime.is_main:
             self._folder.append(self._folder.evaluations, record)
             self._logger.log(record)
+        self._runtime.wait()  # until the record is written
+        store.clear()

@@ -83,6 +83,10 @@ class _Task:
         check_targets(plain)
         check_positive(plain)
         hydra_config: Any = HydraConfig.get()
+        if hydra_config.mode == RunMode.MULTIRUN:
+            from launch.gpus import take_gpu  # which imports PyTorch; showing help need not
+
+            take_gpu(plain, Path(hydra_config.sweep.dir))
         row = OmegaConf.select(hydra_config, "job.num") or 0
         is_main = os.environ.get("RANK", "0") == "0"
         self._function(plain, make_progress(plain.get("name", ""), row, is_main))

@@ -1,9 +1,14 @@
 """``ditscale evaluate``: a checkpoint to a line of its run's ``evaluations.jsonl``."""
 
 import json
+import os
+import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
+
+import torch
 
 from data.atomic import sha256_of
 from data.manifest import Manifest
@@ -15,6 +20,7 @@ from evaluation.likelihood import measure_likelihood
 from launch.app import run
 from launch.build import LoadedCheckpoint, build, build_evaluator, build_shards, model_facts
 from launch.check import closest
+from model.dit import DiT
 from runtime.protocol import Runtime
 from train.runfolder import RunFolder
 
@@ -38,8 +44,7 @@ def evaluate_job(config: dict[str, Any], progress: ProgressBar) -> None:
             f"reference would be {data['name']} at {data['image_size']} px; choose data={checkpoint.spec.source}."
         )
     if config["compile"]:
-        for block in checkpoint.model.block_list:
-            block.compile()
+        compile_blocks(checkpoint.model, runtime.device)
     generator = checkpoint.generator(config, config["evaluation"]["seed"], runtime)
     metrics: dict[str, Any] = {}
     store = ChunkStore()
@@ -60,8 +65,26 @@ def evaluate_job(config: dict[str, Any], progress: ProgressBar) -> None:
     }
     if runtime.is_main:
         folder.append(folder.evaluations, record)
-        store.clear()
         print(json.dumps(record, indent=1))
+    runtime.wait()  # until the record is written
+    store.clear()
+
+
+def compile_blocks(model: DiT, device: torch.device) -> None:
+    """Compile block by block: all of them share one compilation.
+
+    Raises ValueError under XLA, and on a CPU without the C++ compiler that PyTorch would call.
+    """
+    if device.type == "xla":
+        raise ValueError("compile=true is for runtime=accelerate; XLA compiles by itself, so leave it out.")
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise ValueError(
+            f"compile=true needs a C++ compiler, but there is no {compiler}; install one, name yours by the variable "
+            "CXX, or leave compile out."
+        )
+    for block in model.block_list:
+        block.compile()
 
 
 def _store(evaluator: Evaluator, checkpoint: LoadedCheckpoint, weights: str) -> ChunkStore:

@@ -44,8 +44,9 @@ def update_group(config: Mapping[str, Any]) -> None:
     Does nothing where too few runs were measured in one way. Parallel runs of a sweep take turns.
     """
     sweep = Path(config["sweep_dir"])
-    finished = [path.parent.name for path in sweep.glob("*/config.yaml") if _is_finished(RunFolder(path.parent))]
     with FileLock(sweep / ".report.lock"):
+        # Looked for within the lock: a run that waited must not write a curve without those that ended meanwhile.
+        finished = [path.parent.name for path in sweep.glob("*/config.yaml") if _is_finished(RunFolder(path.parent))]
         try:
             study = read_study(sweep, only=finished)
         except ValueError:  # none finished, or their protocols differ: `ditscale report` says so

@@ -12,6 +12,7 @@ from torch import nn
 from data.manifest import LatentSpec, Manifest
 from data.prefetch import prefetch
 from data.progress import ProgressBar
+from evaluation.chunks import ChunkStore
 from evaluation.evaluate import distance_records
 from evaluation.generate import Generator
 from evaluation.hooks import EvaluationHook, SampleGridHook
@@ -90,7 +91,7 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
             make = make_step(model, state.optimizer, state.ema, process, runtime, config["max_grad_norm"], guard)
             step = runtime.step(make)
             hooks = _hooks(config, state, generator, manifest, folder, logger, progress, signals, guard)
-            has_news = not state.finished
+            evaluated = len(read_lines(folder.evaluations))
             host_batches = prefetch(batches.from_step(state.step, config["total_steps"]))
             train(state, step, host_batches, runtime, hooks)
         except Stopped:
@@ -105,7 +106,7 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
     if stopped:
         _leave_for_requeue(folder, state, runtime)
     if runtime.is_main:
-        if has_news and config["evaluate_every"] is not None:
+        if len(read_lines(folder.evaluations)) > evaluated:  # also where a killed run still owed its last one
             from launch.report import update_group  # its plotting library would cost every start two seconds
 
             update_group(config)
@@ -224,7 +225,7 @@ def _hooks(
     ]
     if config["evaluate_every"] is not None:
         watched_progress = watched(progress, lambda: checkpoints.stop_if_asked(state))
-        hooks.append(_evaluation_hook(config, state.model, generator, folder, logger, watched_progress))
+        hooks.append(_evaluation_hook(config, state.model, generator, manifest, folder, logger, watched_progress))
     return [*hooks, clock]
 
 
@@ -232,6 +233,7 @@ def _evaluation_hook(
     config: Mapping[str, Any],
     model: nn.Module,
     generator: Generator,
+    manifest: Manifest,
     folder: RunFolder,
     logger: Logger,
     progress: ProgressBar,
@@ -240,14 +242,20 @@ def _evaluation_hook(
     evaluator.require(generator.spec.image_size, generator.spec.num_classes)
     assert isinstance(model, DiT)
 
-    def measure() -> dict[str, Any]:
-        return evaluator.evaluate(generator, progress)
+    # Settings, source and data decide the weights of a step, so what a killed run kept of it is of the same weights.
+    origin = {**facts_of_process(config), "manifest": manifest.hash, "feature_extractor": evaluator.extractor.hash}
+
+    def chunks(step: int) -> ChunkStore:
+        return ChunkStore(folder.path / "chunks", {**origin, "step": step})
+
+    def measure(store: ChunkStore) -> dict[str, Any]:
+        return evaluator.evaluate(generator, progress, store)
 
     def facts(images_seen: int) -> dict[str, Any]:
         return model_facts(model, images_seen, "ema", config["seed"])
 
     identity = {"weights": "ema", **evaluator.identity}
-    return EvaluationHook(config["evaluate_every"], measure, facts, identity, folder, logger, generator.runtime)
+    return EvaluationHook(config["evaluate_every"], measure, chunks, facts, identity, folder, logger, generator.runtime)
 
 
 def _summary(folder: RunFolder, state: TrainState) -> str:

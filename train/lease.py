@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from data import remote
@@ -44,7 +44,8 @@ class Lease:
             self._ended.set()
             thread.join()
             if self._lost is None:
-                remote.remove(self._url)
+                with suppress(ValueError, FileNotFoundError):  # out of reach: it will be seen to be dead
+                    remote.remove(self._url)
 
     def check(self) -> None:
         """Raise `LeaseLostError` where another job has taken over."""

@@ -3,7 +3,7 @@
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -41,7 +41,7 @@ class PaperFigure:
     number: int
     title: str
     draw: Callable[[Study], Figure]
-    notes: list[str] = field(default_factory=list)
+    note: str = ""  # what a reader who has the paper beside it must know
 
 
 def figure_2(study: Study) -> Figure:
@@ -267,7 +267,7 @@ def figure_12(study: Study) -> Figure:
 
 
 FIGURES = (
-    PaperFigure(2, "Distance and Gflops of all models", figure_2),
+    PaperFigure(2, "Distance and Gflops of all models", figure_2, paper.WITHOUT_BASELINES),
     PaperFigure(5, "Block types over training", figure_5),
     PaperFigure(6, "All models over training, by patch size and by model size", figure_6),
     PaperFigure(8, "Distance against Gflops", figure_8),

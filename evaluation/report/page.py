@@ -29,6 +29,7 @@ class Shown:
     content: bytes | None
     reason: str | None
     kind: str = "svg+xml"
+    note: str = ""
 
     @property
     def address(self) -> str:

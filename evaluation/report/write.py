@@ -39,7 +39,7 @@ def write_report(study: Study, out: Path, samples: SampleGrid | str = NO_SAMPLES
     missing: dict[int, str] = {}
     shown: list[Shown] = []
     with styled():
-        for number, title, draw in _drawers(study, samples):
+        for number, title, draw, note in _drawers(study, samples):
             paths = [out / f"figure_{number}.{kind}" for kind in ("png", "svg")]
             try:
                 figure = draw()
@@ -53,21 +53,26 @@ def write_report(study: Study, out: Path, samples: SampleGrid | str = NO_SAMPLES
             write_bytes(paths[0], png)
             write_bytes(paths[1], svg)
             pictures[number] = paths[0]
-            shown.append(Shown(number, title, svg if number != 7 else png, None, "svg+xml" if number != 7 else "png"))
+            content, kind = (svg, "svg+xml") if number != 7 else (png, "png")
+            shown.append(Shown(number, title, content, None, kind, note))
     table, page = out / "fid_vs_gflops.csv", out / "report.html"
     write_bytes(table, csv_of(study.rows))
     write_bytes(page, page_of(study, shown).encode())
     return Report(study, page, table, pictures, missing)
 
 
-def _drawers(study: Study, samples: SampleGrid | str) -> list[tuple[int, str, Any]]:
+def _drawers(study: Study, samples: SampleGrid | str) -> list[tuple[int, str, Any, str]]:
+    """Number, title, what draws it, note."""
+
     def draw_samples() -> Figure:
         if isinstance(samples, str):
             raise NoDataError(samples)
         return figure_7(samples, study)
 
-    drawers: list[tuple[int, str, Any]] = [(f.number, f.title, lambda draw=f.draw: draw(study)) for f in FIGURES]
-    drawers.append((7, "The same noise and label through all models", draw_samples))
+    drawers: list[tuple[int, str, Any, str]] = [
+        (figure.number, figure.title, lambda draw=figure.draw: draw(study), figure.note) for figure in FIGURES
+    ]
+    drawers.append((7, "The same noise and label through all models", draw_samples, ""))
     return sorted(drawers, key=lambda drawer: drawer[0])
 
 

@@ -1,12 +1,14 @@
-"""An evaluation that is killed goes on where it was, on another number of processes."""
+"""Evaluations that are killed go on where they were, on another number of processes; compiled ones measure the same."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import TINY_RUN, command, ditscale, json_lines, run_process
 
@@ -22,12 +24,10 @@ WORDS = [
 ]
 
 
-def test_a_killed_evaluation_is_continued_by_two_processes(digits: Path, tmp_path: Path) -> None:
-    ditscale("train", *TINY_RUN, f"data.shards={digits}", "run_dir=run", "total_steps=10", cwd=tmp_path)
-    ditscale("evaluate", *WORDS, cwd=tmp_path)
-    chunks = tmp_path / "run/chunks"
+def killed_with_chunks(chunks: Path, words: list[str], cwd: Path) -> None:
+    """Start a job and kill -9 it when it has finished two or more of the 8 chunks of an evaluation."""
     process = subprocess.Popen(
-        command("evaluate", *WORDS), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
+        command(*words), cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
     )
     deadline = time.monotonic() + 120
     while len(list(chunks.glob("*/*.json"))) < 2:
@@ -36,8 +36,26 @@ def test_a_killed_evaluation_is_continued_by_two_processes(digits: Path, tmp_pat
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    finished = len(list(chunks.glob("*/*.json")))
-    assert 2 <= finished < 8
+    assert 2 <= len(list(chunks.glob("*/*.json"))) < 8
+
+
+@pytest.fixture(scope="module")
+def measured(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run that was evaluated once, and the images of that."""
+    folder = tmp_path_factory.mktemp("measured")
+    ditscale("train", *TINY_RUN, f"data.shards={digits}", "run_dir=run", "total_steps=10", cwd=folder)
+    ditscale("evaluate", *WORDS, *images("plain.npz"), cwd=folder)
+    return folder
+
+
+def images(file: str) -> list[str]:
+    return ["evaluation/image_file=npz", f"evaluation.image_file.path={file}"]
+
+
+def test_a_killed_evaluation_is_continued_by_two_processes(measured: Path, tmp_path: Path) -> None:
+    shutil.copytree(measured, tmp_path, dirs_exist_ok=True)
+    chunks = tmp_path / "run/chunks"
+    killed_with_chunks(chunks, ["evaluate", *WORDS], tmp_path)
     assert len(json_lines(tmp_path / "run/evaluations.jsonl")) == 1
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     run_process([*launcher, "-m", "launch.evaluate", *WORDS], tmp_path, expect=0)
@@ -45,3 +63,31 @@ def test_a_killed_evaluation_is_continued_by_two_processes(digits: Path, tmp_pat
     assert continued.pop("frechet_distance") == pytest.approx(whole.pop("frechet_distance"), rel=1e-9)
     assert continued == whole
     assert list(chunks.iterdir()) == []
+
+
+def test_a_run_that_is_killed_while_it_evaluates_keeps_the_finished_chunks(digits: Path, tmp_path: Path) -> None:
+    """Chunks of another identity would still lie there at the end."""
+    words = ["train", *TINY_RUN, f"data.shards={digits}", "total_steps=10", "evaluate_every=10"]
+    words += [word for word in WORDS if word.startswith(("sampler", "evaluation"))]
+    ditscale(*words, "run_dir=whole", cwd=tmp_path)
+    chunks = tmp_path / "run/chunks"
+    killed_with_chunks(chunks, [*words, "run_dir=run"], tmp_path)
+    assert len(list(chunks.iterdir())) == 1
+    assert not (tmp_path / "run/evaluations.jsonl").exists()
+    ditscale(*words, "run_dir=run", cwd=tmp_path)
+    assert list(chunks.iterdir()) == []
+    assert json_lines(tmp_path / "run/evaluations.jsonl") == json_lines(tmp_path / "whole/evaluations.jsonl")
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler: install g++")
+def test_a_compiled_network_gives_the_same_images_to_rounding(measured: Path, tmp_path: Path) -> None:
+    shutil.copytree(measured, tmp_path, dirs_exist_ok=True)
+    compiled = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
+    ditscale("evaluate", *WORDS, *images("compiled.npz"), "compile=true", cwd=tmp_path, env=compiled)
+    assert list((tmp_path / "compiled").rglob("*.cpp"))
+    with np.load(tmp_path / "plain.npz") as plain, np.load(tmp_path / "compiled.npz") as again:
+        difference = np.abs(plain["arr_0"].astype(int) - again["arr_0"])
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.01
+    one, other = json_lines(tmp_path / "run/evaluations.jsonl")
+    assert other["frechet_distance"] == pytest.approx(one["frechet_distance"], rel=1e-3)

@@ -30,9 +30,10 @@ SWEEP = [
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which encode, a sweep of two models and the report have run."""
+    """A folder in which encode, a sweep of one model, the same of two, and the report have run."""
     folder = tmp_path_factory.mktemp("study")
     ditscale("encode", cwd=folder)
+    ditscale("train", "-m", *SWEEP, "model.patch_size=4", cwd=folder, env={"WANDB_MODE": "offline"})
     ditscale("train", "-m", *SWEEP, cwd=folder, env={"WANDB_MODE": "offline"})
     ditscale("report", "sweep=runs/small", cwd=folder, env={"WANDB_MODE": "offline"})
     return folder
@@ -79,7 +80,7 @@ def test_wandb_holds_the_losses_and_the_distance(study: Path) -> None:
 def test_the_groups_curve_and_table_grow_when_a_run_ends(study: Path) -> None:
     folder = study / "runs/small/report"
     opened = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
-    assert len(opened) == 3  # two runs ended, then the report
+    assert len(opened) == 3  # one run ended, then the other, which alone was new, then the report
     assert len({path.stem for path in opened}) == 1  # of one wandb run
     sizes = []
     for path in opened:
@@ -137,13 +138,17 @@ def test_guidance_and_labels_are_chosen_on_the_command_line(study: Path) -> None
         assert np.abs(difference).max() <= 1
 
 
-def test_evaluating_a_checkpoint_repeats_the_number_of_training(study: Path) -> None:
-    run = runs(study)[0]
-    words = ["evaluation.num_images=200", "evaluation.features.epochs=3", "sampler.steps=10"]
-    ditscale("evaluate", f"checkpoint={run}", *words, "runtime.device=cpu", cwd=study)
-    during, after = json_lines(run / "evaluations.jsonl")
-    assert after.keys() == during.keys()
-    assert after["frechet_distance"] == pytest.approx(during["frechet_distance"], rel=1e-6)
+def test_evaluating_checkpoints_repeats_the_numbers_of_training_and_sweeps_the_sampling_steps(study: Path) -> None:
+    words = ["evaluation.num_images=200", "evaluation.features.epochs=3", "sampler.steps=10,4", "runtime.device=cpu"]
+    ditscale("evaluate", "-m", f"checkpoint={','.join(map(str, runs(study)))}", *words, cwd=study)
+    for run in runs(study):
+        during, after, fewer = json_lines(run / "evaluations.jsonl")
+        assert after.keys() == during.keys()
+        assert after["frechet_distance"] == pytest.approx(during["frechet_distance"], rel=1e-6)
+        assert fewer["sampler"] == {**after["sampler"], "steps": 4}
+    assert not (study / "multirun.yaml").exists()
+    ditscale("report", "sweep=runs/small", "train/logger=none", "samples=0", "out=swept", cwd=study)
+    assert Image.open(study / "swept/figure_10.png").size[0] > 600
 
 
 def test_exported_weights_come_back_as_starting_weights(study: Path) -> None:

@@ -19,6 +19,7 @@ from diffusion.process import GaussianDiffusion
 from diffusion.samplers import ddpm
 from diffusion.schedules import LinearSchedule
 from diffusion.variances import LearnedRangeVariance
+from evaluation.chunks import ChunkStore
 from evaluation.classifier import ClassifierFeatures
 from evaluation.evaluate import Evaluator, MeasurementProtocol
 from evaluation.features import Features
@@ -185,16 +186,19 @@ def test_a_grid_shows_each_image_in_its_place(tmp_path: Path) -> None:
 
 
 def test_a_killed_run_makes_up_for_the_evaluation_that_it_owed(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
+    folder, runtime = RunFolder(tmp_path), generator().runtime
     calls: list[int] = []
 
-    def measure() -> dict[str, Any]:
+    def measure(_: ChunkStore) -> dict[str, Any]:
         calls.append(1)
         return {"num_images": 7, "frechet_distance": 1.0}
 
     def hook() -> EvaluationHook:
         identity = {"weights": "ema", "num_images": 7}
-        return EvaluationHook(2, measure, lambda _: {"weights": "ema"}, identity, folder, NoLogger(), True)
+        facts = {"weights": "ema"}
+        return EvaluationHook(
+            2, measure, lambda _: ChunkStore(), lambda _: facts, identity, folder, NoLogger(), runtime
+        )
 
     state = TrainState(None, None, None, batch_size=4, total_steps=9, step=4)  # type: ignore[arg-type]
     folder.append(folder.evaluations, {"step": 4, "weights": "model", "num_images": 7})  # somebody else's

@@ -16,6 +16,7 @@ from PIL import Image
 from test_bad_input import fails
 from test_evaluation import PixelFeatures, generator
 from test_metrics import in_parallel
+from test_model import golden_model
 from test_references import write
 
 from evaluation.chunks import Chunk, ChunkStore, chunks_of
@@ -31,6 +32,7 @@ from evaluation.manifolds import PrecisionRecall
 from evaluation.references import Reference
 from evaluation.statistics import FeatureStatistics
 from launch import cli
+from launch.evaluate import compile_blocks
 from train.loggers import NoLogger
 from train.runfolder import RunFolder
 from train.state import TrainState
@@ -216,13 +218,15 @@ def test_random_labels_are_part_of_the_protocol() -> None:
 
 
 def test_training_refuses_to_continue_its_curve_in_another_protocol(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
+    folder, runtime = RunFolder(tmp_path), generator().runtime
     state = TrainState(None, None, None, batch_size=4, total_steps=9, step=2)  # type: ignore[arg-type]
 
     def hook(num_images: int) -> EvaluationHook:
-        measured = {"num_images": num_images, "frechet_distance": 1.0}
-        identity = {"weights": "ema", "num_images": num_images}
-        return EvaluationHook(2, lambda: measured, lambda _: {"weights": "ema"}, identity, folder, NoLogger(), True)
+        measured, facts = {"num_images": num_images, "frechet_distance": 1.0}, {"weights": "ema"}
+        identity = facts | {"num_images": num_images}
+        return EvaluationHook(
+            2, lambda _: measured, lambda _: ChunkStore(), lambda _: facts, identity, folder, NoLogger(), runtime
+        )
 
     folder.append(folder.evaluations, {"step": 2, "weights": "ema", "num_images": 50, "evaluated_by": "evaluate"})
     hook(10).start(state)
@@ -230,6 +234,43 @@ def test_training_refuses_to_continue_its_curve_in_another_protocol(tmp_path: Pa
     hook(10).start(state)
     with pytest.raises(ValueError, match="during training have num_images 10, but now it would be 50"):
         hook(50).start(state)
+
+
+def test_an_evaluation_that_is_killed_during_training_goes_on_where_it_was(tmp_path: Path) -> None:
+    folder, facts = RunFolder(tmp_path), {"weights": "ema"}
+    state = TrainState(None, None, None, batch_size=4, total_steps=9, step=2)  # type: ignore[arg-type]
+
+    def hook(make: Generator) -> EvaluationHook:
+        def chunks(step: int) -> ChunkStore:
+            return ChunkStore(tmp_path / "chunks", {"step": step})
+
+        def measure(store: ChunkStore) -> dict[str, Any]:
+            return evaluator().evaluate(make, silent_progress, store)
+
+        return EvaluationHook(2, measure, chunks, lambda _: facts, facts, folder, NoLogger(), make.runtime)
+
+    with pytest.raises(KeyboardInterrupt):
+        hook(counting(fail_at=15))(state, {})
+    assert not folder.evaluations.exists()
+    again = counting()
+    hook(again).start(state)
+    assert again.made == list(range(14, 30))
+    whole = evaluator().evaluate(generator(), silent_progress)
+    (record,) = json_lines(folder.evaluations)
+    assert whole.items() <= record.items()
+    assert list((tmp_path / "chunks").iterdir()) == []
+    later = counting()
+    state.step = 4
+    hook(later)(state, {})
+    assert later.made == list(range(30))
+
+
+def test_a_network_that_cannot_be_compiled_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="XLA compiles by itself"):
+        compile_blocks(golden_model()[0], torch.device("xla"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match=r"needs a C.. compiler, but there is no no-such-compiler"):
+        compile_blocks(golden_model()[0], torch.device("cpu"))
 
 
 def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

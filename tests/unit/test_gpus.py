@@ -1,0 +1,48 @@
+"""Workers of a sweep on one machine take different GPUs. None is here: what is tested is how they are shared out."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launch import gpus
+
+
+def test_each_worker_takes_a_gpu_of_its_own_and_leaves_it_when_it_ends(tmp_path: Path) -> None:
+    leases = [gpus.lease(2, tmp_path) for _ in range(4)]
+    assert [gpu for gpu, _ in leases] == [0, 1, 0, 1]  # four workers share two
+    leases[1][1].release()
+    assert gpus.lease(2, tmp_path)[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "config", "variables", "taken"),
+    [
+        (2, {"runtime": {"device": "auto"}}, {}, [1]),
+        (2, {}, {}, [1]),
+        (1, {"runtime": {"device": "auto"}}, {}, []),
+        (2, {"runtime": {"device": "cpu"}}, {}, []),
+        (2, {"runtime": {"device": "auto"}}, {"WORLD_SIZE": "2"}, []),
+    ],
+)
+def test_a_worker_keeps_its_gpu_and_a_launchers_processes_have_theirs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
+    config: dict[str, Any],
+    variables: dict[str, str],
+    taken: list[int],
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(gpus, "_held", [])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    _, other = gpus.lease(count, tmp_path / f".gpus-{gpus.platform.node()}")
+    for _ in range(2):  # its later runs
+        gpus.take_gpu(config, tmp_path)
+    other.release()
+    assert chosen == taken
