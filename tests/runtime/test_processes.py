@@ -34,17 +34,43 @@ def whole_run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_two_processes_train_the_same_run_as_one(whole_run: Path, digits: Path, tmp_path: Path) -> None:
-    torchrun(2, *TINY_RUN, f"data.shards={digits}", "run_dir=run", cwd=tmp_path)
-    alone, together = json_lines(whole_run / "metrics.jsonl"), json_lines(tmp_path / "run/metrics.jsonl")
+@pytest.fixture(scope="module")
+def run_of_two(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    torchrun(2, *TINY_RUN, f"data.shards={digits}", "run_dir=run", cwd=folder)
+    return folder / "run"
+
+
+def test_two_processes_train_the_same_run_as_one(whole_run: Path, run_of_two: Path) -> None:
+    alone, together = json_lines(whole_run / "metrics.jsonl"), json_lines(run_of_two / "metrics.jsonl")
     assert [line["step"] for line in together] == [line["step"] for line in alone]
     for one, two in zip(alone, together, strict=True):
         for key in ("loss", "mse", "vlb", "grad_norm"):
             assert two[key] == pytest.approx(one[key], rel=1e-4), (one["step"], key)
     assert together[0]["loss"] == pytest.approx(alone[0]["loss"], rel=1e-6)
-    one_weights, two_weights = weights(whole_run), weights(tmp_path / "run")
+    one_weights, two_weights = weights(whole_run), weights(run_of_two)
     for name, value in one_weights.items():
         np.testing.assert_allclose(two_weights[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_two_killed_processes_end_with_the_bits_of_two_that_were_not(
+    run_of_two: Path, digits: Path, tmp_path: Path
+) -> None:
+    """The same number of processes reduces in the same order."""
+    words = [*TINY_RUN, f"data.shards={digits}", "run_dir=run"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    with (tmp_path / "log").open("w") as log:
+        job = subprocess.Popen([*launcher, "-m", "launch.train", *words], cwd=tmp_path, stdout=log, stderr=log)
+    wait_for(tmp_path / "run/checkpoints/step_00000010", job)
+    for process in [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]:
+        process.kill()
+    job.wait()
+    torchrun(2, *words, cwd=tmp_path)
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (run_of_two / "metrics.jsonl").read_bytes()
+    expected, found = weights(run_of_two), weights(tmp_path / "run")
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
 
 
 def test_a_run_changes_its_number_of_processes_on_the_way(whole_run: Path, digits: Path, tmp_path: Path) -> None:

@@ -41,6 +41,16 @@ def test_a_run_under_xla_has_the_files_and_numbers_of_one_under_accelerate(study
     assert one["recognized_fraction"] == pytest.approx(two["recognized_fraction"], abs=0.02)
 
 
+def test_a_run_under_xla_that_was_stopped_ends_with_the_same_bits(study: Path, digits: Path) -> None:
+    words = [*TINY_RUN, f"data.shards={digits}", *XLA, "run_dir=stopped"]
+    ditscale("train", *words, "total_steps=5", cwd=study, env=FAST_COMPILE)
+    ditscale("train", *words, "total_steps=10", "resume.allow=[total_steps]", cwd=study, env=FAST_COMPILE)
+    for part in ("model", "ema", "optimizer"):
+        file = f"checkpoints/step_00000010/{part}.safetensors"
+        assert (study / "stopped" / file).read_bytes() == (study / "xla" / file).read_bytes(), part
+    assert (study / "stopped/metrics.jsonl").read_bytes() == (study / "xla/metrics.jsonl").read_bytes()
+
+
 def test_sampling_and_evaluating_under_xla_repeat_what_training_measured(study: Path) -> None:
     run = study / "xla"
     ditscale("evaluate", f"checkpoint={run}", *MEASURED, "runtime=xla", cwd=study, env=FAST_COMPILE)
