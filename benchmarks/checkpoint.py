@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.commit import current_commit
 from benchmarks.train_step import SIZES, diffusion, host_batches, new_model, wait_for_device
 from runtime.accelerate import AccelerateRuntime
 from train.checkpoint import load_newest
@@ -111,6 +112,7 @@ def main() -> None:
         "processors": os.cpu_count(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "commit": current_commit(),
     }
     print(json.dumps(result))
 
