@@ -73,6 +73,8 @@ def measure(size: str, batch_size: int, steps: int, store: FolderStore) -> dict[
         beside.append(training.step_sec(steps))
         training.writer.wait()
         writes.append(training.writer.timing.write_sec)
+        for old in store.steps()[:-1]:
+            store.remove(old)
     gigabytes = training.writer.timing.bytes_written / 1e9
     del training
     started = time.perf_counter()
