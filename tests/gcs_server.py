@@ -74,7 +74,8 @@ class GcsServer(LocalServer):
     def __init__(self) -> None:
         super().__init__(_Handler)
         self.buckets: dict[str, dict[str, Object]] = {BUCKET: {}}
-        self.uploads: dict[str, Upload] = {}
+        self.uploads: dict[str, Upload] = {}  # that are not complete yet
+        self.num_uploads = 0
         self.lock = threading.Lock()
         self._generation = 0
 
@@ -271,7 +272,8 @@ class _Handler(LocalHandler, http.server.BaseHTTPRequestHandler):
         self._meet_fault("upload", name)
         self._require_generation(bucket, name, self._match())
         if kind == "resumable":
-            key = str(len(self.owner.uploads))
+            self.owner.num_uploads += 1
+            key = str(self.owner.num_uploads)
             self.owner.uploads[key] = Upload(bucket, name, self._match())
             place = f"{self.owner.url}/upload/storage/v1/b/{bucket}/o?uploadType=resumable&upload_id={key}"
             return _Answer(200, b"", {"Location": place})

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from train.tensor_files import write_tensors
 POLL_SEC = 0.02  # between two looks for what other processes have written
 PATIENCE_SEC = 900.0  # for another process's part
 SPLIT_BYTES = 512 * 2**20  # up to which a part is one file, written by one process
+_FAILURE = "failed-by-{rank:05d}.json"  # why a process could not
 _RECEIPT = "written-by-{rank:05d}.json"  # SHA-256 of each file of a process, put when all of them are on disk
 
 
@@ -102,10 +104,19 @@ class CheckpointWriter:
             if self._runtime.is_main:
                 self._complete(step, content, owners)
         except BaseException as error:
-            if self._runtime.is_main:
-                self._store.abandon(step)
             self._error = error
+            self._give_up(step, error)
         self.timing.write_sec = time.perf_counter() - started
+
+    def _give_up(self, step: int, error: BaseException) -> None:
+        """The main process clears away; another one tells it why it need not wait, if the store still takes that."""
+        if self._runtime.is_main:
+            self._store.abandon(step)
+            return
+        with suppress(OSError, ValueError):
+            self._put(
+                step, _FAILURE.format(rank=self._runtime.data_rank), {"error": f"{type(error).__name__}: {error}"}
+            )
 
     def _write_share(self, step: int, owners: dict[str, list[list[str]]]) -> None:
         rank, hashes = self._runtime.data_rank, {}
@@ -135,7 +146,11 @@ class CheckpointWriter:
 
     def _await(self, step: int, receipts: set[str]) -> None:
         until = time.monotonic() + self._patience_sec
-        while missing := receipts - self._store.written(step):
+        while missing := receipts - (written := self._store.written(step)):
+            for name in sorted(written):
+                if name.startswith(_FAILURE.partition("{")[0]):
+                    reason = json.loads(self._store.read(step, name))["error"]
+                    raise ValueError(f"Another process could not write its part of {self._store.place(step)}: {reason}")
             if time.monotonic() > until:
                 raise ValueError(
                     f"{len(missing)} of {len(receipts)} processes have not written their part of "

@@ -188,6 +188,22 @@ def test_a_process_that_does_not_see_the_folder_is_noticed(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_main_process_learns_why_another_could_not_write(tmp_path: Path) -> None:
+    class Full(FolderStore):
+        def write(self, step: int, name: str, content: Callable[[IO[bytes]], Any]) -> Any:
+            if name.startswith("model-00002"):
+                raise OSError(28, "No space left on device", name)
+            return super().write(step, name, content)
+
+    writers = [CheckpointWriter(Full(tmp_path), Process(rank, 2), split_bytes=0) for rank in range(2)]
+    for writer in writers:
+        writer.save(trained(), FACTS)
+    with pytest.raises(ValueError, match=r"Another process could not write its part of .*: OSError: .*No space left"):
+        writers[0].wait()
+    with pytest.raises(OSError, match="No space left"):
+        writers[1].wait()
+
+
 def test_checkpoints_of_the_first_format_are_read(tmp_path: Path) -> None:
     state, restored = trained(), new_state()
     save(tmp_path, state)
