@@ -69,6 +69,7 @@ CASES: tuple[tuple[str, ...], ...] = (
     ("v4-8", "runtime.mode=fsdp", REMAT),
     ("v5e-8", "runtime.mode=replicated", REMAT),
     ("v5e-8", "runtime.mode=zero1"),
+    ("v5e-8", "runtime.mode=fsdp", REMAT),
     ("v6e-8", "runtime.mode=replicated"),
 )
 
