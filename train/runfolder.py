@@ -125,9 +125,12 @@ class RunFolder:
         append_line(file, json.dumps(dict(record)))
 
     def require_no_lost_checkpoint(self, checkpoint_every: int) -> None:
-        """For a run that finds no checkpoint: raise ValueError where its lines say that there was one."""
+        """For a run that finds no checkpoint: raise ValueError where its lines say that there was one.
+
+        The first is written beside the steps after it, and is complete before the second begins.
+        """
         last = max((line["step"] for line in read_lines(self.metrics)), default=0)
-        if last > checkpoint_every:
+        if last > 2 * checkpoint_every:
             raise ValueError(
                 f"{self.path} has results up to step {last} but no checkpoint to continue from; put its checkpoints "
                 "back, or move the folder away to train anew."

@@ -291,8 +291,9 @@ def test_a_run_whose_checkpoints_are_gone_does_not_erase_its_results(tmp_path: P
     folder = RunFolder(tmp_path)
     folder.append(folder.metrics, {"step": 8})
     folder.require_no_lost_checkpoint(checkpoint_every=8)  # killed before its first checkpoint
+    folder.require_no_lost_checkpoint(checkpoint_every=4)  # killed while that was written beside the steps after it
     with pytest.raises(ValueError, match="results up to step 8 but no checkpoint"):
-        folder.require_no_lost_checkpoint(checkpoint_every=4)
+        folder.require_no_lost_checkpoint(checkpoint_every=3)
 
 
 def test_rolling_back_drops_later_and_cut_lines(tmp_path: Path) -> None:
