@@ -4,11 +4,12 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from evaluation.report import paper
@@ -41,33 +42,35 @@ class PaperFigure:
     number: int
     title: str
     draw: Callable[[Study], Figure]
-    note: str = ""  # what a reader who has the paper beside it must know
+    note: Callable[[Study], str] = lambda study: ""  # what a reader who has the paper beside it must know
 
 
 def figure_2(study: Study) -> Figure:
-    """Bubbles: distance against Gflops, the area by Gflops."""
+    """Bubbles: distance against Gflops, the area by Gflops; on the right our best model among other systems."""
     records = _scaling(study, 2)
-    figure = new_figure(6.4, 4.4)
-    axes, palette = figure.subplots(), Palette(records)
-    gmacs = np.array([record["gmacs"] for record in records])
-    areas = 60 + 1500 * np.sqrt(gmacs / gmacs.max()) ** 1.2
-    for record, area in sorted(zip(records, areas, strict=True), key=lambda pair: -pair[1]):
-        place = (record["gmacs"], record[DISTANCE])
-        axes.scatter(*place, s=area, color=palette(record), alpha=0.75, edgecolor="white", linewidth=1.2)
-        axes.annotate(
-            model_name(record),
-            place,
-            xytext=(0, area**0.5 / 2 + 2),
-            textcoords="offset points",
-            ha="center",
-            fontsize=7.5,
-        )
-    axes.set_xscale("log")
-    axes.margins(x=0.14, y=0.2)
-    axes.set_ylim(bottom=0)
-    _label(axes, GFLOPS, study.distance_name)
-    axes.set_title(f"Each model after {_moment(study)}; area by Gflops")
+    best = _best_beside_table_2(study)
+    figure = new_figure(11 if best else 6.4, 4.4)
+    left, *right = figure.subplots(1, 2 if best else 1, squeeze=False)[0]
+    palette = Palette([*records, *([best] if best else [])])
+    models = [_Bubble(model_name(r), r["gmacs"], r[DISTANCE], palette(r)) for r in records]
+    _bubbles(left, models, study.distance_name)
+    left.set_title(f"Each model after {_moment(study)}; area by Gflops")
+    if best:
+        _systems(right[0], best, palette(best))
     return figure
+
+
+def note_of_figure_2(study: Study) -> str:
+    """What stands on the right, or how to get it there."""
+    if _best_beside_table_2(study):
+        return (
+            "Right: our best model, and the systems of the paper's table 2 with the Gflops of its table 6; all are "
+            "FID-50K against the same reference, but each was trained and sampled in its own way."
+        )
+    return (
+        "This is the left panel of the paper's figure. The right one, the best model beside ADM and LDM, is drawn "
+        "once a model was measured as those were: FID of 50,000 images against ADM's reference at 256 px."
+    )
 
 
 def figure_5(study: Study) -> Figure:
@@ -86,7 +89,10 @@ def figure_5(study: Study) -> Figure:
             axes.plot(
                 _steps(records), _values(records), "o-", color=block_colour(block), label=block_name(block), alpha=0.9
             )
+        for name in names:
+            _rings_over_training(axes, curves[name], block_colour(study.chosen[name]["block"]))
         axes.set_title(model)
+        _steps_axis(axes)
         axes.legend()
         _log_y(axes)
     figure.supxlabel("Training steps", fontsize=9)
@@ -126,7 +132,10 @@ def figure_6(study: Study) -> Figure:
             axes.plot(
                 _steps(curves[name]), _values(curves[name]), style, color=palette(record), alpha=alpha, label=label
             )
+        for name in members:
+            _rings_over_training(axes, curves[name], palette(study.chosen[name]))
         axes.set_title(title)
+        _steps_axis(axes)
         axes.legend()
         _log_y(axes)
     figure.supxlabel("Training steps", fontsize=9)
@@ -164,6 +173,12 @@ def figure_8(study: Study) -> Figure:
     records = _scaling(study, 2)
     figure = new_figure(6.8, 4.6)
     axes, palette = figure.subplots(), Palette(records)
+    if paper.shares_figure_8(study.protocol):
+        _rings(axes, [(point.gmacs, point.fid) for point in paper.SWEEP], GREY)
+        for point in paper.SWEEP:
+            if point.model not in map(model_name, records):
+                place = (point.gmacs, point.fid)
+                axes.annotate(point.model, place, (7, 4), textcoords="offset points", fontsize=7.5, color=GREY)
     _points_and_fit(axes, study, DISTANCE, palette, names=True)
     floor = study.protocol["frechet_distance_of_real_resample"]
     if floor is not None and floor > min(_values(records)) / 4:  # else it would leave the curve no room
@@ -178,11 +193,6 @@ def figure_8(study: Study) -> Figure:
             fontsize=7.5,
             color=GREY,
         )
-    if paper.shares_the_papers_protocol(study.protocol):
-        for name, (gmacs, fid) in paper.TABLE_4.items():
-            axes.plot(gmacs, fid, "o", color="none", markeredgecolor=GREY, markersize=9, zorder=1)
-            axes.annotate(name, (gmacs, fid), (6, 6), textcoords="offset points", fontsize=6.5, color=GREY)
-        axes.plot([], [], "o", color="none", markeredgecolor=GREY, markersize=9, label=paper.SOURCE)
     _log_y(axes)
     _label(axes, GFLOPS, study.distance_name)
     fit = study.fit()
@@ -201,6 +211,8 @@ def figure_9(study: Study) -> Figure:
     axes = figure.subplots()
     _training_compute(axes, study, DISTANCE)
     records = list(study.scaling().values())
+    for record in records:
+        _rings(axes, [(p.training_gmacs, p.fid) for p in paper.points_of(record)], Palette(records)(record))
     legend_of_sizes(axes, Palette(records), records)
     _log_y(axes)
     _label(axes, "Training compute (giga multiply-adds: Gflops x images seen x 3)", study.distance_name)
@@ -224,6 +236,9 @@ def figure_10(study: Study) -> Figure:
         block = study.chosen[name]["block"]
         solid = block == study.main_block
         axes.plot(x, _values(records), marker(records[0]) + ("-" if solid else ":"), color=palette(records[0]))
+        points = paper.sampling_points_of(records[0])
+        places = [(point.sampling_gmacs, point.fid) for point in points]
+        _rings(axes, places, palette(records[0]), paper.FIGURE_10_NAME)
         for record, place in ((records[0], x[0]), (records[-1], x[-1])):
             axes.annotate(
                 f"{record['sampler']['steps']}",
@@ -267,7 +282,7 @@ def figure_12(study: Study) -> Figure:
 
 
 FIGURES = (
-    PaperFigure(2, "Distance and Gflops of all models", figure_2, paper.WITHOUT_BASELINES),
+    PaperFigure(2, "Distance and Gflops of all models", figure_2, note_of_figure_2),
     PaperFigure(5, "Block types over training", figure_5),
     PaperFigure(6, "All models over training, by patch size and by model size", figure_6),
     PaperFigure(8, "Distance against Gflops", figure_8),
@@ -275,6 +290,67 @@ FIGURES = (
     PaperFigure(10, "Distance against sampling compute", figure_10),
     PaperFigure(12, "Other metrics against training compute and Gflops", figure_12),
 )
+
+
+def _best_beside_table_2(study: Study) -> Record | None:
+    """Of all evaluations the one of lowest FID; with guidance where any was, as the paper shows it."""
+    fitting = [r for records in study.records.values() for r in records if paper.shares_table_2(r)]
+    guided = [record for record in fitting if paper.is_guided(record)]
+    return min(guided or fitting, key=lambda record: record["fid"], default=None)
+
+
+def _systems(axes: Axes, best: Record, colour: str) -> None:
+    """Table 2, with guidance or without, as our best record is; ours on top, its name to the right."""
+    guided = paper.is_guided(best)
+    systems = [_Bubble(s.name, s.gmacs, s.fid, GREY) for s in paper.TABLE_2 if s.is_guided == guided]
+    _bubbles(axes, systems, distance_name(best))
+    ours, part_of_largest = (best["gmacs"], best["fid"]), best["gmacs"] / max(s.gmacs for s in systems)
+    axes.scatter(*ours, s=_bubble_area(part_of_largest), color=colour, edgecolor="white")
+    axes.annotate(f"ours: {model_name(best)}", ours, (14, 0), textcoords="offset points", va="center", weight="bold")
+    axes.set_title(f"{'With' if guided else 'Without'} guidance, beside the paper's table 2")
+
+
+class _Bubble(NamedTuple):
+    name: str
+    gmacs: float
+    distance: float
+    colour: str
+
+
+def _bubble_area(part_of_largest: float) -> float:
+    """In square points."""
+    return 60 + 1500 * part_of_largest**0.6
+
+
+def _bubbles(axes: Axes, bubbles: Sequence[_Bubble], distance: str) -> None:
+    """Small ones over large ones; names below and above in turn, so that those of neighbours stay apart."""
+    rising = sorted(bubbles, key=lambda bubble: bubble.gmacs)
+    for i, bubble in reversed(list(enumerate(rising))):
+        area = _bubble_area(bubble.gmacs / rising[-1].gmacs)
+        place = (bubble.gmacs, bubble.distance)
+        axes.scatter(*place, s=area, color=bubble.colour, alpha=0.75, edgecolor="white", linewidth=1.2)
+        side, foot = ((-1, "top"), (1, "bottom"))[i % 2]
+        away = (0, side * (area**0.5 / 2 + 2))
+        axes.annotate(bubble.name, place, away, textcoords="offset points", ha="center", va=foot, fontsize=7.5)
+    axes.set_xscale("log")
+    axes.margins(x=0.14, y=0.2)
+    axes.set_ylim(bottom=0)
+    _label(axes, GFLOPS, distance)
+
+
+def _rings(axes: Axes, points: Sequence[tuple[float, float]], colour: str, label: str = paper.TABLE_4_NAME) -> None:
+    """The paper's own points: hollow, behind ours, named once in the legend."""
+    is_named = label in axes.get_legend_handles_labels()[1]
+    for x, y in points:
+        named = None if is_named else label
+        axes.plot(x, y, "o", color="none", markeredgecolor=colour, markersize=9, zorder=1, label=named)
+        is_named = True
+
+
+def _rings_over_training(axes: Axes, curve: Sequence[Record], colour: str) -> None:
+    """As far as ours was trained: later points would squeeze the curves."""
+    points = [p for p in paper.points_of(curve[-1]) if p.step <= curve[-1]["step"]]
+    _rings(axes, [(point.step, point.fid) for point in points], colour)
 
 
 def _scaling(study: Study, at_least: int) -> list[Record]:
@@ -311,7 +387,7 @@ def _points_and_fit(axes: Axes, study: Study, key: str, palette: Palette, names:
             )
     axes.set_xscale("log")
     axes.margins(x=0.1, y=0.12)
-    if fit:
+    if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="lower left")
 
 
@@ -359,6 +435,14 @@ def _moment(study: Study) -> str:
 def _label(axes: Axes, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+
+
+def _steps_axis(axes: Axes) -> None:
+    """Few ticks, as 400K."""
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value / 1000:g}K" if value >= 10_000 else f"{value:g}")
+    )
 
 
 def _log_y(axes: Axes) -> None:

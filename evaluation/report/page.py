@@ -55,7 +55,7 @@ def page_of(study: Study, figures: list[Shown]) -> str:
         fit_text=_fit_text(study.fit(), study),
         protocol={key: _text(study.protocol[key]) for key in SHOWN_KEYS if key in study.protocol},
         runs=[_run_of(study.sweep / name) for name in [*study.chosen, *study.unevaluated]],
-        beside_paper=paper.shares_the_papers_protocol(study.protocol),
+        beside_paper=any(paper.points_of(record) for record in study.chosen.values()),
     )
 
 

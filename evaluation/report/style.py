@@ -97,7 +97,7 @@ def content_of(figure: matplotlib.figure.Figure, kind: str) -> bytes:
 
 
 def legend_of_sizes(axes: Axes, palette: Palette, records: Iterable[Record]) -> None:
-    """One entry a size, one a patch size."""
+    """One entry a size, one a patch size, and what in the axes has a label."""
     handles = [
         matplotlib.lines.Line2D([], [], color=colour, linewidth=3, label=name)
         for name, colour in palette.by_size.items()
@@ -109,4 +109,4 @@ def legend_of_sizes(axes: Axes, palette: Palette, records: Iterable[Record]) -> 
                 [], [], color=GREY, marker=shape, linestyle="none", label=f"patch size {patch_size}"
             )
         )
-    axes.legend(handles=handles)
+    axes.legend(handles=[*handles, *axes.get_legend_handles_labels()[0]])

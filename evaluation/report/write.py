@@ -70,7 +70,7 @@ def _drawers(study: Study, samples: SampleGrid | str) -> list[tuple[int, str, An
         return figure_7(samples, study)
 
     drawers: list[tuple[int, str, Any, str]] = [
-        (figure.number, figure.title, lambda draw=figure.draw: draw(study), figure.note) for figure in FIGURES
+        (figure.number, figure.title, lambda draw=figure.draw: draw(study), figure.note(study)) for figure in FIGURES
     ]
     drawers.append((7, "The same noise and label through all models", draw_samples, ""))
     return sorted(drawers, key=lambda drawer: drawer[0])

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 from scipy import stats
 
 from evaluation.inception_features import SHA256
-from evaluation.report import paper
+from evaluation.report import figures, paper
 from evaluation.report.fit import fit_power_law
 from evaluation.report.study import Study, read_study, sampling_gmacs
 from evaluation.report.write import Report, write_report
@@ -166,39 +167,122 @@ def test_no_line_is_drawn_through_too_few_points(x: list[float], y: list[float])
 
 
 def test_the_papers_table_correlates_as_the_paper_says() -> None:
-    fit = fit_power_law(*map(list, zip(*paper.TABLE_4.values(), strict=True)))
+    assert len(paper.SWEEP) == 12
+    fit = fit_power_law([point.gmacs for point in paper.SWEEP], [point.fid for point in paper.SWEEP])
     assert fit is not None
     assert fit.semilog_correlation == pytest.approx(-0.93, abs=0.005)
 
 
-def test_the_papers_points_are_drawn_beside_its_own_protocol_alone(tmp_path: Path) -> None:
-    same: dict[str, Any] = {
-        "step": 400_000,
-        "images_seen": 102_400_000,
-        "fid": 20.0,
+def papers_record(width: int, depth: int, fid: float, step: int = 400_000, **changes: Any) -> dict[str, Any]:
+    """As a run of `experiment=paper/...` would write it."""
+    record = {
+        "step": step,
+        "images_seen": step * 256,
+        "depth": depth,
+        "patch_size": 2,
+        "fid": fid,
         "num_images": 50_000,
         "sampler": {"name": "ddpm", "steps": 250},
         "feature_extractor_hash": SHA256,
         "reference": "VIRTUAL_imagenet256_labeled.npz",
         "decoder": "sd-vae-ft-mse 31f26fd",
+        "gmacs": width**2 * depth / 3.2e5,
+        "training_gmacs": width**2 * depth / 3.2e5 * step * 256 * 3,
     }
-    record = record_of(384, 20.0, **same)
-    assert paper.shares_the_papers_protocol(record)
-    changes: list[dict[str, Any]] = [
-        {"step": 399_999},
-        {"num_images": 10_000},
-        {"sampler": {"name": "ddim", "steps": 250}},
-        {"guidance": {"name": "ClassifierFreeGuidance", "scale": 1.5}},
-        {"feature_extractor_hash": "0"},
-        {"reference": "mine.npz"},
-        {"decoder": "sd-vae-ft-ema 1"},
-        {"weights": "model"},
+    return record_of(width, fid, **record | changes)
+
+
+GUIDED = {"guidance": {"name": "ClassifierFreeGuidance", "scale": 1.5}}
+OTHER_PROTOCOLS: list[dict[str, Any]] = [
+    {"num_images": 10_000},
+    {"sampler": {"name": "ddim", "steps": 250}},
+    {"sampler": {"name": "ddpm", "steps": 128}},
+    GUIDED,
+    {"feature_extractor_hash": "0"},
+    {"reference": "mine.npz"},
+    {"decoder": "sd-vae-ft-ema 1"},
+    {"weights": "model"},
+    {"images_seen": 1},
+]
+
+
+def test_the_papers_points_stand_beside_its_own_protocol_alone() -> None:
+    record = papers_record(1152, 28, 20.0)
+    assert paper.shares_figure_8(record)
+    assert not paper.shares_figure_8(papers_record(1152, 28, 20.0, step=399_999))
+    assert [(p.step, p.fid) for p in paper.points_of(record)] == [
+        (400_000, 19.47),
+        (2_352_000, 10.67),
+        (7_000_000, 9.62),
     ]
-    assert not any(paper.shares_the_papers_protocol({**record, **change}) for change in changes)
-    for name, width in (("a", 384), ("b", 768)):
-        write_run(tmp_path, name, record_of(width, 20.0, **same))
-    page = write_report(read_study(tmp_path), tmp_path / "report").page.read_text()
-    assert "measured by the same protocol" in page
+    assert [p.fid for p in paper.points_of({**record, "block": "InContextBlock"})] == [35.24]
+    assert paper.points_of({**record, "width": 100}) == []
+    assert not any(paper.points_of({**record, **change}) for change in OTHER_PROTOCOLS)
+    of_10k = {**record, "num_images": 10_000, "sampler": {"name": "ddpm", "steps": 16}}
+    # In words: 15.2 Tflops.
+    assert [(round(p.sampling_gmacs, -2), p.fid) for p in paper.sampling_points_of(of_10k)] == [(15_200, 23.7)]
+    assert paper.sampling_points_of(record) == []
+
+
+def circles(axes: Axes) -> list[tuple[float, float]]:
+    """Where the paper's hollow points are."""
+    lines = [line for line in axes.lines if line.get_marker() == "o" and line.get_color() == "none"]
+    return [(float(x), float(y)) for line in lines for x, y in zip(*line.get_data(), strict=True)]
+
+
+def test_the_papers_points_are_drawn_where_its_protocol_is_shared(tmp_path: Path) -> None:
+    for block in ("AdaLNZeroBlock", "InContextBlock"):
+        steps = [papers_record(1152, 28, 9e6 / step, step=step, block=block) for step in (200_000, 400_000)]
+        write_run(tmp_path, block, *steps)
+    write_run(tmp_path, "s", *(papers_record(384, 12, 3e7 / step, step=step) for step in (200_000, 400_000)))
+    study = read_study(tmp_path)
+    of_s, of_xl = (400_000, 68.40), (400_000, 19.47)
+    assert sorted(circles(figures.figure_5(study).axes[0])) == [of_xl, (400_000, 35.24)]
+    by_patch, *by_size = (axes for axes in figures.figure_6(study).axes if axes.get_visible())
+    assert circles(by_patch) == [of_s, of_xl]
+    assert [circles(axes) for axes in by_size] == [[of_s], [of_xl]]
+    assert circles(figures.figure_8(study).axes[0]) == [(p.gmacs, p.fid) for p in paper.SWEEP]
+    (gmacs, fid), *of_xl_compute = circles(figures.figure_9(study).axes[0])
+    assert (gmacs, fid) == (pytest.approx(6.06 * 400_000 * 256 * 3), 68.40)
+    assert [fid for _, fid in of_xl_compute] == [19.47, 10.67, 9.62]
+    for axes in (by_patch, figures.figure_8(study).axes[0], figures.figure_9(study).axes[0]):
+        legend = axes.get_legend()
+        assert legend is not None
+        assert [text.get_text() for text in legend.get_texts()].count("paper, table 4") == 1
+    assert "The rings in figures 5, 6, 8 and 9" in write_report(study, tmp_path / "report").page.read_text()
+
+
+def test_no_point_of_the_paper_is_drawn_beside_other_numbers(full: Report) -> None:
+    for figure in figures.FIGURES:
+        assert not any(circles(axes) for axes in figure.draw(full.study).axes)
+    assert "The paper's own points are not drawn" in full.page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("other", "best", "beside"),
+    [
+        ({"num_images": 10_000}, 20.0, {"ADM": 10.94, "ADM-U": 7.49, "LDM-4": 10.56, "LDM-8": 15.51, "DiT-XL/2": 9.62}),
+        (GUIDED, 3.0, {"ADM-G": 4.59, "ADM-G, ADM-U": 3.94, "LDM-4-G": 3.6, "LDM-8-G": 7.76, "DiT-XL/2-G": 2.27}),
+    ],
+)
+def test_figure_2_shows_the_best_model_beside_adm_and_ldm(
+    tmp_path: Path, other: dict[str, Any], best: float, beside: dict[str, float]
+) -> None:
+    write_run(tmp_path, "xl", papers_record(1152, 28, 20.0), papers_record(1152, 28, 3.0, **other))
+    write_run(tmp_path, "s", papers_record(384, 12, 70.0))
+    study = read_study(tmp_path)
+    left, right = figures.figure_2(study).axes
+    assert bubbles(left) == {"XL/2": 20.0, "S/2": 70.0}
+    assert bubbles(right) == {**beside, "ours: XL/2": best}
+    report = write_report(study, tmp_path / "report")
+    assert "the systems of the paper&#39;s table 2" in report.page.read_text()
+
+
+def bubbles(axes: Axes) -> dict[str, float]:
+    """Name and distance of each."""
+    names = [text.get_text() for text in axes.texts]
+    places = [np.asarray(collection.get_offsets())[0] for collection in axes.collections]
+    return {name: float(place[1]) for name, place in zip(names, places, strict=True)}
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +372,7 @@ class Parsed(HTMLParser):
 
 def test_the_page_is_whole_and_needs_nothing_from_elsewhere(full: Report) -> None:
     text = full.page.read_text()
-    assert "The right one, the best model beside ADM and LDM, is missing" in text
+    assert "This is the left panel of the paper&#39;s figure." in text
     page = Parsed(text)
     assert page.open == []
     addresses = [value for _, attrs in page.tags for key, value in attrs.items() if key in ("src", "href")]
