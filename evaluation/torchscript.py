@@ -1,4 +1,4 @@
-"""Features of any network that was saved as TorchScript: DINOv2's, or a classifier's of one's own data.
+"""Features of any network that was saved as TorchScript: a classifier's of one's own data, for example.
 
 TorchScript, because such a file holds network and weights together and needs no library of models here, and because
 loading it runs no Python: ``torch.export`` archives and plain ``torch.load`` unpickle.
@@ -7,23 +7,14 @@ loading it runs no Python: ``torch.export`` archives and plain ``torch.load`` un
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
-from numpy.typing import NDArray
-from torch import Tensor
 
 from data.atomic import sha256_of
-from evaluation.features import Features
-from evaluation.precision import exact_float32
+from evaluation.network_features import NetworkFeatures
 
 
-class TorchScriptFeatures:
-    """A `FeatureExtractor` of ``file``: a network from [B, 3, ``image_size``, ``image_size``] to [B, D], float32.
-
-    Images in [0, 1] are resized bicubically with antialiasing, then less ``mean`` and over ``std`` per channel.
-    Raises ValueError where the file is missing or no TorchScript.
-    """
+class TorchScriptFeatures(NetworkFeatures):
+    """Of ``file``. Raises ValueError where the file is missing or no TorchScript."""
 
     def __init__(
         self,
@@ -41,42 +32,8 @@ class TorchScriptFeatures:
                 "name it by evaluation.features.file=PATH."
             )
         try:
-            self._network = torch.jit.load(path, map_location="cpu").eval()
+            network = torch.jit.load(path, map_location="cpu")
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{path} is no TorchScript ({reason}); save the network by torch.jit.save.") from error
-        self.title, self.hash = title, sha256_of(path)
-        self.facts: dict[str, float] = {}
-        self._image_size, self._batch_size = image_size, batch_size
-        self._mean, self._std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
-        self._device = torch.device("cpu")
-
-    def to(self, device: torch.device) -> None:
-        """Compute there."""
-        self._device = device
-        self._network.to(device)
-        self._mean, self._std = self._mean.to(device), self._std.to(device)
-
-    @torch.no_grad()
-    def __call__(self, images: NDArray[np.uint8]) -> Features:
-        """[B, H, W, C] uint8 of 1 or 3 channels -> [B, D] float32."""
-        if images.shape[3] not in (1, 3):
-            raise ValueError(
-                f"The images have {images.shape[3]} channels, but the network of {self.title} sees 3 (or 1, as grey); "
-                "choose another evaluation/features."
-            )
-        with exact_float32(self._device):
-            parts = [
-                self._network(self._prepared(images[start : start + self._batch_size])).cpu()
-                for start in range(0, len(images), self._batch_size)
-            ]
-        vectors: Tensor = torch.cat(parts)
-        if vectors.dim() != 2:
-            raise ValueError(f"The network of {self.title} gives {tuple(vectors.shape)}, but features are [B, D].")
-        return Features(vectors.float().numpy())
-
-    def _prepared(self, images: NDArray[np.uint8]) -> Tensor:
-        pixels = torch.from_numpy(images).to(self._device).permute(0, 3, 1, 2).float().expand(-1, 3, -1, -1) / 255
-        size = (self._image_size, self._image_size)
-        resized = F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False)
-        return (resized.clamp(0, 1) - self._mean) / self._std
+        super().__init__(network, title, sha256_of(path), image_size, mean, std, batch_size)

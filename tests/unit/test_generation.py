@@ -13,6 +13,7 @@ import torch
 from conftest import TINY_RUN, PatternSource, json_lines, silent_progress
 from inception_weights import random_weights
 from PIL import Image
+from small_dinov2 import write_small_dinov2
 from test_bad_input import fails
 from test_evaluation import PixelFeatures, generator
 from test_metrics import in_parallel
@@ -278,7 +279,7 @@ def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     cli.main()
 
 
-def test_all_metrics_of_inception_from_the_command_line(
+def test_all_metrics_of_inception_and_dinov2_from_the_command_line(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -307,6 +308,14 @@ def test_all_metrics_of_inception_from_the_command_line(
     assert record["metrics"]["precision_recall"] == {"k": 3, "distances": "fp32"}
     assert len(list((tmp_path / "pngs").glob("*.png"))) == 6
     assert list((tmp_path / "run/chunks").iterdir()) == []
+
+    dinov2 = ["evaluation/features=dinov2", f"evaluation.features.folder={write_small_dinov2(tmp_path / 'dinov2')}"]
+    fitting = ["evaluation.features.image_size=28", "evaluation.metric.kernel.subset_size=5"]
+    run([*evaluate, *dinov2, *fitting, "metrics=[frechet,kernel,precision_recall]"], monkeypatch)
+    *_, record = json_lines(tmp_path / "run/evaluations.jsonl")
+    assert record["feature_extractor"] == "DINOv2 features (width 32, depth 2)"
+    for name in ("frechet_distance", "kernel_distance", "precision", "recall"):
+        assert np.isfinite(record[name]), name
 
     assert "There is no metric 'fdi'" in fails([*classifier, "metrics=[fdi]"], monkeypatch, capfd)
     assert "choose evaluation/features=inception" in fails([*classifier, "metrics=[fid]"], monkeypatch, capfd)

@@ -12,7 +12,6 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from data.atomic import sha256_of
 from evaluation.inception import Inception2015, resize_like_tensorflow
 from evaluation.inception_features import SHA256, URL, InceptionFeatures, load_inception
-from evaluation.torchscript import TorchScriptFeatures
 
 
 @pytest.fixture(scope="module")
@@ -131,29 +130,3 @@ def test_a_file_of_something_else_is_refused(content: Any, tmp_path: Path) -> No
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="does not hold the Inception weights"):
         load_inception(tmp_path / "other.pth")
-
-
-class ChannelMeans(torch.nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.mean(dim=(2, 3))
-
-
-def test_a_torchscript_network_sees_normalised_images(tmp_path: Path) -> None:
-    torch.jit.script(ChannelMeans()).save(str(tmp_path / "means.pt"))
-    mean, std = [0.1, 0.2, 0.3], [0.5, 1.0, 2.0]
-    extractor = TorchScriptFeatures(str(tmp_path / "means.pt"), "means", 16, mean, std, batch_size=2)
-    images = np.full((5, 16, 16, 3), 51, np.uint8)
-    found = extractor(images)
-    assert found.vectors.shape == (5, 3)
-    np.testing.assert_allclose(found.vectors[4], (0.2 - np.array(mean)) / std, rtol=1e-5, atol=1e-6)
-    assert extractor(np.full((1, 40, 40, 1), 51, np.uint8)).vectors == pytest.approx(found.vectors[:1], abs=1e-6)
-    assert extractor.hash == sha256_of(tmp_path / "means.pt")
-
-
-def test_a_missing_or_foreign_torchscript_file_is_refused(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"title": "x", "image_size": 8, "mean": [0, 0, 0], "std": [1, 1, 1]}
-    with pytest.raises(ValueError, match=r"There is no network at nowhere\.pt"):
-        TorchScriptFeatures("nowhere.pt", **settings)
-    (tmp_path / "bad.pt").write_bytes(b"no archive")
-    with pytest.raises(ValueError, match="is no TorchScript"):
-        TorchScriptFeatures(str(tmp_path / "bad.pt"), **settings)
