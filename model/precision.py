@@ -11,6 +11,15 @@ import torch
 warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32 behavior")
 
 
+def allow_tf32(is_allowed: bool) -> None:
+    """Whether GPUs may compute products and convolutions of float32 in TF32.
+
+    Set in PyTorch's old way: its compiler reads that, and raises where the new one says something else.
+    """
+    torch.set_float32_matmul_precision("high" if is_allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = is_allowed
+
+
 @contextmanager
 def exact_float32(device: torch.device) -> Iterator[None]:
     """Inside the block no TF32 or bfloat16 in convolutions or matrix products of float32, and no autocast.
