@@ -351,11 +351,13 @@ def test_a_checkpoint_is_of_the_step_it_was_taken_at_though_training_goes_on(tmp
         state, expected = on_gpu(runtime, number)
         assert {value.device.type for value in everything(state).values()} == {"cuda"}
         state.step = number
+        weights = [*state.model.parameters(), *state.ema.module.parameters()]
+        later = [torch.full(value.shape, 7.0).to(CUDA) for value in weights]
         writer.save(state, FACTS)
-        for value in [*state.model.parameters(), *state.ema.module.parameters()]:
-            value.data.copy_(torch.full(value.shape, 7.0))  # the next steps
+        for value, new in zip(weights, later, strict=True):
+            value.data.copy_(new)  # the next step, within the GPU: nothing of it is waited for
+        writer.wait()
         taken.append(expected)
-    writer.wait()
     for path, expected in zip(list_checkpoints(tmp_path), taken, strict=True):
         restored = new_state()
         load_checkpoint(path, restored)
