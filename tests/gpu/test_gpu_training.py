@@ -72,7 +72,7 @@ def test_recipes_are_those_of_the_cpu(fields: dict[str, Any]) -> None:
     assert_same_run(case(**fields))
 
 
-def test_bfloat16_is_of_the_network_alone(device: torch.device) -> None:
+def test_bfloat16_is_of_the_network_alone() -> None:
     run = case(precision="bf16")
     (_, of_plain), (found, facts) = plain(run), under_runtime(run)
     assert facts["losses"] == pytest.approx(of_plain["losses"], rel=BFLOAT16)
