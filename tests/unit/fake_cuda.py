@@ -151,8 +151,8 @@ AVERAGES = {
 class Training:
     """A step on the fake GPU, in bf16, with clipping, a guard and two micro-batches."""
 
-    def __init__(self, block: str, recomputes: bool, average: str = "constant") -> None:
-        self.runtime = AccelerateRuntime("bf16", micro_batches=2)
+    def __init__(self, block: str, recomputes: bool, average: str = "constant", mode: Any = "replicated") -> None:
+        self.runtime = AccelerateRuntime("bf16", micro_batches=2, mode=mode)
         self.model = dit(block)
         with unset_fake_temporarily():
             self.averages = AVERAGES[average](self.model)

@@ -32,11 +32,19 @@ def no_gpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"LD_PRELOAD": str(library), "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
-def test_steps_samplers_and_metrics_stay_on_the_gpu_and_bytes_arrive(tmp_path: Path, no_gpu: dict[str, str]) -> None:
-    words = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", str(HERE / "fake_cuda.py")]
-    shown = run_process(words, tmp_path, expect=0, env=no_gpu)
+def assert_passes(file: str, cwd: Path, env: dict[str, str]) -> None:
+    words = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", str(HERE / file)]
+    shown = run_process(words, cwd, expect=0, env=env)
     assert " passed" in shown
     assert "skipped" not in shown
+
+
+def test_steps_samplers_and_metrics_stay_on_the_gpu_and_bytes_arrive(tmp_path: Path, no_gpu: dict[str, str]) -> None:
+    assert_passes("fake_cuda.py", tmp_path, no_gpu)
+
+
+def test_a_step_of_processes_that_spread_their_state_stays_on_the_gpu(tmp_path: Path, no_gpu: dict[str, str]) -> None:
+    assert_passes("fake_fsdp.py", tmp_path, no_gpu)
 
 
 GATHERING = """
