@@ -145,7 +145,7 @@ def sampling_small() -> dict[str, Any]:
 
 
 def _sampled(of: Sampled) -> dict[str, Any]:
-    """Guided images per second against the loop of a first script: eager, two passes a step, float32 (TF32 on a GPU)."""
+    """Guided images per second against a first script's loop: eager, two passes a step, float32 (TF32 on a GPU)."""
     if ON_GPU:
         allow_tf32(True)
     model = DiT(
