@@ -60,7 +60,7 @@ def _to_host(moments: Tensor) -> Callable[[], Tensor]:
         return moments.cpu
     copy = moments.to("cpu", non_blocking=True)  # pinned
     arrived = torch.cuda.Event()
-    arrived.record()
+    arrived.record(torch.cuda.current_stream(moments.device))
 
     def wait() -> Tensor:
         arrived.synchronize()

@@ -5,6 +5,7 @@ tensors of two devices meet; `Watch` notes what would make the host wait for the
 are real, and lie in the host's memory.
 """
 
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.encodings import EncodeImages
-from data.images import CenterCrop, ExactSize, Preparation
+from data.images import CenterCrop, ExactSize, Preparation, to_uint8
 from data.manifest import LatentSpec
 from data.pipeline import encoded_batches
 from data.plan import Plan
@@ -37,6 +38,9 @@ from evaluation.generate import Generator, balanced_labels
 from evaluation.inception import Inception2015
 from evaluation.kernel import squared_mmd
 from evaluation.manifolds import PrecisionRecall
+from evaluation.network_features import NetworkFeatures
+from launch import gpus
+from launch.workers import worker_device
 from model import blocks
 from model.attention import QKNormSelfAttention
 from model.autoencoder import IdentityAutoencoder
@@ -54,7 +58,7 @@ from train.step import make_step
 from train.stores import FolderStore, list_checkpoints
 
 aten = torch.ops.aten
-CUDA = torch.device("cuda:0")
+CUDA, SECOND = torch.device("cuda:0"), torch.device("cuda:1")
 BLOCKS = ["AdaLNZeroBlock", "AdaLNBlock", "CrossAttentionBlock", "InContextBlock"]
 
 
@@ -287,6 +291,11 @@ def test_an_autoencoder_encodes_and_decodes_on_the_gpu(tmp_path: Path, watch: Wa
     assert watch.waits == []
     latent = autoencoder.draw(moments[:, 0], torch.ones(2, 4, 8, 8).to(CUDA))
     image = autoencoder.decode(latent)
+    watch.waits.clear()
+    with pytest.raises(RuntimeError, match="numpy"):  # a fake tensor has nothing to give
+        to_uint8(image)
+    assert watch.waits == ["cuda to cpu, (2, 8, 8, 3)"]
+    assert torch.uint8 in watch.dtypes  # computed before it was sent
     assert (image.device, image.dtype, image.shape) == (CUDA, torch.float32, (2, 3, 8, 8))
     assert ("aten.convolution.default" in watch.dtypes.get(torch.bfloat16, set())) == (precision == "bf16")
     assert torch.float64 not in watch.dtypes
@@ -304,6 +313,14 @@ def test_inception_is_float32_on_the_gpu_though_autocast_is_on_outside(watch: Wa
         (CUDA, torch.float32, size) for size in (2048, 2023, 1008)
     ]
     assert set(watch.dtypes) == {torch.uint8, torch.float32, torch.int64}
+
+
+def test_images_are_prepared_for_any_network_on_the_gpu(watch: Watch) -> None:
+    with unset_fake_temporarily():
+        features = NetworkFeatures(torch.nn.Flatten(), "x", "0", 14, [0.1, 0.2, 0.3], [1.0, 2.0, 3.0], 2)
+    features.to(CUDA)
+    prepared = features._prepared(np.zeros((2, 8, 8, 1), np.uint8))
+    assert (prepared.device, prepared.dtype, prepared.shape) == (CUDA, torch.float32, (2, 3, 14, 14))
 
 
 def test_kernel_distances_and_manifolds_are_computed_on_the_gpu(watch: Watch) -> None:
@@ -368,21 +385,53 @@ def test_a_checkpoint_is_of_the_step_it_was_taken_at_though_training_goes_on(tmp
 class SentToGpu:
     """Moments of the host, sent to the GPU: an encoding that no kernel has to run for."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._encoding = image_encoding(IdentityAutoencoder(1), 8, flip=True, crop=ExactSize())
         self.spec, self.prepare = self._encoding.spec, self._encoding.prepare
 
     def moments(self, items: Any) -> Tensor:
-        return self._encoding.moments(items).pin_memory().to(CUDA, non_blocking=True)
+        return self._encoding.moments(items).pin_memory().to(self._device, non_blocking=True)
 
 
-def test_encoded_batches_are_waited_for_before_they_are_read() -> None:
+@pytest.mark.parametrize("device", [CUDA, SECOND], ids=str)
+def test_encoded_batches_are_waited_for_before_they_are_read(device: torch.device) -> None:
     source, on_host = PatternSource(), image_encoding(IdentityAutoencoder(1), 8, flip=True, crop=ExactSize())
     plan = Plan.of(source, on_host.spec("pattern", 5), 16, seed=0)
     batches = [
         [batch.moments for batch in encoded_batches(source, encoding, plan, range(plan.num_shards), 7, threads=1)]
-        for encoding in (on_host, SentToGpu())
+        for encoding in (on_host, SentToGpu(device))
     ]
     assert len(batches[0]) == 10
     for expected, found in zip(*batches, strict=True):
         assert np.array_equal(expected, found)
+
+
+@pytest.fixture
+def _first_gpu_again() -> Iterator[None]:
+    yield
+    torch.cuda.set_device(0)
+
+
+@pytest.mark.usefixtures("_first_gpu_again")
+def test_a_launched_encoder_works_on_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert worker_device("auto") == worker_device("cuda") == SECOND
+    assert torch.cuda.current_device() == 1
+    assert torch.ones(3).pin_memory().to(SECOND, non_blocking=True).device == SECOND
+    assert worker_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="Process 2 of this host has no GPU: PyTorch sees 2"):
+        worker_device("auto")
+
+
+@pytest.mark.usefixtures("_first_gpu_again")
+def test_workers_of_a_sweep_train_on_gpus_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpus, "_held", [])
+    _, other = gpus.lease(2, tmp_path / f".gpus-{platform.node()}")  # the worker before
+    gpus.take_gpu({"runtime": {"device": "auto"}}, tmp_path)
+    state, expected = on_gpu(AccelerateRuntime("fp32"), 1)
+    for name, value in everything(state).items():
+        assert value.device == SECOND
+        assert torch.equal(value.cpu(), expected[name])
+    other.release()
