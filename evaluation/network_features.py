@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from evaluation.features import Features
-from evaluation.precision import exact_float32
+from model.precision import exact_float32
 
 
 class NetworkFeatures:
