@@ -40,6 +40,19 @@ def test_a_killed_sweep_skips_its_finished_runs_and_continues_the_others(tmp_pat
     assert json_lines(second / "metrics.jsonl")[0] == kept
 
 
+def test_a_run_killed_in_its_last_evaluation_still_joins_the_groups_curve(tmp_path: Path, digits: Path) -> None:
+    evaluation = ["evaluate_every=40", "sampler.steps=2", "evaluation.num_images=20", "evaluation.features.epochs=1"]
+    words = ["train", "-m", *TINY_RUN, "group=late", "model.patch_size=4,2", "hydra.launcher.n_jobs=1", *evaluation]
+    ditscale(*words, f"data.shards={digits}", cwd=tmp_path)
+    curve = tmp_path / "runs/late/report/figure_8.png"
+    before = curve.read_bytes()
+    # What such a kill leaves: the last checkpoint, the other run's numbers, and none of this one.
+    (tmp_path / "runs/late/d16-n2-p2-adaln_zero-seed0/evaluations.jsonl").unlink()
+    curve.unlink()
+    ditscale(*words, f"data.shards={digits}", cwd=tmp_path)
+    assert curve.read_bytes() == before
+
+
 @pytest.mark.parametrize("sweep", ["optimizer.lr=1e-3,2e-3", "seed=1,1", "experiment=demo ema.decay=0.9,0.99"])
 def test_a_sweep_whose_runs_would_share_a_folder_starts_none(tmp_path: Path, sweep: str) -> None:
     shown = ditscale("train", "-m", *TINY_RUN, *sweep.split(), cwd=tmp_path, expect=2)

@@ -6,12 +6,15 @@ import json
 import re
 import shutil
 import subprocess
+import time
 from html.parser import HTMLParser
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from matplotlib.axes import Axes
 from PIL import Image
 from scipy import stats
@@ -21,6 +24,7 @@ from evaluation.report import figures, paper
 from evaluation.report.fit import fit_power_law
 from evaluation.report.study import Study, read_study, sampling_gmacs
 from evaluation.report.write import Report, write_report
+from launch.report import update_group
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")  # as in the Makefile
 CHROMIUM = next((path for name in BROWSERS if (path := shutil.which(name))), None)
@@ -283,6 +287,23 @@ def bubbles(axes: Axes) -> dict[str, float]:
     names = [text.get_text() for text in axes.texts]
     places = [np.asarray(collection.get_offsets())[0] for collection in axes.collections]
     return {name: float(place[1]) for name, place in zip(names, places, strict=True)}
+
+
+def write_finished_run(sweep: Path, name: str, record: dict[str, Any]) -> None:
+    write_run(sweep, name, record)
+    (sweep / name / "config.yaml").write_text(f"total_steps: {record['step']}")
+
+
+def test_a_run_that_waited_for_the_report_lock_leaves_no_run_out_of_the_groups_curve(tmp_path: Path) -> None:
+    config = {"sweep_dir": str(tmp_path), "logger": {"_target_": "train.loggers.NoLogger", "_partial_": True}}
+    write_finished_run(tmp_path, "a", record_of(16, 40.0))
+    waiting = Thread(target=update_group, args=(config,))
+    with FileLock(tmp_path / ".report.lock"):
+        waiting.start()
+        time.sleep(0.5)  # it is at the lock; what it looked at before would hold one run
+        write_finished_run(tmp_path, "b", record_of(32, 20.0))
+    waiting.join()
+    assert (tmp_path / "report/figure_8.png").exists()  # drawn of two runs, not of one
 
 
 @pytest.fixture(scope="module")
