@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 
 class OneFolderForEachRun(Callback):
@@ -45,8 +45,9 @@ class OneFolderForEachRun(Callback):
 
 def _swept(config: DictConfig, loader: ConfigLoader) -> dict[str, list[str]]:
     """Each overridden setting with all its values, as ``key=value``; the command line's win over the config's."""
-    words = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-    words += list(config.hydra.overrides.task)
+    hydra: Any = OmegaConf.to_container(config.hydra, resolve=False)  # what a name refers to is resolved in each run
+    words = [f"{key}={value}" for key, value in (hydra["sweeper"]["params"] or {}).items()]
+    words += hydra["overrides"]["task"]
     overrides: list[Override] = OverridesParser.create(config_loader=loader).parse_overrides(words)
     swept = {}
     for override in overrides:

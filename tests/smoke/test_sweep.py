@@ -53,7 +53,15 @@ def test_a_run_killed_in_its_last_evaluation_still_joins_the_groups_curve(tmp_pa
     assert curve.read_bytes() == before
 
 
-@pytest.mark.parametrize("sweep", ["optimizer.lr=1e-3,2e-3", "seed=1,1", "experiment=demo ema.decay=0.9,0.99"])
+@pytest.mark.parametrize(
+    "sweep",
+    [
+        "optimizer.lr=1e-3,2e-3",
+        "seed=1,1",
+        "experiment=demo ema.decay=0.9,0.99",
+        "name=${default_name}-lr${optimizer.lr} ema.decay=0.9,0.99",
+    ],
+)
 def test_a_sweep_whose_runs_would_share_a_folder_starts_none(tmp_path: Path, sweep: str) -> None:
     shown = ditscale("train", "-m", *TINY_RUN, *sweep.split(), cwd=tmp_path, expect=2)
     assert "runs of this sweep would share the folder runs/demo/d16-n2-p" in shown
