@@ -41,7 +41,7 @@ def run(job: str, function: JobFunction) -> None:
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves the reporting to us
     application = hydra.main(config_path=str(CONF), config_name=job, version_base="1.3")
-    task = _Task(function)
+    task = _Task(job, function)
     try:
         application(task)()
         if task.error is not None:
@@ -50,25 +50,22 @@ def run(job: str, function: JobFunction) -> None:
         again = "; the same command continues" if job in ("train", "encode") else ""
         print(f"ditscale {job}: stopped{again}.", file=sys.stderr)
         sys.exit(130)
-    except FloatingPointError as error:
-        if wants_traceback:
-            raise
-        _exit(job, str(error), 1)
     except Exception as error:
         sentence = _sentence(job, error)
         if wants_traceback or sentence is None:
             raise
-        _exit(job, sentence, 2)
+        _exit(job, sentence, 1 if isinstance(error, FloatingPointError) else 2)
 
 
 class _Task:
     """What Hydra calls for each run, in this process or, in a parallel sweep, in another.
 
-    A single run keeps its exception in ``error``, past Hydra, which would print more than the sentence; a
-    run of a sweep raises it, so that Hydra names the run and goes on with the others.
+    A single run keeps its exception in ``error``, past Hydra, which would print more than the sentence. A run of a
+    sweep tells of it at once and raises it: Hydra goes on with the others, and in the end tells of the first alone.
     """
 
-    def __init__(self, function: JobFunction) -> None:
+    def __init__(self, job: str, function: JobFunction) -> None:
+        self._job = job
         self._function = function
         self.error: Exception | None = None
 
@@ -79,6 +76,8 @@ class _Task:
             # Hydra wraps what a constructor raises, and the cause does not survive the way between processes.
             cause = _first_value_error(error) or error
             if HydraConfig.get().mode == RunMode.MULTIRUN:
+                sentence = _sentence(self._job, cause) or f"{type(cause).__name__}: {cause}"
+                print(f"ditscale {self._job}: {_name_in_sweep(config)} failed: {sentence}", file=sys.stderr)
                 raise cause from None
             self.error = cause
 
@@ -97,6 +96,14 @@ class _Task:
         self._function(plain, make_progress(plain.get("name", ""), row, is_main))
 
 
+def _name_in_sweep(config: DictConfig) -> str:
+    """Of a run: its name where it has one, else what it overrides."""
+    try:
+        return str(config["name"])
+    except OmegaConfBaseException:
+        return str(HydraConfig.get().job.override_dirname)
+
+
 def _exit(job: str, sentence: str, code: int) -> NoReturn:
     print(f"ditscale {job}: error: {sentence}", file=sys.stderr)
     print("(HYDRA_FULL_ERROR=1 shows the traceback)", file=sys.stderr)
@@ -105,6 +112,8 @@ def _exit(job: str, sentence: str, code: int) -> NoReturn:
 
 def _sentence(job: str, error: BaseException) -> str | None:
     """What to tell the user, or None for an error that is not theirs."""
+    if isinstance(error, FloatingPointError):
+        return _one_line(error)
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
         return f"There is no {name!r} in {group}{closest(name, error.options)} It has: {', '.join(error.options)}."

@@ -66,3 +66,14 @@ def test_a_sweep_whose_runs_would_share_a_folder_starts_none(tmp_path: Path, swe
     shown = ditscale("train", "-m", *TINY_RUN, *sweep.split(), cwd=tmp_path, expect=2)
     assert "runs of this sweep would share the folder runs/demo/d16-n2-p" in shown
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_sweep_names_every_run_that_failed_and_trains_the_others(tmp_path: Path, digits: Path) -> None:
+    name, rates = "name=lr${optimizer.lr}", "optimizer.lr=1e10,1e-3,2e10"
+    words = ["train", "-m", *TINY_RUN, f"data.shards={digits}", "model.patch_size=4", "total_steps=5", name, rates]
+    shown = ditscale(*words, "hydra.launcher.n_jobs=2", cwd=tmp_path, expect=1)  # 1: diverged
+    for rate in ("10000000000.0", "20000000000.0"):
+        assert f"lr{rate} failed: loss is inf in step 2" in shown
+    assert "runs/demo/lr0.001: step 5" in shown
+    assert shown.count("ditscale train: error: ") == 1
+    assert "UserWarning" not in shown
