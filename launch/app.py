@@ -119,10 +119,11 @@ def _sentence(job: str, error: BaseException) -> str | None:
         return f"There is no {name!r} in {group}{closest(name, error.options)} It has: {', '.join(error.options)}."
     if isinstance(error, ConfigCompositionException) or type(error).__name__ == "OverrideParseException":
         return _explain_override(job, " ".join(_one_line(cause) for cause in _causes(error)))
-    if (cause := _first_value_error(error)) is not None:
+    cause = _first_value_error(error) or error
+    if isinstance(cause, OmegaConfBaseException):
+        return _explain_value(cause)
+    if isinstance(cause, ValueError):
         return _one_line(cause)
-    if isinstance(error, OmegaConfBaseException):
-        return _explain_value(error)
     if isinstance(error, OSError) and error.errno in NO_ROOM | NO_PERMISSION:
         written, remedy = "written", "free some space"
         if error.errno in NO_PERMISSION:
@@ -152,9 +153,9 @@ def _one_line(error: BaseException) -> str:
 
 
 def _explain_value(error: OmegaConfBaseException) -> str:
+    if (missing := re.search(r"Missing mandatory value: (\S+)", str(error))) is not None:
+        return f"{missing.group(1)} is missing; give it as {missing.group(1)}=VALUE."
     key = getattr(error, "full_key", None) or "a setting"
-    if type(error).__name__ == "MissingMandatoryValue":
-        return f"{key} is missing; give it as {key}=VALUE."
     return f"{key}: {str(error).splitlines()[0]}."
 
 

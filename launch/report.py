@@ -14,7 +14,7 @@ from evaluation.evaluate import distance_records
 from evaluation.generate import balanced_labels
 from evaluation.report.figures import SampleGrid, figure_8
 from evaluation.report.study import Study, read_study
-from evaluation.report.style import content_of, styled
+from evaluation.report.style import block_name, content_of, styled
 from evaluation.report.write import Report, write_report
 from launch.app import run
 from launch.build import LoadedCheckpoint, build
@@ -30,7 +30,7 @@ def report_job(config: dict[str, Any], progress: ProgressBar) -> None:
     sweep, out = Path(config["sweep"]), Path(config["out"])
     study = read_study(sweep)
     report = write_report(study, out, _samples(config, study, progress))
-    with _group_logger(config["logger"], sweep, out, config) as logger:
+    with _group_logger(config["logger"], group_of(study), out, config) as logger:
         _log_curve(logger, study)
         step = study.protocol["step"]
         for number, picture in report.pictures.items():
@@ -51,7 +51,7 @@ def update_group(config: Mapping[str, Any]) -> None:
             study = read_study(sweep, only=finished)
         except ValueError:  # none finished, or their protocols differ: `ditscale report` says so
             return
-        with _group_logger(config["logger"], sweep, sweep / "report", {"sweep": str(sweep)}) as logger:
+        with _group_logger(config["logger"], config["group"], sweep / "report", {"sweep": str(sweep)}) as logger:
             _log_curve(logger, study)
             if len(study.scaling()) > 1:
                 picture = sweep / "report" / "figure_8.png"
@@ -65,12 +65,16 @@ def _is_finished(folder: RunFolder) -> bool:
     return any(record["step"] == last for record in distance_records(folder))
 
 
+def group_of(study: Study) -> str:
+    """The group that the runs were trained in, wherever their folder lies now."""
+    group = RunFolder(study.sweep / next(iter(study.chosen))).read_config().get("group")
+    return str(group or study.name)
+
+
 @contextmanager
-def _group_logger(section: Mapping[str, Any], sweep: Path, out: Path, config: Mapping[str, Any]) -> Iterator[Logger]:
+def _group_logger(section: Mapping[str, Any], group: str, out: Path, config: Mapping[str, Any]) -> Iterator[Logger]:
     """Of the one wandb run of a group that holds its curve; its id is kept in ``out``."""
-    logger: Logger = build(section)(
-        folder=out, group=sweep.name, name=f"{sweep.name}-report", config=config, job="report"
-    )
+    logger: Logger = build(section)(folder=out, group=group, name=f"{group}-report", config=config, job="report")
     try:
         yield logger
     finally:
@@ -95,7 +99,7 @@ def _samples(config: Mapping[str, Any], study: Study, progress: ProgressBar) -> 
     """The same noise and labels through the newest checkpoint of each model of the scaling figures."""
     count = config["samples"]
     if count < 1:
-        return "samples is 0; set it higher."
+        return f"samples is {count}; set it higher."
     runtime: Runtime = build(config["runtime"], precision=config["precision"])
     names, rows = [], []
     with progress("samples", 0, len(study.scaling()), "model") as bar:
@@ -123,7 +127,10 @@ def _text(report: Report) -> str:
     ]
     if study.unevaluated:
         lines.append(f"Not evaluated, so not in the curve: {', '.join(study.unevaluated)}")
+    if study.held_back is not None:
+        lines.append(study.held_back)
     if (fit := study.fit()) is not None:
+        lines.append(f"Of the {fit.count} models with {block_name(study.main_block)} blocks:")
         lines.append(f"Spearman rank correlation of Gflops and distance: {fit.rank_correlation:.2f}")
         low, high = fit.slope_interval
         lines.append(

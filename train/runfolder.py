@@ -114,7 +114,7 @@ class RunFolder:
         """The resolved config. Raises ValueError where it cannot be read."""
         try:
             content = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ValueError(f"{self.config} cannot be read ({error}); is {self.path} a run folder?") from error
         if not isinstance(content, dict):
             raise ValueError(f"{self.config} holds no config; is {self.path} a run folder?")

@@ -86,7 +86,7 @@ def _run_of(path: Path) -> dict[str, Any]:
     grids = sorted(folder.samples.glob("step_*.png"))
     return {
         "name": path.name,
-        "config": folder.config.read_text(encoding="utf-8"),
+        "config": folder.config.read_text(encoding="utf-8", errors="replace"),
         "grid": _data_url(grids[-1].read_bytes(), "png") if grids else None,
         "grid_name": grids[-1].stem.replace("_", " ") if grids else None,
     }

@@ -44,6 +44,8 @@ COLUMNS = (
     "recognized_fraction",
 )
 
+NEEDED_KEYS = (*PROTOCOL_KEYS, *COLUMNS[1:], "feature_extractor", "reference", "frechet_distance_of_real_resample")
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -75,6 +77,21 @@ class Study:
     chosen: dict[str, Record]  # of each evaluated run one record, all of one protocol and step
     records: dict[str, list[Record]]  # of each evaluated run all, in order
     unevaluated: list[str]
+
+    @property
+    def name(self) -> str:
+        """The sweep folder's."""
+        return self.sweep.resolve().name
+
+    @property
+    def held_back(self) -> str | None:
+        """Which runs keep the others from being compared at a later step, in a sentence; None where none does."""
+        last = {name: curve[-1]["step"] for name, curve in self.over_training().items()}
+        step, latest = self.protocol["step"], max(last.values())
+        if latest == step:
+            return None
+        behind = ", ".join(name for name in last if last[name] == step)
+        return f"All are compared at step {step}, since {behind} was measured no later; others up to step {latest}."
 
     @property
     def rows(self) -> list[Record]:
@@ -154,16 +171,39 @@ def read_study(sweep: Path, only: Sequence[str] | None = None) -> Study:
 
     Where runs were measured in several ways that all of them share, the one of the latest training step is taken; of
     several, the one that was measured at most steps, so that curves over training are of it; of equals the newest.
-    Raises ValueError where there is no evaluation, or no shared protocol.
+    Raises ValueError where there is no run, no evaluation, or no shared protocol.
     """
     if not sweep.is_dir():
         raise ValueError(f"There is no sweep folder {sweep}; give the folder that holds the runs.")
     folders = sorted(path.parent for path in sweep.glob("*/config.yaml"))
-    folders = [folder for folder in folders if only is None or folder.name in only]
-    by_run = {folder.name: distance_records(RunFolder(folder)) for folder in folders}
+    if not folders:
+        raise ValueError(_why_no_run(sweep))
+    by_run = {folder.name: _records_of(folder) for folder in folders if only is None or folder.name in only}
     evaluated = {name: records for name, records in by_run.items() if records}
     unevaluated = [name for name, records in by_run.items() if not records]
     return Study(sweep, _of_shared_protocol(evaluated, sweep), evaluated, unevaluated)
+
+
+def _why_no_run(sweep: Path) -> str:
+    if (sweep / "config.yaml").exists():
+        return f"{sweep} is one run; give the folder that holds it and those to compare it with: sweep={sweep.parent}."
+    sweeps = sorted({str(path.parent.parent) for path in sweep.glob("*/*/config.yaml")})
+    where = f"but in {', '.join(sweeps)}; give one of these" if sweeps else "give the folder that holds them"
+    return f"There are 0 runs in {sweep}, {where}: sweep=FOLDER."
+
+
+def _records_of(folder: Path) -> list[Record]:
+    """The lines with a distance. Raises ValueError where one lacks what every evaluation of ours says."""
+    run = RunFolder(folder)
+    records = distance_records(run)
+    for record in records:
+        for key in NEEDED_KEYS:
+            if key not in record:
+                raise ValueError(
+                    f"A line of step {record['step']} in {run.evaluations} has no {key!r}, so another program or "
+                    "version wrote it; remove the line and measure again by `ditscale evaluate`."
+                )
+    return records
 
 
 def _of_shared_protocol(by_run: dict[str, list[Record]], sweep: Path) -> dict[str, Record]:

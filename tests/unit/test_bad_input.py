@@ -60,6 +60,7 @@ def fails(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.C
         (["train", "model.width=null"], "model.width is None, but it must be one whole number"),
         (["encode", "batch_size=0"], "batch_size is 0, but it must be positive"),
         (["encode", "data.image_size=abc"], "data.image_size is 'abc', but it must be of type integer"),
+        (["report"], "sweep is missing; give it as sweep=VALUE"),
         (["report", "sweep=nowhere"], "no sweep folder nowhere"),
         (["encode", "data.image_size=16", "data.shards=new"], "is 8x8, but data.image_size is 16"),
         (["train", "runtime.device=cuda"], "PyTorch sees 0 GPUs"),

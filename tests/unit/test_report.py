@@ -24,7 +24,7 @@ from evaluation.report import figures, paper
 from evaluation.report.fit import fit_power_law
 from evaluation.report.study import Study, read_study, sampling_gmacs
 from evaluation.report.write import Report, write_report
-from launch.report import update_group
+from launch.report import group_of, update_group
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")  # as in the Makefile
 CHROMIUM = next((path for name in BROWSERS if (path := shutil.which(name))), None)
@@ -123,8 +123,45 @@ def test_the_last_of_equal_evaluations_counts(tmp_path: Path) -> None:
 
 
 def test_a_sweep_without_evaluations_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path, "a")
     with pytest.raises(ValueError, match="There are 0 evaluated runs"):
         read_study(tmp_path)
+
+
+def test_a_folder_that_is_no_sweep_is_named_with_the_one_to_give(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"There are 0 runs in .*, give the folder that holds them"):
+        read_study(tmp_path)
+    write_run(tmp_path / "sweep", "a", record_of(16, 40.0))
+    with pytest.raises(ValueError, match=r"There are 0 runs in .*, but in .*/sweep; give one of these: sweep=FOLDER"):
+        read_study(tmp_path)
+    with pytest.raises(ValueError, match=r"sweep/a is one run; give the folder .*: sweep=.*/sweep\."):
+        read_study(tmp_path / "sweep/a")
+
+
+@pytest.mark.parametrize("key", ["labels", "gmacs", "feature_extractor"])
+def test_a_line_that_another_program_wrote_is_named(tmp_path: Path, key: str) -> None:
+    foreign = record_of(16, 40.0)
+    del foreign[key]
+    write_run(tmp_path, "a", record_of(16, 40.0), foreign)
+    with pytest.raises(ValueError, match=f"A line of step 10 in .*a/evaluations.jsonl has no '{key}'"):
+        read_study(tmp_path)
+
+
+def test_runs_that_keep_the_others_from_a_later_step_are_named(tmp_path: Path) -> None:
+    write_run(tmp_path, "a", record_of(16, 99.0, step=5), record_of(16, 40.0))
+    write_run(tmp_path, "diverged", record_of(32, 50.0, step=5))
+    study = read_study(tmp_path)
+    assert distances(study) == {"a": 99.0, "diverged": 50.0}
+    said = "All are compared at step 5, since diverged was measured no later; others up to step 10."
+    assert study.held_back == said
+    assert said in write_report(study, tmp_path / "report").page.read_text()
+
+
+def test_a_sweep_is_named_by_its_folder_however_that_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "mine", "a", record_of(16, 40.0))
+    monkeypatch.chdir(tmp_path / "mine")
+    page = write_report(read_study(Path()), tmp_path / "report").page.read_text()
+    assert "<title>mine: a scaling study</title>" in page
 
 
 def test_a_curve_over_training_holds_one_protocol_alone(tmp_path: Path) -> None:
@@ -289,13 +326,25 @@ def bubbles(axes: Axes) -> dict[str, float]:
     return {name: float(place[1]) for name, place in zip(names, places, strict=True)}
 
 
+def test_a_moved_sweep_is_reported_to_the_group_of_its_runs(tmp_path: Path) -> None:
+    write_run(tmp_path, "a", record_of(16, 40.0))
+    study = read_study(tmp_path)
+    assert group_of(study) == tmp_path.name
+    (tmp_path / "a/config.yaml").write_text("group: trained")
+    assert group_of(study) == "trained"
+
+
 def write_finished_run(sweep: Path, name: str, record: dict[str, Any]) -> None:
     write_run(sweep, name, record)
     (sweep / name / "config.yaml").write_text(f"total_steps: {record['step']}")
 
 
 def test_a_run_that_waited_for_the_report_lock_leaves_no_run_out_of_the_groups_curve(tmp_path: Path) -> None:
-    config = {"sweep_dir": str(tmp_path), "logger": {"_target_": "train.loggers.NoLogger", "_partial_": True}}
+    config = {
+        "sweep_dir": str(tmp_path),
+        "group": "g",
+        "logger": {"_target_": "train.loggers.NoLogger", "_partial_": True},
+    }
     write_finished_run(tmp_path, "a", record_of(16, 40.0))
     waiting = Thread(target=update_group, args=(config,))
     with FileLock(tmp_path / ".report.lock"):
