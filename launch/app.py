@@ -4,7 +4,7 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -115,8 +115,7 @@ def _sentence(job: str, error: BaseException) -> str | None:
     if isinstance(error, FloatingPointError):
         return _one_line(error)
     if isinstance(error, MissingConfigException) and error.options is not None:
-        group, _, name = (error.missing_cfg_file or "").rpartition("/")
-        return f"There is no {name!r} in {group}{closest(name, error.options)} It has: {', '.join(error.options)}."
+        return _explain_choice(error.missing_cfg_file or "", error.options)
     if isinstance(error, ConfigCompositionException) or type(error).__name__ == "OverrideParseException":
         return _explain_override(job, " ".join(_one_line(cause) for cause in _causes(error)))
     cause = _first_value_error(error) or error
@@ -152,6 +151,15 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def _explain_choice(missing: str, options: Sequence[str]) -> str:
+    """Name what a group does not have. Hydra lists one folder, but experiments lie in folders of their own."""
+    group, _, name = missing.rpartition("/")
+    if missing.startswith("experiment/"):
+        group, name = "experiment", missing.removeprefix("experiment/")
+        options = sorted(str(path.relative_to(CONF / group).with_suffix("")) for path in (CONF / group).rglob("*.yaml"))
+    return f"There is no {name!r} in {group}{closest(name, options)} It has: {', '.join(options)}."
+
+
 def _explain_value(error: OmegaConfBaseException) -> str:
     if (missing := re.search(r"Missing mandatory value: (\S+)", str(error))) is not None:
         return f"{missing.group(1)} is missing; give it as {missing.group(1)}=VALUE."
@@ -171,16 +179,17 @@ def _explain_override(job: str, message: str) -> str:
     if found is None:
         return " ".join(message.split())
     key = found.group(1).split("=")[0].lstrip("+~")
-    return f"There is no setting {key!r}{closest(key, _valid_names(job))}"
+    return f"`ditscale {job}` has no setting {key!r}{closest(key, _valid_names(job))}"
 
 
 def _valid_names(job: str) -> list[str]:
-    """Every setting of the job's default config, and every group."""
+    """Every setting of the job's default config, and every group that it chooses from."""
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name=job):
-        config = hydra.compose(config_name=job)
-    groups = [str(folder.relative_to(CONF)) for folder in CONF.rglob("*") if folder.is_dir()]
-    return [*_dotted_keys(OmegaConf.to_container(config)), *groups]
+        config = hydra.compose(config_name=job, return_hydra_config=True)
+    groups = [str(group) for group in config.hydra.runtime.choices if not str(group).startswith("hydra/")]
+    keys = _dotted_keys(OmegaConf.to_container(config))
+    return [*(key for key in keys if not key.startswith("hydra")), *groups]
 
 
 def _dotted_keys(node: Any, prefix: str = "") -> list[str]:

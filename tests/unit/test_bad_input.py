@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_RUN
+from conftest import TINY_RUN, InProcess
 from faulty_server import FaultyServer
 
 from launch import cli
@@ -38,6 +38,9 @@ def fails(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.C
         (["train", "model/blok=adaln_zero"], "did you mean 'model/block'?"),
         (["train", "model/block=adaln_zer"], "no 'adaln_zer' in model/block; did you mean 'adaln_zero'?"),
         (["train", "experiment=dmo"], "did you mean 'demo'?"),
+        (["train", "experiment=demo/studdy"], "no 'demo/studdy' in experiment; did you mean 'demo/study'?"),
+        (["train", "experiment=scaling"], "It has: demo, demo/blocks, demo/recipe, demo/scaling, demo/study, paper/b"),
+        (["plan", "experiment=demo"], "`ditscale plan` has no setting 'experiment'."),
         (["train", "+model.widht=3"], "model.dit.DiT has no setting model.widht; did you mean 'width'?"),
         (["train", "total_steps=abc"], "total_steps is 'abc', but it must be of type integer"),
         (["train", "model.width=abc"], "model.width is 'abc', but input should be a valid integer"),
@@ -206,3 +209,8 @@ def test_a_full_gpu_is_one_sentence_with_what_takes_less_memory() -> None:
         "MiB is free); set a smaller evaluation.batch_size."
     )
     assert "set runtime.micro_batches=2" in str(_sentence("train", error))
+
+
+@pytest.mark.parametrize("job", cli.JOBS)
+def test_the_help_of_a_job_is_headed_by_its_name(job: str, in_process: InProcess) -> None:
+    assert in_process(job, "--help").startswith(f"ditscale {job} is powered by Hydra.")
