@@ -108,13 +108,8 @@ class EvaluationHook(_CatchingUpHook):
         self._folder = folder
         self._logger = logger
 
-    def start(self, state: TrainState) -> None:
-        """Refuse to go on with a curve that was measured in another way; then do what is owed."""
-        if self._every is not None:
-            self._require_one_protocol()
-        super().start(state)
-
-    def _require_one_protocol(self) -> None:
+    def require_one_protocol(self) -> None:
+        """Raise ValueError where the run's curve was measured in another way until now."""
         for record in read_lines(self._folder.evaluations):
             if record.get("evaluated_by") != EVALUATED_BY_TRAINING:
                 continue

@@ -80,7 +80,7 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
     batches = training_batches(config, shards, autoencoder, process, runtime.data_rank, runtime.data_world)
     stopped = False
     with runtime.together(), folder.locked() if runtime.is_main else nullcontext(), StopSignals() as signals:
-        _claim(folder, config, runtime)
+        _require_this_run(folder, config, runtime)
         _restore(folder, state, manifest, config["checkpoint_every"], runtime)
         logger = _logger(config, folder, runtime)
         try:
@@ -91,6 +91,8 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
             make = make_step(model, state.optimizer, state.ema, process, runtime, config["max_grad_norm"], guard)
             step = runtime.step(make)
             hooks = _hooks(config, state, generator, manifest, folder, logger, progress, signals, guard)
+            if runtime.is_main:
+                folder.write_config(config)  # now that nothing refuses it
             evaluated = len(read_lines(folder.evaluations))
             host_batches = prefetch(batches.from_step(state.step, config["total_steps"]))
             train(state, step, host_batches, runtime, hooks)
@@ -125,10 +127,10 @@ def _leave_for_requeue(folder: RunFolder, state: TrainState, runtime: Runtime) -
     sys.exit(EX_TEMPFAIL)
 
 
-def _claim(folder: RunFolder, config: Mapping[str, Any], runtime: Runtime) -> None:
-    """The main process makes the folder this run's."""
+def _require_this_run(folder: RunFolder, config: Mapping[str, Any], runtime: Runtime) -> None:
+    """The main process finds that the folder is this run's, or nobody's."""
     if runtime.is_main:
-        folder.claim(config, config["resume"]["allow"])
+        folder.require(config, config["resume"]["allow"])
     runtime.wait()
 
 
@@ -255,7 +257,9 @@ def _evaluation_hook(
         return model_facts(model, images_seen, "ema", config["seed"])
 
     identity = {"weights": "ema", **evaluator.identity}
-    return EvaluationHook(config["evaluate_every"], measure, chunks, facts, identity, folder, logger, generator.runtime)
+    hook = EvaluationHook(config["evaluate_every"], measure, chunks, facts, identity, folder, logger, generator.runtime)
+    hook.require_one_protocol()
+    return hook
 
 
 def _summary(folder: RunFolder, state: TrainState) -> str:

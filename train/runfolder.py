@@ -93,11 +93,10 @@ class RunFolder:
     def check(self) -> None:
         """Raise where this folder is no longer this job's."""
 
-    def claim(self, config: Mapping[str, Any], allowed: Iterable[str] = ()) -> None:
-        """Make this the folder of ``config``, or find that it is; the newest free settings are kept.
+    def require(self, config: Mapping[str, Any], allowed: Iterable[str] = ()) -> None:
+        """Raise ValueError where a folder with checkpoints holds another config, but for free settings.
 
-        ``allowed`` names further settings that may change; ``batch_size`` never may. Raises ValueError where a folder
-        with checkpoints holds another config.
+        ``allowed`` names further settings that may change; ``batch_size`` never may.
         """
         if self.config.exists() and self.store.steps():
             before = self.read_config()
@@ -108,6 +107,9 @@ class RunFolder:
                     f"The run folder {self.path} already holds another config: {'; '.join(differences)}; give this "
                     "run its own name=..., or the same settings to continue, or name them in resume.allow=[...]."
                 )
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Make this the folder of ``config``; the newest free settings are kept."""
         write_bytes(self.config, yaml.safe_dump(dict(config), sort_keys=False).encode())
 
     def read_config(self) -> dict[str, Any]:

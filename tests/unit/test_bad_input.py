@@ -190,6 +190,19 @@ def test_a_run_folder_with_another_config_and_a_damaged_checkpoint_are_one_sente
     assert "state.json is missing or damaged" in fails(["sample", "checkpoint=run"], monkeypatch, capfd)
 
 
+def test_a_command_that_is_refused_leaves_the_runs_config_as_it_was(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["train", *TINY_RUN, f"data.shards={digits}", "run_dir=run", "total_steps=1", "evaluate_every=1"]
+    words += ["evaluation.num_images=10", "evaluation.features.epochs=1"]
+    monkeypatch.setattr(sys, "argv", ["ditscale", *words, "sampler.steps=2"])
+    cli.main()
+    before = (tmp_path / "run/config.yaml").read_bytes()
+    assert 'have sampler {"name": "ddpm", "steps": 2}, but' in fails([*words, "sampler.steps=3"], monkeypatch, capfd)
+    assert (tmp_path / "run/config.yaml").read_bytes() == before
+
+
 def test_help_lists_the_jobs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["ditscale", "--help"])
     with pytest.raises(SystemExit) as stopped:

@@ -232,9 +232,9 @@ def test_training_refuses_to_continue_its_curve_in_another_protocol(tmp_path: Pa
     folder.append(folder.evaluations, {"step": 2, "weights": "ema", "num_images": 50, "evaluated_by": "evaluate"})
     hook(10).start(state)
     assert json_lines(folder.evaluations)[-1]["evaluated_by"] == EVALUATED_BY_TRAINING
-    hook(10).start(state)
+    hook(10).require_one_protocol()
     with pytest.raises(ValueError, match="during training have num_images 10, but now it would be 50"):
-        hook(50).start(state)
+        hook(50).require_one_protocol()
 
 
 def test_an_evaluation_that_is_killed_during_training_goes_on_where_it_was(tmp_path: Path) -> None:

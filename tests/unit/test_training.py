@@ -243,29 +243,29 @@ def test_a_run_folder_refuses_another_config_and_names_the_keys(tmp_path: Path) 
     folder = RunFolder(tmp_path)
     config = {"model": {"width": 16, "depth": 2}, "runtime": {"device": "cpu"}, "seed": 0, "total_steps": 6}
     wider = {**config, "model": {"width": 32, "depth": 2}}
-    folder.claim(wider)
-    folder.claim(config)  # nothing was trained yet: a mistake in the first command is no prison
+    folder.write_config(wider)
+    folder.require(config)  # nothing was trained yet: a mistake in the first command is no prison
+    folder.write_config(config)
     run_steps(new_state(), folder, 2)
-    folder.claim({**config, "runtime": {"device": "cuda"}})  # another machine is no other run
-    assert folder.read_config()["runtime"] == {"device": "cuda"}
+    folder.require({**config, "runtime": {"device": "cuda"}})  # another machine is no other run
     with pytest.raises(ValueError, match=r"model.width is 16 there and 32 now"):
-        folder.claim(wider)
+        folder.require(wider)
     with pytest.raises(ValueError, match=r"total_steps is 6 there and 9 now; .*resume.allow"):
-        folder.claim({**config, "total_steps": 9})
-    folder.claim({**config, "total_steps": 9}, allowed=["total_steps"])
+        folder.require({**config, "total_steps": 9})
+    folder.require({**config, "total_steps": 9}, allowed=["total_steps"])
 
 
 def test_another_batch_size_is_refused_even_where_it_is_allowed_by_name(tmp_path: Path) -> None:
     """Processes and micro-batches may change: they are settings of the runtime."""
     folder = RunFolder(tmp_path)
     config = {"batch_size": 4, "runtime": {"micro_batches": 1}}
-    folder.claim(config)
+    folder.write_config(config)
     run_steps(new_state(), folder, 2)
-    folder.claim({**config, "runtime": {"micro_batches": 2}})
+    folder.require({**config, "runtime": {"micro_batches": 2}})
     with pytest.raises(
         ValueError, match=r"batch_size is 4 in the run folder .* and 8 now, but .* keep 4 \(the number of"
     ):
-        folder.claim({**config, "batch_size": 8}, allowed=["batch_size"])
+        folder.require({**config, "batch_size": 8}, allowed=["batch_size"])
 
 
 def test_two_jobs_cannot_train_in_one_folder(tmp_path: Path) -> None:
