@@ -17,11 +17,13 @@ OVER_IMAGES_SEEN = (
     "fid",
     "sfid",
     "inception_score",
+    "precision",
     "recall",
     "kid",
     "kernel_distance",
     "recognized_fraction",
 )
+MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")  # what wandb takes as WANDB_MODE
 
 
 class Logger(Protocol):
@@ -76,11 +78,15 @@ class WandbLogger:
     ``WANDB_MODE`` overrides that choice. The same folder continues the same wandb run (its id is kept in
     ``wandb/id``), whose axis is the logged ``step``, so lines that are logged again after a restart do no harm.
     The run is opened at the first thing to log, so that a finished run that is started again leaves nothing.
+    Raises ValueError where WANDB_MODE is no mode, and at the first thing to log where wandb does not open the run.
     """
 
     def __init__(self, folder: Path, project: str, group: str, name: str, config: Mapping[str, Any], job: str) -> None:
         import wandb  # most of a second, which runs without it need not spend
 
+        mode = os.environ.get("WANDB_MODE")
+        if mode is not None and mode not in MODES:
+            raise ValueError(f"WANDB_MODE is {mode!r}, but it must be online, offline or disabled; change or unset it.")
         self._wandb = wandb
         self._folder = folder
         self._settings: dict[str, Any] = {
@@ -94,24 +100,33 @@ class WandbLogger:
 
     def _run(self) -> "wandb.Run":
         if self._opened is None:
-            mode = os.environ.get("WANDB_MODE")
-            if mode is None:
-                mode = "online" if self._wandb.login(prompt=False, verify=False) else "offline"
-            self._opened = self._wandb.init(
-                **self._settings,
-                id=self._id(),
-                reinit="create_new",  # a sweep's runs may share a process
-                resume="allow" if mode == "online" else None,
-                mode=mode,  # type: ignore[arg-type]  # wandb refuses what it does not know
-                dir=self._folder,
-                settings=self._wandb.Settings(silent=True, console="off", x_disable_stats=True),
-            )
+            try:
+                self._opened = self._open()
+            except self._wandb.Error as error:
+                raise ValueError(
+                    f"wandb cannot log to this run ({error}); with WANDB_MODE=offline, or train/logger=none, the same "
+                    "command continues, and `wandb sync` sends what was logged offline."
+                ) from error
             self._opened.define_metric("*", step_metric="step")
             for axis in AXES:
                 self._opened.define_metric(axis)
             for metric in OVER_IMAGES_SEEN:
                 self._opened.define_metric(metric, step_metric="images_seen")
         return self._opened
+
+    def _open(self) -> "wandb.Run":
+        mode = os.environ.get("WANDB_MODE")
+        if mode is None:
+            mode = "online" if self._wandb.login(prompt=False, verify=False) else "offline"
+        return self._wandb.init(
+            **self._settings,
+            id=self._id(),
+            reinit="create_new",  # a sweep's runs may share a process
+            resume="allow" if mode == "online" else None,
+            mode=mode,  # type: ignore[arg-type]  # checked above
+            dir=self._folder,
+            settings=self._wandb.Settings(silent=True, console="off", x_disable_stats=True),
+        )
 
     def _id(self) -> str:
         path = self._folder / "wandb/id"

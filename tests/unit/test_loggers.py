@@ -1,0 +1,38 @@
+"""What is logged to wandb, and what a user hears who cannot."""
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from evaluation.report.study import MEASURES
+from train.loggers import OVER_IMAGES_SEEN, WandbLogger
+
+
+def logger(folder: Path) -> WandbLogger:
+    return WandbLogger(folder, project="ditscale", group="group", name="name", config={}, job="train")
+
+
+def test_every_metric_of_the_report_is_drawn_over_images_seen() -> None:
+    assert {measure.key for measure in MEASURES} | {"frechet_distance", "fid"} == set(OVER_IMAGES_SEEN)
+
+
+def test_a_mode_that_wandb_does_not_know_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    with pytest.raises(ValueError, match="WANDB_MODE is 'ofline', but it must be online, offline or disabled"):
+        logger(tmp_path)
+
+
+def test_a_machine_that_cannot_reach_wandb_is_told_of_the_offline_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:  # nobody listens at its port
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+        with pytest.raises(ValueError, match="with WANDB_MODE=offline, or train/logger=none, the same command"):
+            logger(tmp_path).log({"step": 1})
