@@ -11,7 +11,7 @@ import jinja2
 
 from evaluation.report import paper
 from evaluation.report.fit import PowerLaw
-from evaluation.report.study import PROTOCOL_KEYS, Record, Study, model_name
+from evaluation.report.study import COLUMNS, PROTOCOL_KEYS, Record, Study, model_name
 from evaluation.report.style import block_name
 from train.runfolder import RunFolder
 
@@ -49,9 +49,8 @@ def page_of(study: Study, figures: list[Shown]) -> str:
     return template.render(
         study=study,
         figures=figures,
-        rows=[_row(row) for row in study.rows],
+        rows=_filled([_row(row) for row in study.rows]),
         every=[_evaluation(record) for record in every],
-        fit=study.fit(),
         fit_text=_fit_text(study.fit(), study),
         protocol={key: _text(study.protocol[key]) for key in SHOWN_KEYS if key in study.protocol},
         runs=[_run_of(study.sweep / name) for name in [*study.chosen, *study.unevaluated]],
@@ -60,12 +59,18 @@ def page_of(study: Study, figures: list[Shown]) -> str:
 
 
 def _row(row: Record) -> dict[str, Any]:
-    """A row of the first table, with the names that people use."""
+    """A row of the first table, with the names that people use; what was measured before what it cost."""
+    hidden = {*COLUMNS, "fid"} - {"recognized_fraction"}
     shown = {"run": row["run"], "model": model_name(row), "block": block_name(row["block"])}
-    shown |= {"Gflops (GMACs)": row["gmacs"], "parameters": row["parameters"]}
-    shown |= {"training GMACs": row["training_gmacs"], "step": row["step"], "seed": row["training_seed"]}
-    hidden = {*shown, "patch_size", "width", "depth", "gmacs", "training_gmacs", "training_seed", "images_seen"}
-    return shown | {key.replace("_", " "): value for key, value in row.items() if key not in hidden}
+    shown |= {"Gflops (GMACs)": row["gmacs"], "FID" if "fid" in row else "frechet distance": row["frechet_distance"]}
+    shown |= {key.replace("_", " "): value for key, value in row.items() if key not in hidden}
+    shown |= {"parameters": row["parameters"], "training GMACs": row["training_gmacs"]}
+    return shown | {"step": row["step"], "seed": row["training_seed"]}
+
+
+def _filled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without columns that are empty in all rows."""
+    return [{key: row[key] for key in row if any(other[key] is not None for other in rows)} for row in rows]
 
 
 def _evaluation(record: Record) -> dict[str, Any]:
@@ -118,9 +123,9 @@ def _text(value: Any) -> str:
 
 
 def _number(value: Any) -> str:
-    """A cell: numbers with 4 digits, text as it is, nothing as a dash."""
+    """A cell: numbers with 4 digits, zeros too, text as it is, nothing as a dash."""
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1e6 else f"{value:.3e}"
+        return f"{value:#.4g}".rstrip(".")
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

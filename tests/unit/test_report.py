@@ -440,6 +440,15 @@ class Parsed(HTMLParser):
             list(self.tables.values())[-1][-1].append(data)
 
 
+def test_a_column_that_no_run_fills_is_left_out_and_fid_is_called_so(tmp_path: Path) -> None:
+    write_run(tmp_path, "a", record_of(16, 40.0, fid=40.0, recognized_fraction=None, recall=0.5))
+    page = Parsed(write_report(read_study(tmp_path), tmp_path / "report").page.read_text())
+    head, row = page.tables["models"]
+    assert head[3:6] == ["Gflops (GMACs)", "FID", "recall"]
+    assert row[3:6] == ["2.560e-07", "40.00", "0.5000"]
+    assert "recognized fraction" not in head
+
+
 def test_the_page_is_whole_and_needs_nothing_from_elsewhere(full: Report) -> None:
     text = full.page.read_text()
     assert "This is the left panel of the paper&#39;s figure." in text
@@ -453,7 +462,7 @@ def test_the_page_is_whole_and_needs_nothing_from_elsewhere(full: Report) -> Non
     head, *rows = page.tables["models"]
     assert len(rows) == 12
     column = head.index("frechet distance")
-    assert [row[column] for row in rows] == [f"{row['frechet_distance']:.4g}" for row in full.study.rows]
+    assert [row[column] for row in rows] == [f"{row['frechet_distance']:#.4g}" for row in full.study.rows]
     assert len(page.tables["evaluations"]) == 1 + 12 * 4
     assert "reference hash" in page.tables["evaluations"][0]
 
