@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.check import check_known, check_positive, check_targets, closest
+from launch.parallel import exit_if_asked, in_worker, run_in_worker
 from launch.progress import make_progress
 from launch.schema import register
 
@@ -44,6 +45,7 @@ def run(job: str, function: JobFunction) -> None:
     task = _Task(job, function)
     try:
         application(task)()
+        exit_if_asked()
         if task.error is not None:
             raise task.error
     except KeyboardInterrupt:
@@ -71,7 +73,10 @@ class _Task:
 
     def __call__(self, config: DictConfig) -> None:
         try:
-            self._run(config)
+            if in_worker():
+                run_in_worker(lambda: self._run(config))
+            else:
+                self._run(config)
         except Exception as error:
             # Hydra wraps what a constructor raises, and the cause does not survive the way between processes.
             cause = _first_value_error(error) or error

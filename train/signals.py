@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data.progress import Progress, ProgressBar
-from runtime.protocol import Runtime
+
+if TYPE_CHECKING:  # PyTorch takes seconds, which showing help need not spend
+    from runtime.protocol import Runtime
 
 EX_TEMPFAIL = 75  # sysexits.h: try again later; launchers requeue a job that exits with it
 ECHO_SEC = 1.0  # a launcher passes on the signal that its processes got from the scheduler too
@@ -25,7 +27,8 @@ class Stopped(Exception):  # noqa: N818 - nothing went wrong
 class StopSignals:
     """In its block, the first SIGTERM or SIGINT is remembered, and a second one ends the process at once.
 
-    A signal within ``ECHO_SEC`` of the first is taken for the same one. Outside the main thread of a process,
+    A signal within ``ECHO_SEC`` of the first is taken for the same one. A block within a block knows what the outer one
+    has received. Outside the main thread of a process,
     where Python allows no handlers, nothing is changed.
     """
 
@@ -38,6 +41,9 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._receive)
+                outer = getattr(self._before[number], "__self__", None)
+                if isinstance(outer, StopSignals) and outer.requested:
+                    self.requested, self._since = True, outer._since
         return self
 
     def __exit__(
@@ -56,7 +62,7 @@ class StopSignals:
         elif now - self._since > ECHO_SEC:
             os._exit(128 + number)
 
-    def agreed(self, runtime: Runtime) -> bool:
+    def agreed(self, runtime: "Runtime") -> bool:
         """Whether any process was asked. Every process must call it."""
         if runtime.data_world == 1:
             return self.requested

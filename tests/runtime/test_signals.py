@@ -114,3 +114,23 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_log_step(words:
     stopped_at = step_of(list_checkpoints(tmp_path / "run/checkpoints")[-1])
     assert stopped_at % 7 == 0
     assert json_lines(tmp_path / "run/metrics.jsonl")[-1]["step"] == stopped_at
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_signal_to_a_parallel_sweep_stops_its_workers_when_they_have_saved(
+    words: list[str], tmp_path: Path, number: signal.Signals
+) -> None:
+    """SIGKILL reaches the process alone that started them."""
+    sweep = [word for word in words if word != "run_dir=run"] + ["seed=0,1", "model.patch_size=4", "model.width=16"]
+    job = start(["-m", *sweep, "total_steps=100000", "hydra.launcher.n_jobs=2"], tmp_path)
+    runs = [tmp_path / f"runs/demo/d16-n2-p4-adaln_zero-seed{seed}" for seed in (0, 1)]
+    for run in runs:
+        wait_for(run / "checkpoints/step_00000020", job)
+    workers = psutil.Process(job.pid).children(recursive=True)
+    job.send_signal(number)
+    assert job.wait(60) == (-signal.SIGKILL if number == signal.SIGKILL else 75)
+    assert psutil.wait_procs(workers, timeout=60)[1] == []
+    shown = (tmp_path / "log").read_text()
+    for run in runs:
+        stopped_at = step_of(list_checkpoints(run / "checkpoints")[-1])
+        assert f"{run.relative_to(tmp_path)}: stopped and saved at step {stopped_at}; the same" in shown
