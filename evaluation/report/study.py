@@ -1,5 +1,6 @@
 """The evaluations of a sweep, sorted into curves. All points come from an ``evaluations.jsonl``, none is typed in."""
 
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -216,7 +217,7 @@ def _of_shared_protocol(by_run: dict[str, list[Record]], sweep: Path) -> dict[st
     ways = [{protocol_of(record): record for record in records} for records in by_run.values()]  # the last of equals
     shared = set(ways[0]).intersection(*ways)
     if not shared:
-        raise ValueError(_why_no_curve({name: records[-1] for name, records in by_run.items()}))
+        raise ValueError(_why_no_curve(by_run))
     first = next(iter(by_run.values()))
 
     def preference(way: str) -> tuple[int, int, int]:
@@ -241,16 +242,26 @@ def number_of(record: Mapping[str, Any], key: str) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _why_no_curve(records: dict[str, Record]) -> str:
-    (first, one), *others = records.items()
-    for name, other in others:
-        for key in PROTOCOL_KEYS:
-            if one[key] != other[key]:
-                return (
-                    f"{first} and {name} cannot share a curve: {key} is {json.dumps(one[key])} in one and "
-                    f"{json.dumps(other[key])} in the other; evaluate both the same way with `ditscale evaluate`."
-                )
-    return f"The runs {', '.join(records)} share no protocol; evaluate all of them the same way."
+def _why_no_curve(by_run: dict[str, list[Record]]) -> str:
+    """Name the first run that shares no protocol with those before it, and where it comes closest to one."""
+    first, *names = by_run
+    shared = {protocol_of(record): record for record in by_run[first]}
+    for name in names:
+        ways = {protocol_of(record): record for record in by_run[name]}
+        if not shared.keys() & ways.keys():
+            pairs = itertools.product(shared.values(), ways.values())
+            one, other = min(pairs, key=lambda pair: len(_differing(*pair)))
+            key = _differing(one, other)[0]
+            return (
+                f"{first} and {name} cannot share a curve: {key} is {json.dumps(one[key])} in one and "
+                f"{json.dumps(other[key])} in the other; evaluate both the same way with `ditscale evaluate`."
+            )
+        shared = {way: record for way, record in shared.items() if way in ways}
+    raise AssertionError("all of them share a protocol")
+
+
+def _differing(one: Record, other: Record) -> list[str]:
+    return [key for key in PROTOCOL_KEYS if one[key] != other[key]]
 
 
 def _with_several(points: dict[tuple[str, int], Record]) -> dict[str, list[Record]]:

@@ -108,6 +108,14 @@ def test_runs_measured_differently_share_no_curve(tmp_path: Path, change: dict[s
         read_study(tmp_path)
 
 
+def test_the_run_that_shares_no_protocol_is_named_not_one_with_a_further_evaluation(tmp_path: Path) -> None:
+    write_run(tmp_path, "a", record_of(16, 40.0), record_of(16, 44.0, num_images=100))
+    write_run(tmp_path, "b", record_of(32, 20.0))
+    write_run(tmp_path, "c", record_of(64, 9.0, step=5, labels="random"), record_of(64, 10.0, sampling_seed=7))
+    with pytest.raises(ValueError, match="a and c cannot share a curve: sampling_seed is 0 in one and 7 in the other"):
+        read_study(tmp_path)
+
+
 def test_evaluating_both_runs_the_same_way_brings_the_curve_back(tmp_path: Path) -> None:
     write_run(tmp_path, "a", record_of(16, 40.0), record_of(16, 44.0, num_images=100))
     write_run(tmp_path, "b", record_of(32, 20.0, num_images=100), record_of(32, 24.0, guidance={"scale": 2}))
