@@ -19,7 +19,7 @@ from diffusion.process import GaussianDiffusion
 from diffusion.samplers import ddpm
 from diffusion.schedules import LinearSchedule
 from diffusion.variances import LearnedRangeVariance
-from evaluation.chunks import ChunkStore
+from evaluation.chunks import ChunkStore, TrainingChunks
 from evaluation.classifier import ClassifierFeatures
 from evaluation.evaluate import Evaluator, MeasurementProtocol
 from evaluation.features import Features
@@ -195,10 +195,8 @@ def test_a_killed_run_makes_up_for_the_evaluation_that_it_owed(tmp_path: Path) -
 
     def hook() -> EvaluationHook:
         identity = {"weights": "ema", "num_images": 7}
-        facts = {"weights": "ema"}
-        return EvaluationHook(
-            2, measure, lambda _: ChunkStore(), lambda _: facts, identity, folder, NoLogger(), runtime
-        )
+        facts, chunks = {"weights": "ema"}, TrainingChunks(tmp_path / "chunks", {})
+        return EvaluationHook(2, measure, chunks, lambda _: facts, identity, folder, NoLogger(), runtime)
 
     state = TrainState(None, None, None, batch_size=4, total_steps=9, step=4)  # type: ignore[arg-type]
     folder.append(folder.evaluations, {"step": 4, "weights": "model", "num_images": 7})  # somebody else's

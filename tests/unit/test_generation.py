@@ -20,7 +20,7 @@ from test_metrics import in_parallel
 from test_model import golden_model
 from test_references import write
 
-from evaluation.chunks import Chunk, ChunkStore, chunks_of
+from evaluation.chunks import Chunk, ChunkStore, TrainingChunks, chunks_of, discard, discard_training
 from evaluation.evaluate import Evaluator, MeasurementProtocol
 from evaluation.features import Features
 from evaluation.frechet import FrechetDistance, FrechetInceptionDistance
@@ -101,8 +101,46 @@ def test_a_killed_evaluation_keeps_its_finished_chunks(tmp_path: Path) -> None:
     other = counting()
     evaluator().evaluate(other, silent_progress, ChunkStore(tmp_path, {"weights": "others"}))
     assert other.made == list(range(30))
-    store.clear()
-    assert len(list(tmp_path.iterdir())) == 1  # the other's
+
+
+def test_chunks_that_nobody_wants_any_more_are_deleted_unless_they_are_in_use(tmp_path: Path) -> None:
+    one, two = (ChunkStore(tmp_path, {"weights": which}, f"of-{which}") for which in "ab")
+    chunk, features = Chunk(0, 0, 2), Features(np.zeros((2, 3), np.float32))
+    for store in (one, two):
+        store.write(chunk, features)
+    discard(tmp_path, lambda name: name.startswith("of-b"))
+    assert one.read(chunk) is not None
+    assert two.read(chunk) is None
+    with one.used():
+        discard(tmp_path, lambda _: True)
+        with one.used():  # as another process of the same evaluation
+            pass
+        discard(tmp_path, lambda _: True)
+        assert one.read(chunk) is not None
+    discard(tmp_path, lambda _: True)
+    assert list(tmp_path.iterdir()) == []
+    discard(tmp_path / "nowhere", lambda _: True)
+
+
+def test_a_run_keeps_the_chunks_that_it_can_come_to_again_and_those_of_others(tmp_path: Path) -> None:
+    mine, other = (TrainingChunks(tmp_path, {"lr": lr}) for lr in (1, 2))
+    chunk, features = Chunk(0, 0, 2), Features(np.zeros((2, 3), np.float32))
+    stores = [mine.of_step(4), mine.of_step(20), other.of_step(4), ChunkStore(tmp_path, {}, "evaluate-theirs")]
+    for store in stores:
+        store.write(chunk, features)
+    old = tmp_path / "0123456789abcdef"  # of an earlier version of the program
+    old.mkdir()
+    (old / "chunk-000000.json").write_text("{}")
+    mine.discard_foreign(step=2)
+    assert [store.read(chunk) is not None for store in stores] == [True, True, False, True]
+    assert not old.exists()
+    mine.discard_until(4)
+    assert [store.read(chunk) is not None for store in stores] == [False, True, False, True]
+    mine.discard_foreign(step=0)
+    assert [store.read(chunk) is not None for store in stores] == [False, False, False, True]
+    stores[0].write(chunk, features)
+    discard_training(tmp_path)
+    assert [store.read(chunk) is not None for store in stores] == [False, False, False, True]
 
 
 def test_a_damaged_chunk_is_made_again(tmp_path: Path) -> None:
@@ -225,9 +263,8 @@ def test_training_refuses_to_continue_its_curve_in_another_protocol(tmp_path: Pa
     def hook(num_images: int) -> EvaluationHook:
         measured, facts = {"num_images": num_images, "frechet_distance": 1.0}, {"weights": "ema"}
         identity = facts | {"num_images": num_images}
-        return EvaluationHook(
-            2, lambda _: measured, lambda _: ChunkStore(), lambda _: facts, identity, folder, NoLogger(), runtime
-        )
+        chunks = TrainingChunks(tmp_path / "chunks", {})
+        return EvaluationHook(2, lambda _: measured, chunks, lambda _: facts, identity, folder, NoLogger(), runtime)
 
     folder.append(folder.evaluations, {"step": 2, "weights": "ema", "num_images": 50, "evaluated_by": "evaluate"})
     hook(10).start(state)
@@ -242,8 +279,7 @@ def test_an_evaluation_that_is_killed_during_training_goes_on_where_it_was(tmp_p
     state = TrainState(None, None, None, batch_size=4, total_steps=9, step=2)  # type: ignore[arg-type]
 
     def hook(make: Generator) -> EvaluationHook:
-        def chunks(step: int) -> ChunkStore:
-            return ChunkStore(tmp_path / "chunks", {"step": step})
+        chunks = TrainingChunks(tmp_path / "chunks", {})
 
         def measure(store: ChunkStore) -> dict[str, Any]:
             return evaluator().evaluate(make, silent_progress, store)
