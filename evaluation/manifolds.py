@@ -10,7 +10,7 @@ from torch import Tensor
 
 from evaluation.collectors import RowsOf
 from evaluation.features import FeatureExtractor
-from evaluation.metrics import require_images
+from evaluation.metrics import require_images, require_reference_images
 from evaluation.precision import exact_float32
 from evaluation.references import Reference
 
@@ -62,9 +62,7 @@ class PrecisionRecall:
     def require(self, extractor: FeatureExtractor, reference: Reference, num_images: int) -> None:
         """Of both kinds more images than neighbours."""
         require_images("precision_recall", self._k + 1, num_images, f"{self._k} neighbours")
-        require_images(
-            "precision_recall", self._k + 1, reference.num_vectors, f"{self._k} neighbours, in the reference"
-        )
+        require_reference_images("precision_recall", self._k + 1, reference, f"{self._k} neighbours")
 
     @torch.no_grad()
     def compute(self, samples: NDArray[np.float32], reference: Reference, device: torch.device) -> dict[str, float]:

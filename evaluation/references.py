@@ -22,7 +22,7 @@ from data.images import Crop
 from data.progress import ProgressBar
 from data.sources import Source, load_images
 from diffusion.draws import Philox, Purpose
-from evaluation.features import FeatureExtractor, Features
+from evaluation.features import FeatureExtractor, require_finite
 from evaluation.inception import NUM_FEATURES, NUM_SPATIAL
 from evaluation.inception_features import InceptionFeatures
 from evaluation.npz import Header, headers_of, read_array
@@ -79,7 +79,7 @@ def make_reference(
             "evaluation.reference."
         )
     images, _ = load_images(source, image_size, crop, apply_exif)
-    features = extractor(images)
+    features = require_finite(extractor(images), extractor)
     statistics = FeatureStatistics.of(features.vectors)
     resampled = FeatureStatistics.of(features.vectors[_bootstrap_rows(len(images))])
     return Reference(
@@ -212,7 +212,7 @@ def _vectors_of(path: Path, extractor: FeatureExtractor, progress: ProgressBar) 
     images, parts = read_array(path, "arr_0"), []
     with progress("reference", 0, len(images), "img") as bar:
         for start in range(0, len(images), 250):
-            found: Features = extractor(images[start : start + 250])
+            found = require_finite(extractor(images[start : start + 250]), extractor)
             parts.append(found.vectors)
             bar.update(len(found.vectors))
     return np.concatenate(parts)

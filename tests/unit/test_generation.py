@@ -30,7 +30,8 @@ from evaluation.image_files import NpzFile, PngFiles
 from evaluation.image_sets import SourceImages
 from evaluation.inception_features import InceptionFeatures
 from evaluation.manifolds import PrecisionRecall
-from evaluation.references import Reference
+from evaluation.reference_file import write_reference
+from evaluation.references import Reference, make_reference
 from evaluation.statistics import FeatureStatistics
 from launch import cli
 from launch.evaluate import compile_blocks
@@ -234,6 +235,46 @@ def test_images_that_are_not_finite_are_refused() -> None:
         ValueError, match=r"1 of 7 images are not finite .the first is image 2.; the weights have diverged"
     ):
         evaluator().evaluate(counting(denoiser=diverged), silent_progress)
+
+
+class Overflowing(Sums):
+    """As a network in float16 whose activations are too large."""
+
+    def __call__(self, images: np.ndarray) -> Features:
+        found = super().__call__(images)
+        found.vectors[0, 2] = np.inf
+        return found
+
+
+def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    words = r"1 of {} images have features .pixels. that are not finite"
+    with pytest.raises(ValueError, match=words.format(7)):
+        evaluator(extractor=Overflowing()).evaluate(generator(), silent_progress, ChunkStore(tmp_path, {}))
+    assert list(tmp_path.glob("*/*")) == []
+    with pytest.raises(ValueError, match=words.format(50)):
+        make_reference(PatternSource(), 8, Overflowing())
+    with pytest.raises(ValueError, match=words.format(50)):
+        write_reference(
+            tmp_path / "r.npz",
+            SourceImages(PatternSource(), 8),
+            Overflowing(),
+            num_kept=5,
+            seed=0,
+            batch_size=50,
+            runtime=generator().runtime,
+            progress=silent_progress,
+        )
+
+
+def test_a_protocol_of_fewer_images_than_a_batch_generates_no_more(tmp_path: Path) -> None:
+    sizes = []
+
+    def seen(x_t: torch.Tensor, t: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(x_t))
+        return x_t.repeat(1, 2, 1, 1)
+
+    evaluator(batch_size=250).evaluate(counting(denoiser=seen), silent_progress)
+    assert set(sizes) == {30}
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_generated() -> None:
