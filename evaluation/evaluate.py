@@ -31,7 +31,7 @@ class MeasurementProtocol:
     guidance: Mapping[str, Any]
     num_images: int
     sampling_seed: int  # of the noise, and of random labels
-    network_precision: str  # fp32 or bf16; `precision` is a metric
+    network_precision: str  # fp32, tf32 or bf16; `precision` is a metric
     labels: Literal["balanced", "random"] = "balanced"
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -152,6 +153,12 @@ def build_extractor(section: Mapping[str, Any], runtime: Runtime) -> FeatureExtr
     return extractor
 
 
+def precision_of_products(precision: str, device: torch.device) -> str:
+    """What a record calls the network's precision: tf32 where a GPU rounds the factors of float32 products so."""
+    rounds = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if precision == "fp32" and rounds else precision
+
+
 def build_evaluator(
     config: Mapping[str, Any], runtime: Runtime, progress: ProgressBar, names: Sequence[str] | None = None
 ) -> Evaluator:
@@ -172,7 +179,7 @@ def build_evaluator(
         guidance=_named_settings(config["guidance"]),
         num_images=settings["num_images"],
         sampling_seed=settings["seed"],
-        network_precision=config["precision"],
+        network_precision=precision_of_products(config["precision"], runtime.device),
         labels=settings["labels"],
     )
     extractor = build_extractor(settings["features"], runtime)

@@ -20,7 +20,16 @@ from evaluation.evaluate import Evaluator
 from evaluation.generate import Generator
 from evaluation.likelihood import measure_likelihood
 from launch.app import CONF, run
-from launch.build import CHUNKS, LoadedCheckpoint, build, build_evaluator, build_shards, checkpoint_hash, model_facts
+from launch.build import (
+    CHUNKS,
+    LoadedCheckpoint,
+    build,
+    build_evaluator,
+    build_shards,
+    checkpoint_hash,
+    model_facts,
+    precision_of_products,
+)
 from launch.check import closest
 from launch.facts import source_hash
 from model.dit import DiT
@@ -88,7 +97,9 @@ def _record(
         record |= evaluator.evaluate(generator, progress, store, build(settings["image_file"]))
     if LIKELIHOOD in config["metrics"]:
         shards = _shards_of(checkpoint, config["data"])
-        record |= measure_likelihood(generator, shards, settings["num_images"], settings["batch_size"], progress)
+        precision = precision_of_products(config["precision"], generator.runtime.device)
+        sizes = settings["num_images"], settings["batch_size"]
+        record |= measure_likelihood(generator, shards, *sizes, precision, progress)
     return record
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_model import golden_model
 
+from data.images import CenterCrop
 from data.manifest import LatentSpec
 from data.sources import DigitsSource, load_images
 from diffusion.process import GaussianDiffusion
@@ -145,6 +146,15 @@ def test_the_digit_classifier_is_accurate_and_trained_once(tmp_path: Path) -> No
     assert found.vectors.shape == (100, 64)
     assert found.classes is not None
     assert (found.classes == labels[:100]).mean() > 0.95
+
+
+def test_the_classifier_sees_the_images_that_were_encoded(tmp_path: Path) -> None:
+    """Cropped, where the source has others than the data set's."""
+    cut = ClassifierFeatures(PatternSource(size=12), 8, str(tmp_path), crop=CenterCrop(), epochs=1)
+    images, _ = load_images(PatternSource(size=12), 8, CenterCrop())
+    assert cut(images).vectors.shape == (50, 64)
+    with pytest.raises(ValueError, match=r"is 12x12, but data.image_size is 8"):
+        ClassifierFeatures(PatternSource(size=12), 8, str(tmp_path), epochs=1)
 
 
 class PixelFeatures:

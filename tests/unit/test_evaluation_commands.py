@@ -6,12 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY_RUN, InProcess, json_lines
 
+from data.manifest import Manifest
 from evaluation.chunks import ChunkStore
 from evaluation.classifier import ClassifierFeatures
 from evaluation.features import Features
 from launch import evaluate as evaluate_module
+from launch.build import precision_of_products
 
 FEW = ["sampler.steps=2", "evaluation.num_images=40", "evaluation.features.epochs=1", "evaluation.batch_size=10"]
 EVALUATE = ["evaluate", "checkpoint=run", "runtime=cpu", *FEW]
@@ -66,6 +69,29 @@ def test_a_guide_is_recorded_by_its_weights_not_by_its_path(run: Path, digits: P
     assert first == again
     assert {**first, "guide_hash": ""} == {**later, "guide_hash": ""}
     assert first["guide_hash"] != later["guide_hash"]
+
+
+def test_a_gpu_that_multiplies_in_tf32_is_not_called_fp32() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        for setting, expected in (("high", "tf32"), ("highest", "fp32")):
+            torch.set_float32_matmul_precision(setting)
+            assert precision_of_products("fp32", torch.device("cuda")) == expected
+            assert precision_of_products("bf16", torch.device("cuda")) == "bf16"
+            assert precision_of_products("fp32", torch.device("cpu")) == "fp32"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_bits_per_dimension_are_recorded_with_their_data_and_precision(
+    run: Path, digits: Path, in_process: InProcess
+) -> None:
+    words = ["metrics=[nll]", f"data.shards={digits}", "evaluation.num_images=2"]
+    in_process(*EVALUATE, *words)
+    in_process(*EVALUATE, *words, "precision=bf16")
+    one, other = json_lines(run / "evaluations.jsonl")
+    assert [line["likelihood_precision"] for line in (one, other)] == ["fp32", "bf16"]
+    assert one["likelihood_data_hash"] == other["likelihood_data_hash"] == Manifest.load(str(digits)).hash
 
 
 def test_an_average_is_recorded_with_the_steps_that_it_is_made_of(run: Path, in_process: InProcess) -> None:
