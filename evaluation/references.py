@@ -6,16 +6,16 @@ images for precision and recall. Ours has ``about`` besides: JSON that says what
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data.atomic import atomic_file, sha256_of
 from data.images import Crop
@@ -114,19 +114,18 @@ def read_reference(path: Path, extractor: FeatureExtractor, cache: Path, progres
     headers = headers_of(path)
     _require_statistics(path, headers)
     _require_images(path, headers.get("arr_0"))
-    about = _about(path) if "about" in headers else {}
+    about = _about(path) if "about" in headers else _About()
     _require_extractor(path, about, headers, extractor)
     hash_ = sha256_of(path)
     kept = _Kept(cache / f"reference-{hash_[:16]}-{extractor.hash[:16]}-{_code_hash()[:8]}")
-    count = about.get("images")
 
     def gaussian(mu: str, sigma: str) -> Gaussian:
         mean, covariance = _read_gaussian(path, mu, sigma)
-        return Gaussian(mean, covariance, count, lambda name, compute: kept.get(f"{name}-{sigma}", compute))
+        return Gaussian(mean, covariance, about.images, lambda name, compute: kept.get(f"{name}-{sigma}", compute))
 
     num_vectors, image_size = headers["arr_0"].shape[:2] if "arr_0" in headers else (0, None)
     return Reference(
-        name=about.get("name", path.name),
+        name=about.name or path.name,
         hash=hash_,
         statistics=gaussian("mu", "sigma"),
         floor=None,
@@ -134,7 +133,7 @@ def read_reference(path: Path, extractor: FeatureExtractor, cache: Path, progres
         num_vectors=num_vectors,
         load_vectors=lambda: kept.get("vectors", lambda: _vectors_of(path, extractor, progress)),
         image_size=image_size,
-        num_classes=about.get("num_classes"),
+        num_classes=about.num_classes,
     )
 
 
@@ -168,22 +167,30 @@ def _require_images(path: Path, header: Header | None) -> None:
         )
 
 
-def _about(path: Path) -> dict[str, Any]:
-    """What our own file says of itself; one of ADM's has nothing of the kind."""
+class _About(BaseModel):
+    """What our own file says of itself; one of ADM's says nothing."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    name: str | None = None
+    images: Annotated[int, Field(ge=2)] | None = None
+    num_classes: int | None = None
+    feature_extractor: str = "2015 Inception features"
+    feature_extractor_hash: str | None = None
+
+
+def _about(path: Path) -> _About:
     try:
-        about = json.loads(str(read_array(path, "about")))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"about of the reference {path} cannot be read ({error}); make it again.") from error
-    if not isinstance(about, dict):
-        raise ValueError(f"about of the reference {path} cannot be read (it is {about!r}); make it again.")
-    return about
+        return _About.model_validate_json(str(read_array(path, "about")))
+    except ValidationError as error:
+        found = error.errors()[0]
+        what = f"has {found['loc'][0]} {found['input']!r}, but" if found["loc"] else "cannot be read:"
+        raise ValueError(f"about of the reference {path} {what} {found['msg'].lower()}; make it again.") from error
 
 
-def _require_extractor(
-    path: Path, about: Mapping[str, Any], headers: Mapping[str, Header], extractor: FeatureExtractor
-) -> None:
+def _require_extractor(path: Path, about: _About, headers: Mapping[str, Header], extractor: FeatureExtractor) -> None:
     """A file without ``about`` is ADM's, of the 2015 Inception."""
-    theirs, their_hash = about.get("feature_extractor", "2015 Inception features"), about.get("feature_extractor_hash")
+    theirs, their_hash = about.feature_extractor, about.feature_extractor_hash
     fits = isinstance(extractor, InceptionFeatures) if their_hash is None else their_hash == extractor.hash
     if not fits:
         of = "" if their_hash is None else f" with hash {their_hash[:8]}"

@@ -168,6 +168,10 @@ def build_evaluator(
     """
     settings, data = config["evaluation"], config["data"]
     names = settings["metrics"] if names is None else names
+    if not names:
+        raise ValueError(
+            f"evaluation.metrics is empty; choose among {', '.join(settings['metric'])}, or set evaluate_every=null."
+        )
     for name in names:
         if name not in settings["metric"]:
             raise ValueError(

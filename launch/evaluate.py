@@ -43,6 +43,8 @@ LIKELIHOOD = "nll"  # needs no generated images, so it is no `Metric`
 
 def evaluate_job(config: dict[str, Any], progress: ProgressBar) -> None:
     """Generate, measure, append. Prints the record."""
+    if not config["metrics"]:
+        raise ValueError("metrics is empty; choose at least one, such as metrics=[frechet].")
     known = [*config["evaluation"]["metric"], LIKELIHOOD]
     for name in config["metrics"]:
         if name not in known:

@@ -28,7 +28,7 @@ from evaluation.generate import Generator, balanced_labels, given_labels
 from evaluation.grid import save_grid
 from evaluation.hooks import EvaluationHook
 from evaluation.references import make_reference
-from evaluation.statistics import FeatureStatistics, frechet_distance
+from evaluation.statistics import FeatureStatistics, Gaussian, covariance_root, frechet_distance
 from model.autoencoder import IdentityAutoencoder
 from runtime.accelerate import AccelerateRuntime
 from train.loggers import NoLogger
@@ -76,6 +76,32 @@ def test_distance_of_rank_deficient_covariances_is_the_closed_form() -> None:
     sample -= sample.mean(axis=0)
     one, two = FeatureStatistics.of(sample), FeatureStatistics.of(sample / 2)
     assert frechet_distance(one, two) == pytest.approx(np.trace(one.covariance) / 4, rel=1e-6)
+
+
+def test_distance_of_features_that_are_always_zero_is_the_closed_form() -> None:
+    """As ReLU features can be: singular covariances of many images, also where their number is not known."""
+    sample = np.concatenate([features(500, 12), np.zeros((500, 28))], axis=1)
+    sample -= sample.mean(axis=0)
+    one, two = FeatureStatistics.of(sample), FeatureStatistics.of(3 * sample)
+    expected = 4 * np.trace(one.covariance)
+    unknown = [Gaussian(statistics.mean, statistics.covariance) for statistics in (one, two)]
+    for first, second in ((one, two), (two, one), (unknown[0], unknown[1]), (unknown[1], one)):
+        assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-9)
+
+
+def test_distance_of_few_images_far_from_the_origin_is_that_of_the_nuclear_norm() -> None:
+    """Rounding of the sums is then far above that of eigenvalues; only the number of images says what it is."""
+    one, two = (sample - sample.mean(axis=0) for sample in (features(10, 40, 1), features(12, 40, 2)))
+    nuclear = np.linalg.svd(one @ two.T, compute_uv=False).sum() / np.sqrt(9 * 11)
+    expected = (one**2).sum() / 9 + (two**2).sum() / 11 - 2 * nuclear
+    statistics = [FeatureStatistics.of(sample + 1000) for sample in (one, two)]
+    assert frechet_distance(*statistics) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(*reversed(statistics)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_matrix_with_negative_eigenvalues_is_no_covariance() -> None:
+    with pytest.raises(ValueError, match=r"has an eigenvalue of -2, but a covariance has none below 0"):
+        covariance_root(np.diag([3.0, -2.0]), 2)
 
 
 @given(cuts=st.lists(st.integers(0, 200), min_size=1, max_size=6))

@@ -94,6 +94,12 @@ def test_bits_per_dimension_are_recorded_with_their_data_and_precision(
     assert one["likelihood_data_hash"] == other["likelihood_data_hash"] == Manifest.load(str(digits)).hash
 
 
+def test_an_evaluation_of_nothing_is_refused(run: Path, digits: Path, in_process: InProcess) -> None:
+    assert "metrics is empty" in in_process(*EVALUATE, "metrics=[]", expect=2)
+    assert "metrics is empty" in in_process(*train(digits, "evaluate_every=2", "evaluation.metrics=[]"), expect=2)
+    assert not (run / "evaluations.jsonl").exists()
+
+
 def test_an_average_is_recorded_with_the_steps_that_it_is_made_of(run: Path, in_process: InProcess) -> None:
     in_process(*EVALUATE, "weights=width_0.15")
     in_process(*EVALUATE)

@@ -13,6 +13,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 
+from evaluation import manifolds
 from evaluation.chunks import chunks_of
 from evaluation.collectors import Collects, RowsOf, SplitSumsOf, StatisticsOf
 from evaluation.features import Features
@@ -218,6 +219,19 @@ def test_features_too_large_for_fp16_fall_back_to_fp32() -> None:
     assert found == PrecisionRecall().compute(fake, reference_of(real), CPU)
 
 
+@pytest.mark.usefixtures("rounding_allowed")
+def test_distances_are_computed_in_full_float32_whatever_is_set_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def distances(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        seen.append((torch.backends.cuda.matmul.fp32_precision, torch.is_autocast_enabled("cpu")))
+        return manifolds.fp32_squared_distances(first, second)
+
+    monkeypatch.setitem(manifolds._DISTANCES, "fp32", distances)
+    PrecisionRecall().compute(rows(9, 4, 1), reference_of(rows(9, 4, 2)), CPU)
+    assert set(seen) == {("ieee", False)}
+
+
 def test_the_same_images_are_precise_complete_and_at_no_distance() -> None:
     real = rows(100, 8, 1)
     assert PrecisionRecall().compute(real, reference_of(real), CPU) == {"precision": 1.0, "recall": 1.0}
@@ -246,6 +260,8 @@ def test_the_kernel_distance_depends_on_its_seed_and_is_unbiased() -> None:
     found = [KernelDistance(**settings, seed=seed).compute(fake, reference_of(real), CPU) for seed in (0, 0, 1)]
     assert found[0] == found[1] != found[2]
     assert abs(found[0]["kernel_distance"]) < 3 * found[0]["kernel_distance_std"] / np.sqrt(60) + 0.02
+    same = KernelDistance(**settings).compute(real, reference_of(real), CPU)  # of each side other images are chosen
+    assert abs(same["kernel_distance"]) < 3 * same["kernel_distance_std"] / np.sqrt(60) + 0.02
     shifted = KernelDistance(**settings).compute(fake + 0.5, reference_of(real), CPU)
     assert shifted["kernel_distance"] > 10 * abs(found[0]["kernel_distance"])
 

@@ -222,6 +222,20 @@ def test_adms_files_are_read_as_they_are(tmp_path: Path, inception: InceptionFea
         ({"about": np.array("{")}, "about of the reference .* cannot be read"),
         ({"about": np.array("[1]")}, "about of the reference .* cannot be read"),
         ({"about": np.zeros(3)}, "about of the reference .* cannot be read"),
+        (
+            {"about": np.array('{"images": "many"}')},
+            "about of the reference .* has images 'many', but .* valid integer",
+        ),
+        (
+            {"about": np.array('{"images": 1}')},
+            "about of the reference .* has images 1, but .* greater than or equal to 2",
+        ),
+        ({"about": np.array('{"num_classes": 2.5}')}, "about of the reference .* has num_classes 2.5"),
+        (
+            {"about": np.array('{"feature_extractor_hash": 3}')},
+            "about of the reference .* has feature_extractor_hash 3",
+        ),
+        ({"sigma": -np.eye(2048)}, "has an eigenvalue of -1"),
     ],
 )
 def test_a_damaged_reference_is_refused(
@@ -230,7 +244,7 @@ def test_a_damaged_reference_is_refused(
     arrays = {name: array for name, array in (adm_arrays() | change).items() if array is not None}
     np.savez(tmp_path / "r.npz", **arrays)
     with pytest.raises(ValueError, match=words):
-        read_reference(tmp_path / "r.npz", inception, tmp_path / "cache", silent_progress)
+        _ = read_reference(tmp_path / "r.npz", inception, tmp_path / "cache", silent_progress).statistics.root
 
 
 @pytest.mark.parametrize("name", ["mu", "sigma_s", "arr_0"])
