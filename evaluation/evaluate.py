@@ -77,6 +77,7 @@ class Evaluator:
         """
         self.require(generator.spec.image_size, generator.spec.num_classes)
         protocol, runtime = self.protocol, generator.runtime
+        runtime.require_same({"feature extractor": self.extractor.hash, "reference": self.reference.hash})
         store, files = store or ChunkStore(), files or NoFiles()
         labels = protocol.labels_of(generator.spec.num_classes)
         collectors = start_all([metric.collects for metric in self.metrics.values()], protocol.num_images)

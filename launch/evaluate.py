@@ -31,7 +31,7 @@ from launch.build import (
     precision_of_products,
 )
 from launch.check import closest
-from launch.facts import source_hash
+from launch.facts import facts_of_process, source_hash
 from model.dit import DiT
 from runtime.protocol import Runtime
 from train.checkpoint import code_version, read_state_file
@@ -50,6 +50,7 @@ def evaluate_job(config: dict[str, Any], progress: ProgressBar) -> None:
         if name not in known:
             raise ValueError(f"There is no metric {name!r}{closest(name, known)} There are: {', '.join(known)}.")
     runtime: Runtime = build(config["runtime"], precision=config["precision"])
+    runtime.require_same(facts_of_process(config))
     checkpoint = LoadedCheckpoint.load(config["checkpoint"], config["weights"], runtime)
     folder = RunFolder(checkpoint.run_dir)
     folder.read_config()  # refuses a folder that is no run's

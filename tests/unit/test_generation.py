@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from evaluation.references import Reference, make_reference
 from evaluation.statistics import FeatureStatistics
 from launch import cli
 from launch.evaluate import compile_blocks
+from runtime.agreement import require_same
 from train.loggers import NoLogger
 from train.runfolder import RunFolder
 from train.state import TrainState
@@ -169,6 +171,9 @@ class OneOf:
     def wait(self) -> None:
         self.gather(np.zeros(1))
 
+    def require_same(self, facts: Mapping[str, str]) -> None:
+        require_same(facts, lambda mine: list(self.gather(np.array([mine], dtype=object))))
+
 
 @pytest.mark.parametrize("world", [2, 7])
 def test_any_number_of_processes_gives_the_same_record(world: int, tmp_path: Path) -> None:
@@ -185,6 +190,20 @@ def test_any_number_of_processes_gives_the_same_record(world: int, tmp_path: Pat
         assert {**record, "frechet_distance": 0} == {**alone, "frechet_distance": 0}
     with np.load(tmp_path / "images.npz") as file:
         assert file["arr_0"].shape == (30, 8, 8, 4)
+
+
+def test_processes_that_see_images_differently_are_refused() -> None:
+    """As hosts do that have each trained a classifier of their own, or were given other files of one name."""
+
+    def work(rank: int, gather: Any) -> str:
+        extractor = Sums()
+        extractor.hash = f"hash {rank}"
+        make = counting(runtime=OneOf(rank, 2, gather))
+        with pytest.raises(ValueError, match=r"processes of this job differ: feature extractor is hash 0 on .* hash 1"):
+            evaluator(extractor=extractor).evaluate(make, silent_progress)
+        return str(make.made)
+
+    assert in_parallel(2, work) == ["[]", "[]"]
 
 
 def test_the_images_are_kept_in_adms_format_or_as_pngs(tmp_path: Path) -> None:
