@@ -309,6 +309,25 @@ def test_what_does_not_fit_is_refused_before_anything_is_generated() -> None:
     assert make.made == []
 
 
+def test_a_record_says_all_that_its_number_depends_on() -> None:
+    """Where one of these differs, `identity` does, by which a run refuses to go on with its curve."""
+    measure = evaluator()
+    record = measure.evaluate(generator(), silent_progress)
+    assert measure.identity == {
+        "sampler": {"name": "ddpm", "steps": 10},
+        "guidance": {"name": "unguided"},
+        "num_images": 30,
+        "sampling_seed": 0,
+        "network_precision": "fp32",
+        "labels": "balanced",
+        "feature_extractor_hash": "0",
+        "reference_hash": "h",
+        "metrics": {"frechet": {}, "precision_recall": {"k": 3, "distances": "fp32"}},
+    }
+    assert measure.identity.items() <= record.items()
+    assert (record["feature_extractor"], record["reference"], record["decoder"]) == ("pixels", "r", "identity 1")
+
+
 def test_random_labels_are_part_of_the_protocol() -> None:
     balanced, random = evaluator(), evaluator(protocol=replace(evaluator().protocol, labels="random"))
     one, two = (each.evaluate(generator(), silent_progress) for each in (balanced, random))

@@ -304,6 +304,16 @@ def test_an_image_of_another_size_in_the_source_is_named(tmp_path: Path) -> None
         SourceImages(TwoSizes(), 8).images(np.arange(5))
 
 
+def test_a_reference_in_memory_knows_its_images() -> None:
+    """By their content, so that another source of as many is another reference."""
+    reference = make_reference(PatternSource(), 8, Projected())
+    reference.require(image_size=8, num_classes=5)
+    with pytest.raises(ValueError, match="has classes: 5, but the generated images 10"):
+        reference.require(image_size=8, num_classes=10)
+    assert reference.hash == make_reference(PatternSource(), 8, Projected(hash="b")).hash
+    assert reference.hash != make_reference(PatternSource(51), 8, Projected()).hash
+
+
 def test_a_source_that_memory_may_not_hold_is_refused() -> None:
     with pytest.raises(
         ValueError, match="The 200000 images of pattern take 37 GiB, but a reference in memory may take 8"
