@@ -78,9 +78,10 @@ def test_distance_of_rank_deficient_covariances_is_the_closed_form() -> None:
     assert frechet_distance(one, two) == pytest.approx(np.trace(one.covariance) / 4, rel=1e-6)
 
 
-def test_distance_of_features_that_are_always_zero_is_the_closed_form() -> None:
-    """As ReLU features can be: singular covariances of many images, also where their number is not known."""
-    sample = np.concatenate([features(500, 12), np.zeros((500, 28))], axis=1)
+def test_distance_of_features_without_variance_is_the_closed_form() -> None:
+    """As dead ReLU features can be: singular covariances of many images, also where their number is not known."""
+    basis = np.linalg.qr(features(40, 40, seed=3))[0]  # so that rounding reaches the eigenvalues that are zero
+    sample = np.concatenate([features(500, 12), np.zeros((500, 28))], axis=1) @ basis
     sample -= sample.mean(axis=0)
     one, two = FeatureStatistics.of(sample), FeatureStatistics.of(3 * sample)
     expected = 4 * np.trace(one.covariance)
@@ -97,6 +98,9 @@ def test_distance_of_few_images_far_from_the_origin_is_that_of_the_nuclear_norm(
     statistics = [FeatureStatistics.of(sample + 1000) for sample in (one, two)]
     assert frechet_distance(*statistics) == pytest.approx(expected, rel=1e-6)
     assert frechet_distance(*reversed(statistics)) == pytest.approx(expected, rel=1e-6)
+    roots = np.linalg.svd(one, compute_uv=False)[:9] / 3
+    unit = Gaussian(statistics[0].mean, np.eye(40))
+    assert frechet_distance(statistics[0], unit) == pytest.approx(((roots - 1) ** 2).sum() + 31, abs=1e-6)
 
 
 def test_a_matrix_with_negative_eigenvalues_is_no_covariance() -> None:
