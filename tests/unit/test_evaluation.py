@@ -1,5 +1,6 @@
 """Statistics against closed forms, images against their index."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,15 @@ def test_an_image_does_not_depend_on_the_batch_it_is_made_in() -> None:
     for size in (1, 5):  # a rounding boundary may be crossed by float error, not more
         assert np.abs(batches[size] - batches[12]).max() <= 1
         assert (batches[size] != batches[12]).mean() < 0.01
+
+
+def test_images_are_rounded_as_in_the_released_sampling_code() -> None:
+    """Level v where 127.5 x + 128 is in [v, v + 1), cut off at both ends."""
+    levels = np.linspace(-10, 270, 2 * 4 * 8 * 8)
+    given = torch.from_numpy((levels - 128) / 127.5).float().reshape(2, 4, 8, 8)
+    make = replace(generator(), sampler=lambda *_: given)
+    expected = np.floor(levels).clip(0, 255).reshape(2, 4, 8, 8).transpose(0, 2, 3, 1)
+    np.testing.assert_array_equal(make.images(np.arange(2), np.zeros(2, np.int64)), expected)
 
 
 def test_another_index_or_seed_gives_another_image() -> None:
