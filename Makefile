@@ -9,7 +9,7 @@ STUDY := runs/digits-study
 export OMP_NUM_THREADS ?= 1
 BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
 
-.PHONY: demo study test browser lint format bench soak aot clean
+.PHONY: demo study test test-gpu browser lint format bench soak aot clean
 
 $(STAMP): setup.cfg constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -33,6 +33,10 @@ study: $(STAMP)
 test: $(STAMP) browser lint
 	$(BIN)/pytest tests/unit -n auto
 	$(BIN)/pytest tests/runtime tests/smoke -n 2 --dist loadfile
+
+# On a machine with a GPU; elsewhere they are skipped. DITSCALE_GPU_TESTS_ON=cpu runs their bodies on the CPU.
+test-gpu: $(STAMP)
+	$(BIN)/pytest tests/gpu -n 0 -rs
 
 # A test opens the report in a browser. Where none is and none can be installed, that test is skipped and says so.
 browser:

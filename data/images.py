@@ -121,8 +121,11 @@ def _as_rgb(picture: Image.Image) -> Image.Image:
 
 
 def to_unit_range(images: NDArray[np.uint8], device: torch.device | str = "cpu") -> Tensor:
-    """[B, H, W, C] uint8 -> [B, C, H, W] float32 in [-1, 1] on the device."""
-    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    """[B, H, W, C] uint8 -> [B, C, H, W] float32 in [-1, 1] on the device, without waiting on CUDA."""
+    pixels = torch.from_numpy(images)
+    if torch.device(device).type == "cuda":  # from memory that is not pinned, it would wait for all work before it
+        pixels = pixels.pin_memory()
+    return pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 def to_uint8(images: Tensor) -> NDArray[np.uint8]:

@@ -1,12 +1,14 @@
 """Reading, decoding, cropping and encoding at the same time; what comes out does not depend on the timing."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from data.encodings import Encoding
 from data.images import UnreadableImageError
@@ -43,18 +45,33 @@ def encoded_batches(
     ``threads`` read and crop a few batches ahead, one more stacks them, and on CUDA the encoder works on one
     batch while the one before is copied to the host. Raises ValueError as the source and the encoding do.
     """
-    in_flight: deque[tuple[_Batch, Any]] = deque()
+    in_flight: deque[tuple[_Batch, Callable[[], Tensor] | None]] = deque()
     for batch in prefetch(_batches(source, encoding, plan, shards, batch_size, threads)):
-        in_flight.append((batch, None if batch.stacked is None else encoding.moments(batch.stacked)))
+        in_flight.append((batch, None if batch.stacked is None else _to_host(encoding.moments(batch.stacked))))
         if len(in_flight) > 1:
             yield _on_host(*in_flight.popleft(), plan)
     if in_flight:
         yield _on_host(*in_flight.popleft(), plan)
 
 
-def _on_host(batch: _Batch, moments: Any, plan: Plan) -> Encoded:
+def _to_host(moments: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy to the host, behind what computes them; what is returned waits for this copy, and no later work."""
+    if moments.device.type != "cuda":
+        return moments.cpu
+    copy = moments.to("cpu", non_blocking=True)  # pinned
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(moments.device))
+
+    def wait() -> Tensor:
+        arrived.synchronize()
+        return copy
+
+    return wait
+
+
+def _on_host(batch: _Batch, moments: Callable[[], Tensor] | None, plan: Plan) -> Encoded:
     empty = np.empty((0, *plan.spec.sample_shape), dtype=np.float32)
-    values = empty if moments is None else moments.cpu().numpy()
+    values = empty if moments is None else moments().numpy()
     if not np.isfinite(values).all():
         bad = int(np.flatnonzero(~np.isfinite(values).all(axis=(1, 2, 3, 4)))[0])
         raise ValueError(

@@ -67,7 +67,7 @@ def _load(folder: Path) -> Any:
         from transformers import Dinov2Model
     except ImportError as error:
         raise ValueError(
-            "DINOv2 needs transformers, which is not installed; pip install 'ditscale[dinov2]'."
+            "DINOv2 needs transformers, which is not installed; run `pip install transformers`."
         ) from error
     try:
         both: Any = Dinov2Model.from_pretrained(

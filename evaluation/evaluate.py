@@ -17,9 +17,9 @@ from evaluation.frechet import FrechetDistance
 from evaluation.generate import Generator, balanced_labels, random_labels
 from evaluation.image_files import ImageFiles, NoFiles
 from evaluation.metrics import Metric
-from evaluation.precision import exact_device
 from evaluation.references import Reference
 from evaluation.statistics import Gather
+from model.precision import exact_device
 from train.runfolder import RunFolder, read_lines
 
 

@@ -16,6 +16,8 @@ from diffusion.samplers import Sampler
 from model.autoencoder import Autoencoder
 from runtime.protocol import Runtime
 
+DECODED_AT_ONCE = 32  # images: an autoencoder takes far more memory for one than a sampler does
+
 
 @dataclass(frozen=True)
 class Generator:
@@ -35,6 +37,13 @@ class Generator:
 
         B is a multiple of the runtime's devices. Every process must call it, with as many.
         """
+        parts = self.runtime.parts(self._latents(indices, labels), DECODED_AT_ONCE)
+        decoded = torch.cat([self.runtime.rows(self.autoencoder.decode(part)) for part in parts])
+        _require_finite(decoded, indices)
+        return to_uint8(decoded)
+
+    def _latents(self, indices: NDArray[np.int64], labels: NDArray[np.int64]) -> torch.Tensor:
+        """Samples [B, c, h, w] on the device; nothing is read from it."""
         philox, runtime = Philox(self.seed), self.runtime
         shape = (self.spec.channels, self.spec.latent_size, self.spec.latent_size)
 
@@ -43,10 +52,7 @@ class Generator:
 
         with runtime.autocast():
             denoiser = runtime.inference(self.denoiser)
-            latent = self.sampler(denoiser, self.process, noise, runtime.put(torch.from_numpy(labels)))
-        decoded = runtime.rows(self.autoencoder.decode(latent))
-        _require_finite(decoded, indices)
-        return to_uint8(decoded)
+            return self.sampler(denoiser, self.process, noise, runtime.put(torch.from_numpy(labels)))
 
     def images_in_step(self, indices: NDArray[np.int64], labels: NDArray[np.int64], at_most: int) -> NDArray[np.uint8]:
         """As `images`, for any number of indices up to ``at_most``, none included; the network always sees as many.

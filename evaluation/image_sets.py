@@ -14,8 +14,8 @@ from data.images import Crop, ExactSize, Preparation, UnreadableImageError, to_u
 from data.remote import is_remote
 from data.shards import MappedShards
 from data.sources import Source, prepared
-from evaluation.precision import exact_device
 from model.autoencoder import Autoencoder
+from model.precision import exact_device
 
 
 class ImageSet(Protocol):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from data.atomic import sha256_of
 from evaluation.features import Features
 from evaluation.inception import Inception2015
-from evaluation.precision import exact_device, exact_float32
+from model.precision import exact_device, exact_float32
 
 FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE_NAME}"

@@ -11,8 +11,8 @@ from torch import Tensor
 from evaluation.collectors import RowsOf
 from evaluation.features import FeatureExtractor
 from evaluation.metrics import require_images, require_reference_images
-from evaluation.precision import exact_float32
 from evaluation.references import Reference
+from model.precision import exact_float32
 
 SquaredDistances = Callable[[Tensor, Tensor], Tensor]  # [n, D], [m, D] -> [n, m]
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from evaluation.features import Features
-from evaluation.precision import exact_device, exact_float32
+from model.precision import exact_device, exact_float32
 
 
 class NetworkFeatures:

@@ -22,6 +22,11 @@ from launch.schema import register
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
+LESS_MEMORY = {  # of a GPU; roundings are all that changes
+    "train": "set runtime.micro_batches=2 or activation_checkpointing=true, or for samples a smaller "
+    "evaluation.batch_size",
+    "evaluate": "set a smaller evaluation.batch_size",
+}
 CONF = Path(__file__).resolve().parent.parent / "conf"
 JobFunction = Callable[..., None]  # (config, progress)
 
@@ -115,6 +120,10 @@ def _sentence(job: str, error: BaseException) -> str | None:
             written, remedy = "read or written", "give the permission, or choose another folder"
         place = f" {error.filename}" if error.filename else ""
         return f"A file{place} cannot be {written}: {error.strerror}; {remedy}, then give the same command again."
+    if full := next((cause for cause in _causes(error) if type(cause).__name__ == "OutOfMemoryError"), None):
+        wanted = re.search(r"Tried to allocate .*? is free", _one_line(full))
+        reason = f" ({wanted.group()})" if wanted else ""
+        return f"The GPU's memory is full{reason}; {LESS_MEMORY.get(job, 'set a smaller batch_size')}."
     return _one_line(error) if isinstance(error, HydraException) else None
 
 

@@ -18,7 +18,10 @@ def workers_from_environment(threads: int | None) -> Workers:
 
 
 def worker_device(choice: str) -> torch.device:
-    """The device of this process: its own GPU of the host, or the CPU. Raises ValueError where there is none."""
+    """The device of this process: its own GPU of the host, or the CPU. Raises ValueError where there is none.
+
+    That GPU becomes the process's default, so that what CUDA does by itself takes no memory of the first one.
+    """
     local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if choice == "cpu" or (choice == "auto" and num_gpus == 0):
         return torch.device("cpu")
@@ -27,4 +30,5 @@ def worker_device(choice: str) -> torch.device:
             f"Process {local_rank} of this host has no GPU: PyTorch sees {num_gpus}; start at most that many, or set "
             "device=cpu."
         )
+    torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

@@ -1,12 +1,14 @@
 """The KL-regularised autoencoder of latent diffusion (Rombach et al. 2022), out of diffusers."""
 
 import hashlib
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
+
+from model.precision import exact_float32
 
 
 class DiffusersAutoencoder:
@@ -48,7 +50,7 @@ class DiffusersAutoencoder:
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] float32 in [-1, 1] -> [B, 2c, H / downscale, W / downscale] float32: mean, log-variance."""
-        with self._exact():
+        with self._exact(images.device):
             posterior = self._network.encode(images.to(self._network.dtype)).latent_dist
         return torch.cat([posterior.mean, posterior.logvar], dim=1).float()
 
@@ -62,14 +64,13 @@ class DiffusersAutoencoder:
     def decode(self, latent: Tensor) -> Tensor:
         """[B, c, h, w] latent x_0 -> [B, 3, H, W] float32, nominally in [-1, 1]."""
         unscaled = latent.float() / self._scale.to(latent.device) + self._shift.to(latent.device)
-        with self._exact():
+        with self._exact(latent.device):
             image: Tensor = self._network.decode(unscaled.to(self._network.dtype)).sample
         return image.float()
 
-    def _exact(self) -> Any:
-        """float32 means float32: cuDNN would otherwise take TF32 for convolutions."""
-        is_exact = self.precision == "fp32" and torch.cuda.is_available()
-        return torch.backends.cudnn.flags(allow_tf32=False) if is_exact else nullcontext()
+    def _exact(self, device: torch.device) -> AbstractContextManager[None]:
+        """float32 means float32, whatever the caller allows its own network."""
+        return exact_float32(device) if self.precision == "fp32" else nullcontext()
 
 
 def _load(pretrained: str, hub_revision: str | None, subfolder: str | None) -> Any:

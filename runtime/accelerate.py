@@ -16,6 +16,7 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
+from torch.distributed import is_initialized
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusion.batch import Batch, mapped, micro_batches_of
 from diffusion.protocol import Denoiser
+from model.precision import allow_tf32
 from runtime.agreement import require_same
 from runtime.parts import require_divisible
 from runtime.protocol import Metrics, ModuleT, Precision, Step
@@ -34,10 +36,11 @@ class AccelerateRuntime:
 
     ``mode`` replicated keeps the whole state on each (DistributedDataParallel); fsdp spreads weights,
     averages and optimizer over all of them (FSDP2). ``compile`` compiles one block, which all blocks share.
-    ``tf32`` lets GPUs multiply float32 matrices in TF32. A process that waits for another longer than
-    ``timeout_sec`` stops.
+    ``tf32`` lets GPUs multiply float32 matrices in TF32; ``deterministic`` keeps them to kernels that give the same
+    bits each time. A process that waits for another longer than ``timeout_sec`` stops.
 
-    Raises ValueError where the asked device is absent, or the launched processes do not see each other.
+    Raises ValueError where the asked device is absent, the launched processes do not see each other, or state
+    cannot be spread because none were launched.
     """
 
     num_local_devices = 1
@@ -51,6 +54,7 @@ class AccelerateRuntime:
         micro_batches: int = 1,
         compile: bool = False,
         tf32: bool = True,
+        deterministic: bool = False,
         timeout_sec: float = 600.0,
     ) -> None:
         has_cuda = torch.cuda.is_available()
@@ -60,16 +64,17 @@ class AccelerateRuntime:
             )
         AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier run in this process
         on_cpu = device == "cpu" or not has_cuda
+        backend = "cuda:nccl,cpu:gloo" if "LOCAL_RANK" in os.environ and not on_cpu else None  # numpy goes over gloo
         self._accelerator = accelerate.Accelerator(
             cpu=on_cpu,
             mixed_precision="no" if precision == "fp32" else precision,
-            kwargs_handlers=[InitProcessGroupKwargs(backend=None, timeout=timedelta(seconds=timeout_sec))],
+            kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=timeout_sec))],
         )
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         if not on_cpu:
-            torch.set_float32_matmul_precision("high" if tf32 else "highest")
-            torch.backends.cudnn.allow_tf32 = tf32
+            allow_tf32(tf32)
+            _set_deterministic(deterministic)
         self._mode, self._micro_batches, self._compile = mode, micro_batches, compile
         self.device = self._accelerator.device
         self.is_main = self._accelerator.is_main_process
@@ -80,6 +85,11 @@ class AccelerateRuntime:
             raise ValueError(
                 f"{launched} processes were launched, but accelerate sees {self.data_world}; "
                 "start them with torchrun or `accelerate launch`, one per GPU."
+            )
+        if mode == "fsdp" and not is_initialized():
+            raise ValueError(
+                "runtime.mode is fsdp, but 0 processes were launched to spread the state over; start with torchrun, or "
+                "set runtime.mode=replicated."
             )
 
     def require_same(self, facts: Mapping[str, str]) -> None:
@@ -115,11 +125,14 @@ class AccelerateRuntime:
             _compile_regions(model)
         if self._mode == "fsdp" or self.data_world == 1:
             return model, optimizer
-        return DistributedDataParallel(model, gradient_as_bucket_view=True), optimizer
+        # Buffers are constants: there is no need to send them before each forward pass.
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        return wrapped, optimizer
 
     def checkpoint(self, method: Callable[..., Tensor], owner: nn.Module, *arguments: Tensor) -> Tensor:
         """PyTorch's own. Bound methods of two modules would be two programs to torch.compile."""
-        result: Tensor = checkpoint(partial(method, owner), *arguments, use_reentrant=False)
+        # Nothing is drawn on a device, so there are no generators to set back.
+        result: Tensor = checkpoint(partial(method, owner), *arguments, use_reentrant=False, preserve_rng_state=False)
         return result
 
     def feed(self, host_batches: Iterable[Batch]) -> Iterator[list[Batch]]:
@@ -135,6 +148,10 @@ class AccelerateRuntime:
     def rows(self, batch: Tensor) -> Tensor:
         """To the host."""
         return batch.cpu()
+
+    def parts(self, batch: Tensor, most: int) -> Sequence[Tensor]:
+        """Views."""
+        return batch.split(most)
 
     def step(self, function: Step) -> Step:
         """Itself: eager execution."""
@@ -202,6 +219,15 @@ class AccelerateRuntime:
             torch.cuda.current_stream().synchronize()
 
 
+def _set_deterministic(is_deterministic: bool) -> None:
+    """Keep GPUs to kernels that give the same bits each time, or not."""
+    if is_deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it PyTorch refuses matrix products
+        settings: Any = torch.utils.deterministic
+        settings.fill_uninitialized_memory = False  # nothing here reads such memory
+    torch.use_deterministic_algorithms(is_deterministic)
+
+
 def _shard(module: nn.Module, device_type: str, world: int) -> None:
     """FSDP2: each block is gathered when it is used, and what lies around the blocks is gathered as one."""
     mesh = init_device_mesh(device_type, (world,))
@@ -217,6 +243,7 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
 
 def _compile_regions(model: nn.Module) -> None:
     """Compile block by block: all of one class and shape share one compilation."""
+    torch._dynamo.config.optimize_ddp = False  # it would cut blocks up at the bounds of buckets, to send them sooner
     for block in _blocks(model):
         block.compile()
 

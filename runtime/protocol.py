@@ -105,6 +105,10 @@ class Runtime(Protocol):
         """This process's rows of a batch, on the host: the inverse of `put`. Every process must call it."""
         ...
 
+    def parts(self, batch: Tensor, most: int) -> Sequence[Tensor]:
+        """A batch on the devices in parts of ``most`` rows, each for `rows`; whole where devices share its rows."""
+        ...
+
     def gather(self, rows: np.ndarray) -> np.ndarray:
         """Rows of all processes, concatenated in rank order on every one. Every process must call it."""
         ...

@@ -156,6 +156,10 @@ class XlaRuntime:
         share = len(batch) // self.data_world
         return self._whole(batch)[self.data_rank * share : (self.data_rank + 1) * share]
 
+    def parts(self, batch: Tensor, most: int) -> Sequence[Tensor]:
+        """The whole: each device has few of its rows."""
+        return [batch]
+
     def step(self, function: Step) -> Step:
         """Trace, then execute without waiting."""
 

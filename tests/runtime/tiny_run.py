@@ -56,6 +56,7 @@ class Case:
     learning_rates: list[float] | None = None  # of each step
     average: str = "constant"
     skip_over: list[float] | None = None  # gradient norm, of each step
+    wrapped: bool = False  # in DistributedDataParallel, also where there is one process
     counts_exchanged: bool = False  # elements of the gradients that processes exchange, under DistributedDataParallel
 
     def model(self) -> DiT:
@@ -148,7 +149,10 @@ def under_runtime(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if case.activation_checkpointing:
         checkpoint_blocks(model, runtime.checkpoint)
     process = runtime.place(diffusion())
+    world = runtime.data_world
+    runtime.data_world = 2 if case.wrapped else world
     stepping, optimizer = runtime.prepare(model, list(ema.modules.values()), optimizer)
+    runtime.data_world = world
     exchanged: list[int] = []
     if case.counts_exchanged:
         stepping.register_comm_hook(exchanged, counted_exchange)
@@ -193,7 +197,7 @@ def make_runtime(case: Case) -> Any:
         return xla(case.precision, "cpu", **case.settings)  # type: ignore[arg-type]
     from runtime.accelerate import AccelerateRuntime
 
-    return AccelerateRuntime(case.precision, "cpu", **case.settings)  # type: ignore[arg-type]
+    return AccelerateRuntime(case.precision, **{"device": "cpu", **case.settings})  # type: ignore[arg-type]
 
 
 class Counters:

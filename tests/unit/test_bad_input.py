@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY_RUN
 from faulty_server import FaultyServer
 
 from launch import cli
+from launch.app import _sentence
 
 
 def fails(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> str:
@@ -191,3 +193,15 @@ def test_help_lists_the_jobs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
     assert all(job in shown for job in ("encode", "train", "sample", "evaluate", "report"))
+
+
+def test_a_full_gpu_is_one_sentence_with_what_takes_less_memory() -> None:
+    error = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 139.80 GiB of which 3.00 MiB "
+        "is free. Including non-PyTorch memory, this process has 139.79 GiB memory in use."
+    )
+    assert _sentence("evaluate", error) == (
+        "The GPU's memory is full (Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 139.80 GiB of which 3.00 "
+        "MiB is free); set a smaller evaluation.batch_size."
+    )
+    assert "set runtime.micro_batches=2" in str(_sentence("train", error))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +118,9 @@ def test_a_folder_that_holds_no_whole_dinov2_is_refused(dinov2: Path, tmp_path: 
     (folder / "config.json").write_text("<html>")
     with pytest.raises(ValueError, match="is not the JSON of a model"):
         dinov2_of(folder)
+
+
+def test_dinov2_without_transformers_says_what_to_install(dinov2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match="run `pip install transformers`"):
+        dinov2_of(dinov2)

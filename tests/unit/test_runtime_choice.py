@@ -53,6 +53,11 @@ print(AccelerateRuntime("fp32").device.type, "torch_xla" in sys.modules)
     assert shown.split()[-2:] == ["cuda" if torch.cuda.is_available() else "cpu", "False"]
 
 
+def test_state_is_not_spread_over_processes_that_nobody_launched() -> None:
+    with pytest.raises(ValueError, match=r"mode is fsdp, but 0 processes were launched .* start with torchrun"):
+        AccelerateRuntime("fp32", "cpu", mode="fsdp")
+
+
 @pytest.mark.skipif(choice.has_tpu(), reason="there is a TPU")
 def test_a_tpu_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match="this machine has 0 TPUs"):

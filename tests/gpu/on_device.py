@@ -1,0 +1,46 @@
+"""Where the tests of GPUs run: on one, or not at all.
+
+``DITSCALE_GPU_TESTS_ON=cpu`` runs their bodies on the CPU, which shows that none has a slip before a GPU is at hand;
+it proves nothing about GPUs.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+# Before the first matrix product of this process, after which PyTorch does not look again.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+from runtime.accelerate import AccelerateRuntime
+
+DEVICE = torch.device(os.environ.get("DITSCALE_GPU_TESTS_ON", "cuda"))
+if DEVICE.type == "cuda" and not torch.cuda.is_available():
+    pytest.skip("PyTorch sees no GPU, and these tests need one", allow_module_level=True)
+
+
+def make_runtime(precision: Any = "fp32", **settings: Any) -> AccelerateRuntime:
+    """On the device; float32 is exact unless ``settings`` say otherwise."""
+    return AccelerateRuntime(precision, **{"device": DEVICE.type, "tf32": False, **settings})
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """In the block, what makes the host wait for the GPU raises."""
+    if DEVICE.type != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """Relative, of a whole tensor: the norm of the difference over the norm."""
+    return ((one - other).norm() / other.norm()).item()

@@ -1,0 +1,179 @@
+"""Encoding, sampling and measuring on a GPU give the CPU's numbers, also where TF32 is allowed elsewhere."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_RUN, command, json_lines, run_process
+from inception_weights import PREFIX, random_weights
+from on_device import DEVICE, distance, make_runtime, no_waiting
+from pictures import make_autoencoder, photo
+from tiny_run import Case, diffusion
+from tiny_samples import SAMPLERS
+from torch import Tensor
+
+from data.encodings import EncodeImages
+from data.images import CenterCrop, Preparation
+from data.manifest import LatentSpec
+from diffusion.guidance import ClassifierFreeGuidance, unguided
+from evaluation.generate import Generator, balanced_labels
+from evaluation.inception_features import InceptionFeatures
+from evaluation.kernel import KernelDistance
+from evaluation.manifolds import PrecisionRecall
+from evaluation.references import Reference
+from evaluation.statistics import FeatureStatistics
+from launch.app import _sentence
+from model.autoencoder import IdentityAutoencoder
+from model.autoencoder_kl import DiffusersAutoencoder
+from model.precision import allow_tf32
+from runtime.accelerate import AccelerateRuntime
+
+FLOAT32 = 1e-4  # relative, of the norm of a difference
+CPU = torch.device("cpu")
+
+
+class Watched:
+    """A denoiser from whose first call on the host must not wait; before it, the sampler's tables are sent."""
+
+    def __init__(self, denoiser: Any) -> None:
+        self._denoiser = denoiser
+        self._watch = no_waiting()
+        self.calls = 0
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if self.calls == 0:
+            self._watch.__enter__()
+        self.calls += 1
+        output: Tensor = self._denoiser(*inputs)
+        return output
+
+    def finish(self) -> None:
+        self._watch.__exit__(None, None, None)
+
+
+def generator_on(runtime: AccelerateRuntime, sampler: str) -> tuple[Generator, Watched]:
+    model = runtime.place(Case("x", "accelerate").model().eval().requires_grad_(False))
+    guidance: Any = ClassifierFreeGuidance if sampler == "guided" else unguided
+    denoiser = Watched(guidance(model, num_classes=10, latent_channels=4))
+    spec = LatentSpec("golden", 8, "identity", "1", 1.0, 1, 4, "float16", False, 10)
+    process = runtime.place(diffusion())
+    return Generator(denoiser, process, IdentityAutoencoder(4), SAMPLERS[sampler], spec, 0, runtime), denoiser
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_image_i_is_the_cpus_in_a_batch_of_any_size(sampler: str) -> None:
+    labels = balanced_labels(12, 10)
+    (expected, _), (found, _) = (
+        generator_on(runtime, sampler) for runtime in (make_runtime(device="cpu"), make_runtime())
+    )
+    one = expected.images(np.arange(12), labels).astype(int)
+    for first, last in ((0, 12), (3, 8)):
+        other = found.images(np.arange(first, last), labels[first:last]).astype(int)
+        assert np.abs(one[first:last] - other).max() <= 1  # a rounding boundary may be crossed, not more
+        assert (one[first:last] != other).mean() < 0.01
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_no_step_of_a_sampler_makes_the_host_wait(sampler: str, precision: str) -> None:
+    runtime = make_runtime(precision)
+    generator_on(runtime, sampler)[0].images(np.arange(4), balanced_labels(4, 10))  # libraries are loaded
+    generator, watched = generator_on(runtime, sampler)
+    try:
+        with torch.no_grad():
+            latents = generator._latents(np.arange(4), balanced_labels(4, 10))
+    finally:
+        watched.finish()
+    assert latents.isfinite().all()
+    assert watched.calls > 4
+
+
+def new_way() -> None:
+    backends: Any = torch.backends
+    backends.cuda.matmul.fp32_precision = backends.cudnn.conv.fp32_precision = "tf32"
+
+
+ALLOWING: dict[str, Callable[[], None]] = {"old way": lambda: allow_tf32(True), "new way": new_way}
+
+
+@pytest.fixture(params=ALLOWING)
+def _tf32_elsewhere(request: pytest.FixtureRequest) -> Any:
+    """TF32 is allowed, as by a user or the runtime."""
+    ALLOWING[request.param]()
+    yield
+    backends: Any = torch.backends
+    backends.cuda.matmul.fp32_precision = backends.cudnn.conv.fp32_precision = "ieee"
+    allow_tf32(False)
+
+
+@pytest.mark.usefixtures("_tf32_elsewhere")
+def test_inception_features_are_the_cpus(tmp_path: Path) -> None:
+    extractor = InceptionFeatures(str(random_weights(tmp_path)), sha256=PREFIX, batch_size=3)
+    images = np.stack([photo(number, 64, 64) for number in range(5)])
+    expected = extractor(images)
+    extractor.to(DEVICE)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        found = extractor(images)
+    for name in ("vectors", "spatial", "logits"):
+        one, other = (torch.from_numpy(getattr(part, name)) for part in (found, expected))
+        assert distance(one, other) < FLOAT32, name
+
+
+@pytest.mark.usefixtures("_tf32_elsewhere")
+def test_an_autoencoder_in_float32_is_the_cpus(tmp_path: Path) -> None:
+    folder = str(make_autoencoder(tmp_path))
+    images = np.stack([photo(number, 32, 32) for number in range(3)])
+    on_cpu, on_device = (
+        EncodeImages(DiffusersAutoencoder("x", folder, 0.5), Preparation(32, CenterCrop()), True, device)
+        for device in (CPU, DEVICE)
+    )
+    expected, found = on_cpu.moments(images), on_device.moments(images)
+    assert found.device.type == DEVICE.type
+    assert distance(found.cpu(), expected) < FLOAT32
+    latents = expected[:, 0, :4]
+    decoded = on_device._autoencoder.decode(latents.to(DEVICE)).cpu()
+    assert distance(decoded, on_cpu._autoencoder.decode(latents)) < FLOAT32
+
+
+@pytest.mark.usefixtures("_tf32_elsewhere")
+def test_metrics_are_the_cpus() -> None:
+    random = np.random.default_rng(0)
+    real, samples = (random.normal(size=(count, 64)).astype(np.float32) for count in (300, 400))
+    reference = Reference("r", "0", FeatureStatistics.of(real), None, num_vectors=300, load_vectors=lambda: real)
+    for metric in (PrecisionRecall(block=128), KernelDistance(subsets=10, subset_size=100)):
+        found, expected = (metric.compute(samples, reference, device) for device in (DEVICE, CPU))
+        assert found == pytest.approx(expected, rel=FLOAT32, abs=1e-9)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="what is full is a GPU's memory")
+def test_a_full_gpu_is_one_sentence() -> None:
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        torch.empty(2**45, dtype=torch.uint8, device=DEVICE)
+    assert str(_sentence("sample", raised.value)).startswith("The GPU's memory is full (Tried to allocate 32768.00 GiB")
+
+
+def test_a_users_first_commands(tmp_path: Path) -> None:
+    """Encode, train with samples and evaluations, sample, evaluate with compiled blocks in bf16."""
+
+    def ditscale(*words: str) -> str:
+        return run_process(command(*words), tmp_path, expect=0)
+
+    on_device = ["runtime=accelerate", f"runtime.device={DEVICE.type}"]
+    small = ["evaluation.num_images=60", "evaluation.batch_size=25", "evaluation.features.epochs=1", "sampler.steps=4"]
+    ditscale("encode", "data=digits", f"device={DEVICE.type}")
+    often = ["sample_every=20", "evaluate_every=40", "precision=bf16", "skip_grad_norm=10", "max_grad_norm=1.0"]
+    shown = ditscale("train", *TINY_RUN, *on_device, *small, *often, "runtime.compile=true", "run_dir=run")
+    assert "step 40" in shown
+    ditscale("sample", "checkpoint=run", *on_device, "num_images=20", "sampler.steps=4", "out=images")
+    with np.load(tmp_path / "images.npz") as file:
+        assert file["arr_0"].shape == (20, 8, 8, 1)
+    guided = ["diffusion/guidance=classifier_free", "guidance.scale=1.5", "compile=true", "precision=bf16"]
+    metrics = "metrics=[frechet,precision_recall,kernel,nll]"
+    kernel = ["evaluation.metric.kernel.subset_size=50", "evaluation.metric.kernel.subsets=4"]
+    ditscale("evaluate", "checkpoint=run", *on_device, *small, *guided, *kernel, metrics)
+    records = json_lines(tmp_path / "run/evaluations.jsonl")
+    assert [record["evaluated_by"] for record in records] == ["train", "evaluate"]
+    assert records[1]["bits_per_dimension"] > 0

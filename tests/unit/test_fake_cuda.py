@@ -1,0 +1,68 @@
+"""The code of GPUs, on one that is not there: ``no_gpu.c`` makes PyTorch believe in it, ``fake_cuda.py`` has the tests.
+
+No kernel runs, so no number is looked at: devices, dtypes, what the host waits for, and what only moves bytes.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_process
+
+HERE = Path(__file__).parent
+CC = os.environ.get("CC", "cc")
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which(CC) is None, reason=f"there is no C compiler {CC} to make a GPU up with"),
+    pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch was built without CUDA"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: make test-gpu uses it"),
+]
+
+
+@pytest.fixture(scope="module")
+def no_gpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Variables of a process that believes in a GPU. PyTorch also loads the driver's library, by its soname."""
+    library = tmp_path_factory.mktemp("no_gpu") / "no_gpu.so"
+    flags = ["-shared", "-fPIC", "-pthread", "-Wl,-soname,libcuda.so.1"]
+    subprocess.run([CC, *flags, str(HERE / "no_gpu.c"), "-o", str(library)], check=True)
+    return {"LD_PRELOAD": str(library), "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def assert_passes(file: str, cwd: Path, env: dict[str, str]) -> None:
+    words = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", str(HERE / file)]
+    shown = run_process(words, cwd, expect=0, env=env)
+    assert " passed" in shown
+    assert "skipped" not in shown
+
+
+def test_steps_samplers_and_metrics_stay_on_the_gpu_and_bytes_arrive(tmp_path: Path, no_gpu: dict[str, str]) -> None:
+    assert_passes("fake_cuda.py", tmp_path, no_gpu)
+
+
+def test_a_step_of_processes_that_spread_their_state_stays_on_the_gpu(tmp_path: Path, no_gpu: dict[str, str]) -> None:
+    assert_passes("fake_fsdp.py", tmp_path, no_gpu)
+
+
+GATHERING = """
+import os
+from pathlib import Path
+import numpy as np
+import torch
+from runtime.accelerate import AccelerateRuntime
+runtime = AccelerateRuntime("bf16")
+gathered = runtime.gather(np.arange(runtime.data_rank + 1)).tolist()
+Path(f"rank{runtime.data_rank}").write_text(f"{runtime.device} {torch.distributed.get_backend()} {gathered}")
+os._exit(0)  # NCCL was never used
+"""
+
+
+def test_processes_on_gpus_exchange_numpy_arrays_without_the_gpu(tmp_path: Path, no_gpu: dict[str, str]) -> None:
+    (tmp_path / "gathering.py").write_text(GATHERING)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run_process([sys.executable, *launcher, "gathering.py"], tmp_path, expect=0, env=no_gpu)
+    for rank in range(2):
+        assert (tmp_path / f"rank{rank}").read_text() == f"cuda:{rank} cuda:nccl,cpu:gloo [0, 0, 1]"
