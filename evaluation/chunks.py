@@ -1,8 +1,11 @@
 """Images in chunks: the unit of work that is divided over processes and that a killed evaluation keeps."""
 
+import fcntl
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
@@ -38,16 +41,40 @@ def chunks_of(num_images: int, size: int, rank: int, world: int) -> list[Chunk]:
     return chunks[rank::world]
 
 
+TRAINING, EVALUATING = "train-", "evaluate-"  # how labels of the two jobs begin
+LOCK_NAME = ".lock"  # shared by the processes that use the chunks beside it; dies with them
+
+
+def digest(identity: Mapping[str, Any]) -> str:
+    """What a content is called: 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()
+
+
 class ChunkStore:
-    """Features of finished chunks in a folder named by what they are features of.
+    """Features of finished chunks in a folder named by what they are features of: ``label``, then a hash of it all.
 
     A chunk counts only where its sidecar is there and has the file's hash. Without a folder nothing is kept.
     """
 
-    def __init__(self, folder: Path | None = None, identity: Mapping[str, Any] | None = None) -> None:
-        content = json.dumps(dict(identity or {}), sort_keys=True)
-        self.plan = hashlib.sha256(content.encode()).hexdigest()
-        self._folder = None if folder is None else folder / self.plan[:16]
+    def __init__(
+        self, folder: Path | None = None, identity: Mapping[str, Any] | None = None, label: str = "chunks"
+    ) -> None:
+        self.plan = digest(identity or {})
+        self._folder = None if folder is None else folder / f"{label}-{self.plan[:16]}"
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """While the block runs, `discard` leaves these chunks alone. Several processes may use them at once."""
+        if self._folder is None:
+            yield
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self._folder / LOCK_NAME, os.O_CREAT | os.O_RDWR, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            yield
+        finally:
+            os.close(descriptor)
 
     def read(self, chunk: Chunk) -> Features | None:
         """Its features, or None where they have to be made."""
@@ -72,14 +99,70 @@ class ChunkStore:
         write_bytes(path, save(parts))
         write_bytes(path.with_suffix(".json"), json.dumps(self._sidecar(chunk, sha256_of(path))).encode())
 
-    def clear(self) -> None:
-        """Delete all chunks: their number is on record. For every process; hosts may share the folder or not."""
-        if self._folder is not None:
-            rmtree(self._folder, ignore_errors=True)
-
     def _path(self, chunk: Chunk) -> Path:
         assert self._folder is not None
         return self._folder / f"chunk-{chunk.number:06d}.safetensors"
 
     def _sidecar(self, chunk: Chunk, sha256: str) -> dict[str, Any]:
         return {"plan": self.plan, "first": chunk.first, "last": chunk.last, "sha256": sha256}
+
+
+class TrainingChunks:
+    """Chunks of the evaluations during a run's training: of its ``origin``, which decides the weights of each step.
+
+    Of one process's run, which no other trains; other jobs leave them alone.
+    """
+
+    def __init__(self, folder: Path, origin: Mapping[str, Any]) -> None:
+        self._folder, self._origin = folder, dict(origin)
+        self._label = f"{TRAINING}{digest(origin)[:16]}-step_"
+
+    def of_step(self, step: int) -> ChunkStore:
+        """Those of the weights after ``step`` steps."""
+        return ChunkStore(self._folder, {**self._origin, "step": step}, f"{self._label}{step:08d}")
+
+    def discard_foreign(self, step: int) -> None:
+        """When training begins at ``step``: delete those that it will not come to, of other origins.
+
+        At step 0 all of them: nothing says that the weights to start with (``init_from``) are still the same.
+        """
+        discard(self._folder, lambda name: _is_of_training(name) and (step == 0 or not name.startswith(self._label)))
+
+    def discard_until(self, step: int) -> None:
+        """Delete those up to ``step``, whose number is on record."""
+        last = f"{self._label}{step:08d}~"
+        discard(self._folder, lambda name: name.startswith(self._label) and name < last)
+
+
+def discard_training(folder: Path) -> None:
+    """Delete all chunks of evaluations during training: for a run that makes none any more."""
+    discard(folder, _is_of_training)
+
+
+def _is_of_training(name: str) -> bool:
+    """What has neither label is of an earlier version of this program, which no later one reads."""
+    return not name.startswith(EVALUATING)
+
+
+def discard(folder: Path, unwanted: Callable[[str], bool]) -> None:
+    """Delete the chunk folders in ``folder`` whose name is ``unwanted``, except those that are in use.
+
+    Every process may call it at once; hosts may share the folder or not.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if unwanted(path.name):
+            _remove_unless_used(path)
+
+
+def _remove_unless_used(path: Path) -> None:
+    try:
+        descriptor = os.open(path / LOCK_NAME, os.O_CREAT | os.O_RDWR, 0o666)
+    except OSError:  # another process has just deleted it
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        rmtree(path, ignore_errors=True)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(descriptor)

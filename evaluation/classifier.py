@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data.atomic import atomic_folder, sha256_of
-from data.images import to_unit_range
+from data.images import Crop, to_unit_range
 from data.sources import Source, load_images
 from diffusion.draws import Philox, Purpose, permutation
 from evaluation.features import Features
@@ -44,8 +44,8 @@ class SmallClassifier(nn.Module):
 class ClassifierFeatures:
     """A `FeatureExtractor`: trains a classifier on 4/5 of a source's images, or takes it from ``cache``.
 
-    The cached folder's name is a hash of images, labels and hyperparameters. The held-out fifth gives
-    ``facts["classifier_accuracy"]``.
+    Images are cropped as for encoding. The cached folder's name is a hash of images, labels and hyperparameters. The
+    held-out fifth gives ``facts["classifier_accuracy"]``.
     """
 
     def __init__(
@@ -53,6 +53,8 @@ class ClassifierFeatures:
         source: Source,
         image_size: int,
         cache: str,
+        crop: Crop | None = None,
+        apply_exif: bool = False,
         num_features: int = 64,
         epochs: int = 30,
         batch_size: int = 64,
@@ -60,7 +62,7 @@ class ClassifierFeatures:
         seed: int = 0,
     ) -> None:
         self.title = f"{source.name} classifier features"
-        images, labels = load_images(source, image_size)
+        images, labels = load_images(source, image_size, crop, apply_exif)
         num_classes = len(source.class_names)
         options = {"num_features": num_features, "epochs": epochs, "batch_size": batch_size, "lr": lr}
         identity = hashlib.sha256(json.dumps([options, seed, num_classes], sort_keys=True).encode())

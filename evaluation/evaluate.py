@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from data.progress import ProgressBar
 from evaluation.chunks import Chunk, ChunkStore, chunks_of
 from evaluation.collectors import Collects, start_all
-from evaluation.features import FeatureExtractor, Features
+from evaluation.features import FeatureExtractor, Features, require_finite
 from evaluation.frechet import FrechetDistance
 from evaluation.generate import Generator, balanced_labels, random_labels
 from evaluation.image_files import ImageFiles, NoFiles
 from evaluation.metrics import Metric
 from evaluation.references import Reference
 from evaluation.statistics import Gather
+from model.precision import exact_device
 from train.runfolder import RunFolder, read_lines
 
 
@@ -30,7 +31,7 @@ class MeasurementProtocol:
     guidance: Mapping[str, Any]
     num_images: int
     sampling_seed: int  # of the noise, and of random labels
-    network_precision: str  # fp32 or bf16; `precision` is a metric
+    network_precision: str  # fp32, tf32 or bf16; `precision` is a metric
     labels: Literal["balanced", "random"] = "balanced"
 
     def __post_init__(self) -> None:
@@ -76,6 +77,7 @@ class Evaluator:
         """
         self.require(generator.spec.image_size, generator.spec.num_classes)
         protocol, runtime = self.protocol, generator.runtime
+        runtime.require_same({"feature extractor": self.extractor.hash, "reference": self.reference.hash})
         store, files = store or ChunkStore(), files or NoFiles()
         labels = protocol.labels_of(generator.spec.num_classes)
         collectors = start_all([metric.collects for metric in self.metrics.values()], protocol.num_images)
@@ -95,7 +97,9 @@ class Evaluator:
         if runtime.is_main:
             files.finish(chunks_of(protocol.num_images, self.batch_size, 0, 1), labels)
         collected = {kind: collector.merged(runtime.gather) for kind, collector in collectors.items()}
-        numbers = _shared(lambda: self._numbers(collected, runtime.device), runtime.is_main, runtime.gather)
+        numbers = _shared(
+            lambda: self._numbers(collected, exact_device(runtime.device)), runtime.is_main, runtime.gather
+        )
         facts = self._facts(generator)
         assert not facts.keys() & numbers.keys(), "a number must not take the place of a fact"
         return {**facts, **numbers, "recognized_fraction": recognition.merged(runtime.gather)}
@@ -124,17 +128,17 @@ class Evaluator:
         if not generator.runtime.gather(np.array([wants])).any():
             return kept
         indices = chunk.indices if chunk is not None else np.empty(0, np.int64)
-        images = generator.images_in_step(indices, labels[indices], self.batch_size)
+        at_most = min(self.batch_size, self.protocol.num_images)
+        images = generator.images_in_step(indices, labels[indices], at_most)
         if chunk is None or not wants:
             return kept
-        features = self.extractor(images)
+        features = require_finite(self.extractor(images), self.extractor)
         files.write(chunk, images)
         store.write(chunk, features)
         return features
 
     def _numbers(self, collected: Mapping[Collects, Any], device: torch.device) -> dict[str, float]:
         """Of all metrics; matrix products on a GPU where there is one, else on the host."""
-        device = device if device.type == "cuda" else torch.device("cpu")
         numbers: dict[str, float] = {}
         for metric in self.metrics.values():
             numbers |= metric.compute(collected[metric.collects], self.reference, device)

@@ -22,6 +22,18 @@ class Features(NamedTuple):
         return cls(*(None if part[0] is None else np.concatenate(part) for part in parts))  # type: ignore[arg-type]
 
 
+def require_finite(features: Features, extractor: "FeatureExtractor") -> Features:
+    """The features. Raises ValueError where they are not all numbers, of which no statistics can be made."""
+    parts = [part for part in (features.vectors, features.spatial, features.logits) if part is not None]
+    bad = np.any([~np.isfinite(part).all(axis=1) for part in parts], axis=0)
+    if bad.any():
+        raise ValueError(
+            f"{bad.sum()} of {len(bad)} images have features ({extractor.title}) that are not finite; use a network or "
+            "weights that do not overflow, in float32."
+        )
+    return features
+
+
 class FeatureExtractor(Protocol):
     """Images to feature vectors. A number computed with one is never compared with another's."""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.chunks import ChunkStore
+from evaluation.chunks import ChunkStore, TrainingChunks
 from evaluation.generate import Generator, balanced_labels
 from evaluation.grid import save_grid
 from runtime.protocol import Metrics, Runtime
@@ -93,7 +93,7 @@ class EvaluationHook(_CatchingUpHook):
         self,
         every: int | None,
         evaluate: Callable[[ChunkStore], dict[str, Any]],
-        chunks: Callable[[int], ChunkStore],
+        chunks: TrainingChunks,
         facts: Callable[[int], Mapping[str, Any]],
         identity: Mapping[str, Any],
         folder: RunFolder,
@@ -107,6 +107,11 @@ class EvaluationHook(_CatchingUpHook):
         self._identity = identity
         self._folder = folder
         self._logger = logger
+
+    def start(self, state: TrainState) -> None:
+        """Delete chunks that training will not come to; then do what is owed."""
+        self._chunks.discard_foreign(state.step)
+        super().start(state)
 
     def require_one_protocol(self) -> None:
         """Raise ValueError where the run's curve was measured in another way until now."""
@@ -129,12 +134,13 @@ class EvaluationHook(_CatchingUpHook):
 
     def act(self, state: TrainState) -> None:
         """Evaluate on all processes, write on the main one."""
-        store = self._chunks(state.step)
-        metrics = self._evaluate(store)
-        record = {"step": state.step, "images_seen": state.images_seen, "evaluated_by": EVALUATED_BY_TRAINING}
-        record |= {**self._facts(state.images_seen), **metrics}
-        if self._runtime.is_main:
-            self._folder.append(self._folder.evaluations, record)
-            self._logger.log(record)
-        self._runtime.wait()  # until the record is written
-        store.clear()
+        store = self._chunks.of_step(state.step)
+        with store.used():
+            metrics = self._evaluate(store)
+            record = {"step": state.step, "images_seen": state.images_seen, "evaluated_by": EVALUATED_BY_TRAINING}
+            record |= {**self._facts(state.images_seen), **metrics}
+            if self._runtime.is_main:
+                self._folder.append(self._folder.evaluations, record)
+                self._logger.log(record)
+            self._runtime.wait()  # until the record is written
+        self._chunks.discard_until(state.step)

@@ -15,6 +15,7 @@ from data.remote import is_remote
 from data.shards import MappedShards
 from data.sources import Source, prepared
 from model.autoencoder import Autoencoder
+from model.precision import exact_device
 
 
 class ImageSet(Protocol):
@@ -105,9 +106,9 @@ class ShardImages:
         return len(self._shards)
 
     def to(self, device: torch.device) -> None:
-        """Decode there."""
-        self._device = device
-        self._autoencoder.to(device)
+        """Decode there, or on the host where float32 is less than that there."""
+        self._device = exact_device(device)
+        self._autoencoder.to(self._device)
 
     @torch.no_grad()
     def images(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 INPUT_SIZE = 299  # pixels, side of the square input
 NUM_FEATURES = 2048
-NUM_SPATIAL_CHANNELS = 7  # of the 17x17 map, as in ADM's suite: 7 * 17 * 17 = 2023 numbers
+NUM_SPATIAL_CHANNELS = 7  # of the 17x17 map, as in ADM's suite
+NUM_SPATIAL = NUM_SPATIAL_CHANNELS * 17 * 17  # 2023
 NUM_LOGITS = 1008  # outputs of the graph, of which 1000 are classes of ImageNet
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from data.atomic import sha256_of
 from evaluation.features import Features
 from evaluation.inception import Inception2015
-from model.precision import exact_float32
+from model.precision import exact_device, exact_float32
 
 FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE_NAME}"
@@ -53,8 +53,8 @@ class InceptionFeatures:
         self._batch_size = batch_size
 
     def to(self, device: torch.device) -> None:
-        """Compute there."""
-        self._device = device
+        """Compute there, or on the host where float32 is less than that there."""
+        self._device = device = exact_device(device)
         self._network.to(device)
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffusion.draws import Philox, Purpose, permutation
 from evaluation.collectors import RowsOf
 from evaluation.features import FeatureExtractor
-from evaluation.metrics import require_images, require_inception
+from evaluation.metrics import require_images, require_inception, require_reference_images
 from evaluation.references import Reference
 
 
@@ -22,6 +22,7 @@ class KernelDistance:
     float64. May be slightly negative where the distributions agree.
     """
 
+    name = "kernel"
     collects = RowsOf("vectors")
 
     def __init__(self, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> None:
@@ -34,8 +35,8 @@ class KernelDistance:
 
     def require(self, extractor: FeatureExtractor, reference: Reference, num_images: int) -> None:
         """A subset of both kinds."""
-        require_images("kernel", self._subset_size, num_images, "one subset")
-        require_images("kernel", self._subset_size, reference.num_vectors, "one subset, in the reference")
+        require_images(self.name, self._subset_size, num_images, "one subset")
+        require_reference_images(self.name, self._subset_size, reference, "one subset")
 
     @torch.no_grad()
     def compute(self, samples: NDArray[np.float32], reference: Reference, device: torch.device) -> dict[str, float]:
@@ -63,9 +64,11 @@ class KernelDistance:
 class KernelInceptionDistance(KernelDistance):
     """KID: the same on pool3 of the 2015 Inception."""
 
+    name = "kid"
+
     def require(self, extractor: FeatureExtractor, reference: Reference, num_images: int) -> None:
         """Inception features, and a subset of both kinds."""
-        require_inception("kid", extractor)
+        require_inception(self.name, extractor)
         super().require(extractor, reference, num_images)
 
     @torch.no_grad()

@@ -14,7 +14,12 @@ from evaluation.generate import Generator, equal_rounds
 
 @torch.no_grad()
 def measure_likelihood(
-    generator: Generator, shards: MappedShards, num_images: int, batch_size: int, progress: ProgressBar
+    generator: Generator,
+    shards: MappedShards,
+    num_images: int,
+    batch_size: int,
+    network_precision: str,
+    progress: ProgressBar,
 ) -> dict[str, Any]:
     """The bound over the first ``num_images`` samples of the shards (they are in a fixed random order).
 
@@ -32,6 +37,8 @@ def measure_likelihood(
         "likelihood_images": count,
         "likelihood_steps": generator.process.num_steps,
         "likelihood_seed": generator.seed,
+        "likelihood_precision": network_precision,
+        "likelihood_data_hash": shards.manifest.hash,
     }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from evaluation.collectors import RowsOf
 from evaluation.features import FeatureExtractor
-from evaluation.metrics import require_images
+from evaluation.metrics import require_images, require_reference_images
 from evaluation.references import Reference
 from model.precision import exact_float32
 
@@ -62,17 +62,14 @@ class PrecisionRecall:
     def require(self, extractor: FeatureExtractor, reference: Reference, num_images: int) -> None:
         """Of both kinds more images than neighbours."""
         require_images("precision_recall", self._k + 1, num_images, f"{self._k} neighbours")
-        require_images(
-            "precision_recall", self._k + 1, reference.num_vectors, f"{self._k} neighbours, in the reference"
-        )
+        require_reference_images("precision_recall", self._k + 1, reference, f"{self._k} neighbours")
 
     @torch.no_grad()
     def compute(self, samples: NDArray[np.float32], reference: Reference, device: torch.device) -> dict[str, float]:
         """``precision`` and ``recall``."""
         with exact_float32(device):
             real, fake = (torch.from_numpy(rows).to(device) for rows in (reference.vectors(), samples))
-            precision = self._fraction_inside(fake, real, self._squared_radii(real))
-            recall = self._fraction_inside(real, fake, self._squared_radii(fake))
+            precision, recall = self._fractions_inside(real, fake)
         return {"precision": precision, "recall": recall}
 
     def _squared_radii(self, rows: Tensor) -> Tensor:
@@ -86,12 +83,23 @@ class PrecisionRecall:
             radii.append(nearest.amax(dim=1))
         return torch.cat(radii)
 
-    def _fraction_inside(self, rows: Tensor, centres: Tensor, squared_radii: Tensor) -> float:
-        """Part of rows [n, D] that lie in a ball around a centre [m, D]."""
-        inside = 0.0
-        for block in rows.split(self._block):
-            found = torch.zeros(len(block), dtype=torch.bool, device=rows.device)
-            for others, radii in zip(centres.split(self._block), squared_radii.split(self._block), strict=True):
-                found |= (self._distances(block, others) <= radii).any(dim=1)
-            inside += float(found.sum())
-        return inside / len(rows)
+    def _fractions_inside(self, real: Tensor, fake: Tensor) -> tuple[float, float]:
+        """Part of fake [m, D] in a ball around some real [n, D], and of real in a ball around some fake.
+
+        One table of distances for both, with the real ones as its rows as in ADM's suite: rounded to float16, the
+        transposed table has other numbers.
+        """
+        fake_inside, fake_blocks = self._blocks_of(fake)
+        real_inside, real_blocks = self._blocks_of(real)
+        for reals, real_radii, reals_inside in real_blocks:
+            for fakes, fake_radii, fakes_inside in fake_blocks:
+                distances = self._distances(reals, fakes)
+                fakes_inside |= (distances <= real_radii[:, None]).any(dim=0)
+                reals_inside |= (distances <= fake_radii).any(dim=1)
+        return float(fake_inside.double().mean()), float(real_inside.double().mean())
+
+    def _blocks_of(self, rows: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
+        """Whether each row was found in a ball, not yet; and blocks of rows, their radii, and views of that."""
+        inside = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        parts = (part.split(self._block) for part in (rows, self._squared_radii(rows), inside))
+        return inside, list(zip(*parts, strict=True))

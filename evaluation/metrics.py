@@ -49,3 +49,12 @@ def require_images(metric: str, needed: int, num_images: int, why: str) -> None:
             f"{metric} needs at least {needed} images ({why}), but there are {num_images}; generate more by "
             "evaluation.num_images, or leave the metric out."
         )
+
+
+def require_reference_images(metric: str, needed: int, reference: Reference, why: str) -> None:
+    """Raise ValueError where the reference holds fewer images, or features of them, than a metric needs."""
+    if reference.num_vectors < needed:
+        raise ValueError(
+            f"{metric} needs at least {needed} images ({why}) in the reference, but {reference.name} has "
+            f"{reference.num_vectors}; choose a reference with more by evaluation.reference, or leave the metric out."
+        )

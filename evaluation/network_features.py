@@ -1,5 +1,7 @@
 """Features of a network that sees normalised images: what TorchScript files and DINOv2 share."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,34 +11,42 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from evaluation.features import Features
-from model.precision import exact_float32
+from model.precision import exact_device, exact_float32
 
 
 class NetworkFeatures:
     """A `FeatureExtractor` of ``network``: [B, 3, ``image_size``, ``image_size``] to [B, D], float32.
 
-    Images in [0, 1] are resized bicubically with antialiasing, then less ``mean`` and over ``std`` per channel.
+    Images in [0, 1] are resized bicubically with antialiasing, then less ``mean`` and over ``std`` per channel. The
+    ``hash`` is of ``weights_hash`` and of these three settings, since all of them decide the features.
     """
 
     def __init__(
         self,
         network: nn.Module,
         title: str,
-        hash_: str,
+        weights_hash: str,
         image_size: int,
         mean: Sequence[float],
         std: Sequence[float],
         batch_size: int,
     ) -> None:
-        self._network, self.title, self.hash = network.eval(), title, hash_
+        if len(mean) != 3 or len(std) != 3:
+            raise ValueError(
+                f"evaluation.features has {len(mean)} numbers in mean and {len(std)} in std, but needs 3 in each, one "
+                "a channel; repeat one number for grey images."
+            )
+        self._network, self.title = network.eval(), title
+        identity = [weights_hash, image_size, [float(value) for value in mean], [float(value) for value in std]]
+        self.hash = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         self.facts: dict[str, float] = {}
         self._image_size, self._batch_size = image_size, batch_size
         self._mean, self._std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
         self._device = torch.device("cpu")
 
     def to(self, device: torch.device) -> None:
-        """Compute there."""
-        self._device = device
+        """Compute there, or on the host where float32 is less than that there."""
+        self._device = device = exact_device(device)
         self._network.to(device)
         self._mean, self._std = self._mean.to(device), self._std.to(device)
 

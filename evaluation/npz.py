@@ -1,10 +1,11 @@
 """npz files of any size: written in blocks, without clocks; looked into without reading them whole."""
 
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,18 +47,35 @@ def _write_member(archive: zipfile.ZipFile, name: str, array: Blocks) -> None:
             member.write(np.ascontiguousarray(block, dtype=array.dtype).tobytes())
 
 
-def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of each array, from its header alone. Raises ValueError for a file that is no npz."""
+class Header(NamedTuple):
+    """What an array in a file is, without its content."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+def headers_of(path: Path) -> dict[str, Header]:
+    """Of each array. Raises ValueError for a file that is no npz."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return {name.removesuffix(".npy"): _shape_of(archive, name) for name in archive.namelist()}
+            return {name.removesuffix(".npy"): _header_of(archive, name) for name in archive.namelist()}
     except (OSError, zipfile.BadZipFile, ValueError) as error:
         raise ValueError(f"{path} cannot be read as an .npz ({error}); is it complete?") from error
 
 
-def _shape_of(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
+def _header_of(archive: zipfile.ZipFile, name: str) -> Header:
     with archive.open(name) as member:
         version = np.lib.format.read_magic(member)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape: tuple[int, ...] = read(member)[0]
-        return shape
+        shape, _, dtype = read(member)
+        return Header(shape, dtype)
+
+
+def read_array(path: Path, name: str) -> NDArray[Any]:
+    """One array of a reference. Raises ValueError where its bytes are not those that were written."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            array: NDArray[Any] = file[name]
+    except (OSError, zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
+        raise ValueError(f"{name} of the reference {path} cannot be read ({error}); fetch or make it again.") from error
+    return array

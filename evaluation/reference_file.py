@@ -11,7 +11,7 @@ from data.prefetch import prefetch
 from data.progress import ProgressBar
 from diffusion.draws import Philox, Purpose, permutation
 from evaluation.collectors import StatisticsCollector
-from evaluation.features import FeatureExtractor
+from evaluation.features import FeatureExtractor, require_finite
 from evaluation.image_sets import ImageSet
 from evaluation.npz import Blocks, write_npz
 from runtime.protocol import Runtime
@@ -62,7 +62,7 @@ def _collect(
     mine = list(_batches(np.arange(len(images)), batch_size))[runtime.data_rank :: runtime.data_world]
     with progress("reference", 0, len(images), "img") as bar:
         for rows, pixels in prefetch((rows, images.images(rows)) for rows in mine):
-            features = extractor(pixels)
+            features = require_finite(extractor(pixels), extractor)
             vectors.add(rows, features)
             if features.spatial is not None:
                 has_spatial = True

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 Gather = Callable[[NDArray[Any]], NDArray[Any]]  # concatenates rows of all processes
 Cache = Callable[[str, Callable[[], NDArray[np.float64]]], NDArray[np.float64]]  # (name, compute) -> array
 
+_NEGATIVE = 1e-3  # of the largest: far above what rounding leaves, also in a covariance stored in float32
 _GATHERED_ROWS = 256  # of a matrix at once: what a process holds of all others' stays small
 
 
@@ -125,9 +126,15 @@ class Gaussian:
 def covariance_root(covariance: NDArray[np.float64], max_rank: int) -> NDArray[np.float64]:
     """[D, D] -> R [D, r] with covariance = R R^T.
 
-    Eigenvalues that are zero up to rounding, or beyond the ``max_rank`` largest, are left out.
+    Eigenvalues that are zero up to rounding, or beyond the ``max_rank`` largest, are left out. Raises ValueError for
+    a matrix with negative ones, which is no covariance.
     """
     values, vectors = np.linalg.eigh(covariance)
+    if values[0] < -_NEGATIVE * np.abs(values).max():
+        raise ValueError(
+            f"The matrix of the reference's statistics has an eigenvalue of {values[0]:.6g}, but a covariance has none "
+            "below 0; fetch or make the reference again."
+        )
     floor = len(values) * np.finfo(np.float64).eps * max(float(values[-1]), 0.0)
     kept = values > floor
     kept[: len(values) - max_rank] = False

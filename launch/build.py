@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from data.atomic import sha256_of
 from data.cache import Cache
 from data.images import Preparation
 from data.manifest import LatentSpec, Manifest
@@ -32,7 +34,7 @@ from runtime.protocol import Runtime
 from train import posthoc
 from train.checkpoint import fill, load_weights, read_state_file
 from train.mirror import fetch_run
-from train.stores import list_checkpoints
+from train.stores import STATE_FILE, list_checkpoints
 
 
 def build(section: Mapping[str, Any], **arguments: Any) -> Any:
@@ -40,6 +42,7 @@ def build(section: Mapping[str, Any], **arguments: Any) -> Any:
     return instantiate(section, _convert_="all", **arguments)
 
 
+CHUNKS = "chunks"  # folder in a run's, of what a killed evaluation had finished
 COPIES = Path("cache/runs")  # of runs that are read from a URL
 _FROM_MANIFEST = {"latent_size": "latent_size", "channels": "channels", "num_classes": "num_classes"}
 
@@ -105,7 +108,15 @@ def model_facts(model: DiT, images_seen: int, weights: str, training_seed: int) 
 def _named_settings(section: Mapping[str, Any]) -> dict[str, Any]:
     """A built section as an evaluation record shows it: the last part of its target, and its settings."""
     name = str(section["_target_"]).rsplit(".", 1)[-1]
-    return {"name": name, **{key: value for key, value in section.items() if not key.startswith("_")}}
+    settings = {"name": name, **{key: value for key, value in section.items() if not key.startswith("_")}}
+    if "guide" in settings:  # a run is a path to its newest checkpoint, whichever that is
+        settings["guide_hash"] = checkpoint_hash(_checkpoint_path(settings["guide"]))
+    return settings
+
+
+def checkpoint_hash(path: Path) -> str:
+    """Of its ``state.json``, which holds the hashes of its other files."""
+    return sha256_of(path / STATE_FILE)
 
 
 def build_generator(
@@ -142,6 +153,12 @@ def build_extractor(section: Mapping[str, Any], runtime: Runtime) -> FeatureExtr
     return extractor
 
 
+def precision_of_products(precision: str, device: torch.device) -> str:
+    """What a record calls the network's precision: tf32 where a GPU rounds the factors of float32 products so."""
+    rounds = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if precision == "fp32" and rounds else precision
+
+
 def build_evaluator(
     config: Mapping[str, Any], runtime: Runtime, progress: ProgressBar, names: Sequence[str] | None = None
 ) -> Evaluator:
@@ -151,6 +168,10 @@ def build_evaluator(
     """
     settings, data = config["evaluation"], config["data"]
     names = settings["metrics"] if names is None else names
+    if not names:
+        raise ValueError(
+            f"evaluation.metrics is empty; choose among {', '.join(settings['metric'])}, or set evaluate_every=null."
+        )
     for name in names:
         if name not in settings["metric"]:
             raise ValueError(
@@ -162,7 +183,7 @@ def build_evaluator(
         guidance=_named_settings(config["guidance"]),
         num_images=settings["num_images"],
         sampling_seed=settings["seed"],
-        network_precision=config["precision"],
+        network_precision=precision_of_products(config["precision"], runtime.device),
         labels=settings["labels"],
     )
     extractor = build_extractor(settings["features"], runtime)
@@ -189,14 +210,19 @@ def load_model(where: str, weights: str) -> DiT:
     require_shipped(section, "model.")
     model: DiT = build(section)
     if weights.startswith(posthoc.PREFIX):
-        fill(model, path, posthoc.reconstruct(_checkpoints_up_to(path), _width(weights)))
+        fill(model, path, posthoc.reconstruct(_checkpoints_of(path, weights), _width(weights)))
     else:
         load_weights(model, path, weights)
     return model
 
 
-def _checkpoints_up_to(path: Path) -> list[Path]:
-    """The run's, or this one alone where it lies elsewhere."""
+def _checkpoints_of(path: Path, weights: str) -> list[Path]:
+    """Those that these weights are made of: the run's up to this one, or this one alone.
+
+    So it is for every name but ``width_W``, and where the checkpoint lies outside a run.
+    """
+    if not weights.startswith(posthoc.PREFIX):
+        return [path]
     return [other for other in list_checkpoints(path.parent) if other.name <= path.name] or [path]
 
 
@@ -223,6 +249,7 @@ class LoadedCheckpoint:
     autoencoder: Autoencoder
     class_dropout: float
     training_seed: int
+    sources: tuple[Path, ...] = ()  # checkpoints that the weights are made of
 
     @classmethod
     def load(cls, where: str, weights: str, runtime: Runtime) -> "LoadedCheckpoint":
@@ -235,6 +262,9 @@ class LoadedCheckpoint:
         config = state["config"]
         require_shipped(config["diffusion"], "diffusion.")
         require_shipped(config["data"]["autoencoder"], "data.autoencoder.")
+        spec = LatentSpec(**state["spec"])
+        autoencoder: Autoencoder = build(config["data"]["autoencoder"])
+        _require_autoencoder(path, spec, autoencoder)
         model = load_model(where, weights)
         process: GaussianDiffusion = build(config["diffusion"])
         return cls(
@@ -242,18 +272,29 @@ class LoadedCheckpoint:
             run_dir=path.resolve().parent.parent,
             step=state["step"],
             images_seen=state["step"] * config["batch_size"],
-            spec=LatentSpec(**state["spec"]),
+            spec=spec,
             model=runtime.place(model).eval().requires_grad_(False),
             process=runtime.place(process),
-            autoencoder=build(config["data"]["autoencoder"]).to(runtime.device),
+            autoencoder=autoencoder.to(runtime.device),
             class_dropout=config["class_dropout"],
             training_seed=config["seed"],
+            sources=tuple(_checkpoints_of(path, weights)),
         )
 
     def generator(self, config: Mapping[str, Any], seed: int, runtime: Runtime) -> Generator:
         """Images of this checkpoint with the job's sampler and guidance."""
         return build_generator(
             config, self.model, self.process, self.autoencoder, self.spec, seed, runtime, self.class_dropout
+        )
+
+
+def _require_autoencoder(path: Path, spec: LatentSpec, autoencoder: Autoencoder) -> None:
+    """Raise ValueError where the autoencoder's weights are no longer those of the latents trained on."""
+    theirs, ours = (spec.autoencoder, spec.autoencoder_revision), (autoencoder.name, autoencoder.revision)
+    if theirs != ours:
+        raise ValueError(
+            f"The checkpoint {path} was trained on latents of the autoencoder {' '.join(theirs)}, but where its config "
+            f"points there is {' '.join(ours)} now; put the former one back."
         )
 
 

@@ -5,35 +5,52 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from data.atomic import sha256_of
 from data.manifest import Manifest
 from data.progress import ProgressBar
 from data.shards import MappedShards
-from evaluation.chunks import ChunkStore
+from evaluation.chunks import EVALUATING, TRAINING, ChunkStore, digest, discard
 from evaluation.evaluate import Evaluator
+from evaluation.generate import Generator
 from evaluation.likelihood import measure_likelihood
-from launch.app import run
-from launch.build import LoadedCheckpoint, build, build_evaluator, build_shards, model_facts
+from launch.app import CONF, run
+from launch.build import (
+    CHUNKS,
+    LoadedCheckpoint,
+    build,
+    build_evaluator,
+    build_shards,
+    checkpoint_hash,
+    model_facts,
+    precision_of_products,
+)
 from launch.check import closest
+from launch.facts import facts_of_process, source_hash
 from model.dit import DiT
 from runtime.protocol import Runtime
+from train.checkpoint import code_version, read_state_file
 from train.runfolder import RunFolder
+from train.stores import list_checkpoints
 
 LIKELIHOOD = "nll"  # needs no generated images, so it is no `Metric`
 
 
 def evaluate_job(config: dict[str, Any], progress: ProgressBar) -> None:
     """Generate, measure, append. Prints the record."""
+    if not config["metrics"]:
+        raise ValueError("metrics is empty; choose at least one, such as metrics=[frechet].")
     known = [*config["evaluation"]["metric"], LIKELIHOOD]
     for name in config["metrics"]:
         if name not in known:
             raise ValueError(f"There is no metric {name!r}{closest(name, known)} There are: {', '.join(known)}.")
     runtime: Runtime = build(config["runtime"], precision=config["precision"])
+    runtime.require_same(facts_of_process(config))
     checkpoint = LoadedCheckpoint.load(config["checkpoint"], config["weights"], runtime)
     folder = RunFolder(checkpoint.run_dir)
     folder.read_config()  # refuses a folder that is no run's
@@ -46,28 +63,47 @@ def evaluate_job(config: dict[str, Any], progress: ProgressBar) -> None:
     if config["compile"]:
         compile_blocks(checkpoint.model, runtime.device)
     generator = checkpoint.generator(config, config["evaluation"]["seed"], runtime)
-    metrics: dict[str, Any] = {}
-    store = ChunkStore()
+    evaluator, chunks = None, None
     if names := [name for name in config["metrics"] if name != LIKELIHOOD]:
         evaluator = build_evaluator(config, runtime, progress, names)
-        store = _store(evaluator, checkpoint, config["weights"])
-        metrics |= evaluator.evaluate(generator, progress, store, build(config["evaluation"]["image_file"]))
-    if LIKELIHOOD in config["metrics"]:
-        shards = _shards_of(checkpoint, data)
-        settings = config["evaluation"]
-        metrics |= measure_likelihood(generator, shards, settings["num_images"], settings["batch_size"], progress)
+        chunks = EvaluationChunks(checkpoint, config["weights"], evaluator)
+    store = ChunkStore() if chunks is None else chunks.store
+    with store.used():
+        record = _record(config, checkpoint, generator, evaluator, store, progress)
+        if runtime.is_main:
+            folder.append(folder.evaluations, record)
+            print(json.dumps(record, indent=1))
+        runtime.wait()  # until the record is written
+    if chunks is not None:
+        chunks.discard()
+
+
+def _record(
+    config: Mapping[str, Any],
+    checkpoint: LoadedCheckpoint,
+    generator: Generator,
+    evaluator: Evaluator | None,
+    store: ChunkStore,
+    progress: ProgressBar,
+) -> dict[str, Any]:
+    """The line of ``evaluations.jsonl``. Every process must call it."""
+    weights, settings = config["weights"], config["evaluation"]
     record = {
         "step": checkpoint.step,
         "images_seen": checkpoint.images_seen,
         "evaluated_by": "evaluate",
-        **model_facts(checkpoint.model, checkpoint.images_seen, config["weights"], checkpoint.training_seed),
-        **metrics,
+        **model_facts(checkpoint.model, checkpoint.images_seen, weights, checkpoint.training_seed),
     }
-    if runtime.is_main:
-        folder.append(folder.evaluations, record)
-        print(json.dumps(record, indent=1))
-    runtime.wait()  # until the record is written
-    store.clear()
+    if len(checkpoint.sources) > 1:  # an average of others is another one where fewer of them are kept
+        record["average_of_steps"] = [int(read_state_file(path)["step"]) for path in checkpoint.sources]
+    if evaluator is not None:
+        record |= evaluator.evaluate(generator, progress, store, build(settings["image_file"]))
+    if LIKELIHOOD in config["metrics"]:
+        shards = _shards_of(checkpoint, config["data"])
+        precision = precision_of_products(config["precision"], generator.runtime.device)
+        sizes = settings["num_images"], settings["batch_size"]
+        record |= measure_likelihood(generator, shards, *sizes, precision, progress)
+    return record
 
 
 def compile_blocks(model: DiT, device: torch.device) -> None:
@@ -87,16 +123,37 @@ def compile_blocks(model: DiT, device: torch.device) -> None:
         block.compile()
 
 
-def _store(evaluator: Evaluator, checkpoint: LoadedCheckpoint, weights: str) -> ChunkStore:
-    """Finished chunks of this evaluation: of these weights, in this way, seen by this extractor."""
-    identity = {
-        "checkpoint": sha256_of(checkpoint.path / "state.json"),  # which holds the hashes of the weights
-        "weights": weights,
-        "batch_size": evaluator.batch_size,
-        "protocol": asdict(evaluator.protocol),
-        "feature_extractor": evaluator.extractor.hash,
-    }
-    return ChunkStore(checkpoint.run_dir / "chunks", identity)
+class EvaluationChunks:
+    """Finished chunks of this evaluation: of these weights, in this way, seen by this extractor and this program."""
+
+    def __init__(self, checkpoint: LoadedCheckpoint, weights: str, evaluator: Evaluator) -> None:
+        self._checkpoint, self._folder = checkpoint, checkpoint.run_dir / CHUNKS
+        self._code = {**code_version(), "source code": source_hash(CONF.parent)}
+        way = {
+            "weights": weights,
+            "made of": [checkpoint_hash(path) for path in checkpoint.sources],
+            "protocol": asdict(evaluator.protocol),
+            "feature_extractor": evaluator.extractor.hash,
+        }
+        self._label = f"{self._label_of(checkpoint.path)}{digest(way)[:16]}"
+        self._identity = {**self._code, **way, "batch_size": evaluator.batch_size}
+
+    def _label_of(self, checkpoint: Path) -> str:
+        """How the labels of a checkpoint's evaluations by this program begin."""
+        return f"{EVALUATING}{digest({**self._code, 'checkpoint': checkpoint_hash(checkpoint)})[:16]}-"
+
+    @property
+    def store(self) -> ChunkStore:
+        """Those of this size."""
+        return ChunkStore(self._folder, self._identity, self._label)
+
+    def discard(self) -> None:
+        """Delete these, whose number is on record, and what is of other programs or of checkpoints that are gone."""
+        usable = [TRAINING]
+        for path in {self._checkpoint.path, *list_checkpoints(self._checkpoint.path.parent)}:
+            with suppress(FileNotFoundError):  # deleted meanwhile, by a run that goes on
+                usable.append(self._label_of(path))
+        discard(self._folder, lambda name: name.startswith(self._label) or not name.startswith(tuple(usable)))
 
 
 def _shards_of(checkpoint: LoadedCheckpoint, data: Mapping[str, Any]) -> MappedShards:

@@ -9,6 +9,7 @@ from evaluation.image_sets import ImageSet
 from evaluation.reference_file import write_reference
 from launch.app import run
 from launch.build import build, build_extractor
+from launch.facts import facts_of_process
 from runtime.protocol import Runtime
 
 
@@ -18,9 +19,11 @@ def reference_job(config: dict[str, Any], progress: ProgressBar) -> None:
     if out.suffix != ".npz":
         raise ValueError(f"out is {out}, but a reference is an .npz; name it so.")
     runtime: Runtime = build(config["runtime"], precision="fp32")
+    runtime.require_same(facts_of_process(config))
     images: ImageSet = build(config["images"])
     images.to(runtime.device)
     extractor = build_extractor(config["evaluation"]["features"], runtime)
+    runtime.require_same({"feature extractor": extractor.hash, "images": images.fingerprint})
     write_reference(
         out,
         images,

@@ -12,12 +12,13 @@ from torch import nn
 from data.manifest import LatentSpec, Manifest
 from data.prefetch import prefetch
 from data.progress import ProgressBar
-from evaluation.chunks import ChunkStore
+from evaluation.chunks import ChunkStore, TrainingChunks, discard_training
 from evaluation.evaluate import distance_records
 from evaluation.generate import Generator
 from evaluation.hooks import EvaluationHook, SampleGridHook
 from launch.app import run
 from launch.build import (
+    CHUNKS,
     build,
     build_evaluator,
     build_generator,
@@ -225,7 +226,9 @@ def _hooks(
         checkpoints,
         SampleGridHook(config["sample_every"], generator, folder, logger),
     ]
-    if config["evaluate_every"] is not None:
+    if config["evaluate_every"] is None:
+        discard_training(folder.path / CHUNKS)
+    else:
         watched_progress = watched(progress, lambda: checkpoints.stop_if_asked(state))
         hooks.append(_evaluation_hook(config, state.model, generator, manifest, folder, logger, watched_progress))
     return [*hooks, clock]
@@ -245,10 +248,8 @@ def _evaluation_hook(
     assert isinstance(model, DiT)
 
     # Settings, source and data decide the weights of a step, so what a killed run kept of it is of the same weights.
-    origin = {**facts_of_process(config), "manifest": manifest.hash, "feature_extractor": evaluator.extractor.hash}
-
-    def chunks(step: int) -> ChunkStore:
-        return ChunkStore(folder.path / "chunks", {**origin, "step": step})
+    origin = {**facts_of_process(config), "manifest": manifest.hash, "protocol": asdict(evaluator.protocol)}
+    chunks = TrainingChunks(folder.path / CHUNKS, {**origin, "feature_extractor": evaluator.extractor.hash})
 
     def measure(store: ChunkStore) -> dict[str, Any]:
         return evaluator.evaluate(generator, progress, store)

@@ -20,6 +20,15 @@ def allow_tf32(is_allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = is_allowed
 
 
+def exact_device(device: torch.device) -> torch.device:
+    """Where networks of a few images at a time compute in float32: a GPU, else the host.
+
+    Not through XLA: a TPU multiplies float32 as bfloat16 by default, and with several hosts a program runs on all
+    of them at once, while each sees images of its own here.
+    """
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
 @contextmanager
 def exact_float32(device: torch.device) -> Iterator[None]:
     """Inside the block no TF32 or bfloat16 in convolutions or matrix products of float32, and no autocast.

@@ -100,6 +100,19 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def rounding_allowed() -> Iterator[None]:
+    """TF32 and autocast are on, as they may be around an evaluation."""
+    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    products = torch.backends.cuda.matmul
+    before = convolutions.fp32_precision, products.fp32_precision
+    convolutions.fp32_precision = products.fp32_precision = "tf32"
+    with torch.autocast("cpu", torch.bfloat16):
+        yield
+    assert (convolutions.fp32_precision, products.fp32_precision) == ("tf32", "tf32")  # as it was found
+    convolutions.fp32_precision, products.fp32_precision = before
+
+
 def command(*arguments: str) -> list[str]:
     """``ditscale ...`` as a subprocess's command line, wherever it is installed."""
     return [sys.executable, "-m", "launch.cli", *arguments]

@@ -1,5 +1,6 @@
 """Statistics against closed forms, images against their index."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_model import golden_model
 
+from data.images import CenterCrop
 from data.manifest import LatentSpec
 from data.sources import DigitsSource, load_images
 from diffusion.process import GaussianDiffusion
 from diffusion.samplers import ddpm
 from diffusion.schedules import LinearSchedule
 from diffusion.variances import LearnedRangeVariance
-from evaluation.chunks import ChunkStore
+from evaluation.chunks import ChunkStore, TrainingChunks
 from evaluation.classifier import ClassifierFeatures
 from evaluation.evaluate import Evaluator, MeasurementProtocol
 from evaluation.features import Features
@@ -27,7 +29,7 @@ from evaluation.generate import Generator, balanced_labels, given_labels
 from evaluation.grid import save_grid
 from evaluation.hooks import EvaluationHook
 from evaluation.references import make_reference
-from evaluation.statistics import FeatureStatistics, frechet_distance
+from evaluation.statistics import FeatureStatistics, Gaussian, covariance_root, frechet_distance
 from model.autoencoder import IdentityAutoencoder
 from runtime.accelerate import AccelerateRuntime
 from train.loggers import NoLogger
@@ -77,6 +79,36 @@ def test_distance_of_rank_deficient_covariances_is_the_closed_form() -> None:
     assert frechet_distance(one, two) == pytest.approx(np.trace(one.covariance) / 4, rel=1e-6)
 
 
+def test_distance_of_features_without_variance_is_the_closed_form() -> None:
+    """As dead ReLU features can be: singular covariances of many images, also where their number is not known."""
+    basis = np.linalg.qr(features(40, 40, seed=3))[0]  # so that rounding reaches the eigenvalues that are zero
+    sample = np.concatenate([features(500, 12), np.zeros((500, 28))], axis=1) @ basis
+    sample -= sample.mean(axis=0)
+    one, two = FeatureStatistics.of(sample), FeatureStatistics.of(3 * sample)
+    expected = 4 * np.trace(one.covariance)
+    unknown = [Gaussian(statistics.mean, statistics.covariance) for statistics in (one, two)]
+    for first, second in ((one, two), (two, one), (unknown[0], unknown[1]), (unknown[1], one)):
+        assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-9)
+
+
+def test_distance_of_few_images_far_from_the_origin_is_that_of_the_nuclear_norm() -> None:
+    """Rounding of the sums is then far above that of eigenvalues; only the number of images says what it is."""
+    one, two = (sample - sample.mean(axis=0) for sample in (features(10, 40, 1), features(12, 40, 2)))
+    nuclear = np.linalg.svd(one @ two.T, compute_uv=False).sum() / np.sqrt(9 * 11)
+    expected = (one**2).sum() / 9 + (two**2).sum() / 11 - 2 * nuclear
+    statistics = [FeatureStatistics.of(sample + 1000) for sample in (one, two)]
+    assert frechet_distance(*statistics) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(*reversed(statistics)) == pytest.approx(expected, rel=1e-6)
+    roots = np.linalg.svd(one, compute_uv=False)[:9] / 3
+    unit = Gaussian(statistics[0].mean, np.eye(40))
+    assert frechet_distance(statistics[0], unit) == pytest.approx(((roots - 1) ** 2).sum() + 31, abs=1e-6)
+
+
+def test_a_matrix_with_negative_eigenvalues_is_no_covariance() -> None:
+    with pytest.raises(ValueError, match=r"has an eigenvalue of -2, but a covariance has none below 0"):
+        covariance_root(np.diag([3.0, -2.0]), 2)
+
+
 @given(cuts=st.lists(st.integers(0, 200), min_size=1, max_size=6))
 @settings(max_examples=30, deadline=None)
 def test_statistics_of_parts_add_up_to_the_whole(cuts: list[int]) -> None:
@@ -118,6 +150,15 @@ def test_an_image_does_not_depend_on_the_batch_it_is_made_in() -> None:
         assert (batches[size] != batches[12]).mean() < 0.01
 
 
+def test_images_are_rounded_as_in_the_released_sampling_code() -> None:
+    """Level v where 127.5 x + 128 is in [v, v + 1), cut off at both ends."""
+    levels = np.linspace(-10, 270, 2 * 4 * 8 * 8)
+    given = torch.from_numpy((levels - 128) / 127.5).float().reshape(2, 4, 8, 8)
+    make = replace(generator(), sampler=lambda *_: given)
+    expected = np.floor(levels).clip(0, 255).reshape(2, 4, 8, 8).transpose(0, 2, 3, 1)
+    np.testing.assert_array_equal(make.images(np.arange(2), np.zeros(2, np.int64)), expected)
+
+
 def test_another_index_or_seed_gives_another_image() -> None:
     make = generator()
     labels = np.zeros(2, dtype=np.int64)
@@ -145,6 +186,15 @@ def test_the_digit_classifier_is_accurate_and_trained_once(tmp_path: Path) -> No
     assert found.vectors.shape == (100, 64)
     assert found.classes is not None
     assert (found.classes == labels[:100]).mean() > 0.95
+
+
+def test_the_classifier_sees_the_images_that_were_encoded(tmp_path: Path) -> None:
+    """Cropped, where the source has others than the data set's."""
+    cut = ClassifierFeatures(PatternSource(size=12), 8, str(tmp_path), crop=CenterCrop(), epochs=1)
+    images, _ = load_images(PatternSource(size=12), 8, CenterCrop())
+    assert cut(images).vectors.shape == (50, 64)
+    with pytest.raises(ValueError, match=r"is 12x12, but data.image_size is 8"):
+        ClassifierFeatures(PatternSource(size=12), 8, str(tmp_path), epochs=1)
 
 
 class PixelFeatures:
@@ -195,10 +245,8 @@ def test_a_killed_run_makes_up_for_the_evaluation_that_it_owed(tmp_path: Path) -
 
     def hook() -> EvaluationHook:
         identity = {"weights": "ema", "num_images": 7}
-        facts = {"weights": "ema"}
-        return EvaluationHook(
-            2, measure, lambda _: ChunkStore(), lambda _: facts, identity, folder, NoLogger(), runtime
-        )
+        facts, chunks = {"weights": "ema"}, TrainingChunks(tmp_path / "chunks", {})
+        return EvaluationHook(2, measure, chunks, lambda _: facts, identity, folder, NoLogger(), runtime)
 
     state = TrainState(None, None, None, batch_size=4, total_steps=9, step=4)  # type: ignore[arg-type]
     folder.append(folder.evaluations, {"step": 4, "weights": "model", "num_images": 7})  # somebody else's

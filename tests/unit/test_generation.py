@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from test_metrics import in_parallel
 from test_model import golden_model
 from test_references import write
 
-from evaluation.chunks import Chunk, ChunkStore, chunks_of
+from evaluation.chunks import Chunk, ChunkStore, TrainingChunks, chunks_of, discard, discard_training
 from evaluation.evaluate import Evaluator, MeasurementProtocol
 from evaluation.features import Features
 from evaluation.frechet import FrechetDistance, FrechetInceptionDistance
@@ -30,10 +31,12 @@ from evaluation.image_files import NpzFile, PngFiles
 from evaluation.image_sets import SourceImages
 from evaluation.inception_features import InceptionFeatures
 from evaluation.manifolds import PrecisionRecall
-from evaluation.references import Reference
+from evaluation.reference_file import write_reference
+from evaluation.references import Reference, make_reference
 from evaluation.statistics import FeatureStatistics
 from launch import cli
 from launch.evaluate import compile_blocks
+from runtime.agreement import require_same
 from train.loggers import NoLogger
 from train.runfolder import RunFolder
 from train.state import TrainState
@@ -101,8 +104,46 @@ def test_a_killed_evaluation_keeps_its_finished_chunks(tmp_path: Path) -> None:
     other = counting()
     evaluator().evaluate(other, silent_progress, ChunkStore(tmp_path, {"weights": "others"}))
     assert other.made == list(range(30))
-    store.clear()
-    assert len(list(tmp_path.iterdir())) == 1  # the other's
+
+
+def test_chunks_that_nobody_wants_any_more_are_deleted_unless_they_are_in_use(tmp_path: Path) -> None:
+    one, two = (ChunkStore(tmp_path, {"weights": which}, f"of-{which}") for which in "ab")
+    chunk, features = Chunk(0, 0, 2), Features(np.zeros((2, 3), np.float32))
+    for store in (one, two):
+        store.write(chunk, features)
+    discard(tmp_path, lambda name: name.startswith("of-b"))
+    assert one.read(chunk) is not None
+    assert two.read(chunk) is None
+    with one.used():
+        discard(tmp_path, lambda _: True)
+        with one.used():  # as another process of the same evaluation
+            pass
+        discard(tmp_path, lambda _: True)
+        assert one.read(chunk) is not None
+    discard(tmp_path, lambda _: True)
+    assert list(tmp_path.iterdir()) == []
+    discard(tmp_path / "nowhere", lambda _: True)
+
+
+def test_a_run_keeps_the_chunks_that_it_can_come_to_again_and_those_of_others(tmp_path: Path) -> None:
+    mine, other = (TrainingChunks(tmp_path, {"lr": lr}) for lr in (1, 2))
+    chunk, features = Chunk(0, 0, 2), Features(np.zeros((2, 3), np.float32))
+    stores = [mine.of_step(4), mine.of_step(20), other.of_step(4), ChunkStore(tmp_path, {}, "evaluate-theirs")]
+    for store in stores:
+        store.write(chunk, features)
+    old = tmp_path / "0123456789abcdef"  # of an earlier version of the program
+    old.mkdir()
+    (old / "chunk-000000.json").write_text("{}")
+    mine.discard_foreign(step=2)
+    assert [store.read(chunk) is not None for store in stores] == [True, True, False, True]
+    assert not old.exists()
+    mine.discard_until(4)
+    assert [store.read(chunk) is not None for store in stores] == [False, True, False, True]
+    mine.discard_foreign(step=0)
+    assert [store.read(chunk) is not None for store in stores] == [False, False, False, True]
+    stores[0].write(chunk, features)
+    discard_training(tmp_path)
+    assert [store.read(chunk) is not None for store in stores] == [False, False, False, True]
 
 
 def test_a_damaged_chunk_is_made_again(tmp_path: Path) -> None:
@@ -130,6 +171,9 @@ class OneOf:
     def wait(self) -> None:
         self.gather(np.zeros(1))
 
+    def require_same(self, facts: Mapping[str, str]) -> None:
+        require_same(facts, lambda mine: list(self.gather(np.array([mine], dtype=object))))
+
 
 @pytest.mark.parametrize("world", [2, 7])
 def test_any_number_of_processes_gives_the_same_record(world: int, tmp_path: Path) -> None:
@@ -146,6 +190,20 @@ def test_any_number_of_processes_gives_the_same_record(world: int, tmp_path: Pat
         assert {**record, "frechet_distance": 0} == {**alone, "frechet_distance": 0}
     with np.load(tmp_path / "images.npz") as file:
         assert file["arr_0"].shape == (30, 8, 8, 4)
+
+
+def test_processes_that_see_images_differently_are_refused() -> None:
+    """As hosts do that have each trained a classifier of their own, or were given other files of one name."""
+
+    def work(rank: int, gather: Any) -> str:
+        extractor = Sums()
+        extractor.hash = f"hash {rank}"
+        make = counting(runtime=OneOf(rank, 2, gather))
+        with pytest.raises(ValueError, match=r"processes of this job differ: feature extractor is hash 0 on .* hash 1"):
+            evaluator(extractor=extractor).evaluate(make, silent_progress)
+        return str(make.made)
+
+    assert in_parallel(2, work) == ["[]", "[]"]
 
 
 def test_the_images_are_kept_in_adms_format_or_as_pngs(tmp_path: Path) -> None:
@@ -198,6 +256,46 @@ def test_images_that_are_not_finite_are_refused() -> None:
         evaluator().evaluate(counting(denoiser=diverged), silent_progress)
 
 
+class Overflowing(Sums):
+    """As a network in float16 whose activations are too large."""
+
+    def __call__(self, images: np.ndarray) -> Features:
+        found = super().__call__(images)
+        found.vectors[0, 2] = np.inf
+        return found
+
+
+def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    words = r"1 of {} images have features .pixels. that are not finite"
+    with pytest.raises(ValueError, match=words.format(7)):
+        evaluator(extractor=Overflowing()).evaluate(generator(), silent_progress, ChunkStore(tmp_path, {}))
+    assert list(tmp_path.glob("*/*")) == []
+    with pytest.raises(ValueError, match=words.format(50)):
+        make_reference(PatternSource(), 8, Overflowing())
+    with pytest.raises(ValueError, match=words.format(50)):
+        write_reference(
+            tmp_path / "r.npz",
+            SourceImages(PatternSource(), 8),
+            Overflowing(),
+            num_kept=5,
+            seed=0,
+            batch_size=50,
+            runtime=generator().runtime,
+            progress=silent_progress,
+        )
+
+
+def test_a_protocol_of_fewer_images_than_a_batch_generates_no_more(tmp_path: Path) -> None:
+    sizes = []
+
+    def seen(x_t: torch.Tensor, t: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(x_t))
+        return x_t.repeat(1, 2, 1, 1)
+
+    evaluator(batch_size=250).evaluate(counting(denoiser=seen), silent_progress)
+    assert set(sizes) == {30}
+
+
 def test_what_does_not_fit_is_refused_before_anything_is_generated() -> None:
     make, fits = counting(), evaluator()
     for changes, words in (
@@ -209,6 +307,25 @@ def test_what_does_not_fit_is_refused_before_anything_is_generated() -> None:
         with pytest.raises(ValueError, match=words):
             evaluator(**changes).evaluate(make, silent_progress)
     assert make.made == []
+
+
+def test_a_record_says_all_that_its_number_depends_on() -> None:
+    """Where one of these differs, `identity` does, by which a run refuses to go on with its curve."""
+    measure = evaluator()
+    record = measure.evaluate(generator(), silent_progress)
+    assert measure.identity == {
+        "sampler": {"name": "ddpm", "steps": 10},
+        "guidance": {"name": "unguided"},
+        "num_images": 30,
+        "sampling_seed": 0,
+        "network_precision": "fp32",
+        "labels": "balanced",
+        "feature_extractor_hash": "0",
+        "reference_hash": "h",
+        "metrics": {"frechet": {}, "precision_recall": {"k": 3, "distances": "fp32"}},
+    }
+    assert measure.identity.items() <= record.items()
+    assert (record["feature_extractor"], record["reference"], record["decoder"]) == ("pixels", "r", "identity 1")
 
 
 def test_random_labels_are_part_of_the_protocol() -> None:
@@ -225,9 +342,8 @@ def test_training_refuses_to_continue_its_curve_in_another_protocol(tmp_path: Pa
     def hook(num_images: int) -> EvaluationHook:
         measured, facts = {"num_images": num_images, "frechet_distance": 1.0}, {"weights": "ema"}
         identity = facts | {"num_images": num_images}
-        return EvaluationHook(
-            2, lambda _: measured, lambda _: ChunkStore(), lambda _: facts, identity, folder, NoLogger(), runtime
-        )
+        chunks = TrainingChunks(tmp_path / "chunks", {})
+        return EvaluationHook(2, lambda _: measured, chunks, lambda _: facts, identity, folder, NoLogger(), runtime)
 
     folder.append(folder.evaluations, {"step": 2, "weights": "ema", "num_images": 50, "evaluated_by": "evaluate"})
     hook(10).start(state)
@@ -242,8 +358,7 @@ def test_an_evaluation_that_is_killed_during_training_goes_on_where_it_was(tmp_p
     state = TrainState(None, None, None, batch_size=4, total_steps=9, step=2)  # type: ignore[arg-type]
 
     def hook(make: Generator) -> EvaluationHook:
-        def chunks(step: int) -> ChunkStore:
-            return ChunkStore(tmp_path / "chunks", {"step": step})
+        chunks = TrainingChunks(tmp_path / "chunks", {})
 
         def measure(store: ChunkStore) -> dict[str, Any]:
             return evaluator().evaluate(make, silent_progress, store)

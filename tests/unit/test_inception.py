@@ -12,6 +12,10 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from data.atomic import sha256_of
 from evaluation.inception import Inception2015, resize_like_tensorflow
 from evaluation.inception_features import SHA256, URL, InceptionFeatures, load_inception
+from evaluation.inception_score import InceptionScore
+from evaluation.kernel import KernelInceptionDistance
+from evaluation.references import Reference
+from evaluation.statistics import FeatureStatistics
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +97,43 @@ def test_features_do_not_depend_on_the_batch_and_grey_is_three_equal_channels(
         assert (found.shape, found.dtype) == ((3, size), np.float32)
         np.testing.assert_allclose(found, getattr(one_by_one, name), rtol=1e-4, atol=1e-5)
     assert together.classes is None
+
+
+def test_the_kernel_inception_distance_calls_itself_kid_where_images_are_too_few(extractor: InceptionFeatures) -> None:
+    reference = Reference("r", "h", FeatureStatistics.empty(2048), None, num_vectors=5)
+    with pytest.raises(ValueError, match=r"kid needs at least 1000 images .one subset., but there are 999"):
+        KernelInceptionDistance().require(extractor, reference, 999)
+    with pytest.raises(ValueError, match=r"kid needs at least 1000 images .one subset. in the reference, but r has 5"):
+        KernelInceptionDistance().require(extractor, reference, 1000)
+
+
+@pytest.mark.usefixtures("rounding_allowed")
+def test_features_are_computed_in_full_float32_whatever_is_set_outside(extractor: InceptionFeatures) -> None:
+    seen = []
+
+    def look(*_: Any) -> None:
+        conv, matmul = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision  # type: ignore[attr-defined]
+        seen.append((conv, matmul, torch.is_autocast_enabled("cpu")))
+
+    hook = extractor._network.register_forward_hook(look)
+    extractor(random_images(1, 8))
+    hook.remove()
+    assert seen == [("ieee", "ieee", False)]
+
+
+def test_an_inception_score_needs_a_full_split(extractor: InceptionFeatures) -> None:
+    reference = Reference("r", "h", FeatureStatistics.empty(2048), None)
+    InceptionScore().require(extractor, reference, 5000)
+    with pytest.raises(ValueError, match=r"inception_score needs at least 5000 images .one split., but there are 4999"):
+        InceptionScore().require(extractor, reference, 4999)
+
+
+def test_inception_stays_on_the_host_under_xla(weights: Path) -> None:
+    """There float32 is multiplied as bfloat16, and a program is one of all hosts. No device is needed to refuse it."""
+    extractor, images = InceptionFeatures(str(weights), sha256=PREFIX), random_images(2, 16)
+    before = extractor(images).vectors
+    extractor.to(torch.device("xla", 0))
+    np.testing.assert_array_equal(extractor(images).vectors, before)
 
 
 def test_other_weights_say_so_in_the_title(weights: Path, extractor: InceptionFeatures) -> None:

@@ -13,6 +13,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 
+from evaluation import manifolds
 from evaluation.chunks import chunks_of
 from evaluation.collectors import Collects, RowsOf, SplitSumsOf, StatisticsOf
 from evaluation.features import Features
@@ -195,15 +196,20 @@ def half_distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def test_adms_fp16_distances_are_rounded_after_each_operation() -> None:
-    real, fake = rows(120, 8, 1, shift=6), 0.8 * rows(140, 8, 2, shift=7.5)
+    real, fake = rows(120, 12, 1, shift=9), 0.8 * rows(140, 12, 2) + np.float32(9.5)
     assert np.isfinite(half_distances(real, fake)).all()
 
-    def part_inside(points: np.ndarray, centres: np.ndarray) -> float:
-        radii = np.partition(half_distances(centres, centres), 3, axis=1)[:, 3]
-        return float((half_distances(points, centres) <= radii).any(axis=1).mean())
+    def radii(rows: np.ndarray) -> np.ndarray:
+        return np.partition(half_distances(rows, rows), 3, axis=1)[:, 3]
+
+    # The order of the operands changes the rounding: ADM's table of distances has the reference's images as its rows.
+    table = half_distances(real, fake)
+    precision = float((table <= radii(real)[:, None]).any(axis=0).mean())
+    recall = float((table <= radii(fake)).any(axis=1).mean())
+    assert precision != float((half_distances(fake, real) <= radii(real)).any(axis=1).mean())
 
     found = PrecisionRecall(distances="adm_fp16", block=50).compute(fake, reference_of(real), CPU)
-    assert found == pytest.approx({"precision": part_inside(fake, real), "recall": part_inside(real, fake)})
+    assert found == {"precision": precision, "recall": recall}
     assert found != PrecisionRecall().compute(fake, reference_of(real), CPU)  # the rounding is seen
 
 
@@ -211,6 +217,19 @@ def test_features_too_large_for_fp16_fall_back_to_fp32() -> None:
     real, fake = 1000 * rows(60, 8, 1), 1000 * rows(70, 8, 2)
     found = PrecisionRecall(distances="adm_fp16").compute(fake, reference_of(real), CPU)
     assert found == PrecisionRecall().compute(fake, reference_of(real), CPU)
+
+
+@pytest.mark.usefixtures("rounding_allowed")
+def test_distances_are_computed_in_full_float32_whatever_is_set_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def distances(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        seen.append((torch.backends.cuda.matmul.fp32_precision, torch.is_autocast_enabled("cpu")))
+        return manifolds.fp32_squared_distances(first, second)
+
+    monkeypatch.setitem(manifolds._DISTANCES, "fp32", distances)
+    PrecisionRecall().compute(rows(9, 4, 1), reference_of(rows(9, 4, 2)), CPU)
+    assert set(seen) == {("ieee", False)}
 
 
 def test_the_same_images_are_precise_complete_and_at_no_distance() -> None:
@@ -241,6 +260,8 @@ def test_the_kernel_distance_depends_on_its_seed_and_is_unbiased() -> None:
     found = [KernelDistance(**settings, seed=seed).compute(fake, reference_of(real), CPU) for seed in (0, 0, 1)]
     assert found[0] == found[1] != found[2]
     assert abs(found[0]["kernel_distance"]) < 3 * found[0]["kernel_distance_std"] / np.sqrt(60) + 0.02
+    same = KernelDistance(**settings).compute(real, reference_of(real), CPU)  # of each side other images are chosen
+    assert abs(same["kernel_distance"]) < 3 * same["kernel_distance_std"] / np.sqrt(60) + 0.02
     shifted = KernelDistance(**settings).compute(fake + 0.5, reference_of(real), CPU)
     assert shifted["kernel_distance"] > 10 * abs(found[0]["kernel_distance"])
 
@@ -254,9 +275,9 @@ class Pixels:
     [
         (FrechetDistance(), 1, 9, "frechet needs at least 2 images .a covariance., but there are 1"),
         (PrecisionRecall(), 3, 9, "precision_recall needs at least 4 images .3 neighbours., but there are 3"),
-        (PrecisionRecall(), 9, 2, "needs at least 4 images .3 neighbours, in the reference., but there are 2"),
+        (PrecisionRecall(), 9, 2, "needs at least 4 images .3 neighbours. in the reference, but r has 2"),
         (KernelDistance(), 999, 2000, "kernel needs at least 1000 images .one subset., but there are 999"),
-        (KernelDistance(), 1000, 5, "needs at least 1000 images .one subset, in the reference., but there are 5"),
+        (KernelDistance(), 1000, 5, "needs at least 1000 images .one subset. in the reference, but r has 5"),
     ],
 )
 def test_too_few_images_for_a_metric_are_refused_with_both_numbers(

@@ -13,7 +13,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_dinov2 import write_small_dinov2
 
-from data.atomic import sha256_of
 from evaluation.dinov2 import DINOv2Features
 from evaluation.torchscript import TorchScriptFeatures
 
@@ -33,7 +32,25 @@ def test_a_torchscript_network_sees_normalised_images(tmp_path: Path) -> None:
     assert found.vectors.shape == (5, 3)
     np.testing.assert_allclose(found.vectors[4], (0.2 - np.array(MEAN)) / STD, rtol=1e-5, atol=1e-6)
     assert extractor(np.full((1, 40, 40, 1), 51, np.uint8)).vectors == pytest.approx(found.vectors[:1], abs=1e-6)
-    assert extractor.hash == sha256_of(tmp_path / "means.pt")
+    extractor.to(torch.device("xla", 0))  # it stays on the host, where float32 is float32
+    np.testing.assert_array_equal(extractor(images).vectors, found.vectors)
+
+
+def test_what_a_network_is_fed_belongs_to_its_identity(tmp_path: Path, dinov2: Path) -> None:
+    """Kept features and references of the same file by other settings are of another extractor."""
+    torch.jit.script(ChannelMeans()).save(str(tmp_path / "means.pt"))
+    network = torch.jit.load(str(tmp_path / "means.pt"))
+    network.save(str(tmp_path / "other.pt"), _extra_files={"other": b"bytes"})
+
+    def hash_of(file: str = "means.pt", **changes: Any) -> str:
+        settings: dict[str, Any] = {"title": "means", "image_size": 16, "mean": MEAN, "std": STD}
+        return TorchScriptFeatures(str(tmp_path / file), **(settings | changes)).hash
+
+    same = hash_of(title="another name", batch_size=3)
+    assert hash_of() == same
+    others = [hash_of(image_size=17), hash_of(mean=STD), hash_of(std=MEAN), hash_of("other.pt")]
+    assert len({same, *others}) == 5
+    assert dinov2_of(dinov2).hash != dinov2_of(dinov2, image_size=70).hash
 
 
 def test_a_missing_or_foreign_torchscript_file_is_refused(tmp_path: Path) -> None:
@@ -43,6 +60,9 @@ def test_a_missing_or_foreign_torchscript_file_is_refused(tmp_path: Path) -> Non
     (tmp_path / "bad.pt").write_bytes(b"no archive")
     with pytest.raises(ValueError, match="is no TorchScript"):
         TorchScriptFeatures(str(tmp_path / "bad.pt"), **settings)
+    torch.jit.script(ChannelMeans()).save(str(tmp_path / "means.pt"))
+    with pytest.raises(ValueError, match="has 1 numbers in mean and 3 in std, but needs 3 in each"):
+        TorchScriptFeatures(str(tmp_path / "means.pt"), **(settings | {"mean": [0.5]}))
 
 
 @pytest.fixture(scope="module")

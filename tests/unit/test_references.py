@@ -2,6 +2,7 @@
 
 import json
 import threading
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from inception_weights import random_weights
 from test_metrics import in_parallel
 
 from data.sources import Example
+from evaluation import references
 from evaluation.features import Features
 from evaluation.frechet import FrechetDistance, SpatialFrechetInceptionDistance
 from evaluation.image_sets import ShardImages, SourceImages
 from evaluation.inception_features import InceptionFeatures
-from evaluation.npz import shapes_of
+from evaluation.npz import headers_of
 from evaluation.reference_file import write_reference
 from evaluation.references import make_reference, read_reference
 from evaluation.statistics import FeatureStatistics, frechet_distance
@@ -139,7 +141,9 @@ def test_a_read_reference_is_the_one_that_was_written(tmp_path: Path) -> None:
     assert sorted(map(tuple, reference.vectors())) == sorted(map(tuple, features.vectors))
 
 
-def test_features_and_roots_are_computed_once_for_a_file_and_an_extractor(tmp_path: Path) -> None:
+def test_features_and_roots_are_computed_once_for_a_file_an_extractor_and_a_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path / "r.npz")
 
     def images_seen(**changes: Any) -> int:
@@ -160,6 +164,12 @@ def test_features_and_roots_are_computed_once_for_a_file_and_an_extractor(tmp_pa
     assert images_seen() == 20  # another file
     names = sorted(path.name for path in (tmp_path / "cache").glob("*/*.npy"))
     assert names == ["root-sigma.npy", "root-sigma.npy", "vectors.npy", "vectors.npy"]
+    for path in (tmp_path / "cache").glob("*/vectors.npy"):
+        path.write_bytes(path.read_bytes()[:-1])
+    assert images_seen() == 20  # made again
+    assert images_seen() == 0
+    monkeypatch.setattr(references, "_code_hash", lambda: "another version")
+    assert images_seen() == 20
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +212,30 @@ def test_adms_files_are_read_as_they_are(tmp_path: Path, inception: InceptionFea
         ({"sigma_s": None}, "has no sigma_s"),
         ({"sigma": np.eye(3)}, "has mu of shape .2048,. and sigma of shape .3, 3."),
         ({"mu": np.full(2048, np.nan)}, "mu or sigma of the reference .* is not finite"),
+        ({"mu": np.zeros(64), "sigma": np.eye(64)}, "has 64 numbers in mu, but the 2015 Inception gives 2048"),
+        ({"mu_s": np.zeros(49 * 192), "sigma_s": np.eye(9)}, "has mu_s of shape"),
+        ({"mu_s": np.zeros(9), "sigma_s": np.eye(9)}, "has 9 numbers in mu_s, but the 2015 Inception gives 2023"),
+        ({"arr_0": np.zeros((6, 16, 16, 3), np.float32)}, "has arr_0 of float32 .6, 16, 16, 3., but images are uint8"),
+        ({"arr_0": np.zeros((6, 3, 16, 16), np.uint8)}, "has arr_0 of uint8 .6, 3, 16, 16., but images are uint8"),
+        ({"arr_0": np.zeros((6, 16, 20, 3), np.uint8)}, "has arr_0 of uint8 .6, 16, 20, 3., but images are uint8"),
+        ({"arr_0": np.zeros((6, 16, 16), np.uint8)}, "has arr_0 of uint8 .6, 16, 16., but images are uint8"),
+        ({"about": np.array("{")}, "about of the reference .* cannot be read"),
+        ({"about": np.array("[1]")}, "about of the reference .* cannot be read"),
+        ({"about": np.zeros(3)}, "about of the reference .* cannot be read"),
+        (
+            {"about": np.array('{"images": "many"}')},
+            "about of the reference .* has images 'many', but .* valid integer",
+        ),
+        (
+            {"about": np.array('{"images": 1}')},
+            "about of the reference .* has images 1, but .* greater than or equal to 2",
+        ),
+        ({"about": np.array('{"num_classes": 2.5}')}, "about of the reference .* has num_classes 2.5"),
+        (
+            {"about": np.array('{"feature_extractor_hash": 3}')},
+            "about of the reference .* has feature_extractor_hash 3",
+        ),
+        ({"sigma": -np.eye(2048)}, "has an eigenvalue of -1"),
     ],
 )
 def test_a_damaged_reference_is_refused(
@@ -210,7 +244,31 @@ def test_a_damaged_reference_is_refused(
     arrays = {name: array for name, array in (adm_arrays() | change).items() if array is not None}
     np.savez(tmp_path / "r.npz", **arrays)
     with pytest.raises(ValueError, match=words):
-        read_reference(tmp_path / "r.npz", inception, tmp_path / "cache", silent_progress)
+        _ = read_reference(tmp_path / "r.npz", inception, tmp_path / "cache", silent_progress).statistics.root
+
+
+@pytest.mark.parametrize("name", ["mu", "sigma_s", "arr_0"])
+def test_a_reference_with_flipped_bytes_is_refused(tmp_path: Path, inception: InceptionFeatures, name: str) -> None:
+    """The directory of the archive is whole, so that its shapes can be read; the bytes of one array are not."""
+    path = tmp_path / "r.npz"
+    np.savez(path, **adm_arrays())
+    with zipfile.ZipFile(path) as archive:
+        offset = archive.getinfo(f"{name}.npy").header_offset
+    content = bytearray(path.read_bytes())
+    content[offset + 600] ^= 0xFF
+    path.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=f"{name} of the reference .* cannot be read"):
+        read_reference(path, inception, tmp_path / "cache", silent_progress).vectors()
+
+
+def test_a_truncated_reference_is_refused(tmp_path: Path, inception: InceptionFeatures) -> None:
+    path = tmp_path / "r.npz"
+    np.savez(path, **adm_arrays())
+    content = path.read_bytes()
+    for length in (0, 10, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=r"r\.npz cannot be read as an \.npz .*; is it complete"):
+            read_reference(path, inception, tmp_path / "cache", silent_progress)
 
 
 def test_a_reference_that_is_missing_or_no_npz_is_refused(tmp_path: Path) -> None:
@@ -246,6 +304,16 @@ def test_an_image_of_another_size_in_the_source_is_named(tmp_path: Path) -> None
         SourceImages(TwoSizes(), 8).images(np.arange(5))
 
 
+def test_a_reference_in_memory_knows_its_images() -> None:
+    """By their content, so that another source of as many is another reference."""
+    reference = make_reference(PatternSource(), 8, Projected())
+    reference.require(image_size=8, num_classes=5)
+    with pytest.raises(ValueError, match="has classes: 5, but the generated images 10"):
+        reference.require(image_size=8, num_classes=10)
+    assert reference.hash == make_reference(PatternSource(), 8, Projected(hash="b")).hash
+    assert reference.hash != make_reference(PatternSource(51), 8, Projected()).hash
+
+
 def test_a_source_that_memory_may_not_hold_is_refused() -> None:
     with pytest.raises(
         ValueError, match="The 200000 images of pattern take 37 GiB, but a reference in memory may take 8"
@@ -253,6 +321,7 @@ def test_a_source_that_memory_may_not_hold_is_refused() -> None:
         make_reference(PatternSource(200_000), 256, Projected())
 
 
-def test_shapes_are_read_without_the_arrays(tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", x=np.zeros((3, 4)), y=np.zeros(0), z=np.array("text"))
-    assert shapes_of(tmp_path / "a.npz") == {"x": (3, 4), "y": (0,), "z": ()}
+def test_headers_are_read_without_the_arrays(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros((3, 4)), y=np.zeros(0, np.uint8), z=np.array("text"))
+    found = {name: (header.shape, header.dtype) for name, header in headers_of(tmp_path / "a.npz").items()}
+    assert found == {"x": ((3, 4), np.float64), "y": ((0,), np.uint8), "z": ((), np.dtype("<U4"))}
