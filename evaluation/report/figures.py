@@ -4,15 +4,15 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from evaluation.report import paper
+from evaluation.report.axes import label_axes, log_x, log_y, once, steps_axis
+from evaluation.report.bubbles import Bubble, draw_bubbles, draw_systems
 from evaluation.report.fit import CONFIDENCE
 from evaluation.report.study import (
     MEASURES,
@@ -52,11 +52,11 @@ def figure_2(study: Study) -> Figure:
     figure = new_figure(11 if best else 6.4, 4.4)
     left, *right = figure.subplots(1, 2 if best else 1, squeeze=False)[0]
     palette = Palette([*records, *([best] if best else [])])
-    models = [_Bubble(model_name(r), r["gmacs"], r[DISTANCE], palette(r)) for r in records]
-    _bubbles(left, models, study.distance_name)
+    models = [Bubble(model_name(r), r["gmacs"], r[DISTANCE], palette(r)) for r in records]
+    draw_bubbles(left, models, study.distance_name)
     left.set_title(f"Each model after {_moment(study)}; area by Gflops")
     if best:
-        _systems(right[0], best, palette(best))
+        draw_systems(right[0], best, palette(best))
     return figure
 
 
@@ -86,15 +86,14 @@ def figure_5(study: Study) -> Figure:
     for axes, (model, names) in zip(grid, panels.items(), strict=False):
         for name in names:
             records, block = curves[name], study.chosen[name]["block"]
-            axes.plot(
-                _steps(records), _values(records), "o-", color=block_colour(block), label=block_name(block), alpha=0.9
-            )
+            label = once(axes, block_name(block))
+            axes.plot(_steps(records), _values(records), "o-", color=block_colour(block), label=label, alpha=0.9)
         for name in names:
             _rings_over_training(axes, curves[name], block_colour(study.chosen[name]["block"]))
         axes.set_title(model)
-        _steps_axis(axes)
+        steps_axis(axes)
         axes.legend()
-        _log_y(axes)
+        log_y(axes)
     figure.supxlabel("Training steps", fontsize=9)
     figure.supylabel(study.distance_name, fontsize=9)
     return figure
@@ -126,7 +125,7 @@ def figure_6(study: Study) -> Figure:
         axes.set_visible(True)
         for name in members:
             record = study.chosen[name]
-            label = size_name(record) if row == 0 else f"patch size {record['patch_size']}"
+            label = once(axes, size_name(record) if row == 0 else f"patch size {record['patch_size']}")
             alpha = 1 if row == 0 else shades[record["patch_size"]]
             style = marker(record) + "-"
             axes.plot(
@@ -135,9 +134,9 @@ def figure_6(study: Study) -> Figure:
         for name in members:
             _rings_over_training(axes, curves[name], palette(study.chosen[name]))
         axes.set_title(title)
-        _steps_axis(axes)
+        steps_axis(axes)
         axes.legend()
-        _log_y(axes)
+        log_y(axes)
     figure.supxlabel("Training steps", fontsize=9)
     figure.supylabel(study.distance_name, fontsize=9)
     return figure
@@ -158,6 +157,8 @@ def figure_7(samples: SampleGrid, study: Study) -> Figure:
     for name, row in zip(names, images, strict=True):
         record = records[name]
         axes = grid[sizes.index(size_name(record)), patches.index(record["patch_size"])]
+        if axes.images:  # of another seed of this model
+            continue
         strip = np.concatenate([np.pad(image, ((1, 1), (1, 1), (0, 0)), constant_values=255) for image in row], axis=1)
         strip = strip[..., :3] if strip.shape[2] >= 3 else strip[..., 0]
         axes.imshow(strip, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
@@ -193,8 +194,8 @@ def figure_8(study: Study) -> Figure:
             fontsize=7.5,
             color=GREY,
         )
-    _log_y(axes)
-    _label(axes, GFLOPS, study.distance_name)
+    log_y(axes)
+    label_axes(axes, GFLOPS, study.distance_name)
     fit = study.fit()
     held = f": slope {fit.slope:.2f}, correlation {fit.correlation:.2f}" if fit else ""
     axes.set_title(f"{study.distance_name.split(' on ')[0]} against Gflops{held}")
@@ -214,8 +215,8 @@ def figure_9(study: Study) -> Figure:
     for record in records:
         _rings(axes, [(p.training_gmacs, p.fid) for p in paper.points_of(record)], Palette(records)(record))
     legend_of_sizes(axes, Palette(records), records)
-    _log_y(axes)
-    _label(axes, "Training compute (giga multiply-adds: Gflops x images seen x 3)", study.distance_name)
+    log_y(axes)
+    label_axes(axes, "Training compute (giga multiply-adds: Gflops x images seen x 3)", study.distance_name)
     axes.set_title("At equal training compute")
     return figure
 
@@ -248,10 +249,10 @@ def figure_10(study: Study) -> Figure:
                 fontsize=6.5,
                 color=GREY,
             )
-    axes.set_xscale("log")
+    log_x(axes)
     legend_of_sizes(axes, palette, every)
-    _log_y(axes)
-    _label(axes, "Sampling compute of an image (giga multiply-adds: Gflops x steps)", distance_name(every[0]))
+    log_y(axes)
+    label_axes(axes, "Sampling compute of an image (giga multiply-adds: Gflops x steps)", distance_name(every[0]))
     axes.set_title("At equal sampling compute (numbers: steps)")
     return figure
 
@@ -270,10 +271,9 @@ def figure_12(study: Study) -> Figure:
     grid = figure.subplots(len(found), 2, squeeze=False, sharey="row")
     for (left, right), measure in zip(grid, found, strict=True):
         _training_compute(left, study, measure.key)
-        left.set_xscale("log")
         _points_and_fit(right, study, measure.key, palette, names=False)
         arrow = "lower is better" if measure.better == "lower" else "higher is better"
-        _label(left, "", f"{measure.name}\n({arrow})")
+        label_axes(left, "", f"{measure.name}\n({arrow})")
         right.set_title(_held(study, measure), loc="right", fontweight="normal", fontsize=8)
     legend_of_sizes(grid[0, 0], palette, records)
     grid[-1, 0].set_xlabel("Training compute (giga multiply-adds)")
@@ -299,52 +299,11 @@ def _best_beside_table_2(study: Study) -> Record | None:
     return min(guided or fitting, key=lambda record: record["fid"], default=None)
 
 
-def _systems(axes: Axes, best: Record, colour: str) -> None:
-    """Table 2, with guidance or without, as our best record is; ours on top, its name to the right."""
-    guided = paper.is_guided(best)
-    systems = [_Bubble(s.name, s.gmacs, s.fid, GREY) for s in paper.TABLE_2 if s.is_guided == guided]
-    _bubbles(axes, systems, distance_name(best))
-    ours, part_of_largest = (best["gmacs"], best["fid"]), best["gmacs"] / max(s.gmacs for s in systems)
-    axes.scatter(*ours, s=_bubble_area(part_of_largest), color=colour, edgecolor="white")
-    axes.annotate(f"ours: {model_name(best)}", ours, (14, 0), textcoords="offset points", va="center", weight="bold")
-    axes.set_title(f"{'With' if guided else 'Without'} guidance, beside the paper's table 2")
-
-
-class _Bubble(NamedTuple):
-    name: str
-    gmacs: float
-    distance: float
-    colour: str
-
-
-def _bubble_area(part_of_largest: float) -> float:
-    """In square points."""
-    return 60 + 1500 * part_of_largest**0.6
-
-
-def _bubbles(axes: Axes, bubbles: Sequence[_Bubble], distance: str) -> None:
-    """Small ones over large ones; names below and above in turn, so that those of neighbours stay apart."""
-    rising = sorted(bubbles, key=lambda bubble: bubble.gmacs)
-    for i, bubble in reversed(list(enumerate(rising))):
-        area = _bubble_area(bubble.gmacs / rising[-1].gmacs)
-        place = (bubble.gmacs, bubble.distance)
-        axes.scatter(*place, s=area, color=bubble.colour, alpha=0.75, edgecolor="white", linewidth=1.2)
-        side, foot = ((-1, "top"), (1, "bottom"))[i % 2]
-        away = (0, side * (area**0.5 / 2 + 2))
-        axes.annotate(bubble.name, place, away, textcoords="offset points", ha="center", va=foot, fontsize=7.5)
-    axes.set_xscale("log")
-    axes.margins(x=0.14, y=0.2)
-    axes.set_ylim(bottom=0)
-    _label(axes, GFLOPS, distance)
-
-
 def _rings(axes: Axes, points: Sequence[tuple[float, float]], colour: str, label: str = paper.TABLE_4_NAME) -> None:
     """The paper's own points: hollow, behind ours, named once in the legend."""
-    is_named = label in axes.get_legend_handles_labels()[1]
     for x, y in points:
-        named = None if is_named else label
+        named = once(axes, label)
         axes.plot(x, y, "o", color="none", markeredgecolor=colour, markersize=9, zorder=1, label=named)
-        is_named = True
 
 
 def _rings_over_training(axes: Axes, curve: Sequence[Record], colour: str) -> None:
@@ -385,8 +344,8 @@ def _points_and_fit(axes: Axes, study: Study, key: str, palette: Palette, names:
             axes.annotate(
                 model_name(record), (record["gmacs"], record[key]), (7, 4), textcoords="offset points", fontsize=7.5
             )
-    axes.set_xscale("log")
     axes.margins(x=0.1, y=0.12)
+    log_x(axes)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="lower left")
 
@@ -398,7 +357,7 @@ def _training_compute(axes: Axes, study: Study, key: str) -> None:
         points = [r for r in curves[name] if number_of(r, key) is not None]
         x = [r["training_gmacs"] for r in points]
         axes.plot(x, [r[key] for r in points], marker(record) + "-", color=palette(record), alpha=0.9)
-    axes.set_xscale("log")
+    log_x(axes)
 
 
 def _held(study: Study, measure: Measure) -> str:
@@ -430,25 +389,3 @@ def _values(records: Sequence[Record]) -> list[float]:
 
 def _moment(study: Study) -> str:
     return f"{study.protocol['images_seen']:,} images seen"
-
-
-def _label(axes: Axes, x: str, y: str) -> None:
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-
-
-def _steps_axis(axes: Axes) -> None:
-    """Few ticks, as 400K."""
-    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axes.xaxis.set_major_formatter(
-        FuncFormatter(lambda value, _: f"{value / 1000:g}K" if value >= 10_000 else f"{value:g}")
-    )
-
-
-def _log_y(axes: Axes) -> None:
-    """Logarithmic, with plain numbers at 1, 2 and 5 of each decade."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.tick_params(axis="y", which="minor", length=0)

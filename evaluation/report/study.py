@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from evaluation.evaluate import distance_records
 from evaluation.report.fit import PowerLaw, fit_power_law
 from evaluation.report.paper import SIZES
@@ -137,9 +139,18 @@ class Study:
         return dict(sorted(found.items(), key=lambda item: item[1]["gmacs"]))
 
     def fit(self, key: str = "frechet_distance") -> PowerLaw | None:
-        """Through the chosen records of the main block, against gmacs."""
-        records = [record for record in self.scaling().values() if number_of(record, key) is not None]
-        return fit_power_law([r["gmacs"] for r in records], [r[key] for r in records])
+        """Through the models of the main block, against gmacs; runs of one model, as of several seeds, are one point.
+
+        That point is their geometric mean: counted apart they would make the band narrower than it is.
+        """
+        values: defaultdict[tuple[str, float], list[float]] = defaultdict(list)
+        for record in self.scaling().values():
+            if (value := number_of(record, key)) is not None:
+                values[model_name(record), record["gmacs"]].append(value)
+        if any(min(of_model) <= 0 for of_model in values.values()):
+            return None
+        means = [float(np.exp(np.log(of_model).mean())) for of_model in values.values()]
+        return fit_power_law([gmacs for _, gmacs in values], means)
 
     def over_training(self, key: str = "frechet_distance") -> dict[str, list[Record]]:
         """Of each run all records that differ from the chosen one by step alone; the last of equals counts."""

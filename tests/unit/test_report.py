@@ -210,6 +210,21 @@ def test_the_fit_equals_its_closed_form() -> None:
     assert fit.slope_interval[1] - fit.slope == pytest.approx(stats.t.ppf(0.975, 7) * covariance[1, 1] ** 0.5)
 
 
+def test_seeds_of_a_model_are_one_point_of_the_fit(tmp_path: Path) -> None:
+    for width, distances_ in ((16, (40.0, 90.0)), (32, (20.0, 20.0)), (64, (10.0, 14.4))):
+        for seed, distance in enumerate(distances_):
+            write_run(tmp_path, f"d{width}-{seed}", record_of(width, distance, training_seed=seed))
+    study = read_study(tmp_path)
+    expected = fit_power_law([width**2 / 1e9 for width in (16, 32, 64)], [60.0, 20.0, 12.0])
+    found = study.fit()
+    assert found is not None
+    assert expected is not None
+    assert found.count == 3
+    assert (found.slope, found.residual_std) == pytest.approx((expected.slope, expected.residual_std))
+    write_run(tmp_path, "d64-2", record_of(64, -1.0, training_seed=2))
+    assert read_study(tmp_path).fit() is None
+
+
 @pytest.mark.parametrize(("x", "y"), [([1, 2], [1, 2]), ([1, 1, 1], [1, 2, 3]), ([1, 2, 3], [1, 0, 2])])
 def test_no_line_is_drawn_through_too_few_points(x: list[float], y: list[float]) -> None:
     assert fit_power_law(x, y) is None
@@ -323,6 +338,7 @@ def test_figure_2_shows_the_best_model_beside_adm_and_ldm(
     left, right = figures.figure_2(study).axes
     assert bubbles(left) == {"XL/2": 20.0, "S/2": 70.0}
     assert bubbles(right) == {**beside, "ours: XL/2": best}
+    assert right.get_ylim() == (0, pytest.approx(1.2 * max(best, *beside.values())))
     report = write_report(study, tmp_path / "report")
     assert "the systems of the paper&#39;s table 2" in report.page.read_text()
 
