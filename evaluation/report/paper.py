@@ -1,7 +1,7 @@
 """The paper's own points, and which of ours may stand beside them.
 
-Peebles & Xie, arXiv 2212.09748v2: tables 2, 4 and 6, which four text copies of the PDF, made by different people, give
-alike. Gflops are giga multiply-adds of one forward pass without guidance.
+Peebles & Xie, arXiv 2212.09748v2: tables 2, 4 and 6, in which several text copies of the PDF, made by different people,
+agree. Gflops are giga multiply-adds of one forward pass without guidance.
 """
 
 from collections.abc import Mapping
