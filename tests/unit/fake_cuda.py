@@ -333,9 +333,9 @@ def test_kernel_distances_and_manifolds_are_computed_on_the_gpu(watch: Watch) ->
     radii = metric._squared_radii(rows)
     assert (radii.device, radii.dtype, radii.shape) == (CUDA, torch.float32, (30,))
     assert watch.waits == []
-    metric._fraction_inside(rows, rows, radii)
-    assert watch.waits == ["a value is read"] * 2  # one for each block
-    assert torch.float64 not in watch.dtypes
+    metric._fractions_inside(rows, rows)
+    assert watch.waits == ["a value is read"] * 2  # precision and recall, whatever the number of blocks
+    assert watch.dtypes[torch.float64] == {"aten._to_copy.default", "aten.mean.default"}  # of what was found inside
 
 
 def test_batches_arrive_whole_however_late_they_are_copied() -> None:
