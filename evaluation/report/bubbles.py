@@ -1,5 +1,6 @@
 """Bubbles of figure 2: models, and the systems that the paper compares its best one with."""
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -37,14 +38,23 @@ def _bubble_area(part_of_largest: float) -> float:
     return 60 + 1500 * part_of_largest**0.6
 
 
+def _names_above(rising: Sequence[Bubble]) -> list[bool]:
+    """Below and above in turn, so that names of neighbours stay apart; of close ones the higher has its name above."""
+    above = [i % 2 == 1 for i in range(len(rising))]
+    for i, (one, next_) in enumerate(itertools.pairwise(rising)):
+        if next_.gmacs < 1.15 * one.gmacs and above[i] == (one.distance < next_.distance):
+            above[i], above[i + 1] = above[i + 1], above[i]
+    return above
+
+
 def draw_bubbles(axes: Axes, bubbles: Sequence[Bubble], distance: str) -> None:
-    """Small ones over large ones; names below and above in turn, so that those of neighbours stay apart."""
+    """Small ones over large ones."""
     rising = sorted(bubbles, key=lambda bubble: bubble.gmacs)
-    for i, bubble in reversed(list(enumerate(rising))):
+    for bubble, is_above in reversed(list(zip(rising, _names_above(rising), strict=True))):
         area = _bubble_area(bubble.gmacs / rising[-1].gmacs)
         place = (bubble.gmacs, bubble.distance)
         axes.scatter(*place, s=area, color=bubble.colour, alpha=0.75, edgecolor="white", linewidth=1.2)
-        side, foot = ((-1, "top"), (1, "bottom"))[i % 2]
+        side, foot = (1, "bottom") if is_above else (-1, "top")
         away = (0, side * (area**0.5 / 2 + 2))
         axes.annotate(bubble.name, place, away, textcoords="offset points", ha="center", va=foot, fontsize=7.5)
     axes.margins(x=0.14)

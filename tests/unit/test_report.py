@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
 
 from evaluation.inception_features import SHA256
 from evaluation.report import figures, paper
+from evaluation.report.bubbles import Bubble, draw_bubbles
 from evaluation.report.fit import fit_power_law
 from evaluation.report.study import Study, read_study, sampling_gmacs
 from evaluation.report.write import Report, write_report
@@ -341,6 +343,17 @@ def test_figure_2_shows_the_best_model_beside_adm_and_ldm(
     assert right.get_ylim() == (0, pytest.approx(1.2 * max(best, *beside.values())))
     report = write_report(study, tmp_path / "report")
     assert "the systems of the paper&#39;s table 2" in report.page.read_text()
+
+
+def test_of_close_bubbles_the_higher_has_its_name_above() -> None:
+    def above(*places: tuple[float, float]) -> list[bool]:
+        axes = Figure().subplots()
+        draw_bubbles(axes, [Bubble(str(i), *place, "grey") for i, place in enumerate(places)], "distance")
+        return [text.get_va() == "bottom" for text in sorted(axes.texts, key=lambda text: text.get_text())]
+
+    assert above((1, 9), (10, 5), (100, 1)) == [False, True, False]
+    assert above((1, 9), (1.1, 5), (100, 1)) == [True, False, False]
+    assert above((1, 9), (10, 5), (11, 6), (100, 1)) == [False, False, True, True]
 
 
 def bubbles(axes: Axes) -> dict[str, float]:
