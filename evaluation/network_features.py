@@ -19,6 +19,7 @@ class NetworkFeatures:
 
     Images in [0, 1] are resized bicubically with antialiasing, then less ``mean`` and over ``std`` per channel. The
     ``hash`` is of ``weights_hash`` and of these three settings, since all of them decide the features.
+    Raises ValueError where ``mean`` or ``std`` are not of 3 channels.
     """
 
     def __init__(

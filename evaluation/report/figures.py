@@ -64,12 +64,12 @@ def note_of_figure_2(study: Study) -> str:
     """What stands on the right, or how to get it there."""
     if _best_beside_table_2(study):
         return (
-            "Right: our best model, and the systems of the paper's table 2 with the Gflops of its table 6; all are "
-            "FID-50K against the same reference, but each was trained and sampled in its own way."
+            "Right: our best model, and the systems of the paper's table 2, FID-50K as published, with the Gflops of "
+            "its table 6; each was trained, sampled and measured in its own way."
         )
     return (
         "This is the left panel of the paper's figure. The right one, the best model beside ADM and LDM, is drawn "
-        "once a model was measured as those were: FID of 50,000 images against ADM's reference at 256 px."
+        "once a model has an FID of 50,000 images against ADM's reference at 256 px."
     )
 
 
