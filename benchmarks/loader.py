@@ -23,13 +23,13 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from benchmarks.commit import current_commit
-from data.atomic import sha256_of
 from data.batches import TrainingBatches
 from data.encode import encode
 from data.encodings import EncodeImages
 from data.images import ExactSize, Preparation
 from data.order import GlobalOrder, Order, WindowedOrder, positions_of_step
 from data.prefetch import prefetch
+from data.reading import sha256_of
 from data.shards import INDEX_NAME, MappedShards, write_index
 from data.sources import Example
 from model.autoencoder import Autoencoder, IdentityAutoencoder

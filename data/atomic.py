@@ -1,12 +1,16 @@
 """Files that are complete or absent: written aside, synced, renamed."""
 
-import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from data.reading import DamagedFileError, require_regular
+
+_BLOCK_BYTES = 2**16
 
 
 @contextmanager
@@ -34,8 +38,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     aside.mkdir()
     try:
         yield aside
+        readable = aside.stat().st_mode & 0o666  # as the umask has it; libraries write some files for their owner alone
         for file in aside.rglob("*"):
             if file.is_file():
+                file.chmod(readable)
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
         sync_folder(aside)
@@ -70,17 +76,49 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line and sync it; a last line that a crash cut short is taken away first."""
+    """Append one JSON line and sync it; a last line that a crash cut short is taken away first.
+
+    A last line that is whole but for its newline, as an editor may leave it, is kept. Raises DamagedFileError where the
+    path is no regular file, or its last line is no beginning of a JSON object.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        require_regular(path)
     with open(path, "ab+") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 1))
-        if file.read(1) not in (b"", b"\n"):
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
+        _end_last_line(path, file)
         file.write(line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def _end_last_line(path: Path, file: IO[bytes]) -> None:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 1))
+    if file.read(1) in (b"", b"\n"):
+        return
+    start = _start_of_last_line(file, size)
+    file.seek(start)
+    last = file.read()
+    try:
+        json.loads(last)
+    except (ValueError, RecursionError):
+        if not last.startswith(b"{"):
+            raise DamagedFileError(f"{path} ends with a line that is no JSON; remove that line.") from None
+        file.truncate(start)
+    else:
+        file.write(b"\n")
+
+
+def _start_of_last_line(file: IO[bytes], size: int) -> int:
+    """Return where the bytes after the last newline of a file begin."""
+    end = size
+    while end > 0:
+        start = max(0, end - _BLOCK_BYTES)
+        file.seek(start)
+        if (found := file.read(end - start).rfind(b"\n")) >= 0:
+            return start + found + 1
+        end = start
+    return 0
 
 
 def sync_folder(folder: Path) -> None:
@@ -90,9 +128,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
-from data.atomic import sha256_of, write_bytes
+from data.atomic import write_bytes
 from data.encodings import Encoding
 from data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, ShardEntry
 from data.pipeline import Encoded, encoded_batches
 from data.plan import Plan, shard_name
 from data.progress import Progress, ProgressBar
+from data.reading import sha256_of
 from data.shards import INDEX_NAME, Layout, write_index, write_shard
 from data.sidecars import Sidecar, channel_statistics, channel_sums, finished, sidecar_path, sound
 from data.sources import Source

@@ -12,9 +12,9 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from data.atomic import sha256_of
 from data.cache import Cache, CachedFile
 from data.manifest import Manifest, ShardEntry
+from data.reading import sha256_of
 from data.remote import DEFAULT_RETRY, DamagedError, Retry, download, join, open_remote, with_retries
 
 Result = TypeVar("Result")

@@ -17,9 +17,10 @@ import numpy as np
 import webdataset
 from numpy.typing import NDArray
 
-from data.atomic import atomic_file, sha256_of
+from data.atomic import atomic_file
 from data.cache import Cache
 from data.manifest import LatentSpec, ShardEntry
+from data.reading import sha256_of
 from data.remote import DEFAULT_RETRY, Retry, is_remote
 from data.shard_files import INDEX_NAME, LocalShardFiles, RemoteShardFiles, ShardFiles
 

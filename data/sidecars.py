@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.atomic import sha256_of, write_bytes
+from data.atomic import write_bytes
 from data.manifest import ShardEntry
 from data.plan import Plan, shard_name
+from data.reading import sha256_of
 from data.shards import Layout
 
 

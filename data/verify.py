@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data.atomic import sha256_of
 from data.manifest import LatentSpec, Manifest, ShardEntry
 from data.progress import ProgressBar
+from data.reading import sha256_of
 from data.shards import INDEX_NAME
 from data.sidecars import channel_statistics, channel_sums
 

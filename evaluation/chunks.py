@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from data.atomic import sha256_of, write_bytes
+from data.atomic import write_bytes
+from data.reading import sha256_of
 from evaluation.features import Features
 
 

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from data.atomic import atomic_folder, sha256_of
+from data.atomic import atomic_folder
 from data.images import Crop, to_unit_range
+from data.reading import sha256_of
 from data.sources import Source, load_images
 from diffusion.draws import Philox, Purpose, permutation
 from evaluation.features import Features

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from data.atomic import sha256_of
+from data.reading import sha256_of
 from evaluation.network_features import NetworkFeatures
 
 

@@ -9,7 +9,7 @@ import torch
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from data.atomic import sha256_of
+from data.reading import sha256_of
 from evaluation.features import Features
 from evaluation.inception import Inception2015
 from model.precision import exact_device, exact_float32

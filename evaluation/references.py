@@ -17,9 +17,10 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from data.atomic import atomic_file, sha256_of
+from data.atomic import atomic_file
 from data.images import Crop
 from data.progress import ProgressBar
+from data.reading import sha256_of
 from data.sources import Source, load_images
 from diffusion.draws import Philox, Purpose
 from evaluation.features import FeatureExtractor, require_finite

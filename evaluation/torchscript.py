@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from data.atomic import sha256_of
+from data.reading import sha256_of
 from evaluation.network_features import NetworkFeatures
 
 

@@ -9,12 +9,12 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from data.atomic import sha256_of
 from data.cache import Cache
 from data.images import Preparation
 from data.manifest import LatentSpec, Manifest
 from data.plan import latent_spec
 from data.progress import ProgressBar
+from data.reading import sha256_of
 from data.remote import is_remote
 from data.shards import MappedShards
 from diffusion.process import GaussianDiffusion

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from data.atomic import sha256_of
 from data.progress import ProgressBar
+from data.reading import sha256_of
 from evaluation.image_sets import ImageSet
 from evaluation.reference_file import write_reference
 from launch.app import run

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from data.atomic import sha256_of
+from data.reading import sha256_of
 from train.state import TrainState, load_optimizer_tensors
 from train.stores import STATE_FILE, CheckpointStore
 

@@ -14,7 +14,8 @@ from typing import IO, Any, Protocol, TypeVar
 from filelock import FileLock
 
 from data import remote
-from data.atomic import atomic_folder, remove_folder, remove_leftovers, sha256_of, sync_folder
+from data.atomic import atomic_folder, remove_folder, remove_leftovers, sync_folder
+from data.reading import sha256_of
 
 Result = TypeVar("Result")
 

@@ -9,7 +9,7 @@ import torch
 from inception_weights import PREFIX, random_weights
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from data.atomic import sha256_of
+from data.reading import sha256_of
 from evaluation.inception import Inception2015, resize_like_tensorflow
 from evaluation.inception_features import SHA256, URL, InceptionFeatures, load_inception
 from evaluation.inception_score import InceptionScore

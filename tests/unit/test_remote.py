@@ -20,11 +20,12 @@ from gcs_server import gcs_server
 from s3_server import BUCKET, s3_server, upload
 
 from data import remote
-from data.atomic import sha256_of, write_bytes
+from data.atomic import write_bytes
 from data.batches import TrainingBatches
 from data.cache import Cache, CachedFile
 from data.order import GlobalOrder, Order, WindowedOrder
 from data.prefetch import prefetch
+from data.reading import sha256_of
 from data.remote import Retry
 from data.shard_files import FetchedAhead
 from data.shards import MappedShards

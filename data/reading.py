@@ -1,0 +1,86 @@
+"""Read files that anyone may have made: a regular file of a bounded size, or one sentence that names it."""
+
+import errno
+import hashlib
+import os
+import stat
+from io import BufferedReader
+from pathlib import Path
+
+MAX_RECORD_BYTES = 2**28  # of a file that is read whole to be parsed
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+class DamagedFileError(ValueError):
+    """A file is not what it should be. The sentence names it."""
+
+
+def open_regular(path: Path | str) -> BufferedReader:
+    """Open a regular file, or a link to one, for reading. Never waits, as opening a named pipe would.
+
+    Raises OSError as `open` does, and DamagedFileError for a folder, pipe, device or socket.
+    """
+    _require_kind(path, Path(path).stat().st_mode)  # before it is opened: opening a device may act on it
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _require_kind(path, os.fstat(descriptor).st_mode)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def is_regular(path: Path | str) -> bool:
+    """Return whether there is a regular file, or a link to one, that may be looked at."""
+    try:
+        return stat.S_ISREG(Path(path).stat().st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def require_regular(path: Path | str) -> None:
+    """Raise OSError as `open` does, and DamagedFileError where there is no regular file. Reads nothing of it."""
+    open_regular(path).close()
+
+
+def read_regular(path: Path | str, limit_bytes: int = MAX_RECORD_BYTES) -> bytes:
+    """Return the content of a regular file. Raises as `open_regular` does, and DamagedFileError for a larger one."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(limit_bytes + 1) if size <= limit_bytes else b""
+    if max(size, len(content)) > limit_bytes:
+        raise DamagedFileError(f"{path} has {max(size, len(content))} bytes, but at most {limit_bytes} are read of it.")
+    return content
+
+
+def read_text(path: Path | str, limit_bytes: int = MAX_RECORD_BYTES) -> str:
+    """Return a UTF-8 file as text. Raises as `read_regular` does, and DamagedFileError for other bytes."""
+    try:
+        return read_regular(path, limit_bytes).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DamagedFileError(
+            f"{path} is not text in UTF-8: byte {error.start} is {error.object[error.start]}."
+        ) from None
+
+
+def sha256_of(path: Path | str) -> str:
+    """Return the hexadecimal SHA-256 of a regular file's content. Raises as `open_regular` does."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _require_kind(path: Path | str, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "no file")
+        raise DamagedFileError(f"{path} is {kind}, but it must be a file.")
+
+
+def is_absent(error: OSError) -> bool:
+    """Return whether an error of `open` says that there is no such file: none of its name, or none below a file."""
+    return error.errno in (errno.ENOENT, errno.ENOTDIR)
