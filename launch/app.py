@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from launch.check import check_known, check_positive, check_targets, closest
 from launch.parallel import exit_if_asked, in_worker, run_in_worker
 from launch.progress import make_progress
+from launch.redaction import exit_with_traceback, redact_file, secrets_hidden
 from launch.schema import register
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -43,20 +44,28 @@ def run(job: str, function: JobFunction) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves the reporting to us
     application = hydra.main(config_path=str(CONF), config_name=job, version_base="1.3")
     task = _Task(job, function)
-    try:
-        application(task)()
-        exit_if_asked()
-        if task.error is not None:
-            raise task.error
-    except KeyboardInterrupt:
-        again = "; the same command continues" if job in ("train", "encode") else ""
-        print(f"ditscale {job}: stopped{again}.", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        sentence = _sentence(job, error)
-        if wants_traceback or sentence is None:
-            raise
-        _exit(job, sentence, 1 if isinstance(error, FloatingPointError) else 2)
+    with secrets_hidden(sys.argv):
+        try:
+            application(task)()
+            exit_if_asked()
+            if task.error is not None:
+                raise task.error
+        except KeyboardInterrupt:
+            again = "; the same command continues" if job in ("train", "encode") else ""
+            print(f"ditscale {job}: stopped{again}.", file=sys.stderr)
+            sys.exit(130)
+        except Exception as error:
+            with secrets_hidden(task.settings):
+                _exit_with(job, error, wants_traceback)
+
+
+def _exit_with(job: str, error: Exception, wants_traceback: bool) -> NoReturn:
+    sentence = _sentence(job, error)
+    if wants_traceback or sentence is None:
+        exit_with_traceback(error)
+    print(f"ditscale {job}: error: {sentence}", file=sys.stderr)
+    print("(HYDRA_FULL_ERROR=1 shows the traceback)", file=sys.stderr)
+    sys.exit(1 if isinstance(error, FloatingPointError) else 2)
 
 
 class _Task:
@@ -70,8 +79,14 @@ class _Task:
         self._job = job
         self._function = function
         self.error: Exception | None = None
+        self.settings: Any = ()  # of the last run, with whatever secrets they hold
 
     def __call__(self, config: DictConfig) -> None:
+        self.settings = _settings_of(config)
+        with secrets_hidden(self.settings):  # also in a worker, which `run` did not start
+            self._call(config)
+
+    def _call(self, config: DictConfig) -> None:
         try:
             if in_worker():
                 run_in_worker(lambda: self._run(config))
@@ -95,10 +110,19 @@ class _Task:
         if hydra_config.mode == RunMode.MULTIRUN:
             from launch.gpus import take_gpu  # which imports PyTorch; showing help need not
 
+            redact_file(Path(hydra_config.sweep.dir) / "multirun.yaml", plain)
             take_gpu(plain, Path(hydra_config.sweep.dir))
         row = OmegaConf.select(hydra_config, "job.num") or 0
         is_main = os.environ.get("RANK", "0") == "0"
         self._function(plain, make_progress(plain.get("name", ""), row, is_main))
+
+
+def _settings_of(config: DictConfig) -> Any:
+    """The values of a config, or what they are made of where one of them cannot be resolved."""
+    try:
+        return OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException:
+        return OmegaConf.to_container(config, resolve=False)
 
 
 def _name_in_sweep(config: DictConfig) -> str:
@@ -107,12 +131,6 @@ def _name_in_sweep(config: DictConfig) -> str:
         return str(config["name"])
     except OmegaConfBaseException:
         return str(HydraConfig.get().job.override_dirname)
-
-
-def _exit(job: str, sentence: str, code: int) -> NoReturn:
-    print(f"ditscale {job}: error: {sentence}", file=sys.stderr)
-    print("(HYDRA_FULL_ERROR=1 shows the traceback)", file=sys.stderr)
-    sys.exit(code)
 
 
 def _sentence(job: str, error: BaseException) -> str | None:

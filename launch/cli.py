@@ -3,6 +3,7 @@
 import importlib
 import sys
 
+from data.urls import redacted
 from launch.check import closest
 
 JOBS = {
@@ -32,7 +33,7 @@ def main() -> None:
         sys.exit(0 if arguments else 2)
     job = arguments[0]
     if job not in JOBS:
-        print(f"ditscale: error: There is no job {job!r}{closest(job, JOBS)}", file=sys.stderr)
+        print(redacted(f"ditscale: error: There is no job {job!r}{closest(job, JOBS)}"), file=sys.stderr)
         sys.exit(2)
     sys.argv = [f"ditscale {job}", *arguments[1:]]
     importlib.import_module(f"launch.{job}").main()

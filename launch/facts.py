@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from data.urls import redacted_config
 from launch.app import CONF
 from train.checkpoint import code_version
 
@@ -12,8 +13,8 @@ ROOMS = ("data", "diffusion", "evaluation", "launch", "model", "runtime", "train
 
 
 def facts_of_process(config: Mapping[str, Any]) -> dict[str, str]:
-    """Every setting by its dotted name, the versions of the libraries, and the hash of this program's source."""
-    return {**dict(_settings(config)), **code_version(), "source code": source_hash(CONF.parent)}
+    """Return every setting by its dotted name, without secrets, the library versions, and the hash of our source."""
+    return {**dict(_settings(redacted_config(config))), **code_version(), "source code": source_hash(CONF.parent)}
 
 
 def _settings(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -12,6 +12,7 @@ from torch import nn
 from data.manifest import LatentSpec, Manifest
 from data.prefetch import prefetch
 from data.progress import ProgressBar
+from data.urls import redacted_config
 from evaluation.chunks import ChunkStore, TrainingChunks, discard_training
 from evaluation.evaluate import distance_records
 from evaluation.generate import Generator
@@ -81,7 +82,8 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
     batches = training_batches(config, shards, autoencoder, process, runtime.data_rank, runtime.data_world)
     stopped = False
     with runtime.together(), folder.locked() if runtime.is_main else nullcontext(), StopSignals() as signals:
-        _require_this_run(folder, config, runtime)
+        kept = redacted_config(config)  # no file of the run gets to see more
+        _require_this_run(folder, kept, runtime)
         _restore(folder, state, manifest, config["checkpoint_every"], runtime)
         logger = _logger(config, folder, runtime)
         try:
@@ -93,7 +95,7 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
             step = runtime.step(make)
             hooks = _hooks(config, state, generator, manifest, folder, logger, progress, signals, guard)
             if runtime.is_main:
-                folder.write_config(config)  # now that nothing refuses it
+                folder.write_config(kept)  # now that nothing refuses it
             evaluated = len(read_lines(folder.evaluations))
             host_batches = prefetch(batches.from_step(state.step, config["total_steps"]))
             train(state, step, host_batches, runtime, hooks)
@@ -170,7 +172,7 @@ def _facts(config: Mapping[str, Any], spec: LatentSpec, manifest: Manifest) -> d
     """What identifies the run, in its checkpoints and in a dump."""
     return {
         "seed": config["seed"],
-        "config": config,
+        "config": redacted_config(config),
         "spec": asdict(spec),
         "data_manifest_hash": manifest.hash,
         "code": code_version(),

@@ -1,12 +1,17 @@
 """Where scalars and pictures go besides the run folder."""
 
 import os
+import re
 import secrets
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from data.atomic import write_bytes
+from data.reading import read_text
+from data.urls import hidden, redacted_config, secrets_in
 
 if TYPE_CHECKING:
     import wandb
@@ -23,6 +28,8 @@ OVER_IMAGES_SEEN = (
     "kernel_distance",
     "recognized_fraction",
 )
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_MAX_ID_BYTES = 2**12
 MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")  # what wandb takes as WANDB_MODE
 
 
@@ -89,12 +96,13 @@ class WandbLogger:
             raise ValueError(f"WANDB_MODE is {mode!r}, but it must be online, offline or disabled; change or unset it.")
         self._wandb = wandb
         self._folder = folder
+        self._secrets = secrets_in(config)
         self._settings: dict[str, Any] = {
             "project": project,
             "group": group,
             "name": name,
             "job_type": job,
-            "config": dict(config),
+            "config": redacted_config(dict(config)),
         }
         self._opened: wandb.Run | None = None
 
@@ -118,21 +126,25 @@ class WandbLogger:
         mode = os.environ.get("WANDB_MODE")
         if mode is None:
             mode = "online" if self._wandb.login(prompt=False, verify=False) else "offline"
-        return self._wandb.init(
-            **self._settings,
-            id=self._id(),
-            reinit="create_new",  # a sweep's runs may share a process
-            resume="allow" if mode == "online" else None,
-            mode=mode,  # type: ignore[arg-type]  # checked above
-            dir=self._folder,
-            settings=self._wandb.Settings(silent=True, console="off", x_disable_stats=True),
-        )
+        with _words_without(self._secrets):  # wandb keeps the command line
+            return self._wandb.init(
+                **self._settings,
+                id=self._id(),
+                reinit="create_new",  # a sweep's runs may share a process
+                resume="allow" if mode == "online" else None,
+                mode=mode,  # type: ignore[arg-type]  # checked above
+                dir=self._folder,
+                settings=self._wandb.Settings(silent=True, console="off", x_disable_stats=True),
+            )
 
     def _id(self) -> str:
         path = self._folder / "wandb/id"
         if not path.exists():
             write_bytes(path, secrets.token_hex(8).encode())
-        return path.read_text(encoding="utf-8")
+        found = read_text(path, _MAX_ID_BYTES).strip()
+        if _ID.fullmatch(found) is None:  # wandb makes a folder's name of it
+            raise ValueError(f"{path} holds {found[:40]!r}, which is no id of a wandb run; delete that file.")
+        return found
 
     def log(self, scalars: Mapping[str, Any]) -> None:
         """One row of history."""
@@ -158,3 +170,14 @@ class WandbLogger:
     def _table(self, rows: list[dict[str, Any]]) -> "wandb.Table":
         columns: list[str | int] = list(rows[0])
         return self._wandb.Table(columns=columns, data=[[row[str(column)] for column in columns] for row in rows])
+
+
+@contextmanager
+def _words_without(secrets_of_config: frozenset[str]) -> Iterator[None]:
+    """While the block runs, let this process's command line read as if its URLs had no secrets."""
+    before = sys.argv
+    sys.argv = [hidden(word, secrets_of_config) for word in before]
+    try:
+        yield
+    finally:
+        sys.argv = before
