@@ -7,7 +7,7 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from data.remote import Retry, is_remote, open_remote, with_retries
+from data.remote import Retry, files_below, is_remote, open_remote, with_retries
 
 
 def given(place: str | None, setting: str) -> str:
@@ -27,9 +27,9 @@ class Files:
             open_remote(place) if is_remote(place) else (LocalFileSystem(), str(Path(place).resolve()))
         )
         self._root = self._root.rstrip("/")
-        found = self._try(place, lambda: self._system.find(self._root, detail=True))
+        found = self._try(place, lambda: dict(files_below(self._system, self._root)))
         prefix = len(self._root) + 1
-        by_path = {path: info["size"] for path, info in found.items() if info["type"] == "file"}
+        by_path = {path: info["size"] for path, info in found.items()}
         unknown = [path for path, size in by_path.items() if size is None]  # a web server's listing has no sizes
         by_path |= zip(unknown, self._try(place, lambda: self._system.sizes(unknown)), strict=True) if unknown else ()
         sizes = {path[prefix:]: int(size or 0) for path, size in by_path.items()}

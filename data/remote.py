@@ -3,18 +3,34 @@
 Keys and endpoints come from where each store's own tools take them: the environment or their config files.
 """
 
+import posixpath
+import tempfile
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import fsspec
 from fsspec.callbacks import Callback
 
+from data.patience import (
+    IMPATIENT_ATTEMPTS,
+    IMPATIENT_SEC,
+    cannot_connect,
+    has_answered,
+    is_timeout,
+    note_answer,
+)
+from data.reading import MAX_RECORD_BYTES
+from data.urls import MARK, is_redacted, redacted
+
 Result = TypeVar("Result")
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}  # of each protocol
+WEB = ("http://", "https://")
+_WEB_DEPTH = 8  # of folders below each other: a listing may name itself, and then has no end
 
 
 @dataclass(frozen=True)
@@ -34,6 +50,10 @@ class DamagedError(ValueError):
     """A file whose content is not the one expected."""
 
 
+class TooLargeError(ValueError):
+    """A file of more bytes than are read of it."""
+
+
 def is_remote(place: str | Path) -> bool:
     """Whether a folder or file is named by a URL."""
     return "://" in str(place)
@@ -47,14 +67,11 @@ def join(folder: str | Path, name: str) -> str:
 def open_remote(url: str, timeout_sec: float = Retry.timeout_sec) -> tuple[Any, str]:
     """The fsspec file system of a URL, and the URL's path in it.
 
-    Raises ValueError for a protocol that is none of ours, and where its package is missing.
+    Raises ValueError for a protocol that is none of ours, where its package is missing, and for a URL that was
+    redacted, or has keys in it that belong elsewhere.
     """
     protocol = url.split("://", 1)[0]
-    if protocol not in PACKAGES:
-        raise ValueError(
-            f"{url} has the protocol {protocol}://, but files are read from {', '.join(f'{p}://' for p in PACKAGES)} "
-            "or a local folder; use one of them."
-        )
+    _require_usable(url, protocol)
     try:
         if protocol == "gs":
             from data.google_storage import GoogleStorage
@@ -64,11 +81,27 @@ def open_remote(url: str, timeout_sec: float = Retry.timeout_sec) -> tuple[Any, 
     except ImportError as error:
         package = PACKAGES[protocol]
         raise ValueError(
-            f"{url} needs the Python package {package}, which is not installed ({error}); run `pip install {package}`."
+            f"{redacted(url)} needs the Python package {package}, which is not installed ({error}); run `pip install "
+            f"{package}`."
         ) from error
     if protocol == "s3":
         system.retries = 1  # `Retry` alone decides how often
     return system, path
+
+
+def _require_usable(url: str, protocol: str) -> None:
+    if protocol not in PACKAGES:
+        raise ValueError(
+            f"{redacted(url)} has the protocol {protocol}://, but files are read from "
+            f"{', '.join(f'{p}://' for p in PACKAGES)} or a local folder; use one of them."
+        )
+    if is_redacted(url):
+        raise ValueError(f"{url} has {MARK} where a password or key was: files keep none; give the whole URL again.")
+    if not url.startswith(WEB) and "@" in url.split("://", 1)[1].partition("/")[0]:
+        raise ValueError(
+            f"{redacted(url)} has keys before its bucket, but those of {protocol}:// are taken from the environment; "
+            "set them there."
+        )
 
 
 def _options(protocol: str, timeout_sec: float) -> dict[str, Any]:
@@ -89,33 +122,56 @@ def with_retries(
     stopped: threading.Event | None = None,
     done: str = "read",
 ) -> Result:
-    """What ``action`` returns, tried again with growing waits; ``url`` and what is ``done`` to it stand in errors.
+    """Return what ``action`` returns, trying again with growing waits; ``url`` and what is ``done`` stand in errors.
 
-    Raises FileNotFoundError at once, ValueError at once where access is refused, `DamagedError` where the last
-    attempt ended with it, and else ValueError with the number of attempts and the last error. ``stopped`` ends
+    A host that cannot be connected to and never answered is given up within seconds (`data.patience`). Raises
+    FileNotFoundError and `TooLargeError` at once, ValueError at once where access is refused, `DamagedError` where the
+    last attempt ended with it, and else ValueError with the number of attempts and the last error. ``stopped`` ends
     the waiting.
     """
-    stopped = stopped or threading.Event()
+    stopped, started = stopped or threading.Event(), time.monotonic()
     wait_sec, attempt = retry.first_wait_sec, 0
     while True:
         attempt += 1
         try:
-            return action()
-        except FileNotFoundError:
+            result = action()
+        except (FileNotFoundError, TooLargeError):
+            note_answer(url)
             raise
         except Exception as error:  # each file system has exceptions of its own
-            if _is_refusal(error):
-                raise ValueError(
-                    f"{url} is refused ({type(error).__name__}: {error}); check the credentials."
-                ) from error
-            if attempt >= retry.attempts or stopped.wait(wait_sec):
-                if isinstance(error, DamagedError):
-                    raise
-                raise ValueError(
-                    f"{url} cannot be {done}: {attempt} attempts failed, the last with {type(error).__name__}: "
-                    f"{error}; check the network and the store, then give the same command again."
-                ) from error
+            if not (cannot_connect(error) or is_timeout(error)):
+                note_answer(url)
+            if _is_refusal(error) or _is_enough(url, error, attempt, started, retry) or stopped.wait(wait_sec):
+                _give_up(url, error, attempt, done)
             wait_sec = min(2 * wait_sec, retry.longest_wait_sec)
+        else:
+            note_answer(url)
+            return result
+
+
+def _is_enough(url: str, error: Exception, attempt: int, started: float, retry: Retry) -> bool:
+    """Return whether no further attempt is made."""
+    if not cannot_connect(error) or has_answered(url):
+        return attempt >= retry.attempts
+    return attempt >= min(retry.attempts, IMPATIENT_ATTEMPTS) or time.monotonic() - started > IMPATIENT_SEC
+
+
+def _give_up(url: str, error: Exception, attempts: int, done: str) -> NoReturn:
+    """Raise one sentence, without secrets, on the last error."""
+    if isinstance(error, DamagedError):
+        raise error
+    shown, reason = redacted(url), redacted(f"{type(error).__name__}: {error}")
+    if _is_refusal(error):
+        raise ValueError(f"{shown} is refused ({reason}); check the credentials.") from error
+    if cannot_connect(error) and not has_answered(url):
+        raise ValueError(
+            f"{shown} cannot be {done}: there is no connection to its host ({attempts} attempts failed, the last with "
+            f"{reason}); check the address and the network, then give the same command again."
+        ) from error
+    raise ValueError(
+        f"{shown} cannot be {done}: {attempts} attempts failed, the last with {reason}; check the network and the "
+        "store, then give the same command again."
+    ) from error
 
 
 def _is_refusal(error: Exception) -> bool:
@@ -126,11 +182,18 @@ def _is_refusal(error: Exception) -> bool:
     return forbidden or status in (401, 403) or no_keys
 
 
-def read_bytes(url: str, retry: Retry = DEFAULT_RETRY) -> bytes:
-    """A whole small file. Raises as `with_retries` does."""
+def read_bytes(url: str, retry: Retry = DEFAULT_RETRY, limit_bytes: int = MAX_RECORD_BYTES) -> bytes:
+    """Return a whole small file. Raises as `with_retries` does, and `TooLargeError` for one of more bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "file"
+        fetch(url, path, limit_bytes, retry)
+        return path.read_bytes()
+
+
+def fetch(url: str, to: Path, limit_bytes: int, retry: Retry = DEFAULT_RETRY) -> None:
+    """Copy a file to ``to``, and never more than ``limit_bytes`` of it. Raises as `read_bytes` does."""
     system, path = open_remote(url, retry.timeout_sec)
-    content: bytes = with_retries(url, lambda: system.cat_file(path), retry)
-    return content
+    with_retries(url, lambda: system.get_file(path, str(to), callback=_SizeLimit(url, limit_bytes)), retry)
 
 
 def write_bytes(url: str, content: bytes, retry: Retry = DEFAULT_RETRY) -> None:
@@ -155,14 +218,59 @@ def list_names(url: str, retry: Retry = DEFAULT_RETRY) -> list[str]:
 
 def list_tree(url: str, retry: Retry = DEFAULT_RETRY) -> list[str]:
     """Paths of all files below a folder, relative to it, sorted. Raises as `with_retries` does."""
+    return sorted(list_sizes(url, retry))
+
+
+def list_sizes(url: str, retry: Retry = DEFAULT_RETRY) -> dict[str, int | None]:
+    """Return the bytes of each file below a folder by its path relative to it; None where a listing has no sizes.
+
+    Nobody has checked these names: `data.names` makes paths of them. Raises as `with_retries` does.
+    """
     system, path = open_remote(url, retry.timeout_sec)
-    prefix = len(path.rstrip("/")) + 1
+    root = f"{path.rstrip('/')}/"
 
-    def names() -> list[str]:
+    def listed() -> dict[str, int | None]:
         system.invalidate_cache()  # of listings
-        return sorted(str(name)[prefix:] for name in system.find(path))
+        return {
+            name.removeprefix(root): info.get("size")
+            for name, info in files_below(system, path)
+            if name.startswith(root) and not name.endswith("/")  # an object that stands for a folder
+        }
 
-    return with_retries(url, names, retry)
+    return with_retries(url, listed, retry)
+
+
+def files_below(system: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield name and description of each file below a path of a file system. What is described may have no size."""
+    if path.startswith(WEB):
+        yield from _linked_files(system, path)
+        return
+    for name, info in system.find(path, detail=True).items():
+        if info["type"] == "file":
+            yield str(name), info
+
+
+def _linked_files(system: Any, url: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Follow the listings of a web server, of which fsspec leaves out what it fails to read.
+
+    A link is no object with a name: ``./a`` is ``a``, and one that leads out of the folder is none of its files.
+    """
+    root = f"{url.rstrip('/')}/"
+    waiting = [(root, 0)]
+    while waiting:
+        folder, depth = waiting.pop()
+        try:
+            listing = system.ls(folder.rstrip("/"), detail=True)
+        except FileNotFoundError:
+            continue
+        for info in listing:
+            name = posixpath.normpath(str(info["name"]).removeprefix(root))
+            if name == "." or name.startswith(("..", "/")):
+                continue
+            if info["type"] != "directory":
+                yield root + name, info
+            elif depth < _WEB_DEPTH and f"{root}{name}/" != folder:
+                waiting.append((f"{root}{name}/", depth + 1))
 
 
 def remove(url: str, retry: Retry = DEFAULT_RETRY) -> None:
@@ -179,22 +287,38 @@ def download(url: str, to: Path, size: int, timeout_sec: float) -> None:
         raise _wrong_size(url, size, found)
 
 
-class _SizeCheck(Callback):
-    """Stops a download that is larger than it should be."""
+class _SizeLimit(Callback):
+    """Stops a download that is larger than it may be."""
 
-    def __init__(self, url: str, expected: int) -> None:
+    def __init__(self, url: str, limit_bytes: int) -> None:
         super().__init__()
-        self._url, self._expected = url, expected
+        self._url, self._limit_bytes = url, limit_bytes
 
     def set_size(self, size: int | None) -> None:
-        if size is not None and size > self._expected:  # a smaller one may be that of an error's message
-            raise _wrong_size(self._url, self._expected, size)
+        if size is not None:  # a smaller one may be that of an error's message
+            self._require(size)
 
     def relative_update(self, inc: int = 1) -> None:
         self.value += inc
-        if self.value > self._expected:
-            raise _wrong_size(self._url, self._expected, self.value)
+        self._require(self.value)
+
+    def _require(self, size: int) -> None:
+        if size > self._limit_bytes:
+            raise self._too_large(size)
+
+    def _too_large(self, size: int) -> ValueError:
+        return TooLargeError(
+            f"{redacted(self._url)} has {size} bytes, but at most {self._limit_bytes} are read of it; is it the right "
+            "file?"
+        )
+
+
+class _SizeCheck(_SizeLimit):
+    """Stops a download that is larger than it should be."""
+
+    def _too_large(self, size: int) -> ValueError:
+        return _wrong_size(self._url, self._limit_bytes, size)
 
 
 def _wrong_size(url: str, expected: int, found: int) -> DamagedError:
-    return DamagedError(f"{url} is damaged: the manifest says {expected} bytes, the file has {found}")
+    return DamagedError(f"{redacted(url)} is damaged: the manifest says {expected} bytes, the file has {found}")

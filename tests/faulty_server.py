@@ -16,8 +16,8 @@ class FaultyServer(LocalServer):
     "flip" (one byte is another), "short" (a shorter file).
     """
 
-    def __init__(self, folder: Path | None = None, upstream: str | None = None) -> None:
-        super().__init__(_Handler)
+    def __init__(self, folder: Path | None = None, upstream: str | None = None, port: int = 0) -> None:
+        super().__init__(_Handler, port)
         self.folder, self.upstream = folder, upstream
         self.gets = self.calls
 

@@ -11,12 +11,12 @@ from typing import Any, Self
 class LocalServer:
     """Of requests for ``handler``, whose ``owner`` it is. ``released`` ends those that hang."""
 
-    def __init__(self, handler: type["LocalHandler"]) -> None:
+    def __init__(self, handler: type["LocalHandler"], port: int = 0) -> None:
         self.faults: dict[str, list[str]] = {}
         self.calls: Counter[str] = Counter()
         self.released = threading.Event()
         owned = type("Handler", (handler,), {"owner": self})
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), owned)
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", port), owned)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def met(self, call: str) -> str | None:
