@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from hydra.utils import instantiate
@@ -14,9 +14,9 @@ from data.images import Preparation
 from data.manifest import LatentSpec, Manifest
 from data.plan import latent_spec
 from data.progress import ProgressBar
-from data.reading import sha256_of
 from data.remote import is_remote
 from data.shards import MappedShards
+from data.urls import redacted_config
 from diffusion.process import GaussianDiffusion
 from diffusion.protocol import Denoiser
 from diffusion.respacing import kept_steps
@@ -27,14 +27,13 @@ from evaluation.metrics import Metric
 from evaluation.references import make_reference, read_reference
 from launch.app import CONF
 from launch.check import check_trusted, closest
+from launch.runs import checkpoint_hash, pinned_sources, read_checkpoint
 from model.autoencoder import Autoencoder
 from model.dit import DiT
 from model.flops import multiply_adds, num_parameters, training_multiply_adds
 from runtime.protocol import Runtime
 from train import posthoc
 from train.checkpoint import fill, load_weights, read_state_file
-from train.mirror import fetch_run
-from train.stores import STATE_FILE, list_checkpoints
 
 
 def build(section: Mapping[str, Any], **arguments: Any) -> Any:
@@ -43,7 +42,6 @@ def build(section: Mapping[str, Any], **arguments: Any) -> Any:
 
 
 CHUNKS = "chunks"  # folder in a run's, of what a killed evaluation had finished
-COPIES = Path("cache/runs")  # of runs that are read from a URL
 _FROM_MANIFEST = {"latent_size": "latent_size", "channels": "channels", "num_classes": "num_classes"}
 
 
@@ -110,13 +108,9 @@ def _named_settings(section: Mapping[str, Any]) -> dict[str, Any]:
     name = str(section["_target_"]).rsplit(".", 1)[-1]
     settings = {"name": name, **{key: value for key, value in section.items() if not key.startswith("_")}}
     if "guide" in settings:  # a run is a path to its newest checkpoint, whichever that is
-        settings["guide_hash"] = checkpoint_hash(_checkpoint_path(settings["guide"]))
-    return settings
-
-
-def checkpoint_hash(path: Path) -> str:
-    """Of its ``state.json``, which holds the hashes of its other files."""
-    return sha256_of(path / STATE_FILE)
+        settings["guide_hash"] = read_checkpoint(settings["guide"], checkpoint_hash)
+    shown: dict[str, Any] = redacted_config(settings)
+    return shown
 
 
 def build_generator(
@@ -205,25 +199,25 @@ def load_model(where: str, weights: str) -> DiT:
 
     Raises ValueError for a missing or damaged checkpoint, or one that asks for foreign code.
     """
-    path = _checkpoint_path(where)
+
+    def load(path: Path) -> DiT:
+        with pinned_sources(path, weights) as sources:
+            return _model_of(sources, weights)
+
+    return read_checkpoint(where, load)
+
+
+def _model_of(sources: Sequence[Path], weights: str) -> DiT:
+    """The network of the last of the pinned checkpoints that its weights are made of."""
+    path = sources[-1]
     section = read_state_file(path)["config"]["model"]
     require_shipped(section, "model.")
     model: DiT = build(section)
     if weights.startswith(posthoc.PREFIX):
-        fill(model, path, posthoc.reconstruct(_checkpoints_of(path, weights), _width(weights)))
+        fill(model, path, posthoc.reconstruct(sources, _width(weights)))
     else:
         load_weights(model, path, weights)
     return model
-
-
-def _checkpoints_of(path: Path, weights: str) -> list[Path]:
-    """Those that these weights are made of: the run's up to this one, or this one alone.
-
-    So it is for every name but ``width_W``, and where the checkpoint lies outside a run.
-    """
-    if not weights.startswith(posthoc.PREFIX):
-        return [path]
-    return [other for other in list_checkpoints(path.parent) if other.name <= path.name] or [path]
 
 
 def _width(weights: str) -> float:
@@ -233,6 +227,13 @@ def _width(weights: str) -> float:
         raise ValueError(
             f"weights is {weights!r}, but what follows {posthoc.PREFIX} must be a number such as 0.1."
         ) from error
+
+
+class Source(NamedTuple):
+    """A checkpoint that weights are made of, as it was when they were read."""
+
+    step: int
+    hash: str
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,8 @@ class LoadedCheckpoint:
     autoencoder: Autoencoder
     class_dropout: float
     training_seed: int
-    sources: tuple[Path, ...] = ()  # checkpoints that the weights are made of
+    hash: str = ""  # of its state file; the folder may be gone by now
+    sources: tuple[Source, ...] = ()  # checkpoints that the weights are made of
 
     @classmethod
     def load(cls, where: str, weights: str, runtime: Runtime) -> "LoadedCheckpoint":
@@ -257,7 +259,18 @@ class LoadedCheckpoint:
 
         Raises ValueError for a missing or damaged checkpoint, or one that asks for foreign code.
         """
-        path = _checkpoint_path(where)
+
+        def load(path: Path) -> LoadedCheckpoint:
+            with pinned_sources(path, weights) as sources:
+                return cls._of(sources, weights, runtime)
+
+        found = read_checkpoint(where, load)
+        runtime.require_same({"checkpoint": f"{found.path.name} {found.hash}", "its weights": repr(found.sources)})
+        return found
+
+    @classmethod
+    def _of(cls, sources: Sequence[Path], weights: str, runtime: Runtime) -> "LoadedCheckpoint":
+        path = sources[-1]
         state = read_state_file(path)
         config = state["config"]
         require_shipped(config["diffusion"], "diffusion.")
@@ -265,7 +278,7 @@ class LoadedCheckpoint:
         spec = LatentSpec(**state["spec"])
         autoencoder: Autoencoder = build(config["data"]["autoencoder"])
         _require_autoencoder(path, spec, autoencoder)
-        model = load_model(where, weights)
+        model = _model_of(sources, weights)
         process: GaussianDiffusion = build(config["diffusion"])
         return cls(
             path=path,
@@ -278,7 +291,8 @@ class LoadedCheckpoint:
             autoencoder=autoencoder.to(runtime.device),
             class_dropout=config["class_dropout"],
             training_seed=config["seed"],
-            sources=tuple(_checkpoints_of(path, weights)),
+            hash=checkpoint_hash(path),
+            sources=tuple(Source(int(read_state_file(one)["step"]), checkpoint_hash(one)) for one in sources),
         )
 
     def generator(self, config: Mapping[str, Any], seed: int, runtime: Runtime) -> Generator:
@@ -307,14 +321,3 @@ def _shipped_targets() -> frozenset[str]:
     """What the configs of this project build: all that a checkpoint's config may ask for."""
     found = (OmegaConf.select(OmegaConf.load(path), "_target_") for path in CONF.rglob("*.yaml"))
     return frozenset(target for target in found if target is not None)
-
-
-def _checkpoint_path(where: str) -> Path:
-    """A checkpoint's folder, of a run or of itself, which is copied to this machine where it is behind a URL."""
-    path = fetch_run(where, COPIES) if is_remote(where) else Path(where)
-    if (path / "checkpoints").is_dir():
-        complete = list_checkpoints(path / "checkpoints")
-        if not complete:
-            raise ValueError(f"The run {where} has no complete checkpoint yet; train it further.")
-        return complete[-1]
-    return path

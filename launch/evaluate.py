@@ -7,13 +7,13 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from data.manifest import Manifest
 from data.progress import ProgressBar
+from data.reading import DamagedFileError
 from data.shards import MappedShards
 from evaluation.chunks import EVALUATING, TRAINING, ChunkStore, digest, discard
 from evaluation.evaluate import Evaluator
@@ -26,15 +26,15 @@ from launch.build import (
     build,
     build_evaluator,
     build_shards,
-    checkpoint_hash,
     model_facts,
     precision_of_products,
 )
 from launch.check import closest
 from launch.facts import facts_of_process, source_hash
+from launch.runs import checkpoint_hash
 from model.dit import DiT
 from runtime.protocol import Runtime
-from train.checkpoint import code_version, read_state_file
+from train.checkpoint import code_version
 from train.runfolder import RunFolder
 from train.stores import list_checkpoints
 
@@ -95,7 +95,7 @@ def _record(
         **model_facts(checkpoint.model, checkpoint.images_seen, weights, checkpoint.training_seed),
     }
     if len(checkpoint.sources) > 1:  # an average of others is another one where fewer of them are kept
-        record["average_of_steps"] = [int(read_state_file(path)["step"]) for path in checkpoint.sources]
+        record["average_of_steps"] = [source.step for source in checkpoint.sources]
     if evaluator is not None:
         record |= evaluator.evaluate(generator, progress, store, build(settings["image_file"]))
     if LIKELIHOOD in config["metrics"]:
@@ -131,16 +131,16 @@ class EvaluationChunks:
         self._code = {**code_version(), "source code": source_hash(CONF.parent)}
         way = {
             "weights": weights,
-            "made of": [checkpoint_hash(path) for path in checkpoint.sources],
+            "made of": [source.hash for source in checkpoint.sources],
             "protocol": asdict(evaluator.protocol),
             "feature_extractor": evaluator.extractor.hash,
         }
-        self._label = f"{self._label_of(checkpoint.path)}{digest(way)[:16]}"
+        self._label = f"{self._label_of(checkpoint.hash)}{digest(way)[:16]}"
         self._identity = {**self._code, **way, "batch_size": evaluator.batch_size}
 
-    def _label_of(self, checkpoint: Path) -> str:
+    def _label_of(self, hash_: str) -> str:
         """How the labels of a checkpoint's evaluations by this program begin."""
-        return f"{EVALUATING}{digest({**self._code, 'checkpoint': checkpoint_hash(checkpoint)})[:16]}-"
+        return f"{EVALUATING}{digest({**self._code, 'checkpoint': hash_})[:16]}-"
 
     @property
     def store(self) -> ChunkStore:
@@ -149,10 +149,10 @@ class EvaluationChunks:
 
     def discard(self) -> None:
         """Delete these, whose number is on record, and what is of other programs or of checkpoints that are gone."""
-        usable = [TRAINING]
-        for path in {self._checkpoint.path, *list_checkpoints(self._checkpoint.path.parent)}:
-            with suppress(FileNotFoundError):  # deleted meanwhile, by a run that goes on
-                usable.append(self._label_of(path))
+        usable = [TRAINING, self._label_of(self._checkpoint.hash)]
+        for path in list_checkpoints(self._checkpoint.path.parent):
+            with suppress(OSError, DamagedFileError):  # deleted meanwhile, by a run that goes on; or damaged
+                usable.append(self._label_of(checkpoint_hash(path)))
         discard(self._folder, lambda name: name.startswith(self._label) or not name.startswith(tuple(usable)))
 
 

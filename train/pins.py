@@ -1,0 +1,84 @@
+"""Who reads a checkpoint pins it: retention leaves its folder alone until the reader is done, or dies.
+
+A pin is a shared `flock` on the checkpoint's state file, which needs no permission to write. A file system without
+such locks (some network ones) has no pins: a reader there may find its checkpoint deleted, and takes the next one.
+"""
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from data.reading import DamagedFileError, require_regular
+
+STATE_FILE = "state.json"
+
+
+class CheckpointGoneError(ValueError):
+    """A checkpoint was deleted while somebody was about to read it."""
+
+
+@contextmanager
+def pinned(checkpoint: Path) -> Iterator[None]:
+    """Keep retention from deleting a checkpoint's folder while the block runs.
+
+    Raises CheckpointGoneError where it is being deleted. What else is wrong with the folder is for its reader to say.
+    """
+    path = checkpoint / STATE_FILE
+    descriptor = _opened(path, os.O_RDONLY)
+    if descriptor is None:
+        yield
+        return
+    with _locked(descriptor, fcntl.LOCK_SH) as is_mine:
+        if not is_mine or not _is_at(path, descriptor):
+            raise CheckpointGoneError(f"The checkpoint {checkpoint} was deleted while it was read; choose another.")
+        yield
+
+
+def unless_pinned(checkpoint: Path, remove: Callable[[Path], None]) -> None:
+    """Call ``remove(checkpoint)`` unless somebody reads the checkpoint; nobody can begin to meanwhile."""
+    path = checkpoint / STATE_FILE
+    descriptor = _opened(path, os.O_RDWR)  # NFS gives no other descriptor a lock that excludes all others
+    descriptor = _opened(path, os.O_RDONLY) if descriptor is None else descriptor
+    if descriptor is None:
+        remove(checkpoint)
+        return
+    with _locked(descriptor, fcntl.LOCK_EX) as is_mine:
+        if is_mine:
+            remove(checkpoint)
+
+
+def _opened(path: Path, mode: int) -> int | None:
+    """A descriptor of a file, or None where there is none that may be opened so."""
+    try:
+        require_regular(path)
+        return os.open(path, mode | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, DamagedFileError):
+        return None
+
+
+@contextmanager
+def _locked(descriptor: int, kind: int) -> Iterator[bool]:
+    """Lock a file until the block ends, then close it. False: another process holds a lock that excludes this one."""
+    try:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # a file system that has no locks
+            pass
+        yield True
+    finally:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child process may hold the descriptor, too
+        os.close(descriptor)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether a path still leads to an open file."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:
+        return False
