@@ -1,17 +1,30 @@
 """Runs that are kept behind a URL."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from data.atomic import write_bytes
-from data.remote import list_tree, read_bytes
+from data.names import tree_inside
+from data.reading import MAX_RECORD_BYTES
+from data.remote import list_sizes, read_bytes
 from data.remote import write_bytes as send_bytes
+from data.urls import place_of, redacted
 from train.lease import Lease
+from train.pins import CheckpointGoneError
 from train.runfolder import RunFolder
 from train.stores import FOLDER_NAME, BucketStore, FolderStore, folder_name
 
 LOCK = "lock.json"
+# What a run folder holds besides checkpoints, and the bytes that such a file may have.
+RESULTS = (
+    (re.compile(r"config\.yaml"), 2**24),
+    (re.compile(r"(?:metrics|timing|evaluations)\.jsonl"), MAX_RECORD_BYTES),
+    (re.compile(r"samples/[^./][^/]*\.png"), 2**28),
+    (re.compile(r"wandb/id"), 2**12),
+)
+ATTEMPTS = 20  # to copy a run whose retention deletes what is being copied
 
 
 class MirroredRunFolder(RunFolder):
@@ -23,8 +36,11 @@ class MirroredRunFolder(RunFolder):
 
     def __init__(self, path: Path, url: str) -> None:
         if not url.startswith(("gs://", "s3://")):
-            raise ValueError(f"remote_dir is {url}, but a run is kept behind gs:// or s3:// only; give such a URL.")
+            raise ValueError(
+                f"remote_dir is {redacted(url)}, but a run is kept behind gs:// or s3:// only; give such a URL."
+            )
         self._url = url.rstrip("/")
+        tree_inside(path, place_of(self._url), f"remote_dir={redacted(url)}")  # a bucket knows no ..
         super().__init__(path, BucketStore(f"{self._url}/checkpoints", path / "checkpoints"))
         self._lease = Lease(f"{self._url}/{LOCK}", self._url)
         self._published: dict[str, tuple[int, int]] = {}  # size and time of each file when it was sent
@@ -34,7 +50,7 @@ class MirroredRunFolder(RunFolder):
         """On this machine and, by a lease, on all others; then fetch what is there."""
         with super().locked(), self._lease.held():
             self._require_no_other_history()
-            self._fetch()
+            _fetch(self._url, results_of(self._url, self.path), self.path)
             yield
 
     def publish(self) -> None:
@@ -53,11 +69,8 @@ class MirroredRunFolder(RunFolder):
     def _files(self) -> list[Path]:
         """Results, pictures and the id of the wandb run; no locks, no checkpoints."""
         found = [*self.path.iterdir(), *self.samples.glob("*.png"), self.path / "wandb/id"]
-        return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
-
-    def _fetch(self) -> None:
-        for name in _results(self._url):
-            write_bytes(self.path / name, read_bytes(f"{self._url}/{name}"))
+        names = {path: path.relative_to(self.path).as_posix() for path in found if path.is_file()}
+        return sorted(path for path, name in names.items() if _limit_of(name) is not None)
 
     def _require_no_other_history(self) -> None:
         here = FolderStore(self.checkpoints).steps()
@@ -71,24 +84,61 @@ class MirroredRunFolder(RunFolder):
 def fetch_run(url: str, copies: Path) -> Path:
     """Copy a run, or one of its checkpoints, to a folder below ``copies``; returns the copy of what ``url`` names.
 
-    Of a run come the newest checkpoint and those that are kept for ever, since averages are made of them. Results
-    that the copy has already stay as they are. Raises ValueError where there is no run of ours.
+    Of a run come the newest checkpoint and those that are kept for ever, since averages are made of them; copies of
+    others go. Results that the copy has already stay as they are. Raises ValueError where there is no run of ours.
     """
-    name = url.rstrip("/").rpartition("/")[2]
-    is_checkpoint = FOLDER_NAME.fullmatch(name) is not None
-    run_url = url.rstrip("/").rpartition("/checkpoints/")[0] if is_checkpoint else url.rstrip("/")
-    run = copies / run_url.partition("://")[2]
+    run_url, is_in_run, name = url.rstrip("/").rpartition("/checkpoints/")
+    if not (is_checkpoint := bool(is_in_run) and FOLDER_NAME.fullmatch(name) is not None):
+        run_url = url.rstrip("/")
+    run = tree_inside(copies, place_of(run_url), redacted(url))
+    results = {file: limit for file, limit in results_of(run_url, run).items() if not (run / file).exists()}
     store = BucketStore(f"{run_url}/checkpoints", run / "checkpoints")
-    wanted = [step for step in store.steps() if not is_checkpoint or folder_name(step) == name]
-    if not wanted:
-        raise ValueError(f"{url} has no complete checkpoint; give the URL of a run, or of one of its checkpoints.")
-    for file in _results(run_url):
-        if not (run / file).exists():
-            write_bytes(run / file, read_bytes(f"{run_url}/{file}"))
-    for step in wanted:
-        store.local(step)
-    return run / "checkpoints" / name if is_checkpoint else run
+    for attempt in range(1, ATTEMPTS + 1):
+        wanted = [step for step in store.steps() if not is_checkpoint or folder_name(step) == name]
+        if not wanted:
+            raise ValueError(
+                f"{redacted(url)} has no complete checkpoint; give the URL of a run, or of one of its checkpoints."
+            )
+        try:
+            for step in wanted:
+                store.local(step)
+            break
+        except CheckpointGoneError:
+            if is_checkpoint or attempt == ATTEMPTS:
+                raise
+    _fetch(run_url, results, run)
+    if is_checkpoint:
+        return run / "checkpoints" / name
+    copied = FolderStore(run / "checkpoints")
+    for step in set(copied.steps()) - set(wanted):
+        copied.remove(step)
+    return run
 
 
-def _results(run_url: str) -> list[str]:
-    return [name for name in list_tree(run_url) if name != LOCK and not name.startswith("checkpoints/")]
+def results_of(run_url: str, run: Path) -> dict[str, int]:
+    """Return the results of a run behind a URL that its folder ``run`` is to have, each with the bytes it may have.
+
+    Raises UnsafeNameError, whatever kind of file it is, where a name leads out of the folder, and ValueError for a
+    file that is too large: before anything is written.
+    """
+    found: dict[str, int] = {}
+    for name, size in list_sizes(run_url).items():
+        tree_inside(run, name, redacted(run_url))
+        if (limit := _limit_of(name)) is None:
+            continue
+        if size is not None and size > limit:
+            raise ValueError(
+                f"{redacted(run_url)}/{name} has {size} bytes, but at most {limit} are read of it; is it a run's?"
+            )
+        found[name] = limit
+    return found
+
+
+def _limit_of(name: str) -> int | None:
+    """The bytes that a result may have, or None for a name that is none of a result."""
+    return next((limit for pattern, limit in RESULTS if pattern.fullmatch(name)), None)
+
+
+def _fetch(run_url: str, results: dict[str, int], run: Path) -> None:
+    for name, limit in results.items():
+        write_bytes(run / name, read_bytes(f"{run_url}/{name}", limit_bytes=limit))

@@ -3,24 +3,29 @@
 A checkpoint is put together from files that several processes write; it exists once the main one commits it.
 """
 
-import json
 import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeVar
+from typing import IO, Annotated, Any, Protocol, TypeVar
 
 from filelock import FileLock
+from pydantic import Field
 
 from data import remote
 from data.atomic import atomic_folder, remove_folder, remove_leftovers, sync_folder
-from data.reading import sha256_of
+from data.names import plain_name, tree_inside
+from data.reading import DamagedFileError, is_regular, read_regular, sha256_of
+from data.records import parse_object, validate
+from train.pins import STATE_FILE, CheckpointGoneError, unless_pinned
 
 Result = TypeVar("Result")
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
-STATE_FILE = "state.json"
+MAX_STATE_BYTES = 2**26  # of a checkpoint's JSON files
 FOLDER_NAME = re.compile(r"step_(\d{8})")
+INDEX_ENDING = ".safetensors.index.json"
 _BLOCK_BYTES = 32 * 2**20  # of an upload
 
 
@@ -68,7 +73,7 @@ class CheckpointStore(Protocol):
         ...
 
     def read(self, step: int, name: str) -> bytes:
-        """A small file of a checkpoint that is not complete yet."""
+        """Return a JSON file of a checkpoint that is not complete yet. Raises ValueError for one that is too large."""
         ...
 
     def commit(self, step: int, state: bytes, drop: set[str]) -> None:
@@ -80,7 +85,7 @@ class CheckpointStore(Protocol):
         ...
 
     def remove(self, step: int) -> None:
-        """Delete a complete checkpoint."""
+        """Delete a complete checkpoint, unless somebody is reading it here."""
         ...
 
     def clean(self, newest_good: int) -> None:
@@ -128,7 +133,7 @@ class FolderStore:
 
     def read(self, step: int, name: str) -> bytes:
         """From the folder aside."""
-        return (self._aside(step) / name).read_bytes()
+        return read_regular(self._aside(step) / name, MAX_STATE_BYTES)
 
     def commit(self, step: int, state: bytes, drop: set[str]) -> None:
         """Sync and rename; a damaged checkpoint of the same step goes."""
@@ -147,8 +152,8 @@ class FolderStore:
         shutil.rmtree(self._aside(step), ignore_errors=True)
 
     def remove(self, step: int) -> None:
-        """First out of sight, then file by file."""
-        remove_folder(self.local(step))
+        """First out of sight, then file by file; a pinned one stays, for the next that deletes old ones to find."""
+        unless_pinned(self.local(step), remove_folder)
 
     def clean(self, newest_good: int) -> None:
         """Delete folders aside; a damaged checkpoint stays until its step is saved again."""
@@ -172,26 +177,42 @@ class BucketStore:
 
     def steps(self) -> list[int]:
         """Of the checkpoints that have a state file."""
-        return sorted(step for step, names in self._files().items() if STATE_FILE in names)
+        return sorted(step for step, files in self._files().items() if STATE_FILE in files)
 
     def place(self, step: int) -> str:
         """Its URL."""
         return f"{self.url}/{folder_name(step)}"
 
     def local(self, step: int) -> Path:
-        """A copy, fetched where there is no sound one; processes of a host share it."""
-        path, state = self._copies / folder_name(step), self._get(step, STATE_FILE)
-        self._copies.mkdir(parents=True, exist_ok=True)
-        with FileLock(self._copies / f".{folder_name(step)}.lock"):
-            if not _is_copy(path, state):
-                with atomic_folder(path) as aside:
-                    for name in sorted(self._files()[step] - {STATE_FILE}):
-                        self._fetch(step, name, aside / name)
-                    (aside / STATE_FILE).write_bytes(state)
+        """A copy, fetched where there is no sound one; processes of a host share it.
+
+        Raises CheckpointGoneError where the checkpoint is deleted meanwhile, and UnsafeNameError, before anything is
+        written, where its state file names files elsewhere.
+        """
+        path = self._copies / folder_name(step)
+        try:
+            state = self.read(step, STATE_FILE)
+            hashes = _hashes_in(state, f"{self.place(step)}/{STATE_FILE}")
+            self._copies.mkdir(parents=True, exist_ok=True)
+            with FileLock(self._copies / f".{folder_name(step)}.lock"):
+                if hashes is None or not _is_copy(path, state, hashes):
+                    self._copy(step, state, hashes or {}, path)
+        except FileNotFoundError as error:
+            raise CheckpointGoneError(f"{self.place(step)} was deleted while it was read; choose another.") from error
         return path
 
-    def _fetch(self, step: int, name: str, to: Path) -> None:
-        self._try(step, name, lambda path: self._system.get_file(path, str(to)))
+    def _copy(self, step: int, state: bytes, hashes: dict[str, str], path: Path) -> None:
+        """Fetch the files that the state file names, and their indices: nothing else that lies there."""
+        files = self._files().get(step, {})
+        if STATE_FILE not in files:
+            raise FileNotFoundError(self.place(step))
+        wanted = {name: size for name, size in files.items() if name in hashes or name.endswith(INDEX_ENDING)}
+        room = _room_for(sum(size or 0 for size in wanted.values()), self._copies, self.place(step))
+        with atomic_folder(path) as aside:
+            for name, size in sorted(wanted.items()):
+                limit = (room if size is None else size) if name in hashes else MAX_STATE_BYTES
+                remote.fetch(f"{self.place(step)}/{name}", aside / name, limit)
+            (aside / STATE_FILE).write_bytes(state)
 
     def write(self, step: int, name: str, content: Callable[[IO[bytes]], Result]) -> Result:
         """In blocks, from its beginning again after a failure."""
@@ -204,11 +225,11 @@ class BucketStore:
 
     def written(self, step: int) -> set[str]:
         """As listed now."""
-        return self._files().get(step, set())
+        return set(self._files().get(step, {}))
 
     def read(self, step: int, name: str) -> bytes:
         """The object."""
-        return self._get(step, name)
+        return remote.read_bytes(f"{self.place(step)}/{name}", limit_bytes=MAX_STATE_BYTES)
 
     def commit(self, step: int, state: bytes, drop: set[str]) -> None:
         """The state file makes it complete."""
@@ -221,43 +242,57 @@ class BucketStore:
 
     def remove(self, step: int) -> None:
         """The state file first: what is left without it is no checkpoint."""
-        self._remove(step, self._files().get(step, set()))
+        self._remove(step, self.written(step))
 
     def clean(self, newest_good: int) -> None:
         """Delete what has no state file, or is damaged."""
-        for step, names in self._files().items():
-            if STATE_FILE not in names or step > newest_good:
-                self._remove(step, names)
+        for step, files in self._files().items():
+            if STATE_FILE not in files or step > newest_good:
+                self._remove(step, set(files))
 
     def _remove(self, step: int, names: set[str]) -> None:
         for name in sorted(names, key=lambda name: name != STATE_FILE):
             self._try(step, name, self._system.rm_file, "removed")
 
-    def _files(self) -> dict[int, set[str]]:
-        """Names of all objects by their checkpoint's step."""
-        found: dict[int, set[str]] = {}
-        for path in remote.list_tree(self.url):
+    def _files(self) -> dict[int, dict[str, int | None]]:
+        """Names and bytes of all objects by their checkpoint's step. Raises UnsafeNameError for one that leads out."""
+        found: dict[int, dict[str, int | None]] = {}
+        for path, size in remote.list_sizes(self.url).items():
+            tree_inside(self._copies, path, self.url)
             folder, _, name = path.rpartition("/")
             if match := FOLDER_NAME.fullmatch(folder):
-                found.setdefault(int(match.group(1)), set()).add(name)
+                found.setdefault(int(match.group(1)), {})[name] = size
         return found
-
-    def _get(self, step: int, name: str) -> bytes:
-        content: bytes = self._try(step, name, self._system.cat_file)
-        return content
 
     def _try(self, step: int, name: str, action: Callable[[str], Result], done: str = "read") -> Result:
         path = f"{self._root}/{folder_name(step)}/{name}"
         return remote.with_retries(f"{self.place(step)}/{name}", lambda: action(path), remote.DEFAULT_RETRY, done=done)
 
 
-def _is_copy(path: Path, state: bytes) -> bool:
-    """Whether a folder holds what ``state``, a state file's content, says."""
-    file = path / STATE_FILE
-    if not file.is_file() or file.read_bytes() != state:
-        return False
+def _hashes_in(state: bytes, name: str) -> dict[str, str] | None:
+    """Return the SHA-256 of each file that a state file names, or None where it is damaged: for the reader to say.
+
+    Raises UnsafeNameError where one of them is no plain name.
+    """
     try:
-        hashes: dict[str, str] = json.loads(state)["sha256"]
-    except (ValueError, KeyError):
-        return False  # damaged: for the reader to say
-    return all((path / name).is_file() and sha256_of(path / name) == value for name, value in hashes.items())
+        hashes = validate(dict[str, Sha256], parse_object(state, name).get("sha256"), name)
+    except DamagedFileError:
+        return None
+    return {plain_name(file_name, name): value for file_name, value in hashes.items()}
+
+
+def _is_copy(path: Path, state: bytes, hashes: dict[str, str]) -> bool:
+    """Whether a folder holds a state file of this content, and the files that it names."""
+    try:
+        return read_regular(path / STATE_FILE, MAX_STATE_BYTES) == state and all(
+            is_regular(path / name) and sha256_of(path / name) == value for name, value in hashes.items()
+        )
+    except (OSError, DamagedFileError):
+        return False
+
+
+def _room_for(size: int, folder: Path, place: str) -> int:
+    """Return the free bytes of a folder's disk. Raises ValueError where a copy of ``size`` bytes does not fit."""
+    if size > (free := shutil.disk_usage(folder).free):
+        raise ValueError(f"{place} has {size} bytes, but the disk of {folder} has room for {free}; make room there.")
+    return free
