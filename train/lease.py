@@ -3,32 +3,39 @@
 A holder that dies leaves its object behind; who finds it waits for a sign of life before taking it over.
 """
 
-import json
-import os
-import secrets
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from dataclasses import replace
+from typing import NamedTuple
 
 from data import remote
+from data.urls import redacted
+from train.holder import Holder, read_holder, this_process
 
 PERIOD_SEC = 10.0  # between two signs of life
 PATIENCE = 3  # periods without one, after which the holder counts as dead
+MAX_BYTES = 2**16  # of a lock
 
 
 class LeaseLostError(ValueError):
     """Another job took the lease over, because it saw no sign of life of this one."""
 
 
+class Seen(NamedTuple):
+    """A lock as it was found. Any change of it is a sign of life, also of one that nobody can read."""
+
+    content: bytes
+    holder: Holder | None
+
+
 class Lease:
     """Held by one job at a time. ``what`` is what it stands for, in errors."""
 
     def __init__(self, url: str, what: str, period_sec: float = PERIOD_SEC) -> None:
-        self._url, self._what, self._period_sec = url, what, period_sec
-        self._me = {"owner": secrets.token_hex(8), "host": socket.gethostname(), "pid": os.getpid()}
+        self._url, self._what, self._period_sec = url, redacted(what), period_sec
+        self._me = this_process()
         self._ended = threading.Event()
         self._lost: LeaseLostError | None = None
 
@@ -54,14 +61,15 @@ class Lease:
 
     def _take(self) -> None:
         seen = self._read()
-        if seen is not None and not self._is_dead_here(seen):
+        if seen is not None and not (seen.holder is not None and seen.holder.is_gone()):
             self._await_death(seen)
         self._write(0)
         time.sleep(self._period_sec / 10)  # who started in the same moment has written by then
-        if (now := self._read()) is None or now.get("owner") != self._me["owner"]:
-            raise self._refusal(now or {})
+        now = self._read()
+        if now is None or not self._is_mine(now):
+            raise self._refusal(now)
 
-    def _await_death(self, seen: dict[str, Any]) -> None:
+    def _await_death(self, seen: Seen) -> None:
         until = time.monotonic() + PATIENCE * self._period_sec
         while time.monotonic() < until:
             time.sleep(self._period_sec / 10)
@@ -71,24 +79,12 @@ class Lease:
             if now != seen:
                 raise self._refusal(now)
 
-    def _is_dead_here(self, seen: dict[str, Any]) -> bool:
-        """Whether the holder was a process of this machine, and is gone."""
-        if seen.get("host") != self._me["host"]:
-            return False
-        try:
-            os.kill(int(seen["pid"]), 0)
-        except ProcessLookupError:
-            return True
-        except (OSError, ValueError, KeyError):
-            pass
-        return False
-
     def _renew(self) -> None:
         beat = 0
         while not self._ended.wait(self._period_sec):
             try:
                 now = self._read()
-                if now is not None and now.get("owner") != self._me["owner"]:
+                if now is not None and not self._is_mine(now):
                     self._lost = LeaseLostError(str(self._refusal(now)))
                     return
                 beat += 1
@@ -96,20 +92,23 @@ class Lease:
             except ValueError:  # out of reach: others take over after a while, and this is seen when it is back
                 continue
 
-    def _refusal(self, holder: dict[str, Any]) -> ValueError:
+    def _is_mine(self, seen: Seen) -> bool:
+        return seen.holder is not None and seen.holder.owner == self._me.owner
+
+    def _refusal(self, seen: Seen | None) -> ValueError:
+        holder = "which one, its lock does not say" if seen is None or seen.holder is None else str(seen.holder)
         return ValueError(
-            f"Another process is training in {self._what} (host {holder.get('host')}, process {holder.get('pid')}); "
-            "wait for it, or give this run its own name=..."
+            f"Another process is training in {self._what} ({holder}); wait for it, or give this run its own name=..."
         )
 
-    def _read(self) -> dict[str, Any] | None:
+    def _read(self) -> Seen | None:
         try:
-            content: dict[str, Any] = json.loads(remote.read_bytes(self._url))
+            content = remote.read_bytes(self._url, limit_bytes=MAX_BYTES)
         except FileNotFoundError:
             return None
-        except json.JSONDecodeError:
-            return {}
-        return content
+        except remote.TooLargeError:
+            return Seen(b"", None)
+        return Seen(content, read_holder(content, redacted(self._url)))
 
     def _write(self, beat: int) -> None:
-        remote.write_bytes(self._url, json.dumps({**self._me, "beat": beat}).encode())
+        remote.write_bytes(self._url, replace(self._me, beat=beat).to_json())
