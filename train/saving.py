@@ -7,21 +7,45 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import ConfigDict
 from torch import Tensor
 
+from data.reading import DamagedFileError
+from data.records import parse_object, seal, unseal, validate
+from data.urls import redacted
 from runtime.protocol import Runtime
 from train.checkpoint import FORMAT_VERSION, file_names, index_name
 from train.state import TrainState, optimizer_tensors
-from train.stores import CheckpointStore
+from train.stores import CheckpointStore, Sha256
 from train.tensor_files import write_tensors
+
+Record = TypeVar("Record")
 
 POLL_SEC = 0.02  # between two looks for what other processes have written
 PATIENCE_SEC = 900.0  # for another process's part
 SPLIT_BYTES = 512 * 2**20  # up to which a part is one file, written by one process
 _FAILURE = "failed-by-{rank:05d}.json"  # why a process could not
-_RECEIPT = "written-by-{rank:05d}.json"  # SHA-256 of each file of a process, put when all of them are on disk
+_RECEIPT = "written-by-{rank:05d}.json"  # put when all files of a process are on disk
+
+
+@dataclass
+class Receipt:
+    """SHA-256 of each file that a process wrote of a checkpoint."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    files: dict[str, Sha256]
+
+
+@dataclass
+class Failure:
+    """Why a process could not write its part."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    error: str
 
 
 @dataclass
@@ -114,9 +138,8 @@ class CheckpointWriter:
             self._store.abandon(step)
             return
         with suppress(OSError, ValueError):
-            self._put(
-                step, _FAILURE.format(rank=self._runtime.data_rank), {"error": f"{type(error).__name__}: {error}"}
-            )
+            reason = redacted(f"{type(error).__name__}: {error}")
+            self._put(step, _FAILURE.format(rank=self._runtime.data_rank), seal({"error": reason}))
 
     def _write_share(self, step: int, owners: dict[str, list[list[str]]]) -> None:
         rank, hashes = self._runtime.data_rank, {}
@@ -126,14 +149,15 @@ class CheckpointWriter:
             if file_name is not None:
                 hashes[file_name] = self._store.write(step, file_name, partial(write_tensors, tensors=mine))
                 self.timing.bytes_written += sum(value.nbytes for value in mine.values())
-        self._put(step, _RECEIPT.format(rank=rank), hashes)
+        self._put(step, _RECEIPT.format(rank=rank), seal({"files": hashes}))
 
     def _complete(self, step: int, content: dict[str, Any], owners: dict[str, list[list[str]]]) -> None:
-        receipts = {_RECEIPT.format(rank=rank) for rank in range(self._runtime.data_world)}
-        self._await(step, receipts)
+        receipts = {_RECEIPT.format(rank=rank): rank for rank in range(self._runtime.data_world)}
+        self._await(step, set(receipts))
         hashes: dict[str, str] = {}
-        for receipt in receipts:
-            hashes |= json.loads(self._store.read(step, receipt))
+        for receipt, rank in receipts.items():
+            names_of_rank = (file_names(part, by_rank)[rank] for part, by_rank in owners.items())
+            hashes |= self._received(step, receipt, {name for name in names_of_rank if name is not None})
         for part, by_rank in owners.items():
             names = file_names(part, by_rank)
             if len(set(names) - {None}) > 1:
@@ -141,7 +165,7 @@ class CheckpointWriter:
                 self._put(step, index_name(part), {"metadata": {}, "weight_map": dict(sorted(places.items()))})
         self._before_commit()
         state = json.dumps({**content, "sha256": dict(sorted(hashes.items()))}, indent=1).encode()
-        self._store.commit(step, state, receipts)
+        self._store.commit(step, state, set(receipts))
         self._after_commit()
 
     def _await(self, step: int, receipts: set[str]) -> None:
@@ -149,7 +173,7 @@ class CheckpointWriter:
         while missing := receipts - (written := self._store.written(step)):
             for name in sorted(written):
                 if name.startswith(_FAILURE.partition("{")[0]):
-                    reason = json.loads(self._store.read(step, name))["error"]
+                    reason = self._record(step, name, Failure).error
                     raise ValueError(f"Another process could not write its part of {self._store.place(step)}: {reason}")
             if time.monotonic() > until:
                 raise ValueError(
@@ -158,6 +182,20 @@ class CheckpointWriter:
                     "and it must take their writing in that time."
                 )
             time.sleep(POLL_SEC)
+
+    def _received(self, step: int, name: str, expected: set[str]) -> dict[str, str]:
+        """The hashes in a receipt. Raises DamagedFileError where they are not those of the ``expected`` files."""
+        files = self._record(step, name, Receipt).files
+        if odd := sorted(files.keys() ^ expected):
+            raise DamagedFileError(
+                f"{self._store.place(step)}/{name} is damaged: it has {len(files)} files, but its process wrote "
+                f"{len(expected)}; the first that differs is {odd[0]!r}."
+            )
+        return files
+
+    def _record(self, step: int, name: str, kind: type[Record]) -> Record:
+        place = f"{self._store.place(step)}/{name}"
+        return validate(kind, unseal(parse_object(self._store.read(step, name), place), place), place)
 
     def _put(self, step: int, name: str, content: Mapping[str, Any]) -> None:
         text = json.dumps(content, indent=1).encode()

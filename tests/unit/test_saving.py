@@ -3,9 +3,7 @@
 import hashlib
 import io
 import json
-import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -22,9 +20,10 @@ from safetensors.torch import save as library_save
 from test_training import FACTS, RUNTIME, batch_of, everything, new_state, run_steps, save, step_of
 
 from data import remote
+from data.records import seal
 from runtime.accelerate import AccelerateRuntime
+from train import stores
 from train.checkpoint import load_checkpoint, load_newest, read_tensors
-from train.lease import Lease, LeaseLostError
 from train.mirror import MirroredRunFolder, fetch_run
 from train.runfolder import RunFolder, read_lines
 from train.saving import CheckpointWriter, shares
@@ -204,6 +203,80 @@ def test_the_main_process_learns_why_another_could_not_write(tmp_path: Path) -> 
         writers[1].wait()
 
 
+class Tampered(FolderStore):
+    """What is read of a JSON file of others is something else."""
+
+    def __init__(self, folder: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+        super().__init__(folder)
+        self._name, self._change = name, change
+
+    def read(self, step: int, name: str) -> bytes:
+        content = super().read(step, name)
+        return self._change(content) if name == self._name else content
+
+
+def replaced(**fields: Any) -> Callable[[bytes], bytes]:
+    """A record that is sealed, but holds something else."""
+    return lambda content: json.dumps(seal(fields)).encode()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda content: b"", "is damaged: it is not JSON"),
+        (lambda content: b"null", "is damaged: it holds null"),
+        (lambda content: content[:-1], "is damaged: it is not JSON"),
+        (lambda content: content.replace(b"record_sha256", b"record_sha257"), "is damaged: it has no record_sha256"),
+        (lambda content: content.replace(b"model", b"modem", 1), "is damaged: its content has sha256"),
+        (replaced(files=None), "is damaged: files is None"),
+        (replaced(files={"model.safetensors": "0"}), r"is damaged: files.model.safetensors is '0'"),
+        (
+            replaced(files={"../x": "0" * 64}),
+            "is damaged: it has 1 files, but its process wrote 3; the first that diff",
+        ),
+        (replaced(files={}, more=1), "is damaged: more is 1"),
+    ],
+)
+def test_a_receipt_that_is_not_what_its_process_wrote_ends_the_save_and_is_named(
+    change: Callable[[bytes], bytes], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"step_00000002/written-by-00001.json {words}"):
+        save_by(2, Tampered(tmp_path, "written-by-00001.json", change), trained())
+    assert FolderStore(tmp_path).steps() == []
+
+
+def test_a_record_of_another_process_is_not_read_beyond_its_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FolderStore(tmp_path)
+    store.write(2, "written-by-00001.json", lambda file: file.write(bytes(1001)))
+    monkeypatch.setattr(stores, "MAX_STATE_BYTES", 1000)
+    with pytest.raises(ValueError, match=r"written-by-00001.json has 1001 bytes, but at most 1000 are read of it"):
+        store.read(2, "written-by-00001.json")
+
+
+def test_why_a_process_could_not_write_is_told_without_passwords_and_only_where_it_can_be_read(tmp_path: Path) -> None:
+    class Refusing(Tampered):
+        def write(self, step: int, name: str, content: Callable[[IO[bytes]], Any]) -> Any:
+            if name.startswith("model-00002"):
+                raise ValueError("http://user:secret@host/x is refused")
+            return super().write(step, name, content)
+
+    for change, words in (
+        (lambda content: content, "Another process could not write its part .*: ValueError: http://.*@host/x is"),
+        (lambda content: content[:-1], "failed-by-00001.json is damaged: it is not JSON"),
+    ):
+        store = Refusing(tmp_path, "failed-by-00001.json", change)
+        writers = [CheckpointWriter(store, Process(rank, 2), split_bytes=0) for rank in range(2)]
+        writers[1].save(trained(), FACTS)
+        with pytest.raises(ValueError, match="is refused"):
+            writers[1].wait()
+        assert b"secret" not in store.read(2, "failed-by-00001.json")
+        writers[0].save(trained(), FACTS)
+        with pytest.raises(ValueError, match=words):
+            writers[0].wait()
+
+
 def test_checkpoints_of_the_first_format_are_read(tmp_path: Path) -> None:
     state, restored = trained(), new_state()
     save(tmp_path, state)
@@ -296,37 +369,6 @@ def test_a_run_with_another_history_here_is_not_overwritten(bucket: str, tmp_pat
         pass
     with pytest.raises(ValueError, match="remote_dir is http://x/run, but a run is kept behind gs:// or s3:// only"):
         MirroredRunFolder(tmp_path, "http://x/run")
-
-
-def test_two_machines_cannot_train_in_one_bucket(bucket: str) -> None:
-    url = f"{bucket}/lease/lock.json"
-    refused = pytest.raises(ValueError, match=f"in the run .*process {os.getpid()}")
-    with Lease(url, "the run", 0.2).held(), refused, Lease(url, "the run", 0.2).held():
-        pass
-    with Lease(url, "the run", 0.2).held():
-        pass
-    assert remote.list_tree(f"{bucket}/lease") == []
-
-
-def test_a_lease_whose_holder_is_dead_is_taken_over_and_he_notices_if_he_was_not(bucket: str) -> None:
-    url = f"{bucket}/dead/lock.json"
-    holder = {"owner": "x", "host": "elsewhere", "pid": 1, "beat": 3}
-    remote.write_bytes(url, json.dumps(holder).encode())
-    started = time.monotonic()
-    first = Lease(url, "the run", 0.2)
-    with first.held():
-        assert time.monotonic() - started >= 3 * 0.2
-        first.check()
-        remote.write_bytes(url, json.dumps(holder).encode())
-        time.sleep(1.0)
-        with pytest.raises(LeaseLostError, match="host elsewhere, process 1"):
-            first.check()
-    assert json.loads(remote.read_bytes(url)) == holder  # who lost it does not take it away
-    gone = {**holder, "host": os.uname().nodename, "pid": 2**22 + 1}
-    remote.write_bytes(url, json.dumps(gone).encode())
-    started = time.monotonic()
-    with Lease(url, "the run", 1.0).held():
-        assert time.monotonic() - started < 3
 
 
 def test_lines_of_a_bucket_are_those_of_the_last_checkpoint(bucket: str, tmp_path: Path) -> None:
