@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.urls import hidden, is_redacted, place_of, redacted, redacted_config, secrets_in
+from launch.facts import facts_of_process
 
 HIDDEN = [
     ("http://user:secret@host:80/x", "http://***@host:80/x", {"secret"}),
@@ -61,3 +62,10 @@ def test_a_secret_that_a_library_quotes_alone_is_hidden_too() -> None:
 def test_the_place_of_a_url_has_neither_secrets_nor_parameters() -> None:
     assert place_of("http://user:secret@host:80/a/b/?token=x") == "http/host:80/a/b"
     assert place_of("gs://bucket/run/") == "gs/bucket/run"
+
+
+def test_processes_that_differ_are_told_so_without_passwords() -> None:
+    """Facts are exchanged, printed and hashed; a password that was renewed is no other run."""
+    facts = [facts_of_process({"data": {"shards": f"http://user:{word}@host/x"}}) for word in ("secret", "renewed")]
+    assert facts[0] == facts[1]
+    assert facts[0]["data.shards"] == "'http://***@host/x'"
