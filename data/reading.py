@@ -1,6 +1,5 @@
 """Read files that anyone may have made: a regular file of a bounded size, or one sentence that names it."""
 
-import errno
 import hashlib
 import os
 import stat
@@ -8,6 +7,7 @@ from io import BufferedReader
 from pathlib import Path
 
 MAX_RECORD_BYTES = 2**28  # of a file that is read whole to be parsed
+_PIECE_BYTES = 2**24
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -52,11 +52,13 @@ def require_regular(path: Path | str) -> None:
 def read_regular(path: Path | str, limit_bytes: int = MAX_RECORD_BYTES) -> bytes:
     """Return the content of a regular file. Raises as `open_regular` does, and DamagedFileError for a larger one."""
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        content = file.read(limit_bytes + 1) if size <= limit_bytes else b""
-    if max(size, len(content)) > limit_bytes:
-        raise DamagedFileError(f"{path} has {max(size, len(content))} bytes, but at most {limit_bytes} are read of it.")
-    return content
+        found, size = bytearray(), os.fstat(file.fileno()).st_size
+        while size <= limit_bytes and (piece := file.read(_PIECE_BYTES)):  # a file may grow, or tell no size
+            found += piece
+            size = max(size, len(found))
+    if size > limit_bytes:
+        raise DamagedFileError(f"{path} has {size} bytes, but at most {limit_bytes} are read of it.")
+    return bytes(found)
 
 
 def read_text(path: Path | str, limit_bytes: int = MAX_RECORD_BYTES) -> str:
@@ -81,6 +83,6 @@ def _require_kind(path: Path | str, mode: int) -> None:
         raise DamagedFileError(f"{path} is {kind}, but it must be a file.")
 
 
-def is_absent(error: OSError) -> bool:
-    """Return whether an error of `open` says that there is no such file: none of its name, or none below a file."""
-    return error.errno in (errno.ENOENT, errno.ENOTDIR)
+def reason(error: Exception, path: Path | str) -> str:
+    """Return what an error says of a file, for a sentence that names the file already."""
+    return str(error).removeprefix(f"{path} is damaged: ").removeprefix(f"{path} ").rstrip(".")

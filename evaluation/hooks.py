@@ -11,8 +11,9 @@ from evaluation.generate import Generator, balanced_labels
 from evaluation.grid import save_grid
 from runtime.protocol import Metrics, Runtime
 from train.hooks import due
+from train.lines import read_lines
 from train.loggers import Logger
-from train.runfolder import RunFolder, read_lines
+from train.runfolder import RunFolder
 from train.state import TrainState
 
 EVALUATED_BY_TRAINING = "train"  # in a record; the job `evaluate` writes its own name

@@ -9,7 +9,8 @@ from data.manifest import Manifest
 from data.progress import ProgressBar
 from data.remote import is_remote
 from launch.app import run
-from launch.build import build, build_preparation
+from launch.build import build_preparation
+from launch.components import build
 from launch.workers import worker_device, workers_from_environment
 
 

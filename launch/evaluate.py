@@ -23,7 +23,6 @@ from launch.app import CONF, run
 from launch.build import (
     CHUNKS,
     LoadedCheckpoint,
-    build,
     build_evaluator,
     build_shards,
     checkpoint_hash,
@@ -31,6 +30,7 @@ from launch.build import (
     precision_of_products,
 )
 from launch.check import closest
+from launch.components import build
 from launch.facts import facts_of_process, source_hash
 from model.dit import DiT
 from runtime.protocol import Runtime

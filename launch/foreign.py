@@ -7,7 +7,8 @@ from typing import Any
 from data.images import ExactSize, Preparation
 from data.plan import latent_spec
 from diffusion.process import GaussianDiffusion
-from launch.build import LoadedCheckpoint, build, require_variance
+from launch.build import LoadedCheckpoint, require_variance
+from launch.components import build
 from model.autoencoder import Autoencoder
 from model.convert import from_diffusers, from_reference, load_reference
 from model.dit import DiT

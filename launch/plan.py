@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from data.progress import ProgressBar
 from data.shards import shard_bytes_per_sample
 from launch.app import run
-from launch.build import build
+from launch.components import build
 from model.dit import DiTConfig
 from model.flops import TRAINING_FACTOR, multiply_adds, num_parameters
 from model.memory import STATE_BYTES_PER_PARAMETER, activation_bytes_per_image

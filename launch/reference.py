@@ -8,7 +8,8 @@ from data.reading import sha256_of
 from evaluation.image_sets import ImageSet
 from evaluation.reference_file import write_reference
 from launch.app import run
-from launch.build import build, build_extractor
+from launch.build import build_extractor
+from launch.components import build
 from launch.facts import facts_of_process
 from runtime.protocol import Runtime
 

@@ -17,7 +17,8 @@ from evaluation.report.study import Study, read_study
 from evaluation.report.style import block_name, content_of, styled
 from evaluation.report.write import Report, write_report
 from launch.app import run
-from launch.build import LoadedCheckpoint, build
+from launch.build import LoadedCheckpoint
+from launch.components import build
 from runtime.protocol import Runtime
 from train.loggers import Logger
 from train.runfolder import RunFolder

@@ -10,7 +10,8 @@ from data.progress import ProgressBar
 from evaluation.generate import balanced_labels, given_labels
 from evaluation.grid import save_grid
 from launch.app import run
-from launch.build import LoadedCheckpoint, build
+from launch.build import LoadedCheckpoint
+from launch.components import build
 from launch.foreign import is_foreign, load_foreign
 from runtime.protocol import Runtime
 

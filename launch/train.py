@@ -17,31 +17,24 @@ from evaluation.evaluate import distance_records
 from evaluation.generate import Generator
 from evaluation.hooks import EvaluationHook, SampleGridHook
 from launch.app import run
-from launch.build import (
-    CHUNKS,
-    build,
-    build_evaluator,
-    build_generator,
-    build_shards,
-    expected_spec,
-    fill_model,
-    model_facts,
-)
+from launch.build import CHUNKS, build_evaluator, build_generator, build_shards, expected_spec, fill_model, model_facts
 from launch.check import check_readers, check_train_scalars
+from launch.components import build
 from launch.facts import facts_of_process
 from launch.replay import replay_job
 from launch.training import new_state, spike_guard, training_batches
 from model.checkpointing import checkpoint_blocks
 from model.dit import DiT
 from runtime.protocol import Runtime
-from train.checkpoint import code_version, load_newest, read_state_file
+from train.checkpoint import code_version, load_newest, read_lines_copy, read_state_file
 from train.dump import DivergedError, write_dump
 from train.guards import SpikeGuard
 from train.hooks import CheckpointHook, Clock, Hook, LogHook, ProgressHook
+from train.lines import read_lines
 from train.loggers import Logger, NoLogger
 from train.loop import train
 from train.mirror import MirroredRunFolder
-from train.runfolder import RunFolder, read_lines
+from train.runfolder import RunFolder
 from train.signals import EX_TEMPFAIL, Stopped, StopSignals, watched
 from train.state import TrainState
 from train.step import make_step
@@ -153,7 +146,10 @@ def _restore(folder: RunFolder, state: TrainState, manifest: Manifest, checkpoin
     runtime.wait()  # every process has read the lines before the main one takes some back
     if runtime.is_main:
         folder.store.clean(state.step)
-        folder.roll_back(state.step)
+        names = (folder.metrics.name, folder.evaluations.name)
+        copies = {} if path is None else {name: read_lines_copy(path, name) for name in names}
+        for note in folder.roll_back(state.step, copies):
+            print(f"warning: {note}", file=sys.stderr)
     runtime.wait()
 
 

@@ -14,6 +14,18 @@ from model.embeddings import TimestepEmbedding, position_embedding_2d
 BlockFactory = Callable[[int, int], Block]  # (width, num_heads) -> block
 
 
+# Far above what anyone trains: a config may come out of a file, and a model is built before its weights are compared.
+_MOST = {
+    "latent_size": 2**12,
+    "channels": 2**12,
+    "width": 2**16,
+    "depth": 2**12,
+    "num_heads": 2**12,
+    "num_classes": 2**24,
+}
+_MOST_POSITIONS = 2**30  # numbers in the table of positions
+
+
 @dataclass(frozen=True)
 class DiTConfig:
     """Everything that fixes a DiT's shape. Raises ValueError where the numbers do not fit together."""
@@ -37,6 +49,9 @@ class DiTConfig:
                 )
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}, but it must be at least 1; set it higher.")
+        for name, most in _MOST.items():
+            if getattr(self, name) > most:
+                raise ValueError(f"model.{name} is {getattr(self, name)}, but at most {most} are built; set it lower.")
         if self.latent_size % self.patch_size:
             raise ValueError(
                 f"model.patch_size {self.patch_size} does not divide the latent size {self.latent_size}; "
@@ -46,6 +61,12 @@ class DiTConfig:
             raise ValueError(
                 f"model.num_heads {self.num_heads} does not divide model.width {self.width}; "
                 f"choose one of {_divisors(self.width)}."
+            )
+
+        if self.num_tokens * self.width > _MOST_POSITIONS:
+            raise ValueError(
+                f"{self.num_tokens} tokens of model.width {self.width} need {self.num_tokens * self.width} numbers for "
+                f"their positions, but at most {_MOST_POSITIONS} are made; set a larger model.patch_size."
             )
 
     @property

@@ -236,7 +236,7 @@ class CheckpointHook:
         if state.step == self._saved_at:
             return
         self._log.settle(state)
-        self._writer.save(state, self._facts)
+        self._writer.save(state, self._facts, self._folder.lines_so_far() if self._runtime.is_main else None)
         self._log.note_timing({"checkpoint_stall_sec": self._writer.timing.stall_sec})
         self._saved_at = state.step
 

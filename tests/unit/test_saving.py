@@ -22,11 +22,13 @@ from safetensors.torch import save as library_save
 from test_training import FACTS, RUNTIME, batch_of, everything, new_state, run_steps, save, step_of
 
 from data import remote
+from data.records import SEAL
 from runtime.accelerate import AccelerateRuntime
 from train.checkpoint import load_checkpoint, load_newest, read_tensors
 from train.lease import Lease, LeaseLostError
+from train.lines import read_lines
 from train.mirror import MirroredRunFolder, fetch_run
-from train.runfolder import RunFolder, read_lines
+from train.runfolder import RunFolder
 from train.saving import CheckpointWriter, shares
 from train.state import TrainState
 from train.stores import BucketStore, CheckpointStore, FolderStore, list_checkpoints
@@ -204,11 +206,14 @@ def test_the_main_process_learns_why_another_could_not_write(tmp_path: Path) -> 
         writers[1].wait()
 
 
-def test_checkpoints_of_the_first_format_are_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_checkpoints_of_earlier_formats_are_read(tmp_path: Path, version: int) -> None:
     state, restored = trained(), new_state()
     save(tmp_path, state)
     file = tmp_path / "step_00000002/state.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 1}))
+    content = json.loads(file.read_text())
+    del content[SEAL]
+    file.write_text(json.dumps({**content, "format_version": version}))
     load_checkpoint(tmp_path / "step_00000002", restored)
     assert_equal_states(state, restored)
 
