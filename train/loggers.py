@@ -1,12 +1,15 @@
 """Where scalars and pictures go besides the run folder."""
 
+import hashlib
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from data.atomic import write_bytes
+from data.reading import read_text
 
 if TYPE_CHECKING:
     import wandb
@@ -88,7 +91,9 @@ class WandbLogger:
         if mode is not None and mode not in MODES:
             raise ValueError(f"WANDB_MODE is {mode!r}, but it must be online, offline or disabled; change or unset it.")
         self._wandb = wandb
-        self._folder = folder
+        self._folder, self._id_file = folder, folder / "wandb/id"
+        if self._id_file.exists():
+            self._id()  # which raises before anything is trained
         self._settings: dict[str, Any] = {
             "project": project,
             "group": group,
@@ -129,10 +134,18 @@ class WandbLogger:
         )
 
     def _id(self) -> str:
-        path = self._folder / "wandb/id"
+        """Return the id of the run's wandb run, kept with its hash. Raises ValueError where the file is damaged."""
+        path = self._id_file
         if not path.exists():
-            write_bytes(path, secrets.token_hex(8).encode())
-        return path.read_text(encoding="utf-8")
+            new = secrets.token_hex(8)
+            write_bytes(path, f"{new}\n{hashlib.sha256(new.encode()).hexdigest()}\n".encode())
+        found, _, hash_ = read_text(path, 1000).strip().partition("\n")
+        sound = not hash_ or hashlib.sha256(found.encode()).hexdigest() == hash_  # earlier versions kept the id alone
+        if not sound or re.fullmatch(r"[0-9a-f]{16}", found) is None:
+            raise ValueError(
+                f"{path} does not hold the id of a wandb run; delete it, and the run goes on as a new one in wandb."
+            )
+        return found
 
     def log(self, scalars: Mapping[str, Any]) -> None:
         """One row of history."""
