@@ -30,10 +30,13 @@ LESS_MEMORY = {  # of a GPU; roundings are all that changes
 }
 CONF = Path(__file__).resolve().parent.parent / "conf"
 JobFunction = Callable[..., None]  # (config, progress)
+Settle = Callable[[DictConfig, list[str]], None]  # (config before anything is resolved, words of the command line)
 
 
-def run(job: str, function: JobFunction) -> None:
+def run(job: str, function: JobFunction, settle: Settle | None = None) -> None:
     """Compose ``conf/{job}.yaml`` with the command line's overrides and call ``function(config, progress)``.
+
+    ``settle`` may change the composed config before anything in it is resolved.
 
     Exits with 2 and one sentence for a ValueError or a config error, with 1 where training diverged.
     ``HYDRA_FULL_ERROR=1`` shows the traceback instead.
@@ -42,7 +45,7 @@ def run(job: str, function: JobFunction) -> None:
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves the reporting to us
     application = hydra.main(config_path=str(CONF), config_name=job, version_base="1.3")
-    task = _Task(job, function)
+    task = _Task(job, function, settle)
     try:
         application(task)()
         exit_if_asked()
@@ -66,9 +69,8 @@ class _Task:
     sweep tells of it at once and raises it: Hydra goes on with the others, and in the end tells of the first alone.
     """
 
-    def __init__(self, job: str, function: JobFunction) -> None:
-        self._job = job
-        self._function = function
+    def __init__(self, job: str, function: JobFunction, settle: Settle | None) -> None:
+        self._job, self._function, self._settle = job, function, settle
         self.error: Exception | None = None
 
     def __call__(self, config: DictConfig) -> None:
@@ -88,6 +90,8 @@ class _Task:
 
     def _run(self, config: DictConfig) -> None:
         check_known(config)
+        if self._settle is not None:
+            self._settle(config, list(HydraConfig.get().overrides.task))
         plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True, enum_to_str=True)  # type: ignore[assignment]
         check_targets(plain)
         check_positive(plain)

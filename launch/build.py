@@ -106,7 +106,7 @@ def _named_settings(section: Mapping[str, Any]) -> dict[str, Any]:
     name = str(section["_target_"]).rsplit(".", 1)[-1]
     settings = {"name": name, **{key: value for key, value in section.items() if not key.startswith("_")}}
     if "guide" in settings:  # a run is a path to its newest checkpoint, whichever that is
-        settings["guide_hash"] = checkpoint_hash(_checkpoint_path(settings["guide"]))
+        settings["guide_hash"] = checkpoint_hash(checkpoint_path(settings["guide"]))
     return settings
 
 
@@ -201,7 +201,7 @@ def load_model(where: str, weights: str) -> DiT:
 
     Raises ValueError for a missing or damaged checkpoint, or one that asks for foreign code.
     """
-    path = _checkpoint_path(where)
+    path = checkpoint_path(where)
     section = component(read_state_file(path)["config"], "model", str(path / STATE_FILE))
     if weights.startswith(posthoc.PREFIX):
         return _model_of(path, section, posthoc.reconstruct(_checkpoints_of(path, weights), _width(weights)))
@@ -272,7 +272,7 @@ class LoadedCheckpoint:
 
         Raises ValueError for a missing or damaged checkpoint, or one that asks for foreign code.
         """
-        path = _checkpoint_path(where)
+        path = checkpoint_path(where)
         state, said_by = read_state_file(path), str(path / STATE_FILE)
         config = state["config"]
         spec = validate(LatentSpec, state["spec"], said_by)
@@ -327,7 +327,7 @@ def _words(values: Sequence[Any]) -> str:
     return f"{values[0]} {values[1]} ({', '.join(map(str, values[2:]))})"
 
 
-def _checkpoint_path(where: str) -> Path:
+def checkpoint_path(where: str) -> Path:
     """A checkpoint's folder, of a run or of itself, which is copied to this machine where it is behind a URL."""
     path = fetch_run(where, COPIES) if is_remote(where) else Path(where)
     if (path / "checkpoints").is_dir():

@@ -11,6 +11,7 @@ from data.remote import is_remote
 from launch.app import run
 from launch.build import build_preparation
 from launch.components import build
+from launch.data_settings import write_record
 from launch.workers import worker_device, workers_from_environment
 
 
@@ -43,7 +44,7 @@ def encode_shards(config: dict[str, Any], progress: ProgressBar) -> Manifest | N
         flip=data["flip"],
         device=worker_device(config["device"]),
     )
-    return encode(
+    manifest = encode(
         build(data["source"]),
         encoding,
         Path(data["shards"]),
@@ -55,6 +56,9 @@ def encode_shards(config: dict[str, Any], progress: ProgressBar) -> Manifest | N
         max_skipped_fraction=config["max_skipped_fraction"],
         workers=workers_from_environment(config["threads"]),
     )
+    if manifest is not None:
+        write_record(Path(data["shards"]), config)
+    return manifest
 
 
 def main() -> None:

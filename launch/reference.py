@@ -10,6 +10,7 @@ from evaluation.reference_file import write_reference
 from launch.app import run
 from launch.build import build_extractor
 from launch.components import build
+from launch.data_settings import settle_by_shards
 from launch.facts import facts_of_process
 from runtime.protocol import Runtime
 
@@ -41,7 +42,7 @@ def reference_job(config: dict[str, Any], progress: ProgressBar) -> None:
 
 def main() -> None:
     """Entry point."""
-    run("reference", reference_job)
+    run("reference", reference_job, settle_by_shards)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from diffusion.batch import Batch
 from launch.build import build_shards, expected_spec
 from launch.check import check_targets
 from launch.components import build
+from launch.data_settings import require_shards
 from launch.facts import facts_of_process
 from launch.progress import make_progress
 from launch.saved_configs import whole_config
@@ -98,7 +99,7 @@ def _replayed(
 ) -> tuple[Findings, Batch]:
     """What happens in the step, and the batch of all processes."""
     autoencoder, spec = expected_spec(settings["data"], manifest)
-    manifest.require(spec, settings["data"]["shards"])
+    require_shards(manifest, spec, settings["data"]["shards"])
     process = runtime.place(build(settings["diffusion"]))
     store = FolderStore(dump.checkpoints)
     state = new_state(settings, process, runtime, starts_anew=not store.steps())

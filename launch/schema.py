@@ -208,8 +208,9 @@ class Format(Enum):
 
 @dataclass
 class PlanSchema:
-    """``ditscale plan``."""
+    """``ditscale plan``. Of ``data`` it takes sizes and counts, and reads no image."""
 
+    data: DataSchema = field(default_factory=DataSchema)
     model: Any = MISSING
     name: str = "d${model.width}-n${model.depth}-p${model.patch_size}-${hydra:runtime.choices.model/block}"
     total_steps: int = 400_000

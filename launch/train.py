@@ -20,6 +20,7 @@ from launch.app import run
 from launch.build import CHUNKS, build_evaluator, build_generator, build_shards, expected_spec, fill_model, model_facts
 from launch.check import check_readers, check_train_scalars
 from launch.components import build
+from launch.data_settings import require_shards, settle_by_shards
 from launch.facts import facts_of_process
 from launch.replay import replay_job
 from launch.training import new_state, spike_guard, training_batches
@@ -50,7 +51,7 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
     check_train_scalars(config)
     manifest = Manifest.load(config["data"]["shards"])
     autoencoder, spec = expected_spec(config["data"], manifest)
-    manifest.require(spec, config["data"]["shards"])
+    require_shards(manifest, spec, config["data"]["shards"])
     config["model"] = fill_model(config["model"], spec)
 
     runtime: Runtime = build(config["runtime"], precision=config["precision"])
@@ -274,7 +275,7 @@ def _summary(folder: RunFolder, state: TrainState) -> str:
 
 def main() -> None:
     """Entry point."""
-    run("train", train_job)
+    run("train", train_job, settle_by_shards)
 
 
 if __name__ == "__main__":

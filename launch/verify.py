@@ -7,6 +7,7 @@ from data.manifest import Manifest
 from data.progress import ProgressBar
 from data.verify import verify
 from launch.app import run
+from launch.data_settings import settle_by_shards
 from launch.encode import encode_shards
 from launch.workers import workers_from_environment
 
@@ -43,7 +44,7 @@ def _require_same_data(before: Manifest, after: Manifest) -> None:
 
 def main() -> None:
     """Entry point."""
-    run("verify", verify_job)
+    run("verify", verify_job, settle_by_shards)
 
 
 if __name__ == "__main__":

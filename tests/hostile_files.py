@@ -138,7 +138,7 @@ def run_job(job: str, folder: Path) -> tuple[int | None, str]:
 
 
 def make_workspace(folder: Path) -> None:
-    """Fill a folder with photographs' stand-ins, shards, a finished run, a diverged one, a reference, weights, caches."""
+    """Fill a folder with images, shards, a finished run, a diverged one, a reference, weights, caches."""
     generator = np.random.default_rng(0)
     for label in "abcd":
         for number in range(8):
@@ -231,7 +231,7 @@ def every_trial() -> list[Trial]:
         for job in jobs
         if not damage.startswith("resealed") or kind.endswith("state.json") or kind.endswith("dump.json")
     ]
-    own_content = ("flip", "NaN", "huge", "null")  # of an image of the user's own: another image, which nobody can know
+    own_content = ("flip", "NaN", "huge", "null")  # an own image is then another image
     return [trial for trial in trials if not (trial.kind.startswith("photos") and trial.damage in own_content)]
 
 
