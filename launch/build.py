@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.cache import Cache
 from data.images import Preparation
@@ -34,6 +34,7 @@ from model.flops import multiply_adds, num_parameters, training_multiply_adds
 from runtime.protocol import Runtime
 from train import posthoc
 from train.checkpoint import fill, read_state_file, read_tensors
+from train.ema import MAIN, Averages, initial_share_note
 from train.mirror import fetch_run
 from train.stores import STATE_FILE, list_checkpoints
 
@@ -265,6 +266,8 @@ class LoadedCheckpoint:
     class_dropout: float
     training_seed: int
     sources: tuple[Path, ...] = ()  # checkpoints that the weights are made of
+    class_names: tuple[str, ...] = ()  # of the labels in order, where they are known
+    note: str | None = None  # what to tell whoever samples from these weights
 
     @classmethod
     def load(cls, where: str, weights: str, runtime: Runtime) -> "LoadedCheckpoint":
@@ -294,6 +297,8 @@ class LoadedCheckpoint:
             class_dropout=class_dropout,
             training_seed=seed,
             sources=tuple(_checkpoints_of(path, weights)),
+            class_names=tuple(state.get("class_names", [])),
+            note=_average_note(config, weights, state["step"], said_by),
         )
 
     def generator(self, config: Mapping[str, Any], seed: int, runtime: Runtime) -> Generator:
@@ -320,6 +325,14 @@ def _require_model_of(spec: LatentSpec, section: Mapping[str, Any], said_by: str
         theirs, ours = section.get(key), getattr(spec, field)
         if theirs != ours:
             raise ValueError(f"{said_by} is not loaded: its model.{key} is {theirs!r}, but its latents have {ours}.")
+
+
+def _average_note(config: Mapping[str, Any], weights: str, step: int, said_by: str) -> str | None:
+    """Return a sentence where an average is still much of the untrained weights."""
+    if weights != MAIN:
+        return None
+    averages: Averages = build_saved(component(config, "ema", said_by), said_by)(nn.Linear(1, 1))
+    return initial_share_note(averages.by_name[MAIN], MAIN, step)
 
 
 def _words(values: Sequence[Any]) -> str:

@@ -1,5 +1,8 @@
 """``ditscale sample``: a checkpoint to a PNG grid and an ADM-format ``.npz``."""
 
+import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from evaluation.generate import balanced_labels, given_labels
 from evaluation.grid import save_grid
 from launch.app import run
 from launch.build import LoadedCheckpoint
+from launch.check import closest
 from launch.components import build
 from launch.foreign import is_foreign, load_foreign
 from runtime.protocol import Runtime
@@ -29,7 +33,10 @@ def sample_job(config: dict[str, Any], progress: ProgressBar) -> None:
     if config["labels"] is None:
         labels = balanced_labels(count, num_classes)
     else:
-        labels = given_labels(config["labels"], count, num_classes)
+        numbers = [class_number(label, checkpoint.class_names) for label in config["labels"]]
+        labels = given_labels(numbers, count, num_classes)
+    if checkpoint.note is not None and runtime.is_main:
+        print(f"note: {checkpoint.note}", file=sys.stderr)
     generator = checkpoint.generator(config, config["seed"], runtime)
     parts = []
     with progress("sample", 0, count, "img") as bar:
@@ -49,6 +56,25 @@ def sample_job(config: dict[str, Any], progress: ProgressBar) -> None:
     print(f"{count} images of {checkpoint.path}{which}: {out}.npz and {out}.png")
 
 
+def class_number(label: Any, class_names: Sequence[str]) -> int:
+    """Return the number of a class that is given by its number or its name; names come first.
+
+    Raises ValueError with the closest name where there is none of this name.
+    """
+    if isinstance(label, str) and label in class_names:
+        return class_names.index(label)
+    if isinstance(label, int) and not isinstance(label, bool):
+        return label
+    if isinstance(label, str) and label.isdecimal():
+        return int(label)
+    if not class_names:
+        raise ValueError(f"labels has {label!r}, but this checkpoint has no names of classes; give their numbers.")
+    raise ValueError(
+        f"labels has {label!r}, but there is no such class{closest(str(label), class_names)} There are "
+        f"{len(class_names)}, from {class_names[0]!r} to {class_names[-1]!r}."
+    )
+
+
 def _name(config: dict[str, Any], checkpoint: LoadedCheckpoint) -> str:
     """A file name that says how the images were made."""
     source = [f"step_{checkpoint.step:08d}", config["weights"]] if checkpoint.step else [checkpoint.path.stem]
@@ -57,7 +83,7 @@ def _name(config: dict[str, Any], checkpoint: LoadedCheckpoint) -> str:
     if "scale" in config["guidance"]:
         parts.append(f"guidance{config['guidance']['scale']}")
     if config["labels"] is not None:
-        parts.append("labels" + "_".join(str(label) for label in config["labels"][:10]))
+        parts.append("labels" + "_".join(re.sub(r"\W", "", str(label)) for label in config["labels"][:10]))
     return "-".join(parts)
 
 

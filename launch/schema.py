@@ -159,7 +159,7 @@ class SampleSchema:
     checkpoint: str = MISSING  # a run folder (its newest checkpoint) or one checkpoint's folder
     weights: str = "ema"  # model, an average of the checkpoint, or width_W of a run with power averages
     num_images: int = 80
-    labels: list[int] | None = None  # repeated to num_images; null: balanced over all classes
+    labels: list[Any] | None = None  # numbers or names of classes, repeated to num_images; null: balanced over all
     batch_size: int = 64  # images per process at once; changes no image
     seed: int = 0
     out: str | None = None  # path without ending of the .png and .npz; null: in the run's samples/

@@ -29,6 +29,7 @@ from model.dit import DiT
 from runtime.protocol import Runtime
 from train.checkpoint import code_version, load_newest, read_lines_copy, read_state_file
 from train.dump import DivergedError, write_dump
+from train.ema import MAIN, initial_share_note
 from train.guards import SpikeGuard
 from train.hooks import CheckpointHook, Clock, Hook, LogHook, ProgressHook
 from train.lines import read_lines
@@ -88,6 +89,7 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
             hooks = _hooks(config, state, generator, manifest, folder, logger, progress, signals, guard)
             if runtime.is_main:
                 folder.write_config(config)  # now that nothing refuses it
+                _tell(folder, state, config, logger, runtime)
             evaluated = len(read_lines(folder.evaluations))
             host_batches = prefetch(batches.from_step(state.step, config["total_steps"]))
             train(state, step, host_batches, runtime, hooks)
@@ -170,6 +172,7 @@ def _facts(config: Mapping[str, Any], spec: LatentSpec, manifest: Manifest) -> d
         "config": config,
         "spec": asdict(spec),
         "data_manifest_hash": manifest.hash,
+        "class_names": manifest.class_names,
         "code": code_version(),
     }
 
@@ -218,7 +221,7 @@ def _hooks(
         keep_every=config["keep_checkpoint_every"],
     )
     hooks: list[Hook] = [
-        ProgressHook(progress),
+        ProgressHook(progress, log),
         log,
         checkpoints,
         SampleGridHook(config["sample_every"], generator, folder, logger),
@@ -258,6 +261,28 @@ def _evaluation_hook(
     hook = EvaluationHook(config["evaluate_every"], measure, chunks, facts, identity, folder, logger, generator.runtime)
     hook.require_one_protocol()
     return hook
+
+
+def _tell(folder: RunFolder, state: TrainState, config: Mapping[str, Any], logger: Logger, runtime: Runtime) -> None:
+    """Say on stderr what is about to be trained, and what of it the user may not want."""
+    if state.finished:
+        return
+    begins = f"continues from step {state.step}" if state.step else "starts"
+    processes = f", {runtime.data_world} processes" if runtime.data_world > 1 else ""
+    lines = [
+        f"{folder.path}: {begins}, to step {state.total_steps}, on {runtime.device}{processes}, {config['precision']}, "
+        f"{logger.description}"
+    ]
+    model = config["model"]
+    if model["width"] < (values := model["channels"] * model["patch_size"] ** 2):
+        lines.append(
+            f"note: model.width is {model['width']}, but a patch has {values} values ({model['patch_size']}x"
+            f"{model['patch_size']} of {model['channels']} channels), which a token cannot hold; set a larger model.width "
+            "or a smaller model.patch_size."
+        )
+    if (note := initial_share_note(state.ema.by_name[MAIN], MAIN, state.total_steps)) is not None:
+        lines.append(f"note: {note}")
+    print("\n".join(lines), file=sys.stderr)
 
 
 def _summary(folder: RunFolder, state: TrainState) -> str:

@@ -51,6 +51,9 @@ class _Silent:
     def update(self, n: int = 1) -> None:
         pass
 
+    def note(self, text: str) -> None:
+        pass
+
 
 @contextmanager
 def silent_progress(label: str, done: int, total: int, unit: str) -> Iterator[_Silent]:

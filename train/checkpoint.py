@@ -70,6 +70,7 @@ class StateRecord:
     code: dict[str, str] = field(default_factory=dict)
     interval: dict[str, list[float]] = field(default_factory=dict)
     recent_grad_norms: list[float] = field(default_factory=list)
+    class_names: list[str] = field(default_factory=list)  # since version 3
 
 
 class UnknownVersionError(ValueError):

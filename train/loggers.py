@@ -32,6 +32,11 @@ MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")  # what wan
 class Logger(Protocol):
     """Receives what a run measures. Created and called on the main process only."""
 
+    @property
+    def description(self) -> str:
+        """Where it all goes, for people: "wandb offline"."""
+        ...
+
     def log(self, scalars: Mapping[str, Any]) -> None:
         """Scalars of one moment; among them step and images_seen."""
         ...
@@ -55,6 +60,8 @@ class Logger(Protocol):
 
 class NoLogger:
     """Keeps nothing: the run folder has it all. Takes what every logger is built with."""
+
+    description = "no wandb"
 
     def __init__(self, **_: Any) -> None:
         pass
@@ -119,10 +126,17 @@ class WandbLogger:
                 self._opened.define_metric(metric, step_metric="images_seen")
         return self._opened
 
-    def _open(self) -> "wandb.Run":
+    @property
+    def description(self) -> str:
+        """Name the mode."""
+        return f"wandb {self._mode()}"
+
+    def _mode(self) -> str:
         mode = os.environ.get("WANDB_MODE")
-        if mode is None:
-            mode = "online" if self._wandb.login(prompt=False, verify=False) else "offline"
+        return mode or ("online" if self._wandb.login(prompt=False, verify=False) else "offline")
+
+    def _open(self) -> "wandb.Run":
+        mode = self._mode()
         return self._wandb.init(
             **self._settings,
             id=self._id(),

@@ -89,3 +89,7 @@ class _Watched:
         """Pass on, then check."""
         self._bar.update(n)
         self._check()
+
+    def note(self, text: str) -> None:
+        """Pass on."""
+        self._bar.note(text)
