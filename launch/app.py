@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,10 +17,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from launch import STARTED_BY
 from launch.check import check_known, check_positive, check_targets, closest
-from launch.parallel import exit_if_asked, in_worker, run_in_worker
+from launch.parallel import started_by_torchrun, stop_without
 from launch.progress import make_progress
 from launch.schema import register
+from launch.sweep_processes import SweepFailedError, register_launcher
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -41,52 +44,70 @@ def run(job: str, function: JobFunction, settle: Settle | None = None) -> None:
     Exits with 2 and one sentence for a ValueError or a config error, with 1 where training diverged.
     ``HYDRA_FULL_ERROR=1`` shows the traceback instead.
     """
+    if started_by_torchrun():
+        stop_without(STARTED_BY)
     register()
+    register_launcher()
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves the reporting to us
     application = hydra.main(config_path=str(CONF), config_name=job, version_base="1.3")
-    task = _Task(job, function, settle)
+    task = _Task(job, function, settle, wants_traceback)
     try:
         application(task)()
-        exit_if_asked()
         if task.error is not None:
             raise task.error
     except KeyboardInterrupt:
         again = "; the same command continues" if job in ("train", "encode") else ""
         print(f"ditscale {job}: stopped{again}.", file=sys.stderr)
         sys.exit(130)
+    except SweepFailedError as failure:
+        print(f"ditscale {job}: error: {failure}", file=sys.stderr)
+        sys.exit(failure.code)
     except Exception as error:
         sentence = _sentence(job, error)
         if wants_traceback or sentence is None:
             raise
-        _exit(job, sentence, 1 if isinstance(error, FloatingPointError) else 2)
+        _exit(job, sentence, _code(error, sentence))
 
 
 class _Task:
-    """What Hydra calls for each run, in this process or, in a parallel sweep, in another.
+    """What Hydra calls for each run, in this process or, in a sweep of trainings, in one of the run's own.
 
     A single run keeps its exception in ``error``, past Hydra, which would print more than the sentence. A run of a
-    sweep tells of it at once and raises it: Hydra goes on with the others, and in the end tells of the first alone.
+    sweep tells of it at once and raises it: the others go on, and the end names what failed.
     """
 
-    def __init__(self, job: str, function: JobFunction, settle: Settle | None) -> None:
-        self._job, self._function, self._settle = job, function, settle
+    def __init__(self, job: str, function: JobFunction, settle: Settle | None, wants_traceback: bool) -> None:
+        self.job = job
+        self.row = 0
+        self._function, self._settle = function, settle
+        self._wants_traceback = wants_traceback
         self.error: Exception | None = None
 
     def __call__(self, config: DictConfig) -> None:
         try:
-            if in_worker():
-                run_in_worker(lambda: self._run(config))
-            else:
-                self._run(config)
+            self._run(config)
         except Exception as error:
-            # Hydra wraps what a constructor raises, and the cause does not survive the way between processes.
-            cause = _first_value_error(error) or error
+            cause = _first_value_error(error) or error  # Hydra wraps what a constructor raises
             if HydraConfig.get().mode == RunMode.MULTIRUN:
-                sentence = _sentence(self._job, cause) or f"{type(cause).__name__}: {cause}"
-                print(f"ditscale {self._job}: {_name_in_sweep(config)} failed: {sentence}", file=sys.stderr)
+                sentence = _sentence(self.job, cause) or f"{type(cause).__name__}: {cause}"
+                print(f"ditscale {self.job}: {self.name(config)} failed: {sentence}", file=sys.stderr)
                 raise cause from None
             self.error = cause
+
+    def name(self, config: DictConfig) -> str:
+        """Return the name of a run of a sweep; where it has none, what it overrides."""
+        try:
+            return str(config["name"])
+        except OmegaConfBaseException:
+            return str(HydraConfig.get().job.override_dirname)
+
+    def exit_code(self, error: Exception) -> int:
+        """Return the code for what a run raised. Shows the traceback where it is wanted, or no sentence says enough."""
+        sentence = _sentence(self.job, error)
+        if self._wants_traceback or sentence is None:
+            traceback.print_exception(error)
+        return _code(error, sentence)
 
     def _run(self, config: DictConfig) -> None:
         check_known(config)
@@ -100,17 +121,13 @@ class _Task:
             from launch.gpus import take_gpu  # which imports PyTorch; showing help need not
 
             take_gpu(plain, Path(hydra_config.sweep.dir))
-        row = OmegaConf.select(hydra_config, "job.num") or 0
         is_main = os.environ.get("RANK", "0") == "0"
-        self._function(plain, make_progress(plain.get("name", ""), row, is_main))
+        self._function(plain, make_progress(plain.get("name", ""), self.row, is_main))
 
 
-def _name_in_sweep(config: DictConfig) -> str:
-    """Of a run: its name where it has one, else what it overrides."""
-    try:
-        return str(config["name"])
-    except OmegaConfBaseException:
-        return str(HydraConfig.get().job.override_dirname)
+def _code(error: BaseException, sentence: str | None) -> int:
+    """Return the exit code: 2 for a mistake of the user, 1 for what came of training or is a fault of the program."""
+    return 1 if sentence is None or isinstance(error, FloatingPointError) else 2
 
 
 def _exit(job: str, sentence: str, code: int) -> NoReturn:

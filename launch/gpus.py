@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-_held: list[FileLock] = []  # by this process, until it ends: a worker trains its later runs on the same GPU
+_held: list[FileLock] = []  # by this process, until it ends: where it has several runs, all are on the same GPU
 
 
 def take_gpu(config: Mapping[str, Any], sweep: Path) -> None:
-    """Make one GPU that no other worker of the sweep has taken this process's default.
+    """Make one GPU that no other process of the sweep has taken this process's default.
 
-    Where there are more workers than GPUs, each is shared by as many. Does nothing under a launcher, which gives
+    Where there are more processes than GPUs, each is shared by as many. Does nothing under a launcher, which gives
     each of its processes a GPU, where there are not several, and for a job on the CPU.
     """
     count = torch.cuda.device_count()

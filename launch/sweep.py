@@ -14,17 +14,6 @@ from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from launch.parallel import pass_on_signals
-
-
-class StopTogether(Callback):
-    """Has the process that starts the workers of a parallel sweep wait for them when it is asked to stop."""
-
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Before the first run. One run at a time is trained in this process, where the run itself sees to it."""
-        if config.hydra.launcher.n_jobs != 1:
-            pass_on_signals()
-
 
 class OneFolderForEachRun(Callback):
     """Refuses a sweep two runs of which would be written into one folder, before any of them starts.
