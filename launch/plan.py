@@ -6,7 +6,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 
 from data.progress import ProgressBar
-from data.shards import shard_bytes_per_sample
+from data.shard_tars import shard_bytes_per_sample
 from launch.app import run
 from launch.build import build
 from model.dit import DiTConfig
