@@ -15,7 +15,11 @@ _BLOCK_BYTES = 2**16
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that appears under ``path`` only when the block ends without an exception."""
+    """A binary file that appears under ``path`` only when the block ends without an exception.
+
+    It takes the place of whatever has that name. Raises DamagedFileError where that is a folder.
+    """
+    require_no_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -27,6 +31,12 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     finally:
         aside.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def require_no_folder(path: Path) -> None:
+    """Raise DamagedFileError where a file that is written here could not take the place of a folder."""
+    if path.is_dir() and not path.is_symlink():
+        raise DamagedFileError(f"{path} is a folder, but a file of that name is written there; remove it.")
 
 
 @contextmanager

@@ -58,7 +58,11 @@ def _is_part(name: str) -> bool:
 
 
 def _without_leaving(folder: Path, path: Path, said_by: str) -> Path:
-    if not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        is_inside = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # links in a circle
+        is_inside = False
+    if not is_inside:
         raise UnsafeNameError(f"{path}, which {said_by} names, is a link out of {folder}; put the file itself there.")
     return path
 

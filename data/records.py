@@ -81,6 +81,19 @@ def validate(kind: type[T], content: Any, name: str) -> T:
         raise DamagedFileError(f"{name} is damaged: {_first_fault(error)}.") from None
 
 
+def check(kind: type[Any], content: Any, name: str) -> None:
+    """Raise as `validate` does, and leave the JSON values as they are.
+
+    For values that must come out as they were read: a number that was written as 1 becomes no 1.0, and text may hold
+    what is left of a file's name that is not UTF-8.
+    """
+    try:
+        text = json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
+        TypeAdapter(kind).validate_json(text, strict=True)
+    except (ValidationError, RecursionError) as error:
+        raise DamagedFileError(f"{name} is damaged: {_first_fault(error)}.") from None
+
+
 def read_record(path: Path, kind: type[T], required_seal: bool = True) -> T:
     """Read one sealed JSON record as ``kind``.
 

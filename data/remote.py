@@ -3,6 +3,7 @@
 Keys and endpoints come from where each store's own tools take them: the environment or their config files.
 """
 
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -126,11 +127,25 @@ def _is_refusal(error: Exception) -> bool:
     return forbidden or status in (401, 403) or no_keys
 
 
-def read_bytes(url: str, retry: Retry = DEFAULT_RETRY) -> bytes:
-    """A whole small file. Raises as `with_retries` does."""
+def read_bytes(url: str, retry: Retry = DEFAULT_RETRY, limit_bytes: int | None = None) -> bytes:
+    """Return a whole small file, of at most ``limit_bytes``. Raises as `with_retries` does."""
+    if limit_bytes is not None:
+        return with_retries(url, lambda: read_limited(url, limit_bytes, retry.timeout_sec), retry)
     system, path = open_remote(url, retry.timeout_sec)
     content: bytes = with_retries(url, lambda: system.cat_file(path), retry)
     return content
+
+
+def read_limited(url: str, limit_bytes: int, timeout_sec: float) -> bytes:
+    """Return a file, in one attempt that never takes more than ``limit_bytes``, whatever the server says or sends.
+
+    Raises DamagedError for a larger file.
+    """
+    system, path = open_remote(url, timeout_sec)
+    with tempfile.TemporaryDirectory() as folder:  # the one interface to pieces that all file systems have
+        aside = Path(folder) / "content"
+        system.get_file(path, str(aside), callback=_Limit(url, limit_bytes))
+        return aside.read_bytes()
 
 
 def write_bytes(url: str, content: bytes, retry: Retry = DEFAULT_RETRY) -> None:
@@ -179,21 +194,33 @@ def download(url: str, to: Path, size: int, timeout_sec: float) -> None:
         raise _wrong_size(url, size, found)
 
 
-class _SizeCheck(Callback):
-    """Stops a download that is larger than it should be."""
+class _Limit(Callback):
+    """Stops a download that is larger than it may be."""
 
-    def __init__(self, url: str, expected: int) -> None:
+    def __init__(self, url: str, limit_bytes: int) -> None:
         super().__init__()
-        self._url, self._expected = url, expected
+        self._url, self._limit = url, limit_bytes
 
     def set_size(self, size: int | None) -> None:
-        if size is not None and size > self._expected:  # a smaller one may be that of an error's message
-            raise _wrong_size(self._url, self._expected, size)
+        if size is not None and size > self._limit:  # a smaller one may be that of an error's message
+            raise self.too_large(size)
 
     def relative_update(self, inc: int = 1) -> None:
         self.value += inc
-        if self.value > self._expected:
-            raise _wrong_size(self._url, self._expected, self.value)
+        if self.value > self._limit:
+            raise self.too_large(self.value)
+
+    def too_large(self, size: int) -> DamagedError:
+        """Return what to raise."""
+        return DamagedError(f"{self._url} has {size} bytes or more, but at most {self._limit} are read of it")
+
+
+class _SizeCheck(_Limit):
+    """Stops a download that is larger than the manifest says."""
+
+    def too_large(self, size: int) -> DamagedError:
+        """Return what to raise."""
+        return _wrong_size(self._url, self._limit, size)
 
 
 def _wrong_size(url: str, expected: int, found: int) -> DamagedError:

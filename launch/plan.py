@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data.manifest import Manifest
 from data.progress import ProgressBar
-from data.shards import shard_bytes_per_sample
+from data.shard_tars import shard_bytes_per_sample
 from launch.app import run
 from launch.components import build
 from model.dit import DiTConfig
