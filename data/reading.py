@@ -1,5 +1,6 @@
 """Read files that anyone may have made: a regular file of a bounded size, or one sentence that names it."""
 
+import errno
 import hashlib
 import os
 import stat
@@ -97,3 +98,8 @@ def _require_kind(path: Path | str, mode: int) -> None:
 def reason(error: Exception, path: Path | str) -> str:
     """Return what an error says of a file, for a sentence that names the file already."""
     return str(error).removeprefix(f"{path} is damaged: ").removeprefix(f"{path} ").rstrip(".")
+
+
+def is_absent(error: OSError) -> bool:
+    """Return whether an error of `open` says that there is no such file: none of its name, or none below a file."""
+    return error.errno in (errno.ENOENT, errno.ENOTDIR)

@@ -277,8 +277,8 @@ def _tell(folder: RunFolder, state: TrainState, config: Mapping[str, Any], logge
     if model["width"] < (values := model["channels"] * model["patch_size"] ** 2):
         lines.append(
             f"note: model.width is {model['width']}, but a patch has {values} values ({model['patch_size']}x"
-            f"{model['patch_size']} of {model['channels']} channels), which a token cannot hold; set a larger model.width "
-            "or a smaller model.patch_size."
+            f"{model['patch_size']} of {model['channels']} channels), which a token cannot hold; set a larger "
+            "model.width or a smaller model.patch_size."
         )
     if (note := initial_share_note(state.ema.by_name[MAIN], MAIN, state.total_steps)) is not None:
         lines.append(f"note: {note}")
