@@ -19,6 +19,7 @@ from evaluation.report.write import Report, write_report
 from launch.app import run
 from launch.build import LoadedCheckpoint
 from launch.components import build
+from launch.logger_settings import settle_reports_logger
 from runtime.protocol import Runtime
 from train.loggers import Logger
 from train.runfolder import RunFolder
@@ -149,7 +150,7 @@ def _percent(fraction: float | None) -> str:
 
 def main() -> None:
     """Entry point."""
-    run("report", report_job)
+    run("report", report_job, settle_reports_logger)
 
 
 if __name__ == "__main__":

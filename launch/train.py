@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+from omegaconf import DictConfig
 from torch import nn
 
 from data.manifest import LatentSpec, Manifest
@@ -22,6 +23,7 @@ from launch.check import check_readers, check_train_scalars
 from launch.components import build
 from launch.data_settings import require_shards, settle_by_shards
 from launch.facts import facts_of_process
+from launch.logger_settings import settle_logger
 from launch.replay import replay_job
 from launch.training import new_state, spike_guard, training_batches
 from model.checkpointing import checkpoint_blocks
@@ -298,9 +300,14 @@ def _summary(folder: RunFolder, state: TrainState) -> str:
     return ", ".join(parts)
 
 
+def _settle(config: DictConfig, words: list[str]) -> None:
+    settle_logger(config)
+    settle_by_shards(config, words)
+
+
 def main() -> None:
     """Entry point."""
-    run("train", train_job, settle_by_shards)
+    run("train", train_job, _settle)
 
 
 if __name__ == "__main__":
