@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -23,7 +24,9 @@ from launch.parallel import started_by_torchrun, stop_without
 from launch.progress import make_progress
 from launch.schema import register
 from launch.sweep_processes import SweepFailedError, register_launcher
+from launch.words import prepared
 
+HELP = ("--help", "-h")
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
 LESS_MEMORY = {  # of a GPU; roundings are all that changes
@@ -48,6 +51,12 @@ def run(job: str, function: JobFunction, settle: Settle | None = None) -> None:
         stop_without(STARTED_BY)
     register()
     register_launcher()
+    if any(word in HELP for word in sys.argv[1:]):
+        from launch.help import help_of
+
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
+        return print(help_of(job))
+    sys.argv[1:] = prepared(sys.argv[1:])
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves the reporting to us
     application = hydra.main(config_path=str(CONF), config_name=job, version_base="1.3")
@@ -205,17 +214,25 @@ def _explain_override(job: str, message: str) -> str:
     if found is None:
         return " ".join(message.split())
     key = found.group(1).split("=")[0].lstrip("+~")
-    return f"`ditscale {job}` has no setting {key!r}{closest(key, _valid_names(job))}"
+    settings, groups = valid_names(job)
+    return f"`ditscale {job}` has no setting {key!r}{closest(key, [*settings, *groups])}"
 
 
-def _valid_names(job: str) -> list[str]:
-    """Every setting of the job's default config, and every group that it chooses from."""
+def default_config(job: str) -> DictConfig:
+    """Return a job's config as it is without any word of the command line, Hydra's own section among it."""
+    register()
+    register_launcher()
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name=job):
-        config = hydra.compose(config_name=job, return_hydra_config=True)
+        return hydra.compose(config_name=job, return_hydra_config=True)
+
+
+def valid_names(job: str) -> tuple[list[str], list[str]]:
+    """Return every setting of the job's default config, and every group that it chooses from."""
+    config = default_config(job)
     groups = [str(group) for group in config.hydra.runtime.choices if not str(group).startswith("hydra/")]
     keys = _dotted_keys(OmegaConf.to_container(config))
-    return [*(key for key in keys if not key.startswith("hydra")), *groups]
+    return [key for key in keys if not key.startswith("hydra")], groups
 
 
 def _dotted_keys(node: Any, prefix: str = "") -> list[str]:
