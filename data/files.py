@@ -3,6 +3,7 @@
 import io
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +71,17 @@ class Files(Listing):
 
     def _list_folder(self, recursive: bool) -> None:
         try:
-            mode = Path(self._root).stat().st_mode
-            if stat.S_ISREG(mode):
+            if stat.S_ISREG(Path(self._root).stat().st_mode):
                 raise _is_file(self.place)
-            _refuse_hub_cache(Path(self._root))
             self.sizes, self.folders, self.odd = local_tree(self._root, recursive)
+        except PermissionError as error:
+            raise ValueError(f"{self.place} cannot be listed ({error.strerror}); give the permission to.") from error
         except OSError as error:
             raise ValueError(
                 f"There are no files in {self.place} ({error.strerror}); is it the right folder?"
             ) from error
+        if {"blobs", "snapshots"} <= set(self.folders):
+            raise _is_hub_cache(self.place, self.sizes)
 
     def _list_remote(self) -> None:
         self._system, root = open_remote(self.place)
@@ -151,14 +154,13 @@ def _is_file(place: str) -> IsFileError:
     return IsFileError(f"{place} is a file, but this source reads a folder; {way_out}.")
 
 
-def _refuse_hub_cache(root: Path) -> None:
-    """Raise ValueError for a folder of the Hugging Face hub's cache, which holds all revisions and their blobs."""
-    if (root / "blobs").is_dir() and (root / "snapshots").is_dir():
-        revisions = sorted(path.name for path in (root / "snapshots").iterdir())
-        raise ValueError(
-            f"{root} is a cache folder of the Hugging Face hub with {len(revisions)} revisions; give one of them, "
-            f"{root / 'snapshots' / (revisions[0] if revisions else 'REVISION')}, or a folder in it."
-        )
+def _is_hub_cache(place: str, names: Iterable[str]) -> ValueError:
+    """Return the error of a folder of the Hugging Face hub's cache, which holds all revisions and their blobs."""
+    revisions = sorted({name.split("/")[1] for name in names if name.startswith("snapshots/") and name.count("/") > 1})
+    return ValueError(
+        f"{place} is a cache folder of the Hugging Face hub with {len(revisions)} revisions; give one of them, "
+        f"{place.rstrip('/')}/snapshots/{revisions[0] if revisions else 'REVISION'}, or a folder in it."
+    )
 
 
 class _ReadInParts(io.RawIOBase):

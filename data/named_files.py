@@ -34,7 +34,10 @@ def named_files(place: str, suffix: str) -> NamedFiles:
         files = Files(place)
         names = files.with_suffix(suffix)
         if not names:
-            raise ValueError(f"There are no {suffix} files in {place}{instead(files) or '; is it the right folder?'}.")
+            others = instead(files)
+            raise ValueError(
+                f"There are no {suffix} files in {place}{f'{others}.' if others else '; is it the right folder?'}"
+            )
         found = NamedFiles(files, names, _left_out(files, names, suffix))
     for name in found.names:
         found.files.refuse_pointer(name)
