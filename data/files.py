@@ -21,7 +21,7 @@ class IsFileError(ValueError):
 
 
 def given(place: str | None, setting: str) -> str:
-    """The place, which a config leaves open. Raises ValueError where it was not given."""
+    """Return the place, which a config leaves open. Raises ValueError where it was not given."""
     if not place:
         raise ValueError(f"data.source.{setting} is missing; give it as data.source.{setting}=PATH.")
     return place
@@ -37,7 +37,7 @@ class Listing:
     is_near: bool  # whether looking into many files costs little
 
     def with_suffix(self, *suffixes: str) -> list[str]:
-        """Names that end so, upper or lower case, in their order; hidden files are left out."""
+        """Return the names that end so, upper or lower case, in their order; hidden files and litter are left out."""
         return [name for name in self.sizes if name.lower().endswith(suffixes) and not is_litter(name)]
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
@@ -100,7 +100,7 @@ class Files(Listing):
         self.folders = sorted({name.split("/")[0] for name in sizes if "/" in name and not is_litter(name)})
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
-        """The bytes start .. end - 1 of a file, or all of them.
+        """Return the bytes start .. end - 1 of a file, or all of them.
 
         Raises ValueError where a server sends no parts, for a file that is no regular one any more, and for a whole
         one of more than ``MAX_FILE_BYTES``.
@@ -121,14 +121,14 @@ class Files(Listing):
         return content
 
     def open(self, name: str, buffer_bytes: int = 0) -> Any:
-        """A seekable binary file object; of a remote file, it reads ahead that many bytes."""
+        """Return a seekable binary file object; of a remote file, it reads ahead that many bytes."""
         if self.is_near:
             return open_regular(self._path(name))
         file = _ReadInParts(self, name)
         return io.BufferedReader(file, buffer_bytes) if buffer_bytes else file
 
     def local_path(self, name: str) -> str | None:
-        """The path of a file on this machine, or None where it is elsewhere."""
+        """Return the path of a file on this machine, or None where it is elsewhere."""
         return self._path(name) if self.is_near else None
 
     def _path(self, name: str) -> str:

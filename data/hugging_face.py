@@ -187,7 +187,7 @@ def _require_images(schema: Any, column: str, name: str) -> None:
 
 
 def _class_names(schema: Any, label_column: str) -> list[str]:
-    """From the description that Hugging Face puts into the schema."""
+    """Return the classes that Hugging Face's description in the schema names. Raises ValueError for none."""
     names = _described_classes(schema, label_column)
     if names is None:
         raise ValueError(

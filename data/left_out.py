@@ -53,8 +53,8 @@ def _of_file(listing: Listing, name: str) -> LeftOut | None:
         return LeftOut(name, "its name does not end as an image's", False)
     try:
         title = image_format(listing.read(name, 0, HEAD_BYTES))
-    except (OSError, ValueError, UnreadableImageError):
-        title = None
+    except (OSError, ValueError, UnreadableImageError) as error:
+        return LeftOut(name, f"it cannot be looked into ({error})", False)
     return LeftOut(name, f"it is a {title} image, but its name does not end so; rename it", True) if title else None
 
 

@@ -1,16 +1,18 @@
 """The files below a local folder: links are followed, and what is no file is named."""
 
+import errno
 import os
 import stat
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from data.reading import is_absent, kind_of_node
+from data.reading import kind_of_node
 from data.unread import is_litter
 
 MAX_WAYS = 1000  # to one folder; links that lead to folders of links would else multiply without end
 
+_ABSENT = (errno.ENOENT, errno.ENOTDIR)
 _Identity = tuple[int, int]
 
 
@@ -66,7 +68,7 @@ def _entries(folder: _Folder, root: str) -> list["os.DirEntry[str]"]:
         with os.scandir(folder.path) as entries:
             return list(entries)
     except OSError as error:
-        if is_absent(error) and folder.prefix:  # deleted since
+        if error.errno in _ABSENT and folder.prefix:  # deleted since
             return []
         if folder.prefix or isinstance(error, PermissionError):
             raise ValueError(
@@ -84,9 +86,9 @@ def _status(entry: "os.DirEntry[str]", name: str, tree: Tree) -> os.stat_result 
         if is_litter(entry.name):
             return None
         if not entry.is_symlink():
-            if not is_absent(error):
+            if error.errno not in _ABSENT:
                 tree.odd[name] = f"cannot be looked at ({error.strerror})"
-        elif is_absent(error):
+        elif error.errno in _ABSENT:
             tree.odd[name] = f"is a link to nothing ({_target(entry)})"
         else:
             tree.odd[name] = f"is a link that cannot be followed ({error.strerror})"

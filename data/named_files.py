@@ -45,7 +45,7 @@ def named_files(place: str, suffix: str) -> NamedFiles:
 
 
 def _is_one_file(place: str, suffix: str) -> bool:
-    """A folder may be named like a file, as those that Spark writes."""
+    """Return whether a place is a file: a folder may be named like one, as those that Spark writes."""
     if not place.lower().endswith(suffix):
         return False
     if not is_remote(place):

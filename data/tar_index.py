@@ -42,7 +42,7 @@ class TarIndex:
 
     @property
     def num_classes(self) -> int:
-        """One more than the largest label."""
+        """Return one more than the largest label."""
         return max(member.label for member in self.members) + 1
 
     def read(self, member: Member) -> bytes:
@@ -77,5 +77,5 @@ class TarSamples:
         return Example(member.source_id, self.decoded(self._index.read(member), member.source_id), member.label)
 
     def decoded(self, content: bytes, source_id: str) -> Any:
-        """What an `Example` holds of a sample's bytes."""
+        """Return what an `Example` holds of a sample's bytes."""
         return content

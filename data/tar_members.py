@@ -26,7 +26,7 @@ class Member(NamedTuple):
 
     @property
     def source_id(self) -> str:
-        """Unique over all tars; keys may come again in another tar."""
+        """Return a name that is unique over all tars; keys may come again in another tar."""
         return f"{self.tar}/{self.key}"
 
 
@@ -180,7 +180,7 @@ def _require_pairs(found: _Found, tar_name: str) -> None:
 
 
 def split_key(name: str) -> tuple[str, str]:
-    """Webdataset's convention: the key ends at the first dot of the file's name."""
+    """Return key and suffix of a member. The key ends at the first dot of the file's name, as for webdataset."""
     path = PurePosixPath(name)
     stem, dot, rest = path.name.partition(".")
     return str(path.with_name(stem)) if stem else name, f"{dot}{rest}".lower()
