@@ -44,7 +44,7 @@ RESUMED_STEP = 1_000_000
 class RandomImages:
     """Random 32x32 images; `FourChannels` makes moments of the usual shape of them."""
 
-    name, fingerprint, block_sizes = "random", "0", None
+    name, fingerprint, block_sizes, left_out, notes = "random", "0", None, (), ()
     class_names = [str(number) for number in range(1000)]  # noqa: RUF012
 
     def __len__(self) -> int:

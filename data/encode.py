@@ -69,6 +69,7 @@ def encode(
     plan = Plan.of(source, encoding.spec(name, len(source.class_names)), samples_per_shard, seed)
     with _claimed(folder, workers):
         require_same_plan(folder, plan)
+        _require_few_skipped(folder, [], plan, max_skipped_fraction)
         owned = range(workers.rank, plan.num_shards, workers.world)
         _require_no_folders(folder, owned)
         for shard in owned:
@@ -264,7 +265,7 @@ def finish(folder: Path, plan: Plan, sidecars: Sequence[Sidecar], max_skipped_fr
     """
     skipped = [skip for sidecar in sidecars for skip in sidecar.skipped]
     _require_few_skipped(folder, skipped, plan, max_skipped_fraction)
-    _write_skipped(folder, skipped)
+    _write_skipped(folder, plan, skipped)
     for path in folder.glob("shard-*.tar"):
         if _OUR_SHARD.fullmatch(path.name) and path.name not in {shard_name(i) for i in range(plan.num_shards)}:
             _remove_file(path)
@@ -299,9 +300,11 @@ def skipped_text(skipped: Sequence[SkippedImage]) -> bytes:
     return "".join(json.dumps(asdict(skip)) + "\n" for skip in skipped).encode()
 
 
-def _write_skipped(folder: Path, skipped: Sequence[SkippedImage]) -> None:
-    if skipped:
-        write_bytes(folder / SKIPPED_NAME, skipped_text(skipped))
+def _write_skipped(folder: Path, plan: Plan, skipped: Sequence[SkippedImage]) -> None:
+    """Write a line for each file of the source that gives no sample; no file where there is none."""
+    left_out = [SkippedImage(entry.source_id, entry.reason) for entry in plan.left_out]
+    if left_out or skipped:
+        write_bytes(folder / SKIPPED_NAME, skipped_text([*left_out, *skipped]))
     else:
         (folder / SKIPPED_NAME).unlink(missing_ok=True)
 
@@ -309,11 +312,16 @@ def _write_skipped(folder: Path, skipped: Sequence[SkippedImage]) -> None:
 def _require_few_skipped(
     folder: Path, skipped: Sequence[SkippedImage], plan: Plan, max_skipped_fraction: float
 ) -> None:
-    """Raise ValueError where too many images were set aside, or all; the file then names those met so far."""
-    if len(skipped) > max_skipped_fraction * len(plan.order) or len(skipped) == len(plan.order):
-        _write_skipped(folder, skipped)
+    """Raise ValueError where too many images were set aside, or all; the file then names those met so far.
+
+    Images that the source leaves out, for their format or because they are links to nothing, count as set aside.
+    """
+    count, total = len(skipped) + plan.num_images_left_out, len(plan.order) + plan.num_images_left_out
+    if count > max_skipped_fraction * total or len(skipped) == len(plan.order):
+        _write_skipped(folder, plan, skipped)
+        reasons = [entry.reason for entry in plan.left_out if entry.is_image] + [skip.reason for skip in skipped]
         raise ValueError(
-            f"{len(skipped)} of {len(plan.order)} images cannot be read, the last for '{skipped[-1].reason}', more "
+            f"{count} of {total} images cannot be read, the last for '{reasons[-1]}', more "
             f"than max_skipped_fraction={max_skipped_fraction} allows; {folder / SKIPPED_NAME} names them: mend them, "
             "or raise the fraction."
         )

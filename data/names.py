@@ -36,10 +36,16 @@ def tree_inside(folder: Path, name: object, said_by: str) -> Path:
 
     Raises UnsafeNameError for ``..``, an empty part, an absolute path, and where a link leads out of the folder.
     """
+    return _without_leaving(folder, folder / PurePosixPath(tree_name(name, said_by)), said_by)
+
+
+def tree_name(name: object, said_by: str) -> str:
+    """Return a name with ``/`` in it, as it is. Raises UnsafeNameError for ``..``, an empty part, an absolute path."""
     parts = name.split("/") if isinstance(name, str) else [""]
     if not all(part not in (".", "..") and _is_part(part) for part in parts):
         raise UnsafeNameError(f"{said_by} has the name {_shown(name)}, which leads out of its folder; it is not read.")
-    return _without_leaving(folder, folder / PurePosixPath(*parts), said_by)
+    assert isinstance(name, str)
+    return name
 
 
 def sha256_name(value: object, said_by: str) -> str:

@@ -91,8 +91,12 @@ def sha256_of(path: Path | str) -> str:
 
 def _require_kind(path: Path | str, mode: int) -> None:
     if not stat.S_ISREG(mode):
-        kind = _KINDS.get(stat.S_IFMT(mode), "no file")
-        raise DamagedFileError(f"{path} is {kind}, but it must be a file.")
+        raise DamagedFileError(f"{path} is {kind_of_node(mode)}, but it must be a file.")
+
+
+def kind_of_node(mode: int) -> str:
+    """Return what a path that is no file is, by its mode: a folder, a named pipe, a device or a socket."""
+    return _KINDS.get(stat.S_IFMT(mode), "no file")
 
 
 def reason(error: Exception, path: Path | str) -> str:

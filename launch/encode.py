@@ -8,6 +8,7 @@ from data.encodings import Encoding
 from data.manifest import Manifest
 from data.progress import ProgressBar
 from data.remote import is_remote
+from data.sources import Source
 from launch.app import run
 from launch.build import build_preparation
 from launch.components import build
@@ -44,8 +45,13 @@ def encode_shards(config: dict[str, Any], progress: ProgressBar) -> Manifest | N
         flip=data["flip"],
         device=worker_device(config["device"]),
     )
+    source: Source = build(data["source"])
+    workers = workers_from_environment(config["threads"])
+    if workers.rank == 0:
+        for note in notes_of(source):
+            print(f"note: {note}")
     manifest = encode(
-        build(data["source"]),
+        source,
         encoding,
         Path(data["shards"]),
         name=data["name"],
@@ -54,11 +60,20 @@ def encode_shards(config: dict[str, Any], progress: ProgressBar) -> Manifest | N
         seed=config["seed"],
         progress=progress,
         max_skipped_fraction=config["max_skipped_fraction"],
-        workers=workers_from_environment(config["threads"]),
+        workers=workers,
     )
     if manifest is not None:
         write_record(Path(data["shards"]), config)
     return manifest
+
+
+def notes_of(source: Source) -> list[str]:
+    """Return what a user should know of a source before it is read."""
+    notes = list(source.notes)
+    if source.left_out:
+        first, number = source.left_out[0], len(source.left_out)
+        notes.append(f"{number} files of the source are left out, the first is {first.source_id}: {first.reason}.")
+    return notes
 
 
 def main() -> None:

@@ -65,6 +65,7 @@ class PatternSource:
 
     name = "pattern"
     block_sizes = None
+    left_out = notes = ()
 
     def __init__(self, count: int = 50, size: int = 8, num_classes: int = 5, bad_label_at: int | None = None) -> None:
         self.class_names = [f"class {number}" for number in range(num_classes)]
