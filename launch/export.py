@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 
 from data.atomic import atomic_file, atomic_folder
 from data.manifest import Manifest
@@ -80,8 +81,10 @@ def _autoencoder(section: dict[str, Any], revision: str) -> tuple[Any, list[str]
     without = "so the folder holds none: give yours as DiTPipeline.from_pretrained(FOLDER, vae=...)."
     try:
         autoencoder = build({**section, "precision": "fp32"})
-    except ValueError as error:
-        return None, [f"{str(error).rstrip('.')}, {without}"]
+    except InstantiationException as error:
+        if not isinstance(error.__cause__, ValueError):
+            raise
+        return None, [f"the autoencoder {section['name']} is not at {section['pretrained']} any more, {without}"]
     if autoencoder.revision != revision:
         return None, [f"the autoencoder {autoencoder.name} is no longer the one of the latents trained on, {without}"]
     if isinstance(autoencoder.scale, list) or autoencoder.shift != 0.0:

@@ -9,6 +9,7 @@ from data.reading import DamagedFileError, open_regular, sha256_of
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _STEM = "diffusion_pytorch_model"
 _FILES = ["config.json", f"{_STEM}.safetensors", f"{_STEM}-*-of-*.safetensors", f"{_STEM}.safetensors.index.json"]
+PATTERNS = ["model_index.json", "scheduler/scheduler_config.json", *_FILES, *(f"transformer/{file}" for file in _FILES)]
 
 
 def may_be_hub_name(where: str) -> bool:
@@ -24,9 +25,8 @@ def fetch_from_hub(name: str) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    patterns = [*_FILES, *(f"transformer/{file}" for file in _FILES), "scheduler/scheduler_config.json"]
     try:
-        return Path(snapshot_download(name, allow_patterns=["model_index.json", *patterns]))
+        return Path(snapshot_download(name, allow_patterns=PATTERNS))
     except Exception as error:  # of several libraries for HTTP, which share no class
         raise ValueError(
             f"{name} is neither a file or folder here nor a model of the Hugging Face hub that can be read "
