@@ -59,7 +59,7 @@ def is_foreign(where: str) -> bool:
     if is_remote(where):
         return False
     if _is_folder(Path(where)):
-        return names_file or is_diffusers_folder(Path(where))
+        return is_diffusers_folder(Path(where)) or (names_file and not (Path(where) / "checkpoints").exists())
     return names_file or os.path.lexists(where) or may_be_hub_name(where)
 
 

@@ -1,10 +1,12 @@
 """What a file of another program says of the diffusion process that its network was trained with."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from data.reading import is_absent
 from data.records import validate
@@ -12,10 +14,20 @@ from diffusion.process import GaussianDiffusion
 from diffusion.schedules import CosineSchedule, LinearSchedule, ScaledLinearSchedule
 from launch.diffusers_folder import read_json
 
-_SCHEDULES: dict[str, type[LinearSchedule] | type[ScaledLinearSchedule]] = {
-    "linear": LinearSchedule,
-    "scaled_linear": ScaledLinearSchedule,
-}
+
+@dataclass
+class SchedulerConfig:
+    """What decides the process in ``scheduler_config.json``, with diffusers' defaults."""
+
+    num_train_timesteps: Annotated[int, Field(ge=1, le=100_000)] = 1000
+    beta_schedule: str = "linear"
+    beta_start: float = 1e-4
+    beta_end: float = 2e-2
+    trained_betas: list[float] | None = None
+    prediction_type: str = "epsilon"
+
+
+_FIELDS = tuple(field.name for field in fields(SchedulerConfig))
 
 
 def notes_on_process(folder: Path, arguments: Mapping[str, Any], process: GaussianDiffusion) -> list[str]:
@@ -34,34 +46,44 @@ def notes_on_process(folder: Path, arguments: Mapping[str, Any], process: Gaussi
         ]
     path = folder / "scheduler" / "scheduler_config.json"
     try:
-        scheduler = read_json(path)
+        content = read_json(path)
     except OSError as error:
         if is_absent(error):
             return []
         raise
-    if (kind := scheduler.get("prediction_type", "epsilon")) != "epsilon":
-        raise ValueError(f"{path} says that the network predicts {kind!r}, but a DiT here predicts noise (epsilon).")
-    betas = _betas(scheduler, path)
-    if betas is None or len(betas) != process.num_steps or not np.allclose(betas, process.tables.betas, rtol=1e-5):
-        names = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
-        said = ", ".join(f"{name} {scheduler[name]}" for name in names if name in scheduler)
+    said = {name: content[name] for name in _FIELDS if name in content}
+    config = validate(SchedulerConfig, said, str(path))
+    if config.prediction_type != "epsilon":
+        raise ValueError(
+            f"{path} says that the network predicts {config.prediction_type!r}, but a DiT here predicts the noise."
+        )
+    if not _same(_betas(config), process):
+        shown = ", ".join(f"{name} {value}" for name, value in said.items() if name != "trained_betas")
         return [
-            f"{path} is of another process ({said or 'of given betas'}) than diffusion/schedule, by which is sampled; "
-            "choose the one that the weights were trained with."
+            f"{path} is of another process ({shown}) than diffusion/schedule, by which is sampled; choose the one that "
+            "the weights were trained with."
         ]
     return []
 
 
-def _betas(scheduler: Mapping[str, Any], path: Path) -> Sequence[float] | None:
+def _betas(config: SchedulerConfig) -> Sequence[float] | None:
     """Return the betas of a scheduler's config, or None for a schedule that is not known here."""
-    steps = validate(int, scheduler.get("num_train_timesteps", 1000), f"num_train_timesteps of {path}")
-    if scheduler.get("trained_betas") is not None:
-        return validate(list[float], scheduler["trained_betas"], f"trained_betas of {path}")
-    name = scheduler.get("beta_schedule", "linear")
-    if name == "squaredcos_cap_v2":
-        return list(CosineSchedule(steps).betas())
-    if name not in _SCHEDULES:
+    steps = config.num_train_timesteps
+    if config.trained_betas is not None:
+        return config.trained_betas
+    try:
+        if config.beta_schedule == "squaredcos_cap_v2":
+            return list(CosineSchedule(steps).betas())
+        if config.beta_schedule == "linear":
+            return list(LinearSchedule(steps, config.beta_start, config.beta_end).betas())
+        if config.beta_schedule == "scaled_linear":
+            return list(ScaledLinearSchedule(steps, config.beta_start, config.beta_end).betas())
+    except ValueError:  # betas outside (0, 1)
         return None
-    ends = [scheduler.get(key, default) for key, default in (("beta_start", 1e-4), ("beta_end", 2e-2))]
-    start, end = (validate(float, value, f"betas of {path}") for value in ends)
-    return list(_SCHEDULES[name](steps, start, end).betas())
+    return None
+
+
+def _same(betas: Sequence[float] | None, process: GaussianDiffusion) -> bool:
+    if betas is None or len(betas) != process.num_steps:
+        return False
+    return bool(np.allclose(betas, process.tables.betas, rtol=1e-5))

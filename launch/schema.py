@@ -158,7 +158,7 @@ class SampleSchema:
     guidance: Any = MISSING
     runtime: Any = MISSING
     checkpoint: str = MISSING  # a run folder (its newest checkpoint), one checkpoint's folder, or foreign weights
-    weights: str = "ema"  # model, an average of the checkpoint, or width_W of a run with power averages
+    weights: str = "ema"  # model, an average, width_W of a run with power averages, or a table of a foreign file
     num_images: int = 80
     labels: list[Any] | None = None  # numbers or names of classes, repeated to num_images; null: balanced over all
     batch_size: int = 64  # images per process at once; changes no image
@@ -196,7 +196,7 @@ class ExportSchema:
 
     foreign: ForeignSchema = field(default_factory=ForeignSchema)
     checkpoint: str = MISSING
-    weights: str = "ema"  # model, an average of the checkpoint, or width_W of a run with power averages
+    weights: str = "ema"  # model, an average, width_W of a run with power averages, or a table of a foreign file
     to: Program = MISSING
     out: str = MISSING  # a .pt file for reference, a folder for diffusers
 

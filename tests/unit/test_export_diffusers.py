@@ -1,6 +1,7 @@
 """An exported folder is a pipeline of diffusers, which makes the images that this program makes."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from diffusion.process import GaussianDiffusion
 from diffusion.samplers import Sampler, ddim
 from diffusion.schedules import CosineSchedule, LinearSchedule
 from diffusion.variances import LearnedRangeVariance
+from launch.app import CONF
 from launch.diffusers_folder import read_diffusers_folder
 from model.autoencoder_kl import DiffusersAutoencoder
 from model.diffusers_weights import to_diffusers
@@ -114,6 +116,23 @@ def test_the_whole_pipeline_opens_with_autoencoder_and_names_of_classes(tmp_path
     images = pipeline([3, 7], guidance_scale=1.0, num_inference_steps=2, output_type="np").images
     assert images.shape == (2, 8, 8, 3)
     assert_same_weights(read_diffusers_folder(tmp_path)[0], random_model(frequency_shift=1))
+
+
+def test_the_documented_snippets_run_as_they_stand(tmp_path: Path) -> None:
+    """Each opens FOLDER: the first a pipeline with an autoencoder, the second one in pixel space."""
+    section = (CONF.parent / "docs/model.md").read_text().split("### A pipeline of diffusers")[1]
+    place = str(tmp_path / "folder")
+    first, second = (part.split("```")[0].replace("FOLDER", place) for part in section.split("```python")[1:3])
+    names = ["tench", *map(str, range(9))]
+    to_diffusers(random_model(frequency_shift=1), tmp_path / "folder", AutoencoderKL(**AUTOENCODER), names)
+    found: dict[str, Any] = {}
+    exec(first.replace("steps=50", "steps=2"), found)
+    assert found["labels"] == [0]
+    assert found["images"][0].size == (8, 8)
+    shutil.rmtree(tmp_path / "folder")
+    to_diffusers(random_model(frequency_shift=1), tmp_path / "folder")
+    exec(second, found)
+    assert of_pipeline(found["pipeline"], [1], 2).shape == (1, 4, 8, 8)
 
 
 def test_exporting_a_run_of_latents_writes_a_pipeline_that_opens_and_decodes(

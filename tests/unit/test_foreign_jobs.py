@@ -124,15 +124,22 @@ def test_a_process_that_the_file_contradicts_is_said(tmp_path: Path, in_process:
     scheduler = tmp_path / "folder/scheduler/scheduler_config.json"
     change_json(scheduler, beta_schedule="squaredcos_cap_v2")
     shown = in_process(*words)
-    assert "scheduler_config.json is of another process (beta_schedule squaredcos_cap_v2, beta_start 0.0001" in shown
+    assert "(num_train_timesteps 1000, beta_schedule squaredcos_cap_v2, beta_start 0.0001" in shown
     assert "another process" not in in_process(*words, "diffusion/schedule=cosine")
     change_json(scheduler, beta_schedule="scaled_linear", beta_start=8.5e-4, beta_end=1.2e-2)
     assert "another process" in in_process(*words)
     assert "another process" not in in_process(*words, "diffusion/schedule=scaled_linear")
     change_json(scheduler, prediction_type="v_prediction")
     assert "says that the network predicts 'v_prediction'" in in_process(*words, expect=2)
-    scheduler.write_text('{"beta_start": "x"}')
-    assert "scheduler_config.json is damaged: it is" in in_process(*words, expect=2)
+    for content, fault in (
+        ('{"beta_start": "x"}', "beta_start is 'x'"),
+        ('{"num_train_timesteps": 1000000000}', "num_train_timesteps is 1000000000"),
+        ("[]", "it holds a list"),
+    ):
+        scheduler.write_text(content)
+        assert f"scheduler_config.json is damaged: {fault}" in in_process(*words, expect=2)
+    scheduler.write_text('{"beta_end": 7.0}')
+    assert "another process (beta_end 7.0)" in in_process(*words)
 
 
 def train(in_process: InProcess, digits: Path, *words: str, expect: int = 0) -> str:
