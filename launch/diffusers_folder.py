@@ -72,6 +72,19 @@ def read_diffusers_folder(folder: Path, frequency_shift: int = 1) -> tuple[DiT, 
     return model, notes
 
 
+def read_class_names(folder: Path, num_classes: int) -> tuple[str, ...]:
+    """Return the names of a pipeline's classes in the order of their numbers, or none where they are not all named."""
+    try:
+        named = read_json(folder / "model_index.json").get("id2label")
+    except OSError as error:
+        if is_absent(error):
+            return ()
+        raise
+    listed = [named.get(str(number)) for number in range(num_classes)] if isinstance(named, dict) else []
+    names = tuple(name for name in listed if isinstance(name, str))
+    return names if len(names) == len(listed) else ()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read one JSON object of such a folder. Raises OSError as `open` does, and ValueError for anything else."""
     require_whole(path)

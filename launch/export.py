@@ -6,18 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.errors import InstantiationException
 
 from data.atomic import atomic_file, atomic_folder
-from data.manifest import Manifest
+from data.manifest import LatentSpec
 from data.progress import ProgressBar
+from data.records import validate
 from diffusion.process import GaussianDiffusion
 from launch.app import run
-from launch.build import build, load_model, read_state, require_shipped
+from launch.build import checkpoint_path, load_model
+from launch.components import build, build_saved
 from launch.foreign import Facts, is_foreign, notes_on_positions, read_foreign
+from launch.saved_configs import component
 from model.diffusers_weights import NULL_CLASS, to_diffusers
 from model.dit import DiT
 from model.released import to_reference
+from train.checkpoint import read_state_file
+from train.stores import STATE_FILE
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Source:
     model: DiT
     notes: tuple[str, ...] = ()
     autoencoder: Any = None  # diffusers' AutoencoderKL
-    class_names: tuple[str, ...] | None = None
+    class_names: tuple[str, ...] = ()
     betas: tuple[float, ...] | None = None  # None: the paper's
 
 
@@ -57,50 +61,38 @@ def export_job(config: dict[str, Any], progress: ProgressBar) -> None:
 def _foreign_source(config: Mapping[str, Any]) -> Source:
     network = read_foreign(config["checkpoint"], config["weights"], Facts(**config["foreign"]))
     own = notes_on_positions(network.model, config["checkpoint"]) if config["to"] == "reference" else []
-    return Source(network.model, (*network.notes, *own))
+    return Source(network.model, (*network.notes, *own), class_names=network.class_names)
 
 
 def _our_source(where: str, weights: str, for_diffusers: bool) -> Source:
     model = load_model(where, weights)
     if not for_diffusers:
         return Source(model)
-    state = read_state(where)
-    settings = state["config"]
-    require_shipped(settings["diffusion"], "diffusion.")
-    process: GaussianDiffusion = build(settings["diffusion"])
-    autoencoder, of_autoencoder = _autoencoder(settings["data"]["autoencoder"], state["spec"]["autoencoder_revision"])
-    names, of_names = _class_names(settings["data"]["shards"], state["data_manifest_hash"])
-    return Source(model, (*of_autoencoder, *of_names), autoencoder, names, tuple(process.tables.betas.tolist()))
+    path = checkpoint_path(where)
+    state, said_by = read_state_file(path), str(path / STATE_FILE)
+    spec = validate(LatentSpec, state["spec"], said_by)
+    process: GaussianDiffusion = build_saved(component(state["config"], "diffusion", said_by), said_by)
+    autoencoder, notes = _autoencoder(component(state["config"], "data.autoencoder", said_by), spec)
+    names = tuple(state.get("class_names", []))  # earlier versions kept none
+    if not names:
+        notes.append("the checkpoint has no names of classes, so there is no id2label.")
+    return Source(model, tuple(notes), autoencoder, names, tuple(process.tables.betas.tolist()))
 
 
-def _autoencoder(section: dict[str, Any], revision: str) -> tuple[Any, list[str]]:
+def _autoencoder(section: dict[str, Any], spec: LatentSpec) -> tuple[Any, list[str]]:
     """Return the AutoencoderKL of a checkpoint, scaled as its pipeline has to, or a sentence why there is none."""
-    require_shipped(section, "data.autoencoder.")
     if not section["_target_"].endswith("DiffusersAutoencoder"):
         return None, ["its latents are images, for which a DiTPipeline has no decoder: open it with vae=None."]
     without = "so the folder holds none: give yours as DiTPipeline.from_pretrained(FOLDER, vae=...)."
     try:
         autoencoder = build({**section, "precision": "fp32"})
-    except InstantiationException as error:
-        if not isinstance(error.__cause__, ValueError):
-            raise
+    except ValueError:
         return None, [f"the autoencoder {section['name']} is not at {section['pretrained']} any more, {without}"]
-    if autoencoder.revision != revision:
+    if autoencoder.revision != spec.autoencoder_revision:
         return None, [f"the autoencoder {autoencoder.name} is no longer the one of the latents trained on, {without}"]
     if isinstance(autoencoder.scale, list) or autoencoder.shift != 0.0:
         return None, [f"a DiTPipeline scales latents by one number, and not as {autoencoder.name} here, {without}"]
     return autoencoder.for_pipeline(), []
-
-
-def _class_names(shards: str, manifest_hash: str) -> tuple[tuple[str, ...] | None, list[str]]:
-    """Return the names of the classes out of the shards' manifest, or a sentence why they are missing."""
-    try:
-        manifest = Manifest.load(shards)
-    except ValueError as error:
-        return None, [f"the names of the classes are not written as id2label ({str(error).rstrip('.')})."]
-    if manifest.hash != manifest_hash:
-        return None, [f"{shards} holds other shards now, so the names of the classes are not written as id2label."]
-    return tuple(manifest.class_names), []
 
 
 def _notes_on_pipeline(source: Source) -> list[str]:

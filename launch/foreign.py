@@ -1,8 +1,9 @@
 """Networks of other programs: a file of the released code, a diffusers folder, or a model of the Hugging Face hub."""
 
 import os
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from data.remote import is_remote
 from diffusion.process import GaussianDiffusion
 from launch.build import LoadedCheckpoint, require_variance
 from launch.components import build
-from launch.diffusers_folder import WEIGHTS, is_diffusers_folder, read_diffusers_folder
+from launch.diffusers_folder import WEIGHTS, is_diffusers_folder, read_class_names, read_diffusers_folder
 from launch.foreign_process import notes_on_process
 from launch.hub import fetch_from_hub, may_be_hub_name
 from launch.weight_files import read_weight_file
@@ -48,6 +49,7 @@ class ForeignNetwork:
     model: DiT
     notes: tuple[str, ...]
     arguments: Mapping[str, Any]  # that its trainer kept
+    class_names: tuple[str, ...] = ()
 
 
 def is_foreign(where: str) -> bool:
@@ -80,7 +82,7 @@ def read_foreign(where: str, weights: str, facts: Facts) -> ForeignNetwork:
         path = fetch_from_hub(where)
         notes.append(f"{where} is {path.name[:12]} of the Hugging Face hub.")
     network = (_read_folder if _is_folder(path) else _read_file)(path, weights, facts)
-    return ForeignNetwork(where, path, network.model, (*network.notes, *notes), network.arguments)
+    return replace(network, where=where, notes=(*network.notes, *notes))
 
 
 def notes_on_positions(model: DiT, where: str) -> list[str]:
@@ -107,7 +109,7 @@ def load_foreign(config: Mapping[str, Any], runtime: Runtime) -> LoadedCheckpoin
     of_process = notes_on_process(network.path, network.arguments, process)
     if runtime.is_main:
         for note in (*network.notes, *notes_on_positions(model, where), *of_process):
-            print(f"note: {note}")
+            print(f"note: {note}", file=sys.stderr)
     preparation = Preparation(model.config.latent_size * autoencoder.downscale, ExactSize())
     return LoadedCheckpoint(
         path=Path(where),
@@ -120,6 +122,7 @@ def load_foreign(config: Mapping[str, Any], runtime: Runtime) -> LoadedCheckpoin
         autoencoder=autoencoder.to(runtime.device),
         class_dropout=0.1 if model.has_null_class else 0.0,  # both programs train with it
         training_seed=0,
+        class_names=network.class_names,
     )
 
 
@@ -146,7 +149,7 @@ def _read_folder(path: Path, weights: str, facts: Facts) -> ForeignNetwork:
         said, found = getattr(facts, name), getattr(model.config, name)
         if said is not None and said != found:
             raise ValueError(f"foreign.{name} is {said}, but the config of {path} says {found}; leave it out.")
-    return ForeignNetwork(str(path), path, model, tuple(notes), {})
+    return ForeignNetwork(str(path), path, model, tuple(notes), {}, read_class_names(path, model.config.num_classes))
 
 
 def _classes(rows: int, facts: Facts, trained: object, path: Path) -> tuple[int, list[str]]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model.dit import DiT
-from model.released import require_depth, require_released_architecture, require_tensors
+from model.released import require_depth, require_released_architecture, require_tensors, shapes_only
 
 ANCHOR = "pos_embed.proj.weight"  # the tensor by which a table under diffusers' names is known
 FIXED_WITHIN = 2.0**-8  # of the fixed position embedding: what averaging, or bfloat16, makes of it
@@ -48,9 +48,7 @@ def from_diffusers(state: Mapping[str, Tensor], arguments: Mapping[str, Any]) ->
     depth = require_depth(state, r"transformer_blocks\.(\d{1,4})\.")
     if depth != arguments["depth"]:
         raise ValueError(f"The config has {arguments['depth']} layers, but there are weights of {depth}.")
-    with torch.device("meta"):  # shapes without memory: what a file claims is not yet believed
-        shapes = DiT(**arguments)
-        expected = _as_diffusers(shapes)
+    expected = _as_diffusers(shapes_only(arguments))
     require_tensors(state, {name: tuple(value.shape) for name, value in expected.items()})
     _require_one_embedding(state, depth)
     model = DiT(**arguments)
@@ -62,7 +60,7 @@ def to_diffusers(
     model: DiT,
     folder: Path,
     autoencoder: Any = None,
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] = (),
     betas: Sequence[float] | None = None,
 ) -> None:
     """Write a folder that ``DiTPipeline.from_pretrained`` opens.
@@ -101,7 +99,7 @@ def to_diffusers(
         "scheduler": ["diffusers", "DDIMScheduler"],
         "vae": [None, None] if autoencoder is None else ["diffusers", "AutoencoderKL"],
     }
-    names = {} if class_names is None else {"id2label": dict(enumerate(class_names))}
+    names = {"id2label": dict(enumerate(class_names))} if class_names else {}
     _write_config(Path(folder) / "model_index.json", "DiTPipeline", {**names, **parts})
 
 

@@ -49,8 +49,7 @@ def from_reference(
     """
     arguments = _shape_of(state_dict, num_heads, num_classes) | {"frequency_shift": frequency_shift}
     rows = label_rows(state_dict)
-    with torch.device("meta"):  # shapes without memory: what a file claims is not yet believed
-        expected = to_reference(_with_rows(DiT(**arguments), rows))
+    expected = to_reference(_with_rows(shapes_only(arguments), rows))
     require_tensors(state_dict, {name: tuple(value.shape) for name, value in expected.items()})
     model = _with_rows(DiT(**arguments), rows)
     ours = {_our_name(name): value for name, value in state_dict.items() if name != "pos_embed"}
@@ -58,6 +57,15 @@ def from_reference(
     model.load_state_dict(ours)
     model.position_embedding.copy_(state_dict["pos_embed"][0])
     return model
+
+
+def shapes_only(arguments: Mapping[str, Any]) -> DiT:
+    """Return a DiT without memory: what a file claims is not yet believed. Raises ValueError for no DiT's shape."""
+    try:
+        with torch.device("meta"):
+            return DiT(**arguments)
+    except ValueError as error:
+        raise ValueError(f"These are not a DiT's weights: {error}") from error
 
 
 def to_reference(model: DiT) -> dict[str, Tensor]:

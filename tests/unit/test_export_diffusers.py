@@ -22,7 +22,7 @@ from diffusion.samplers import Sampler, ddim
 from diffusion.schedules import CosineSchedule, LinearSchedule
 from diffusion.variances import LearnedRangeVariance
 from launch.app import CONF
-from launch.diffusers_folder import read_diffusers_folder
+from launch.diffusers_folder import read_class_names, read_diffusers_folder
 from model.autoencoder_kl import DiffusersAutoencoder
 from model.diffusers_weights import to_diffusers
 from model.dit import DiT
@@ -160,12 +160,18 @@ def test_exporting_a_run_of_latents_writes_a_pipeline_that_opens_and_decodes(
     images = pipeline([0, 2], guidance_scale=1.0, num_inference_steps=2, output_type="np").images
     assert images.shape == (2, 16, 16, 3)
     (tmp_path / "autoencoder/config.json").unlink()
-    (tmp_path / "shards/manifest.json").unlink()
     shown = in_process("export", "checkpoint=run", "to=diffusers", "out=parts")
     assert "the autoencoder sd-vae-ft-ema is not at autoencoder any more" in shown
     assert "so the folder holds none: give yours as DiTPipeline.from_pretrained(FOLDER, vae=...)." in shown
-    assert "the names of the classes are not written as id2label (There is no manifest.json in" in shown
-    assert opened(tmp_path / "parts", vae=AutoencoderKL(**AUTOENCODER)).labels == {}
+    assert opened(tmp_path / "parts", vae=AutoencoderKL(**AUTOENCODER)).labels == pipeline.labels
+    in_process("export", "checkpoint=parts", "to=diffusers", "out=again")
+    assert read_class_names(tmp_path / "again", 3) == ("ant", "bee", "cat")
+    words = ["diffusion/sampler=ddim", "sampler.steps=2", "num_images=2", "runtime=cpu", "data.autoencoder.channels=4"]
+    for name, label in (("a", "cat"), ("b", "2")):
+        in_process("sample", "checkpoint=again", *words, f"labels=[{label}]", f"out={name}")
+    with np.load(tmp_path / "a.npz") as one, np.load(tmp_path / "b.npz") as other:
+        assert one["arr_1"].tolist() == [2, 2]
+        assert np.array_equal(one["arr_0"], other["arr_0"])
 
 
 def test_exporting_a_run_in_pixel_space_says_that_the_pipeline_has_no_decoder(
