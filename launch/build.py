@@ -76,14 +76,21 @@ def build_shards(data: Mapping[str, Any]) -> MappedShards:
     return MappedShards(data["shards"], data["verify_checksums"], cache)
 
 
-def require_variance(model: DiT, process: GaussianDiffusion) -> None:
-    """Raise ValueError where the process wants a variance that the network does not predict, or the reverse."""
-    if process.variance.learned != model.config.learn_sigma:
-        raise ValueError(
-            f"{type(process.variance).__name__} needs {model.config.channels * (2 if process.variance.learned else 1)} "
-            f"output channels, but the model has {model.config.out_channels}; set "
-            f"model.learn_sigma={str(process.variance.learned).lower()}."
-        )
+def require_variance(model: DiT, process: GaussianDiffusion, of: str | None = None) -> None:
+    """Raise ValueError where the process wants a variance that the network does not predict, or the reverse.
+
+    ``of`` names a file that the network is from: what it predicts is then given, and the process has to follow.
+    """
+    if process.variance.learned == model.config.learn_sigma:
+        return
+    needed = model.config.channels * (2 if process.variance.learned else 1)
+    follow = "diffusion/variance=learned_range" if model.config.learn_sigma else "diffusion/variance=fixed_large"
+    follow += "" if model.config.learn_sigma else " or fixed_small"
+    change = f"model.learn_sigma={str(process.variance.learned).lower()}, or {follow}" if of is None else follow
+    raise ValueError(
+        f"{type(process.variance).__name__} needs {needed} output channels, but {of or 'the model'} has "
+        f"{model.config.out_channels}; set {change}."
+    )
 
 
 def model_facts(model: DiT, images_seen: int, weights: str, training_seed: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ GRID_IMAGES = 100  # a picture with more is no longer looked at
 def sample_job(config: dict[str, Any], progress: ProgressBar) -> None:
     """Write ``{out}.png`` and ``{out}.npz`` (``arr_0`` uint8 [N, H, W, C], ``arr_1`` int64 labels [N])."""
     runtime: Runtime = build(config["runtime"], precision=config["precision"])
-    if is_foreign(Path(config["checkpoint"])):
+    if is_foreign(config["checkpoint"]):
         checkpoint = load_foreign(config, runtime)
     else:
         checkpoint = LoadedCheckpoint.load(config["checkpoint"], config["weights"], runtime)
@@ -35,6 +35,7 @@ def sample_job(config: dict[str, Any], progress: ProgressBar) -> None:
     else:
         numbers = [class_number(label, checkpoint.class_names) for label in config["labels"]]
         labels = given_labels(numbers, count, num_classes)
+        _require_known(numbers, checkpoint)
     if checkpoint.note is not None and runtime.is_main:
         print(f"note: {checkpoint.note}", file=sys.stderr)
     generator = checkpoint.generator(config, config["seed"], runtime)
@@ -85,6 +86,15 @@ def _name(config: dict[str, Any], checkpoint: LoadedCheckpoint) -> str:
     if config["labels"] is not None:
         parts.append("labels" + "_".join(re.sub(r"\W", "", str(label)) for label in config["labels"][:10]))
     return "-".join(parts)
+
+
+def _require_known(labels: Sequence[int], checkpoint: LoadedCheckpoint) -> None:
+    """Raise ValueError for the null class of a network that never saw it."""
+    if checkpoint.class_dropout == 0 and checkpoint.spec.num_classes in labels:
+        raise ValueError(
+            f"labels has {checkpoint.spec.num_classes}, the null class, but {checkpoint.path} was trained without "
+            f"label dropout and has none; choose classes from 0 to {checkpoint.spec.num_classes - 1}."
+        )
 
 
 def _concatenate(parts: list[np.ndarray], checkpoint: LoadedCheckpoint) -> np.ndarray:

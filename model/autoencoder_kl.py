@@ -68,6 +68,14 @@ class DiffusersAutoencoder:
             image: Tensor = self._network.decode(unscaled.to(self._network.dtype)).sample
         return image.float()
 
+    def for_pipeline(self) -> AutoencoderKL:
+        """Return diffusers' own network, with the scale by which its pipelines divide latents before decoding."""
+        assert not isinstance(self.scale, list), "a pipeline knows one scale"
+        assert self.shift == 0.0, "a pipeline knows no shift"
+        self._network.register_to_config(scaling_factor=self.scale)
+        network: AutoencoderKL = self._network
+        return network
+
     def _exact(self, device: torch.device) -> AbstractContextManager[None]:
         """float32 means float32, whatever the caller allows its own network."""
         return exact_float32(device) if self.precision == "fp32" else nullcontext()

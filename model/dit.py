@@ -62,6 +62,11 @@ class DiTConfig:
                 f"model.num_heads {self.num_heads} does not divide model.width {self.width}; "
                 f"choose one of {_divisors(self.width)}."
             )
+        if self.frequency_shift not in (0, 1):
+            raise ValueError(
+                f"model.frequency_shift is {self.frequency_shift}, but there are two: 0 as in the released code, 1 as "
+                "in diffusers."
+            )
 
         if self.num_tokens * self.width > _MOST_POSITIONS:
             raise ValueError(
@@ -114,6 +119,21 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList([block(width, num_heads) for _ in range(depth)])
         self.final_layer = self.block_list[0].final_layer(width, config.out_channels * patch_size**2)
         self.initialize(0)
+
+    @property
+    def has_null_class(self) -> bool:
+        """Return whether the label table has a row for "no label", as every model has that is made here."""
+        return self.label_embedding.num_embeddings > self.config.num_classes
+
+    def remove_null_class(self) -> None:
+        """Take the null class's row away: weights of other programs, trained without label dropout, have none."""
+        rows = self.label_embedding.weight[: self.config.num_classes].detach()
+        self.label_embedding = nn.Embedding.from_pretrained(rows.clone(), freeze=False)
+
+    def position_drift(self) -> float:
+        """Return the largest difference between the position embedding and the fixed one that is made here."""
+        fixed = position_embedding_2d(self.config.width, self.config.latent_size // self.config.patch_size)
+        return float((self.position_embedding.cpu() - fixed).abs().max())
 
     @property
     def block_list(self) -> list[Block]:
