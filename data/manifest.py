@@ -13,9 +13,9 @@ from pydantic import ConfigDict, Field
 
 from data.atomic import write_bytes
 from data.names import inside, plain_name
-from data.reading import DamagedFileError, read_regular
+from data.reading import DamagedFileError, read_regular, remedied
 from data.records import check, parse_object, seal, unseal
-from data.remote import DEFAULT_RETRY, Retry, is_remote, join, read_bytes
+from data.remote import DEFAULT_RETRY, DamagedError, Retry, is_remote, join, read_bytes
 
 FORMAT_VERSION: Final = 2
 MANIFEST_NAME = "manifest.json"
@@ -87,7 +87,7 @@ class ShardEntry:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    name: str
+    name: Annotated[str, Field(max_length=255)]
     count: Count  # samples
     bytes: Annotated[int, Field(ge=1, le=2**50)]
     sha256: Sha256
@@ -135,10 +135,8 @@ class Manifest:
         Raises ValueError where it is missing, damaged or of another version, or where a store does not answer.
         """
         path, remedy = join(folder, MANIFEST_NAME), _REMOTE_REMEDY if is_remote(folder) else _REMEDY
-        try:
+        with remedied(remedy):
             return cls._parsed(_content(folder, path, retry), path)
-        except DamagedFileError as error:
-            raise DamagedFileError(f"{str(error).removesuffix('.')}; {remedy}.") from None
 
     @classmethod
     def _parsed(cls, text: bytes, path: str) -> "Manifest":
@@ -181,6 +179,8 @@ def _content(folder: Path | str, path: str, retry: Retry) -> bytes:
         return read_regular(inside(Path(folder), MANIFEST_NAME, "the format of shards"), MAX_MANIFEST_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"There is no {MANIFEST_NAME} in {folder}; make shards with `ditscale encode`.") from error
+    except DamagedError as error:
+        raise DamagedFileError(str(error)) from error
 
 
 def _require_plausible(manifest: Manifest, path: str) -> None:

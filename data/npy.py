@@ -31,8 +31,10 @@ class Header(NamedTuple):
         return count * self.dtype.itemsize
 
 
-def parse_header(start: bytes, name: str) -> Header:
+def parse_header(start: bytes, file: str, array: str) -> Header:
     """Return the header that a ``.npy`` file starts with; ``start`` has at least `LONGEST_HEADER` bytes, or all.
+
+    The names of the ``file`` that was read and of the ``array`` in it stand in errors.
 
     Raises DamagedFileError for anything that ``numpy.save`` does not write of a C-ordered array of numbers or text.
     """
@@ -40,10 +42,14 @@ def parse_header(start: bytes, name: str) -> Header:
     size = 10 + int.from_bytes(begin[1], "little") if begin else 0
     found = _HEADER.fullmatch(start[10:size]) if 0 < size <= LONGEST_HEADER else None
     if found is None:
-        raise DamagedFileError(f"{name} is damaged: {start[:16]!r} is not the beginning of a .npy file of numbers.")
+        raise DamagedFileError(
+            f"{file} is damaged: {array} begins with {start[:16]!r}, as no .npy file of numbers does."
+        )
     try:
         dtype = np.dtype(found[1].decode())
     except (TypeError, ValueError, OverflowError):
-        raise DamagedFileError(f"{name} is damaged: there is no array of type {found[1].decode()}.") from None
+        raise DamagedFileError(
+            f"{file} is damaged: {array} is of type {found[1].decode()}, which there is not."
+        ) from None
     shape = tuple(int(length) for length in found[2].decode().replace(",", " ").split())
     return Header(shape, dtype, size)

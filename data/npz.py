@@ -55,24 +55,24 @@ def read_npz(content: bytes, name: str, wanted: Collection[str]) -> dict[str, ND
             for array in wanted:
                 if (count := names.count(f"{array}.npy")) != 1:
                     raise DamagedFileError(f"{name} is damaged: it has {count} arrays called {array}, not one.")
-            return {array: _array(archive, names.index(f"{array}.npy"), f"{array} of {name}") for array in wanted}
+            return {array: _array(archive, names.index(f"{array}.npy"), name, array) for array in wanted}
     except DamagedFileError:
         raise
     except _ZIP_ERRORS as error:
         raise DamagedFileError(f"{name} is damaged: it is not a sound .npz file ({_one_line(error)}).") from None
 
 
-def _array(archive: zipfile.ZipFile, number: int, name: str) -> NDArray[Any]:
+def _array(archive: zipfile.ZipFile, number: int, name: str, array: str) -> NDArray[Any]:
     member = archive.infolist()[number]
     if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
-        raise DamagedFileError(f"{name} is damaged: it is compressed, but this program compresses none.")
+        raise DamagedFileError(f"{name} is damaged: {array} is compressed, but this program compresses none.")
     with archive.open(member) as file:
         values = file.read()
-    header = parse_header(values[:LONGEST_HEADER], name)
+    header = parse_header(values[:LONGEST_HEADER], name, array)
     if (found := len(values) - header.num_bytes) != header.num_value_bytes:
         raise DamagedFileError(
-            f"{name} is damaged: {header.dtype} {list(header.shape)} has {header.num_value_bytes} bytes, "
-            f"but there are {found}."
+            f"{name} is damaged: {array} is {header.dtype}{list(header.shape)} of {header.num_value_bytes} bytes, but "
+            f"there are {found}."
         )
     return np.frombuffer(values, header.dtype, offset=header.num_bytes).reshape(header.shape)
 

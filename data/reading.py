@@ -4,6 +4,8 @@ import errno
 import hashlib
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
@@ -20,6 +22,15 @@ _KINDS = {
 
 class DamagedFileError(ValueError):
     """A file is not what it should be. The sentence names it."""
+
+
+@contextmanager
+def remedied(remedy: str) -> Iterator[None]:
+    """End the sentence of each DamagedFileError of the block with the way out."""
+    try:
+        yield
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{str(error).removesuffix('.')}; {remedy}.") from None
 
 
 def open_regular(path: Path | str) -> BufferedReader:

@@ -112,8 +112,11 @@ def _first_fault(error: ValidationError | RecursionError) -> str:
     given = repr(found.get("input"))
     shown = given if len(given) <= 80 else f"{given[:80]}..."
     message = found["msg"][:1].lower() + found["msg"][1:]
-    missing = found["type"] == "missing"
-    return f"it has no {place}" if missing else f"{place} is {shown}, but {message}"
+    if found["type"] == "missing":
+        return f"it has no {place}"
+    if found["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"it has a field {place}, which this program does not know"
+    return f"{place} is {shown}, but {message}"
 
 
 def _kind(content: Any) -> str:

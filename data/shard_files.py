@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 from data.cache import Cache, CachedFile
 from data.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from data.names import inside, plain_name
-from data.reading import DamagedFileError, is_absent, open_regular, read_regular, sha256_of
+from data.reading import DamagedFileError, is_absent, open_regular, read_regular, remedied, sha256_of
 from data.remote import DEFAULT_RETRY, DamagedError, Retry, download, join, read_limited, with_retries
 from data.shard_index import INDEX_NAME
 
@@ -30,6 +30,7 @@ class ShardFiles(Protocol):
     """Reads the files that a manifest lists. Each method raises ValueError that names a missing or damaged file."""
 
     manifest: Manifest
+    repair: str  # what to do about a damaged file
     keeps_all: bool  # whether all shards are at hand at all times, so that nobody need expect any
 
     def read_index(self) -> bytes:
@@ -57,6 +58,7 @@ class LocalShardFiles:
     """A folder. Every file is checked at the start: its size and, with ``verify_checksums``, its content."""
 
     keeps_all = True
+    repair = REPAIR
 
     def __init__(self, folder: Path, verify_checksums: bool) -> None:
         self.manifest = Manifest.load(folder)
@@ -68,11 +70,10 @@ class LocalShardFiles:
     def read_index(self) -> bytes:
         """As `ShardFiles` says."""
         try:
-            content = read_regular(self._path(INDEX_NAME), self.manifest.max_index_bytes)
+            with remedied(REPAIR):
+                content = read_regular(self._path(INDEX_NAME), self.manifest.max_index_bytes)
         except OSError as error:
             raise self._unreadable(INDEX_NAME, error) from error
-        except DamagedFileError as error:
-            raise DamagedFileError(f"{str(error).removesuffix('.')}; {REPAIR}.") from None
         self._require_hash(INDEX_NAME, self.manifest.index_sha256, hashlib.sha256(content).hexdigest())
         return content
 
@@ -97,11 +98,10 @@ class LocalShardFiles:
         """A shard's file, found to have its size and, with ``verify``, its content."""
         path = self._path(shard.name)
         try:
-            file = open_regular(path)
+            with remedied(REPAIR):
+                file = open_regular(path)
         except OSError as error:
             raise self._unreadable(shard.name, error) from error
-        except DamagedFileError as error:
-            raise DamagedFileError(f"{str(error).removesuffix('.')}; {REPAIR}.") from None
         try:
             if (size := os.fstat(file.fileno()).st_size) != shard.bytes:
                 raise DamagedFileError(self._wrong_size(shard, size))
@@ -141,6 +141,7 @@ class RemoteShardFiles:
     """
 
     keeps_all = False
+    repair = REMOTE_REPAIR
 
     def __init__(
         self, url: str, cache: Cache, verify_checksums: bool, retry: Retry = DEFAULT_RETRY, num_threads: int = 4

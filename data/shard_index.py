@@ -67,9 +67,10 @@ def read_source_ids(content: bytes, manifest: Manifest, name: str) -> NDArray[np
 def _require_labels(labels: NDArray[np.int64], content: bytes, manifest: Manifest, name: str) -> None:
     bad = np.flatnonzero((labels < 0) | (labels >= manifest.spec.num_classes))
     if len(bad):
+        image = read_source_ids(content, manifest, name)[bad[0]]
         raise DamagedFileError(
-            f"Sample {read_source_ids(content, manifest, name)[bad[0]]} in {name} has label {labels[bad[0]]}, but the "
-            f"manifest has {manifest.spec.num_classes} classes; encode these images again."
+            f"{name} is damaged: the image {image} has label {labels[bad[0]]}, but the manifest has "
+            f"{manifest.spec.num_classes} classes."
         )
 
 

@@ -197,7 +197,7 @@ def _label(tar: IO[bytes], member: _Member, name: str) -> int:
 
 def _array_header(tar: IO[bytes], sample: Sample, name: str) -> Header:
     start = _read(tar, sample.offset, min(sample.num_bytes, LONGEST_HEADER), name)
-    return parse_header(start, f"the sample {sample.key} of {name}")
+    return parse_header(start, name, f"the sample {sample.key!r}")
 
 
 def _read(tar: IO[bytes], position: int, size: int, name: str) -> bytes:

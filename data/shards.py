@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from data.cache import Cache
 from data.manifest import LatentSpec
 from data.npy import LONGEST_HEADER, parse_header
-from data.reading import DamagedFileError
+from data.reading import DamagedFileError, remedied
 from data.remote import DEFAULT_RETRY, Retry, is_remote, join
 from data.shard_files import LocalShardFiles, RemoteShardFiles, ShardFiles
 from data.shard_index import INDEX_NAME, read_index, read_source_ids
@@ -34,8 +34,9 @@ class MappedShards:
         self.place = place
         self._files = _shard_files(place, verify_checksums, cache, retry)
         self.manifest = self._files.manifest
-        index = read_index(self._files.read_index(), self.manifest, join(place, INDEX_NAME))
-        self.labels, self._layouts = index
+        content, name = self._files.read_index(), join(place, INDEX_NAME)
+        with remedied(self._files.repair):
+            self.labels, self._layouts = read_index(content, self.manifest, name)
         self._first_rows = np.cumsum([0, *self.counts])
         self._views: dict[int, NDArray[np.float16]] = {}
         self._expected: set[int] = set()
@@ -51,7 +52,9 @@ class MappedShards:
     @property
     def source_ids(self) -> NDArray[np.str_]:
         """Name of each row's image in its source, read anew: training never needs them."""
-        return read_source_ids(self._files.read_index(), self.manifest, join(self.place, INDEX_NAME))
+        content, name = self._files.read_index(), join(self.place, INDEX_NAME)
+        with remedied(self._files.repair):
+            return read_source_ids(content, self.manifest, name)
 
     def expect(self, shards: Iterable[int]) -> None:
         """Say which shards are read now and next, in this order: remote ones are fetched ahead, others let go.
@@ -103,7 +106,7 @@ class MappedShards:
                 place = join(self.place, self.manifest.shards[shard].name)
                 raise DamagedFileError(
                     f"{place} is not the shard that the index describes: there is no sample {spec.dtype}"
-                    f"{spec.sample_shape} where {layout} puts sample {row}; encode these images again."
+                    f"{spec.sample_shape} where {layout} puts sample {row}; {self._files.repair}."
                 )
         return _strided(mapped, count, layout, spec)
 
@@ -121,7 +124,7 @@ def _begins(mapped: mmap.mmap, offset: int, spec: LatentSpec) -> bool:
     if start < 0:
         return False
     try:
-        header = parse_header(mapped[start:offset], "")
+        header = parse_header(mapped[start:offset], "a shard", "a sample")
     except DamagedFileError:
         return False
     return (start + header.num_bytes, header.shape, header.dtype) == (offset, spec.sample_shape, spec.dtype)
