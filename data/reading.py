@@ -49,6 +49,18 @@ def require_regular(path: Path | str) -> None:
     open_regular(path).close()
 
 
+def require_own_file(path: Path) -> None:
+    """Raise DamagedFileError where a file that this program opens to write in place is something else, also a link."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        raise DamagedFileError(
+            f"{path} is {_KINDS.get(stat.S_IFMT(mode), 'a link')}, but it must be a file; remove it."
+        )
+
+
 def read_regular(path: Path | str, limit_bytes: int = MAX_RECORD_BYTES) -> bytes:
     """Return the content of a regular file. Raises as `open_regular` does, and DamagedFileError for a larger one."""
     with open_regular(path) as file:
