@@ -36,9 +36,15 @@ def remedied(remedy: str) -> Iterator[None]:
 def open_regular(path: Path | str) -> BufferedReader:
     """Open a regular file, or a link to one, for reading. Never waits, as opening a named pipe would.
 
-    Raises OSError as `open` does, and DamagedFileError for a folder, pipe, device or socket.
+    Raises OSError as `open` does, and DamagedFileError for a folder, pipe, device, socket or a link to itself.
     """
-    _require_kind(path, Path(path).stat().st_mode)  # before it is opened: opening a device may act on it
+    try:
+        mode = Path(path).stat().st_mode
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise DamagedFileError(f"{path} is a link that leads back to itself, but it must be a file.") from None
+        raise
+    _require_kind(path, mode)  # before it is opened: opening a device may act on it
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         _require_kind(path, os.fstat(descriptor).st_mode)

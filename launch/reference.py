@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from data.atomic import make_folder, require_no_folder
 from data.progress import ProgressBar
 from data.reading import sha256_of
 from evaluation.image_sets import ImageSet
@@ -20,6 +21,8 @@ def reference_job(config: dict[str, Any], progress: ProgressBar) -> None:
     out = Path(config["out"])
     if out.suffix != ".npz":
         raise ValueError(f"out is {out}, but a reference is an .npz; name it so.")
+    require_no_folder(out)  # before hours of work
+    make_folder(out.parent)
     runtime: Runtime = build(config["runtime"], precision="fp32")
     runtime.require_same(facts_of_process(config))
     images: ImageSet = build(config["images"])

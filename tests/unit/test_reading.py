@@ -23,7 +23,7 @@ from data.reading import (
 from data.records import check, parse_json, read_record, seal
 
 
-@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "socket", "link to a device"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "socket", "link to a device", "link to itself"])
 def test_what_is_no_regular_file_is_refused_at_once_and_named(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "thing"
     if kind == "folder":
@@ -32,6 +32,8 @@ def test_what_is_no_regular_file_is_refused_at_once_and_named(tmp_path: Path, ki
         os.mkfifo(path)
     elif kind == "device":
         path = Path("/dev/zero")
+    elif kind == "link to itself":
+        path.symlink_to(path)
     elif kind == "link to a device":
         path.symlink_to("/dev/zero")
     else:
