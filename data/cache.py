@@ -25,6 +25,7 @@ from typing import NamedTuple
 from filelock import FileLock
 
 from data.atomic import require_no_folder, sync_folder
+from data.locks import require_locks
 from data.names import sha256_name
 from data.reading import require_own_file
 
@@ -60,6 +61,7 @@ class Cache:
         except OSError as error:
             raise ValueError(f"data.cache {folder} cannot be made ({error}); choose another folder.") from error
         require_own_file(folder / ".lock")
+        require_locks(folder / ".lock")  # a file that is read is held by one
         # Held for moments only: nothing is fetched or read under it.
         self._lock = FileLock(folder / ".lock")
 

@@ -15,17 +15,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from data.atomic import require_no_folder, write_bytes
 from data.channel_sums import channel_statistics, channel_sums
 from data.encodings import Encoding
+from data.locks import HeldError, acquired
 from data.manifest import FORMAT_VERSION, MANIFEST_NAME, MAX_SOURCE_ID, Manifest
 from data.pipeline import Encoded, encoded_batches
 from data.plan import Plan, shard_name
 from data.progress import Progress, ProgressBar
-from data.reading import require_own_file, sha256_of
+from data.reading import sha256_of
 from data.shard_index import INDEX_NAME, write_index
 from data.shard_tars import write_shard
 from data.sidecars import Sidecar, SkippedImage, finished, sidecar_path, sound
@@ -95,13 +95,12 @@ def _claimed(folder: Path, workers: Workers) -> Iterator[None]:
     except (FileExistsError, NotADirectoryError) as error:
         raise ValueError(f"data.shards {folder} is no folder and cannot be made one; choose another.") from error
     path = folder / f".encode-{workers.rank}.lock"
-    require_own_file(path)
-    lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
+        lock = acquired(path, timeout_sec=0)
+    except HeldError as error:
         raise ValueError(
-            f"Another `ditscale encode` works in {folder} as process {workers.rank}; wait for it, or stop it."
+            f"Another `ditscale encode` works in {folder} as process {workers.rank}; wait for it, or stop "
+            f"it{error.hint}."
         ) from error
     try:
         yield

@@ -1,6 +1,5 @@
 """Images in chunks: the unit of work that is divided over processes and that a killed evaluation keeps."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from data.atomic import make_folder
+from data.locks import own, share
 from data.reading import DamagedFileError, require_own_file
 from evaluation.features import Features
 from evaluation.kept import read_kept, unless_damaged, write_kept
@@ -74,7 +74,7 @@ class ChunkStore:
         require_own_file(self._folder / LOCK_NAME)
         descriptor = os.open(self._folder / LOCK_NAME, os.O_CREAT | os.O_RDWR, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            share(descriptor)  # where there are no locks, what is discarded meanwhile is made again
             yield
         finally:
             os.close(descriptor)
@@ -174,9 +174,7 @@ def _remove_unless_used(path: Path) -> None:
     except (OSError, DamagedFileError):  # another process has just deleted it, or its lock is none
         return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        rmtree(path, ignore_errors=True)
-    except BlockingIOError:
-        pass
+        if own(descriptor):
+            rmtree(path, ignore_errors=True)
     finally:
         os.close(descriptor)

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from data.atomic import atomic_folder, write_bytes
 from data.images import Crop, to_unit_range
+from data.locks import locked
 from data.reading import DamagedFileError, is_regular, read_regular
 from data.records import read_record, seal
 from data.sources import Source, load_images
 from diffusion.draws import Philox, Purpose, permutation
 from evaluation.features import Features
-from evaluation.kept import Sha256, locked, unless_damaged
+from evaluation.kept import Sha256, unless_damaged
 from train.tensor_files import write_tensors
 
 _FORMAT = 2  # of the cached folder

@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data.locks import locked
 from data.reading import read_regular, require_regular
 from evaluation.archives import opened, require_sound
 from evaluation.features import Features
 from evaluation.inception import Inception2015
-from evaluation.kept import locked
 from model.precision import exact_device, exact_float32
 
 FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"

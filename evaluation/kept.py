@@ -7,20 +7,18 @@ the standard error and made again.
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, JsonValue
 
-from data.atomic import make_folder, write_bytes
-from data.reading import DamagedFileError, read_regular, require_own_file
+from data.atomic import write_bytes
+from data.reading import DamagedFileError, read_regular
 from data.records import read_record, seal
 
 T = TypeVar("T")
@@ -112,12 +110,3 @@ def parse_npy(content: bytes, path: Path, shape: tuple[int | None, ...], dtype: 
     if not np.isfinite(array).all():
         raise DamagedFileError(f"{path} is damaged: it holds values that are not finite.")
     return array
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Let one process at a time run the block; the others wait. Raises DamagedFileError where no lock can be there."""
-    make_folder(path.parent)
-    require_own_file(path)
-    with FileLock(path):
-        yield

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.images import Crop
+from data.locks import locked
 from data.progress import ProgressBar
 from data.reading import DamagedFileError, sha256_of
 from data.sources import Source, load_images
@@ -22,7 +23,7 @@ from diffusion.draws import Philox, Purpose
 from evaluation.features import FeatureExtractor, require_finite
 from evaluation.inception import NUM_FEATURES, NUM_SPATIAL
 from evaluation.inception_features import InceptionFeatures
-from evaluation.kept import locked, npy_of, parse_npy, read_kept, unless_damaged, write_kept
+from evaluation.kept import npy_of, parse_npy, read_kept, unless_damaged, write_kept
 from evaluation.npz import Header, rows_of
 from evaluation.reference_schema import BATCH, IMAGES, About, read_about, read_gaussian, read_headers
 from evaluation.statistics import FeatureStatistics, Gaussian, Moments, frechet_distance

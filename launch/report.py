@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from data.atomic import write_bytes
+from data.locks import locked
 from data.progress import ProgressBar
 from evaluation.evaluate import distance_records
 from evaluation.generate import balanced_labels
-from evaluation.kept import locked
 from evaluation.report.figures import SampleGrid, figure_8
 from evaluation.report.study import Study, read_study
 from evaluation.report.style import block_name, content_of, styled

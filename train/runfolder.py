@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
 from data.atomic import write_bytes
+from data.locks import HeldError, acquired
 from data.reading import DamagedFileError, read_regular, read_text, reason
 from train.checkpoint import read_state_file
 from train.lines import MAX_BYTES, Line, append_record, lines_of, parse_lines, read_lines
@@ -81,13 +81,12 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other jobs from training here. Raises ValueError where one does; a killed job holds no lock."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / ".lock")
         try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
+            lock = acquired(self.path / ".lock", timeout_sec=0)
+        except HeldError as error:
             raise ValueError(
-                f"Another process is training in {self.path}; wait for it, or give this run its own name=..."
+                f"Another process is training in {self.path}; wait for it, or give this run its own "
+                f"name=...{error.hint}"
             ) from error
         try:
             yield

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 
-from filelock import FileLock
-
 from data import remote
 from data.atomic import atomic_folder, remove_folder, remove_leftovers, sync_folder
+from data.locks import locked
 from data.reading import sha256_of
 
 Result = TypeVar("Result")
@@ -182,7 +181,7 @@ class BucketStore:
         """A copy, fetched where there is no sound one; processes of a host share it."""
         path, state = self._copies / folder_name(step), self._get(step, STATE_FILE)
         self._copies.mkdir(parents=True, exist_ok=True)
-        with FileLock(self._copies / f".{folder_name(step)}.lock"):
+        with locked(self._copies / f".{folder_name(step)}.lock"):
             if not _is_copy(path, state):
                 with atomic_folder(path) as aside:
                     for name in sorted(self._files()[step] - {STATE_FILE}):
