@@ -18,6 +18,7 @@ def test_a_damaged_file_is_made_again_or_named_and_never_believed(tmp_path: Path
     for trial in some_trials(TRIALS, seed=int(os.environ.get("DITSCALE_SEED", "0"))):
         outcome, shown = fuzzer.run(trial)
         outcomes[outcome] += 1
+        print(f"{outcome}: {trial}", flush=True)  # shown by pytest -s
         if outcome not in GOOD:
             bad.append(f"{outcome}: {trial}\n{shown[-3000:]}")
     if result := os.environ.get("DITSCALE_RESULT"):
