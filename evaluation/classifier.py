@@ -93,6 +93,7 @@ class ClassifierFeatures:
         digest.update(labels.tobytes())
         identity = digest.hexdigest()
         self._network = SmallClassifier(image_size, images.shape[3], num_classes, num_features)
+        self._channels = images.shape[3]
         folder = Path(cache) / f"classifier-{identity[:16]}"
         with locked(folder.with_suffix(".lock")):  # runs of a sweep wait for the first to train it
             facts = unless_damaged(lambda: _read(folder, identity, self._network))
@@ -109,6 +110,8 @@ class ClassifierFeatures:
     @torch.no_grad()
     def __call__(self, images: NDArray[np.uint8]) -> Features:
         """[B, H, W, C] uint8 -> [B, D] float32 and the most likely classes."""
+        if images.shape[3] == 1:  # generated in one channel, while grey images are read in three that are equal
+            images = images.repeat(self._channels, axis=3)
         vectors, logits = self._network(to_unit_range(images))
         return Features(vectors.numpy(), logits.argmax(dim=1).numpy())
 

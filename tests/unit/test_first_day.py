@@ -1,11 +1,14 @@
 """What a new user is told: where training starts, what will disappoint, and that names are as good as numbers."""
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import TINY_RUN, InProcess, ditscale
+from pictures import make_autoencoder
+from PIL import Image
 
 from launch import progress as progress_module
 from train.ema import MAIN, constant, initial_share_note, power, several, warmed_up
@@ -104,3 +107,60 @@ def test_a_log_file_gets_whole_lines_with_rate_time_left_and_loss(
     assert re.fullmatch(r"run train: 12/12 step \(100%\), .* step/s, in 00:00, loss 0.5", second)
     assert last.startswith("run train: 12/12")
     assert "\r" not in first + second + last
+
+
+def grey_folder(folder: Path, size: int = 8) -> None:
+    dice = np.random.default_rng(0)
+    for label in ("shirt", "boot"):
+        for number in range(6):
+            path = folder / label / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(dice.integers(256, size=(size, size), dtype=np.uint8)).save(path)
+
+
+def test_grey_images_of_ones_own_train_as_grey_and_are_measured(tmp_path: Path, in_process: InProcess) -> None:
+    grey_folder(tmp_path / "fashion")
+    own = ["data=folder", "data.name=fashion", "data.source.root=fashion", "data.image_size=8", "data.shards=shards"]
+    in_process("encode", *own, "model/autoencoder=identity_grey")
+    tiny = [
+        "model.width=16",
+        "model.depth=1",
+        "model.num_heads=2",
+        "model.patch_size=4",
+        "runtime=cpu",
+        "precision=fp32",
+    ]
+    short = ["batch_size=4", "total_steps=2", "logger=null", "run_dir=run", "sample_every=2"]
+    in_process("train", "data.shards=shards", *tiny, *short)
+    few = ["evaluation.num_images=4", "sampler.steps=2", "evaluation.features.epochs=1", "runtime=cpu"]
+    assert '"reference_images": 12' in in_process("evaluate", "checkpoint=run", *few)
+    sample = ["sample", "checkpoint=run", "num_images=2", "sampler.steps=2", "runtime=cpu", "out=x"]
+    in_process(*sample, "labels=[boot,shirt]")
+    assert np.load("x.npz")["arr_1"].tolist() == [0, 1]
+    assert np.load("x.npz")["arr_0"].shape == (2, 8, 8, 1)
+    Image.new("RGB", (8, 8), (1, 2, 3)).save("fashion/boot/colour.png")
+    shown = in_process("encode", *own, "model/autoencoder=identity_grey", "data.shards=other", expect=2)
+    assert "boot/colour.png is in colour, but the autoencoder identity takes 1 channel" in shown
+
+
+def test_an_autoencoders_own_factor_beats_a_default(tmp_path: Path, in_process: InProcess) -> None:
+    make_autoencoder(tmp_path / "vae")
+    config = json.loads((tmp_path / "vae/config.json").read_text())
+    grey_folder(tmp_path / "images", size=16)
+    words = [
+        "encode",
+        "data=folder",
+        "data.name=x",
+        "data.source.root=images",
+        "data.image_size=16",
+        "data.shards=shards",
+    ]
+    words += ["data.autoencoder.pretrained=vae", "data.autoencoder.precision=fp32"]
+    (tmp_path / "vae/config.json").write_text(json.dumps({**config, "scaling_factor": 0.13025}))
+    shown = in_process(*words, expect=2)
+    assert "says scaling_factor 0.13025 in its config.json, but data.autoencoder.scale is 0.18215 by default" in shown
+    assert "give data.autoencoder.scale=0.13025, or data.autoencoder.scale=0.18215 to keep it." in shown
+    in_process(*words, "data.autoencoder.scale=0.13025")
+    assert json.loads(Path("shards/manifest.json").read_text())["spec"]["scale"] == 0.13025
+    Path("shards/shard-000000.tar").unlink()
+    in_process("verify", "data.shards=shards", "repair=true")
