@@ -27,10 +27,12 @@ from data.batches import TrainingBatches
 from data.encode import encode
 from data.encodings import EncodeImages
 from data.images import ExactSize, Preparation
+from data.npz import write_npz
 from data.order import GlobalOrder, Order, WindowedOrder, positions_of_step
 from data.prefetch import prefetch
 from data.reading import sha256_of
-from data.shards import INDEX_NAME, MappedShards, write_index
+from data.shard_index import INDEX_NAME
+from data.shards import MappedShards
 from data.sources import Example
 from model.autoencoder import Autoencoder, IdentityAutoencoder
 from model.autoencoder_kl import DiffusersAutoencoder
@@ -42,7 +44,7 @@ RESUMED_STEP = 1_000_000
 class RandomImages:
     """Random 32x32 images; `FourChannels` makes moments of the usual shape of them."""
 
-    name, fingerprint, block_sizes = "random", "0", None
+    name, fingerprint, block_sizes, left_out, notes = "random", "0", None, (), ()
     class_names = [str(number) for number in range(1000)]  # noqa: RUF012
 
     def __len__(self) -> int:
@@ -86,7 +88,7 @@ def write_shards(folder: Path) -> None:
         (folder / copy.name).symlink_to(folder / entry.name)
     with np.load(folder / INDEX_NAME, allow_pickle=False) as index:
         once = dict(index)
-    write_index(folder / INDEX_NAME, {name: np.concatenate([array] * SHARDS) for name, array in once.items()})
+    write_npz(folder / INDEX_NAME, {name: np.concatenate([array] * SHARDS) for name, array in once.items()})
     replace(manifest, shards=entries, index_sha256=sha256_of(folder / INDEX_NAME)).save(folder)
 
 

@@ -15,8 +15,12 @@ _BLOCK_BYTES = 2**16
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that appears under ``path`` only when the block ends without an exception."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A binary file that appears under ``path`` only when the block ends without an exception.
+
+    It takes the place of whatever has that name. Raises DamagedFileError where that is a folder.
+    """
+    require_no_folder(path)
+    make_folder(path.parent)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(aside, "wb") as file:
@@ -29,10 +33,28 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     sync_folder(path.parent)
 
 
+def require_no_folder(path: Path) -> None:
+    """Raise DamagedFileError where a file that is written here could not take the place of a folder."""
+    if path.is_dir() and not path.is_symlink():
+        raise DamagedFileError(f"{path} is a folder, but a file of that name is written there; remove it.")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it that are missing. Raises DamagedFileError where one of them is a file."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        at_fault = next(place for place in (path, *path.parents) if os.path.lexists(place))
+        raise DamagedFileError(f"{at_fault} is no folder, but files are written below it; remove it.") from None
+
+
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which appears under ``path``, synced, only when the block ends without an exception."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A folder to fill, which appears under ``path``, synced, only when the block ends without an exception.
+
+    It takes the place of whatever has that name.
+    """
+    make_folder(path.parent)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
@@ -45,7 +67,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
         sync_folder(aside)
-        if path.exists():  # the same step saved again, by a run that replays it
+        if os.path.lexists(path):  # the same step saved again, by a run that replays it
             remove_folder(path)
         os.replace(aside, path)
     finally:
@@ -54,10 +76,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder; a crash in the middle leaves it whole, or aside for `remove_leftovers`, never half."""
+    """Delete a folder, or what is in its place; a link's target stays.
+
+    A crash in the middle leaves it whole, or aside for `remove_leftovers`, never half.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
     os.replace(path, aside)
-    shutil.rmtree(aside)
+    if aside.is_dir() and not aside.is_symlink():
+        shutil.rmtree(aside)
+    else:
+        aside.unlink()
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -81,7 +109,7 @@ def append_line(path: Path, line: str) -> None:
     A last line that is whole but for its newline, as an editor may leave it, is kept. Raises DamagedFileError where the
     path is no regular file, or its last line is no beginning of a JSON object.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     if path.exists():
         require_regular(path)
     with open(path, "ab+") as file:

@@ -4,23 +4,35 @@ A file is called by its SHA-256, so that data sets and jobs may share a folder. 
 shared `flock` on the mapping's own descriptor: it ends with the mapping, also where the process is killed. A file
 that is held is never evicted. Space for a file is reserved before it is fetched, so that the bound holds at
 every moment. The folder must be on a local disk.
+
+Files of other names are left alone: not read, not counted, not deleted. A pipe, a device or a link that has the name of
+one of ours gives way to it.
 """
 
 import fcntl
 import hashlib
 import mmap
 import os
+import re
+import stat
 import threading
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from filelock import FileLock
 
-from data.atomic import sync_folder
+from data.atomic import require_no_folder, sync_folder
+from data.locks import require_locks
+from data.names import sha256_name
+from data.reading import require_own_file
 
 POLL_SEC = 0.05
+_KEPT = re.compile(r"[0-9a-f]{64}\.tar")
+_RESERVED = re.compile(r"\.[0-9a-f]{64}\.(\d{1,18})\.reserved")
+_OPEN = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC  # of what anyone may have put there
 
 
 class CachedFile(NamedTuple):
@@ -48,6 +60,8 @@ class Cache:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"data.cache {folder} cannot be made ({error}); choose another folder.") from error
+        require_own_file(folder / ".lock")
+        require_locks(folder / ".lock")  # a file that is read is held by one
         # Held for moments only: nothing is fetched or read under it.
         self._lock = FileLock(folder / ".lock")
 
@@ -72,13 +86,23 @@ class Cache:
                 raise ValueError(self._complaint(file))
 
     def _path(self, file: CachedFile) -> Path:
-        return self.folder / f"{file.sha256}.tar"
+        return self.folder / f"{sha256_name(file.sha256, 'A manifest')}.tar"
+
+    def _files(self, name: re.Pattern[str]) -> dict[Path, os.stat_result]:
+        """Return what the folder has of our files whose names match."""
+        found = {}
+        for path in self.folder.iterdir():
+            if name.fullmatch(path.name):
+                with suppress(FileNotFoundError):  # deleted by another job
+                    found[path] = path.lstat()
+        return {path: status for path, status in found.items() if stat.S_ISREG(status.st_mode)}
 
     def _map_present(self, file: CachedFile) -> tuple[mmap.mmap, int] | None:
         """A copy of the right size, mapped and held, and its inode; a copy of another size goes."""
         path = self._path(file)
+        _give_way(path)
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = os.open(path, os.O_RDONLY | _OPEN)
         except FileNotFoundError:
             return None
         try:
@@ -109,30 +133,35 @@ class Cache:
         reserved = {path: _reservation_bytes(path) for path in self._live_reservations()}
         if any(path.name.startswith(f".{file.sha256}.") for path in reserved):
             return None
-        present = sorted(self.folder.glob("*.tar"), key=lambda path: path.stat().st_mtime_ns)
-        free = self.limit_bytes - sum(reserved.values()) - sum(path.stat().st_size for path in present)
-        for path in present:
+        present = self._files(_KEPT)
+        free = self.limit_bytes - sum(reserved.values()) - sum(status.st_size for status in present.values())
+        for path in sorted(present, key=lambda path: present[path].st_mtime_ns):
             if free >= file.bytes:
                 break
-            size = path.stat().st_size
             if path.stem not in self.needed and _remove_unless_held(path):
-                free += size
+                free += present[path].st_size
         if free < file.bytes:
             return None
-        path = self.folder / f".{file.sha256}.{file.bytes}.reserved"
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+        path = self._reservation(file)
+        for other in (path, self._aside(path)):
+            _give_way(other)
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | _OPEN, 0o666)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         return descriptor
 
     def _live_reservations(self) -> list[Path]:
         """Reservations whose holders live; what killed ones left goes."""
         paths = []
-        for path in self.folder.glob(".*.reserved"):
+        for path in self._files(_RESERVED):
             if _remove_unless_held(path):
-                self._aside(path).unlink(missing_ok=True)
+                with suppress(IsADirectoryError):  # which none of ours is
+                    self._aside(path).unlink(missing_ok=True)
             else:
                 paths.append(path)
         return paths
+
+    def _reservation(self, file: CachedFile) -> Path:
+        return self.folder / f".{file.sha256}.{file.bytes}.reserved"
 
     @staticmethod
     def _aside(reservation: Path) -> Path:
@@ -140,7 +169,7 @@ class Cache:
 
     def _fill(self, file: CachedFile, reservation: int, fetch: Callable[[Path], None]) -> mmap.mmap:
         """Fetch into a file aside, sync, rename, and hold."""
-        reserved = self.folder / f".{file.sha256}.{file.bytes}.reserved"
+        reserved = self._reservation(file)
         aside = self._aside(reserved)
         try:
             fetch(aside)
@@ -165,7 +194,7 @@ class Cache:
             os.close(reservation)
 
     def _complaint(self, file: CachedFile) -> str:
-        held = sum(path.stat().st_size for path in self.folder.glob("*.tar"))
+        held = sum(status.st_size for status in self._files(_KEPT).values())
         return (
             f"The cache {self.folder} has no room for {file.bytes} more bytes: of its {self.limit_bytes}, {held} are "
             "being read by this and other jobs; raise data.cache_bytes, or give this job a data.cache of its own."
@@ -181,7 +210,7 @@ def _hold(descriptor: int) -> mmap.mmap:
 def _remove_unless_held(path: Path) -> bool:
     """Delete a file that nobody holds; whether it is gone."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | _OPEN)
     except FileNotFoundError:
         return True
     try:
@@ -193,6 +222,16 @@ def _remove_unless_held(path: Path) -> bool:
         return True
     finally:
         os.close(descriptor)
+
+
+def _give_way(path: Path) -> None:
+    """Delete what has the name of one of our files but is none. Raises ValueError for a folder."""
+    require_no_folder(path)
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            path.unlink()
+    except FileNotFoundError:
+        return
 
 
 def _reservation_bytes(path: Path) -> int:

@@ -6,30 +6,36 @@ alone, not on processes and restarts.
 """
 
 import json
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 
-from data.atomic import write_bytes
+from data.atomic import require_no_folder, write_bytes
+from data.channel_sums import channel_statistics, channel_sums
 from data.encodings import Encoding
-from data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, ShardEntry
+from data.locks import HeldError, acquired
+from data.manifest import FORMAT_VERSION, MANIFEST_NAME, MAX_SOURCE_ID, Manifest
 from data.pipeline import Encoded, encoded_batches
 from data.plan import Plan, shard_name
 from data.progress import Progress, ProgressBar
 from data.reading import sha256_of
-from data.shards import INDEX_NAME, Layout, write_index, write_shard
-from data.sidecars import Sidecar, channel_statistics, channel_sums, finished, sidecar_path, sound
-from data.sources import Source
+from data.shard_index import INDEX_NAME, write_index
+from data.shard_tars import write_shard
+from data.sidecars import Sidecar, SkippedImage, finished, sidecar_path, sound
+from data.sources import Prepared, Source
 
 SKIPPED_NAME = "skipped.jsonl"
 CLASSES_NAME = "classes.json"
 _POLL_SEC = 1.0
+_FLOAT16_OVERFLOW = 65520.0  # the smallest number that rounds to infinity
+_OUR_SHARD = re.compile(r"shard-\d{6,}\.tar")
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,9 @@ def encode(
     plan = Plan.of(source, encoding.spec(name, len(source.class_names)), samples_per_shard, seed)
     with _claimed(folder, workers):
         require_same_plan(folder, plan)
+        _require_few_skipped(folder, [], plan, max_skipped_fraction)
         owned = range(workers.rank, plan.num_shards, workers.world)
+        _require_no_folders(folder, owned)
         for shard in owned:
             _remove_leftovers(folder, shard)
         missing = [shard for shard in owned if sound(folder, shard, plan) is None]
@@ -82,13 +90,17 @@ def encode(
 @contextmanager
 def _claimed(folder: Path, workers: Workers) -> Iterator[None]:
     """A lock that dies with its holder, one for each process of a job."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f".encode-{workers.rank}.lock")
     try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"data.shards {folder} is no folder and cannot be made one; choose another.") from error
+    path = folder / f".encode-{workers.rank}.lock"
+    try:
+        lock = acquired(path, timeout_sec=0)
+    except HeldError as error:
         raise ValueError(
-            f"Another `ditscale encode` works in {folder} as process {workers.rank}; wait for it, or stop it."
+            f"Another `ditscale encode` works in {folder} as process {workers.rank}; wait for it, or stop "
+            f"it{error.hint}."
         ) from error
     try:
         yield
@@ -108,10 +120,25 @@ def require_same_plan(folder: Path, plan: Plan) -> None:
         )
 
 
+def _require_no_folders(folder: Path, shards: Iterable[int]) -> None:
+    """Raise ValueError, before anything is encoded, where a folder has the name of a file that will be written."""
+    for shard in shards:
+        require_no_folder(folder / shard_name(shard))
+        require_no_folder(sidecar_path(folder / shard_name(shard)))
+    for name in (SKIPPED_NAME, CLASSES_NAME, INDEX_NAME, MANIFEST_NAME):
+        require_no_folder(folder / name)
+
+
 def _remove_leftovers(folder: Path, shard: int) -> None:
     """What a killed process left aside of a shard that this one owns."""
     for aside in folder.glob(f".{Path(shard_name(shard)).stem}.*.tmp"):
-        aside.unlink()
+        _remove_file(aside)
+
+
+def _remove_file(path: Path) -> None:
+    """Delete a file, pipe or link; a folder of that name is nobody's of ours."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
 
 
 class _Tally:
@@ -144,7 +171,7 @@ def _write_shards(
 ) -> None:
     """Collect the batches of a shard, then write it on a thread while the next is encoded."""
     collected: list[Encoded] = []
-    skipped: list[dict[str, str]] = []
+    skipped: list[SkippedImage] = []
     writing: Future[None] | None = None
     with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
         for batch in batches:
@@ -162,8 +189,8 @@ def _write_shards(
             writing.result()
 
 
-def _skips(batch: Encoded) -> list[dict[str, str]]:
-    return [{"source_id": error.source_id, "reason": error.reason} for error in batch.skipped]
+def _skips(batch: Encoded) -> list[SkippedImage]:
+    return [SkippedImage(error.source_id, error.reason) for error in batch.skipped]
 
 
 def _write(folder: Path, plan: Plan, batches: list[Encoded]) -> None:
@@ -173,7 +200,14 @@ def _write(folder: Path, plan: Plan, batches: list[Encoded]) -> None:
     rows = [row for batch in batches for row in batch.rows]
     examples = [example for batch in batches for example in batch.examples]
     labels = [example.label for example in examples]
-    entry, layout = write_shard(path, rows, moments.astype(np.float16), labels)
+    _require_storable(path, moments, examples)
+    sums = channel_sums(moments, plan.spec.channels)
+    if not sums.is_finite:
+        raise ValueError(
+            f"The latents of {path} have log-variances up to {moments[:, :, plan.spec.channels :].max()}, of which the "
+            "variance is too large for a number; are they log-variances?"
+        )
+    entry, layout = write_shard(path, rows, np.ascontiguousarray(moments, dtype=np.float16), labels)
     Sidecar(
         plan=plan.hash,
         entry=entry,
@@ -181,8 +215,25 @@ def _write(folder: Path, plan: Plan, batches: list[Encoded]) -> None:
         labels=labels,
         source_ids=[example.source_id for example in examples],
         skipped=[skip for batch in batches for skip in _skips(batch)],
-        sums=channel_sums(moments, plan.spec.channels),
+        sums=sums,
     ).save(folder)
+
+
+def _require_storable(path: Path, moments: NDArray[np.float32], examples: Sequence[Prepared]) -> None:
+    """Raise ValueError for a value that float16 cannot hold and for a name that the index has no room for."""
+    axes = (1, 2, 3, 4)
+    largest = np.maximum(moments.max(axes, initial=0), -moments.min(axes, initial=0))  # of each sample
+    if len(too_large := np.flatnonzero(largest >= _FLOAT16_OVERFLOW)):
+        raise ValueError(
+            f"The latent of {examples[too_large[0]].source_id} has the value {largest[too_large[0]]}, but {path} holds "
+            "float16, up to 65504; leave that image out."
+        )
+    for example in examples:
+        if len(example.source_id) > MAX_SOURCE_ID:
+            raise ValueError(
+                f"{example.source_id[:80]}... is a name of {len(example.source_id)} characters, but {INDEX_NAME} holds "
+                f"{MAX_SOURCE_ID}; give that image a shorter one."
+            )
 
 
 def _wait_for_all(folder: Path, plan: Plan, owned: range, tally: _Tally, bar: Progress) -> list[Sidecar]:
@@ -194,6 +245,11 @@ def _wait_for_all(folder: Path, plan: Plan, owned: range, tally: _Tally, bar: Pr
                 sidecar = (finished if shard in owned else sound)(folder, shard, plan)
                 if sidecar is not None:
                     found[shard] = sidecar
+                elif shard in owned:  # it was found or written a moment ago
+                    raise ValueError(
+                        f"{sidecar_path(folder / shard_name(shard))} was changed while this job ran; give the same "
+                        "command again."
+                    )
         tally.look(bar)
         if len(found) < plan.num_shards:
             time.sleep(_POLL_SEC)
@@ -208,25 +264,22 @@ def finish(folder: Path, plan: Plan, sidecars: Sequence[Sidecar], max_skipped_fr
     """
     skipped = [skip for sidecar in sidecars for skip in sidecar.skipped]
     _require_few_skipped(folder, skipped, plan, max_skipped_fraction)
-    _write_skipped(folder, skipped)
+    _write_skipped(folder, plan, skipped)
     for path in folder.glob("shard-*.tar"):
-        if path.name not in {shard_name(number) for number in range(plan.num_shards)}:
-            path.unlink()
-            sidecar_path(path).unlink(missing_ok=True)
-    write_bytes(folder / CLASSES_NAME, json.dumps(dict(enumerate(plan.class_names)), indent=1).encode())
-    index = {
-        "label": np.array([label for sidecar in sidecars for label in sidecar.labels], dtype=np.int32),
-        "source_id": np.array([name for sidecar in sidecars for name in sidecar.source_ids]),
-        "layout": np.array([Layout(*sidecar.layout) for sidecar in sidecars], dtype=np.int64),
-    }
-    write_index(folder / INDEX_NAME, index)
+        if _OUR_SHARD.fullmatch(path.name) and path.name not in {shard_name(i) for i in range(plan.num_shards)}:
+            _remove_file(path)
+            _remove_file(sidecar_path(path))
+    write_bytes(folder / CLASSES_NAME, classes_text(plan.class_names))
+    labels = [label for sidecar in sidecars for label in sidecar.labels]
+    source_ids = [name for sidecar in sidecars for name in sidecar.source_ids]
+    write_index(folder, labels, source_ids, [sidecar.layout for sidecar in sidecars])
     mean, std = channel_statistics([sidecar.sums for sidecar in sidecars])
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         plan_hash=plan.hash,
         spec=plan.spec,
         class_names=plan.class_names,
-        shards=[ShardEntry(**vars(sidecar.entry)) for sidecar in sidecars],
+        shards=[sidecar.entry for sidecar in sidecars],
         index_sha256=sha256_of(folder / INDEX_NAME),
         latent_mean=mean,
         latent_std=std,
@@ -236,21 +289,38 @@ def finish(folder: Path, plan: Plan, sidecars: Sequence[Sidecar], max_skipped_fr
     return manifest
 
 
-def _write_skipped(folder: Path, skipped: Sequence[dict[str, str]]) -> None:
-    if skipped:
-        write_bytes(folder / SKIPPED_NAME, "".join(json.dumps(skip) + "\n" for skip in skipped).encode())
+def classes_text(class_names: Sequence[str]) -> bytes:
+    """Return the content of ``classes.json``."""
+    return json.dumps(dict(enumerate(class_names)), indent=1).encode()
+
+
+def skipped_text(skipped: Sequence[SkippedImage]) -> bytes:
+    """Return the content of ``skipped.jsonl``."""
+    return "".join(json.dumps(asdict(skip)) + "\n" for skip in skipped).encode()
+
+
+def _write_skipped(folder: Path, plan: Plan, skipped: Sequence[SkippedImage]) -> None:
+    """Write a line for each file of the source that gives no sample; no file where there is none."""
+    left_out = [SkippedImage(entry.source_id, entry.reason) for entry in plan.left_out]
+    if left_out or skipped:
+        write_bytes(folder / SKIPPED_NAME, skipped_text([*left_out, *skipped]))
     else:
         (folder / SKIPPED_NAME).unlink(missing_ok=True)
 
 
 def _require_few_skipped(
-    folder: Path, skipped: Sequence[dict[str, str]], plan: Plan, max_skipped_fraction: float
+    folder: Path, skipped: Sequence[SkippedImage], plan: Plan, max_skipped_fraction: float
 ) -> None:
-    """Raise ValueError where too many images were set aside, or all; the file then names those met so far."""
-    if len(skipped) > max_skipped_fraction * len(plan.order) or len(skipped) == len(plan.order):
-        _write_skipped(folder, skipped)
+    """Raise ValueError where too many images were set aside, or all; the file then names those met so far.
+
+    Images that the source leaves out, for their format or because they are links to nothing, count as set aside.
+    """
+    count, total = len(skipped) + plan.num_images_left_out, len(plan.order) + plan.num_images_left_out
+    if count > max_skipped_fraction * total or len(skipped) == len(plan.order):
+        _write_skipped(folder, plan, skipped)
+        reasons = [entry.reason for entry in plan.left_out if entry.is_image] + [skip.reason for skip in skipped]
         raise ValueError(
-            f"{len(skipped)} of {len(plan.order)} images cannot be read, the last for '{skipped[-1]['reason']}', more "
+            f"{count} of {total} images cannot be read, the last for '{reasons[-1]}', more "
             f"than max_skipped_fraction={max_skipped_fraction} allows; {folder / SKIPPED_NAME} names them: mend them, "
             "or raise the fraction."
         )

@@ -45,8 +45,14 @@ class EncodeImages:
         return latent_spec(name, num_classes, self._autoencoder, self._preparation, self._flip)
 
     def prepare(self, source: Source, index: int) -> Prepared:
-        """Read, decode, crop: [image_size, image_size, C] uint8."""
-        return prepared(source, index, self._preparation)
+        """Read, decode, crop: [image_size, image_size, C] uint8, with as many channels as the autoencoder takes.
+
+        Raises ValueError for an image in colour where it takes one channel.
+        """
+        item = prepared(source, index, self._preparation)
+        if self._autoencoder.image_channels == 1 and item.values.shape[2] == 3:
+            return item._replace(values=_as_grey(item.values, item.source_id, self._autoencoder.name))
+        return item
 
     @torch.no_grad()
     def moments(self, items: NDArray[np.uint8]) -> Tensor:
@@ -54,6 +60,17 @@ class EncodeImages:
         pixels = to_unit_range(items, self._device)
         orientations = [pixels, pixels.flip(3)] if self._flip else [pixels]
         return torch.stack([self._autoencoder.moments(view) for view in orientations], dim=1)
+
+
+def _as_grey(pixels: NDArray[np.uint8], source_id: str, autoencoder: str) -> NDArray[np.uint8]:
+    """Return the one channel of [H, W, 3] whose channels are equal, as those of a decoded grey image are."""
+    grey = pixels[:, :, :1]
+    if (pixels != grey).any():
+        raise ValueError(
+            f"{source_id} is in colour, but the autoencoder {autoencoder} takes 1 channel; make the images grey, or "
+            "choose model/autoencoder=identity, which takes 3."
+        )
+    return grey
 
 
 class ImportLatents:

@@ -5,40 +5,46 @@ import json
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 from data.files import Files, given
 from data.images import UnreadableImageError
+from data.named_files import named_files
 from data.sources import Example
+
+Result = TypeVar("Result")
+
+_ARROW_FILE = b"ARROW1"  # which begins Arrow's file format; `save_to_disk` writes its stream format
 
 
 class ParquetImages:
-    """Parquet files of a column of images ({bytes, path}) and one of labels, local or at a URL.
+    """Parquet files of a column of images ({bytes, path}, or bytes) and one of labels, local or at a URL.
 
-    A row group is decoded whole, so the encode job mixes images within runs of row groups and this source
-    keeps the last ``cache_bytes`` of them. Raises ValueError for missing columns or packages.
+    ``root`` is a folder, one file or a pattern (``data/train-*.parquet``). A row group is decoded whole, so the encode
+    job mixes images within runs of row groups and this source keeps the last ``cache_bytes`` of them. Raises
+    ValueError for damaged files, missing columns or packages.
     """
 
     name = "parquet"
+    notes = ()
 
     def __init__(
         self, root: str | None, image_column: str = "image", label_column: str = "label", cache_bytes: int = 2 * 2**30
     ) -> None:
         root, parquet = given(root, "root"), _pyarrow("parquet")
-        self._files = Files(root)
+        self._files, self._names, self.left_out = named_files(root, ".parquet")
         self._columns = [image_column, label_column]
-        names = self._files.with_suffix(".parquet")
-        _require_some(names, root, ".parquet")
-        self._tables = [parquet.ParquetFile(self._files.open(name)) for name in names]
-        _require_columns(self._tables[0].schema_arrow, self._columns, names[0])
+        self._tables = [_sound(self._files, name, parquet.ParquetFile, self._files.open(name)) for name in self._names]
         self._groups = [
             (number, group) for number, table in enumerate(self._tables) for group in range(table.num_row_groups)
         ]
         self.block_sizes = [self._tables[n].metadata.row_group(group).num_rows for n, group in self._groups]
         self._ends = list(accumulate(self.block_sizes))
-        self.class_names = _class_names(self._tables[0].schema_arrow, label_column)
-        self.fingerprint = _fingerprint(self._files, names, self._columns)
+        self.class_names = _classes(self._names, [table.schema_arrow for table in self._tables], self._columns)
+        _require_rows(self._ends[-1] if self._ends else 0, self._names, root)
+        self.fingerprint = _fingerprint(self._files, self._names, self._columns)
         self._cache: OrderedDict[int, Any] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._lock = threading.Lock()  # a parquet reader is not safe to share between threads
@@ -56,7 +62,11 @@ class ParquetImages:
         with self._lock:
             if block not in self._cache:
                 number, group = self._groups[block]
-                self._cache[block] = self._tables[number].read_row_group(group, columns=self._columns)
+                self._cache[block] = _sound(
+                    self._files,
+                    self._names[number],
+                    lambda: self._tables[number].read_row_group(group, columns=self._columns),
+                )
                 while len(self._cache) > 1 and sum(table.nbytes for table in self._cache.values()) > self._cache_bytes:
                     self._cache.popitem(last=False)
             self._cache.move_to_end(block)
@@ -66,25 +76,23 @@ class ParquetImages:
 class SavedDataset:
     """A folder that ``datasets.Dataset.save_to_disk`` wrote, on this machine: its Arrow files are mapped.
 
-    Raises ValueError for missing columns or packages, and for a URL.
+    Raises ValueError for damaged files, missing columns or packages, and for a URL.
     """
 
     name = "saved dataset"
     block_sizes = None
+    notes = ()
 
     def __init__(self, root: str | None, image_column: str = "image", label_column: str = "label") -> None:
-        root, pyarrow, ipc = given(root, "root"), _pyarrow(None), _pyarrow("ipc")
-        files = Files(root)
-        names = files.with_suffix(".arrow")
-        _require_some(names, root, ".arrow")
-        paths = [files.local_path(name) for name in names]
-        if None in paths:
+        root, pyarrow = given(root, "root"), _pyarrow(None)
+        files, names, self.left_out = named_files(root, ".arrow")
+        if not files.is_near:
             raise ValueError(f"{root} is not on this machine, but a saved dataset is mapped; copy it, or use parquet.")
         self._columns = [image_column, label_column]
-        tables = [ipc.open_stream(pyarrow.memory_map(path)).read_all() for path in paths]
-        _require_columns(tables[0].schema, self._columns, names[0])
-        self._table = pyarrow.concat_tables(tables).select(self._columns)
-        self.class_names = _class_names(tables[0].schema, label_column)
+        tables = [_sound(files, name, _mapped, files, name) for name in names]
+        self.class_names = _classes(names, [table.schema for table in tables], self._columns)
+        self._table = pyarrow.concat_tables([table.select(self._columns) for table in tables])
+        _require_rows(self._table.num_rows, names, root)
         self.fingerprint = _fingerprint(files, names, self._columns)
 
     def __len__(self) -> int:
@@ -94,11 +102,31 @@ class SavedDataset:
         return _example(f"row-{index:08d}", self._table, index, self._columns)
 
 
+def _mapped(files: Files, name: str) -> Any:
+    """Return the table of an Arrow file in the stream format or the file format."""
+    pyarrow, ipc = _pyarrow(None), _pyarrow("ipc")
+    is_file = files.read(name, 0, len(_ARROW_FILE)) == _ARROW_FILE
+    mapped = pyarrow.memory_map(files.local_path(name))
+    return (ipc.open_file if is_file else ipc.open_stream)(mapped).read_all()
+
+
+def _sound(files: Files, name: str, action: Callable[..., Result], *arguments: Any) -> Result:
+    """Return what ``action`` returns. Raises ValueError that names the file where pyarrow cannot read it."""
+    arrow_error = _pyarrow("lib").ArrowException
+    try:
+        return action(*arguments)
+    except (arrow_error, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{files.place}/{name} cannot be read ({reason}); fetch or make it again.") from error
+
+
 def _example(source_id: str, table: Any, row: int, columns: list[str]) -> Example:
     image, label = (table.column(name)[row].as_py() for name in columns)
     content = image.get("bytes") if isinstance(image, dict) else image
     if not isinstance(content, bytes):
-        raise UnreadableImageError("the row holds no bytes of an image", source_id)
+        path = image.get("path") if isinstance(image, dict) else None
+        elsewhere = f", but the path {path!r}; write the data set with its images embedded" if path else ""
+        raise UnreadableImageError(f"the row holds no bytes of an image{elsewhere}", source_id)
     if not isinstance(label, int):
         raise ValueError(f"{source_id} has the label {label!r}, but a label is a whole number.")
     return Example(source_id, content, label)
@@ -113,9 +141,24 @@ def _pyarrow(module: str | None) -> Any:
         raise ValueError(f"Parquet and Arrow files need pyarrow ({error}); run `pip install pyarrow`.") from error
 
 
-def _require_some(names: list[str], root: str, suffix: str) -> None:
-    if not names:
-        raise ValueError(f"There are no {suffix} files in {root}; is it the right folder?")
+def _require_rows(number: int, names: Sequence[str], root: str) -> None:
+    if number == 0:
+        raise ValueError(f"The {len(names)} files of {root} have 0 rows; is it the right folder?")
+
+
+def _classes(names: Sequence[str], schemas: Sequence[Any], columns: list[str]) -> list[str]:
+    """Return the classes of all files. Raises ValueError where a column is missing or no images, or classes differ."""
+    for name, schema in zip(names, schemas, strict=True):
+        _require_columns(schema, columns, name)
+        _require_images(schema, columns[0], name)
+    first = _class_names(schemas[0], columns[1])
+    for name, schema in zip(names, schemas, strict=True):
+        if (found := _described_classes(schema, columns[1])) not in (None, first):
+            raise ValueError(
+                f"{name} names {len(found or [])} classes otherwise than the {len(first)} of {names[0]}; read them "
+                "as two data sets."
+            )
+    return first
 
 
 def _require_columns(schema: Any, columns: list[str], name: str) -> None:
@@ -127,16 +170,39 @@ def _require_columns(schema: Any, columns: list[str], name: str) -> None:
             )
 
 
+def _require_images(schema: Any, column: str, name: str) -> None:
+    """Raise ValueError where a column holds paths or pixels, not the bytes of image files."""
+    types, kind = _pyarrow("types"), schema.field(column).type
+    has_bytes = types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    if types.is_string(kind) or types.is_large_string(kind):
+        raise ValueError(
+            f"{name} has paths in the column {column!r} ({kind}) and not the images; write the data set with its "
+            "images embedded, or give the folder that holds them to data/source=image_folder."
+        )
+    if not has_bytes and "binary" not in str(kind):
+        raise ValueError(
+            f"{name} has values of type {kind} in the column {column!r}, but images are read as bytes or as "
+            "{bytes, path}; set data.source.image_column, or write the data set with its images as such."
+        )
+
+
 def _class_names(schema: Any, label_column: str) -> list[str]:
-    """From the description that Hugging Face puts into the schema."""
-    try:
-        described = json.loads(schema.metadata[b"huggingface"])["info"]["features"][label_column]
-        return [str(name) for name in described["names"]]
-    except (TypeError, KeyError, ValueError) as error:
+    """Return the classes that Hugging Face's description in the schema names. Raises ValueError for none."""
+    names = _described_classes(schema, label_column)
+    if names is None:
         raise ValueError(
             f"The files do not name the classes of the column {label_column!r} (no ClassLabel in their Hugging Face "
             "metadata); save them with datasets' ClassLabel feature."
-        ) from error
+        )
+    return names
+
+
+def _described_classes(schema: Any, label_column: str) -> list[str] | None:
+    try:
+        described = json.loads(schema.metadata[b"huggingface"])["info"]["features"][label_column]
+        return [str(name) for name in described["names"]]
+    except (TypeError, KeyError, ValueError):
+        return None
 
 
 def _fingerprint(files: Files, names: list[str], columns: list[str]) -> str:

@@ -1,46 +1,47 @@
-"""A folder with one folder of images per class, as ImageNet comes."""
+"""A folder with one folder of images per class, as ImageNet comes; or a zip file of one."""
 
 import hashlib
 import json
 
-from PIL import Image
-
-from data.files import Files, given
+from data.class_folders import classes_of_folders
+from data.files import Files, Listing, given
 from data.images import UnreadableImageError
+from data.label_file import labels_of_file
+from data.left_out import instead, left_out_images
+from data.reading import DamagedFileError
 from data.sources import Example
+from data.unread import image_suffixes
+from data.zip_files import ZipFiles, is_zip
 
 
 class ImageFolder:
     """``root/CLASS/.../image``, local or at a URL; classes in alphabetical order, images in order of their paths.
 
-    Images without class folders make one class, named ``images``. Raises ValueError where there are no images,
-    or some inside and some outside class folders.
+    ``root`` may be a zip file of such a folder. Images without class folders make one class, named ``images``. Labels
+    in a ``dataset.json`` come before the folders. Raises ValueError where there are no images, some inside and some
+    outside class folders, or a class folder of which nothing can be read.
     """
 
     name = "image folder"
     block_sizes = None
 
     def __init__(self, root: str | None) -> None:
-        Image.init()
-        self._files = Files(given(root, "root"))
-        self._paths = self._files.with_suffix(*Image.registered_extensions())
-        folders = [path.split("/")[0] if "/" in path else None for path in self._paths]
-        loose = folders.count(None)
-        if not folders:
+        root = given(root, "root")
+        self._files: Listing = ZipFiles(root) if is_zip(root) else Files(root)
+        self._paths = self._files.with_suffix(*image_suffixes())
+        if not self._paths:
+            way_out = "; point data.source.root to the folder that holds one folder of images per class"
             raise ValueError(
-                f"There are no images among the {len(self._files.sizes)} files in {root}; point data.source.root to "
-                "the folder that holds one folder of images per class."
+                f"There are no images among the {len(self._files.sizes)} files in {root}"
+                f"{instead(self._files) or way_out}."
             )
-        if 0 < loose < len(folders):
-            raise ValueError(
-                f"{loose} of {len(folders)} images in {root} lie outside the class folders, the first is "
-                f"{self._paths[folders.index(None)]}; move them into one, or away."
-            )
-        self.class_names = ["images"] if loose else sorted({folder for folder in folders if folder})
-        numbers = {class_name: number for number, class_name in enumerate(self.class_names)}
-        self._labels = [numbers[folder] if folder else 0 for folder in folders]
+        left_out = left_out_images(self._files, set(self._paths))
+        labelled = labels_of_file(self._files, self._paths) or classes_of_folders(self._files, self._paths, left_out)
+        self.class_names, self._labels, self.notes = labelled.class_names, labelled.labels, labelled.notes
+        self.left_out = [*left_out, *labelled.left_out]
         listing = [(path, self._files.sizes[path]) for path in self._paths]
-        self.fingerprint = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+        content = listing if labelled.identity is None else [listing, labelled.identity]
+        self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -49,5 +50,5 @@ class ImageFolder:
         path = self._paths[index]
         try:
             return Example(path, self._files.read(path), self._labels[index])
-        except OSError as error:
+        except (OSError, DamagedFileError) as error:
             raise UnreadableImageError(f"{type(error).__name__}: {error}", path) from error

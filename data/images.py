@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
+from data.unread import LFS_REASON, is_lfs_pointer
+
 # Above it a file is taken for a decompression bomb. 23,170 x 23,170; decoded to RGB, 1.6 GB.
 MAX_PIXELS = 2**29
 
@@ -92,6 +94,8 @@ def decode(content: bytes, apply_exif: bool = False) -> NDArray[np.uint8]:
     """
     if not content:
         raise UnreadableImageError("the file is empty")
+    if is_lfs_pointer(content):
+        raise UnreadableImageError(f"the file {LFS_REASON}")
     assert not ImageFile.LOAD_TRUNCATED_IMAGES  # half an image would be filled up with grey
     try:
         with Image.open(io.BytesIO(content)) as picture:

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from data.images import UnreadableImageError
 from data.tar_index import TarSamples
+from data.unread import LFS_REASON, is_lfs_pointer
 
 
 class LatentTars(TarSamples):
@@ -17,8 +18,12 @@ class LatentTars(TarSamples):
 
     def decoded(self, content: bytes, source_id: str) -> NDArray[np.generic]:
         """The array. Raises UnreadableImageError where the bytes are none."""
+        if is_lfs_pointer(content):
+            raise UnreadableImageError(f"the file {LFS_REASON}", source_id)
         try:
-            values: NDArray[np.generic] = np.load(io.BytesIO(content), allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise UnreadableImageError(f"{type(error).__name__}: {error}", source_id) from error
+            values = np.load(io.BytesIO(content), allow_pickle=False)
+        except Exception as error:  # numpy's parser of headers raises ValueError, TokenError, MemoryError and more
+            raise UnreadableImageError(f"{type(error).__name__}: {error}".replace("\n", " "), source_id) from error
+        if not isinstance(values, np.ndarray):
+            raise UnreadableImageError("it is a collection of arrays and not one", source_id)
         return values

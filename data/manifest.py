@@ -2,34 +2,54 @@
 
 import hashlib
 import json
+import math
+import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Final, Literal
+
+from pydantic import ConfigDict, Field
 
 from data.atomic import write_bytes
-from data.remote import DEFAULT_RETRY, Retry, is_remote, join, read_bytes
+from data.names import inside, plain_name
+from data.reading import DamagedFileError, read_regular, remedied
+from data.records import check, parse_object, seal, unseal
+from data.remote import DEFAULT_RETRY, DamagedError, Retry, is_remote, join, read_bytes
 
-FORMAT_VERSION = 2
+FORMAT_VERSION: Final = 2
 MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 2**25  # 190,000 shards
+MAX_SOURCE_ID = 1024  # characters
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Text = Annotated[str, Field(max_length=2**16)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=2**30)]
+_REMEDY = "delete it and run `ditscale encode` again"
+_REMOTE_REMEDY = "copy it there again from the folder of `ditscale encode`"
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_-]+\.tar")
 
 
 @dataclass(frozen=True)
 class LatentSpec:
     """What latents mean. Shards are refused where it disagrees with the config, naming both."""
 
-    source: str
-    image_size: int  # pixels, side of the square image
-    autoencoder: str
-    autoencoder_revision: str
-    scale: float | list[float]  # the diffusion sees (z - shift) x scale; one number, or one per channel
-    downscale: int  # image side / latent side
-    channels: int  # c of the latent
-    dtype: str  # of the stored moments
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    source: Text
+    image_size: Annotated[int, Field(ge=1, le=2**16)]  # pixels, side of the square image
+    autoencoder: Text
+    autoencoder_revision: Text
+    scale: Finite | list[Finite]  # the diffusion sees (z - shift) x scale; one number, or one per channel
+    downscale: Annotated[int, Field(ge=1, le=2**16)]  # image side / latent side
+    channels: Annotated[int, Field(ge=1, le=2**12)]  # c of the latent
+    dtype: Literal["float16"]  # of the stored moments
     flip: bool  # whether both orientations are stored
-    num_classes: int
-    shift: float | list[float] = 0.0
-    precision: str = "fp32"  # of the autoencoder's network
-    crop: str = "none"  # `name` of the crop
+    num_classes: Annotated[int, Field(ge=1, le=2**24)]
+    shift: Finite | list[Finite] = 0.0
+    precision: Text = "fp32"  # of the autoencoder's network
+    crop: Text = "none"  # `name` of the crop
     apply_exif: bool = False  # whether images were turned as their camera says
 
     @property
@@ -47,6 +67,11 @@ class LatentSpec:
         """[orientations, 2c, h, w] of one stored sample."""
         return (self.num_orientations, 2 * self.channels, self.latent_size, self.latent_size)
 
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of the values of one stored sample."""
+        return 2 * math.prod(self.sample_shape)
+
     def differences(self, other: "LatentSpec") -> list[str]:
         """Sentences "name is A here and B there" for each field that differs."""
         return [
@@ -60,25 +85,29 @@ class LatentSpec:
 class ShardEntry:
     """One tar file."""
 
-    name: str
-    count: int  # samples
-    bytes: int
-    sha256: str
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: Annotated[str, Field(max_length=255)]
+    count: Count  # samples
+    bytes: Annotated[int, Field(ge=1, le=2**50)]
+    sha256: Sha256
 
 
 @dataclass(frozen=True)
 class Manifest:
     """Everything that a reader must know. ``latent_mean`` and ``latent_std`` are per channel and unscaled."""
 
-    format_version: int
-    plan_hash: str
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    format_version: Literal[2]
+    plan_hash: Sha256
     spec: LatentSpec
-    class_names: list[str]
-    shards: list[ShardEntry]
-    index_sha256: str
-    latent_mean: list[float]
-    latent_std: list[float]
-    num_skipped: int  # images that could not be read; skipped.jsonl says which and why
+    class_names: list[Text]
+    shards: Annotated[list[ShardEntry], Field(min_length=1)]
+    index_sha256: Sha256
+    latent_mean: list[Finite]
+    latent_std: list[Annotated[Finite, Field(ge=0)]]
+    num_skipped: Count  # images that could not be read; skipped.jsonl says which and why
 
     @property
     def num_samples(self) -> int:
@@ -86,16 +115,18 @@ class Manifest:
         return sum(shard.count for shard in self.shards)
 
     @property
-    def hash(self) -> str:
-        """SHA-256 of the content: the identity of the data that a run trains on."""
-        return hashlib.sha256(self._json().encode()).hexdigest()
+    def max_index_bytes(self) -> int:
+        """The largest index that can belong to this manifest."""
+        return 2**16 + self.num_samples * (8 + 4 * MAX_SOURCE_ID) + 16 * len(self.shards)
 
-    def _json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
+    @property
+    def hash(self) -> str:
+        """The identity of the data that a run trains on: SHA-256 of the content as versions without a seal wrote it."""
+        return hashlib.sha256(json.dumps(asdict(self), indent=1).encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Write ``manifest.json``, last of all files of the folder."""
-        write_bytes(folder / MANIFEST_NAME, self._json().encode())
+        """Write ``manifest.json``, with a hash over itself, last of all files of the folder."""
+        write_bytes(folder / MANIFEST_NAME, json.dumps(seal(asdict(self)), indent=1).encode())
 
     @classmethod
     def load(cls, folder: Path | str, retry: Retry = DEFAULT_RETRY) -> "Manifest":
@@ -103,25 +134,26 @@ class Manifest:
 
         Raises ValueError where it is missing, damaged or of another version, or where a store does not answer.
         """
-        path = join(folder, MANIFEST_NAME)
-        try:
-            text = read_bytes(path, retry) if is_remote(path) else Path(path).read_bytes()
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise ValueError(f"There is no {MANIFEST_NAME} in {folder}; make shards with `ditscale encode`.") from error
-        try:
-            content: dict[str, Any] = json.loads(text.decode())
-            if (version := content.pop("format_version")) == FORMAT_VERSION:
-                spec = LatentSpec(**content.pop("spec"))
-                shards = [ShardEntry(**shard) for shard in content.pop("shards")]
-                return cls(format_version=version, spec=spec, shards=shards, **content)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        path, remedy = join(folder, MANIFEST_NAME), _REMOTE_REMEDY if is_remote(folder) else _REMEDY
+        with remedied(remedy):
+            return cls._parsed(_content(folder, path, retry), path)
+
+    @classmethod
+    def _parsed(cls, text: bytes, path: str) -> "Manifest":
+        """Make a manifest of a file's content: its values as they are, or the hash of the data would be another."""
+        content = unseal(parse_object(text, path), path, required=False)  # earlier versions wrote none
+        version = content.get("format_version")
+        if type(version) is int and version != FORMAT_VERSION:
             raise ValueError(
-                f"{path} is not a readable manifest ({error}); delete it and run `ditscale encode` again."
-            ) from error
-        raise ValueError(
-            f"{path} has format version {version}, but this program reads version {FORMAT_VERSION}; "
-            "encode again with this program."
-        )
+                f"{path} has format version {version}, but this program reads version {FORMAT_VERSION}; "
+                "encode again with this program."
+            )
+        check(Manifest, content, path)
+        spec = LatentSpec(**content.pop("spec"))
+        shards = [ShardEntry(**shard) for shard in content.pop("shards")]
+        manifest = cls(spec=spec, shards=shards, **content)
+        _require_plausible(manifest, path)
+        return manifest
 
     def require(self, expected: LatentSpec, folder: Path | str) -> None:
         """Raise ValueError unless these shards are what the config describes.
@@ -138,3 +170,42 @@ class Manifest:
                 f"The shards in {folder} disagree with the config: {'; '.join(differences)} as configured; "
                 "point data.shards to other shards, or encode these again."
             )
+
+
+def _content(folder: Path | str, path: str, retry: Retry) -> bytes:
+    try:
+        if is_remote(folder):
+            return read_bytes(path, retry, MAX_MANIFEST_BYTES)
+        return read_regular(inside(Path(folder), MANIFEST_NAME, "the format of shards"), MAX_MANIFEST_BYTES)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(f"There is no {MANIFEST_NAME} in {folder}; make shards with `ditscale encode`.") from error
+    except DamagedError as error:
+        raise DamagedFileError(str(error)) from error
+
+
+def _require_plausible(manifest: Manifest, path: str) -> None:
+    """Raise ValueError where parts of a manifest contradict each other, or a name in it is no shard's."""
+    for shard in manifest.shards:
+        if _SHARD_NAME.fullmatch(plain_name(shard.name, path)) is None:
+            raise DamagedFileError(f"{path} is damaged: {shard.name!r} is no name of a shard.")
+    if len({shard.name for shard in manifest.shards}) < len(manifest.shards):
+        raise DamagedFileError(f"{path} is damaged: it lists a shard twice.")
+    for fault in _contradictions(manifest):
+        raise DamagedFileError(f"{path} is damaged: {fault}.")
+
+
+def _contradictions(manifest: Manifest) -> Iterator[str]:
+    spec = manifest.spec
+    if spec.image_size % spec.downscale:
+        yield f"spec.image_size {spec.image_size} is no multiple of spec.downscale {spec.downscale}"
+    if len(manifest.class_names) != spec.num_classes:
+        yield f"it has {len(manifest.class_names)} class_names, but spec.num_classes is {spec.num_classes}"
+    statistics = (("latent_mean", manifest.latent_mean), ("latent_std", manifest.latent_std))
+    for name, values in (*statistics, ("spec.scale", spec.scale), ("spec.shift", spec.shift)):
+        if isinstance(values, list) and len(values) != spec.channels:
+            yield f"{name} has {len(values)} numbers, but spec.channels is {spec.channels}"
+    if manifest.num_samples == 0:
+        yield "it has no sample"
+    for shard in manifest.shards:
+        if shard.count * spec.sample_bytes > shard.bytes:
+            yield f"{shard.name!r} has {shard.count} samples of {spec.sample_bytes} bytes, but {shard.bytes} bytes"

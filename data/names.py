@@ -36,10 +36,16 @@ def tree_inside(folder: Path, name: object, said_by: str) -> Path:
 
     Raises UnsafeNameError for ``..``, an empty part, an absolute path, and where a link leads out of the folder.
     """
+    return _without_leaving(folder, folder / PurePosixPath(tree_name(name, said_by)), said_by)
+
+
+def tree_name(name: object, said_by: str) -> str:
+    """Return a name with ``/`` in it, as it is. Raises UnsafeNameError for ``..``, an empty part, an absolute path."""
     parts = name.split("/") if isinstance(name, str) else [""]
     if not all(part not in (".", "..") and _is_part(part) for part in parts):
         raise UnsafeNameError(f"{said_by} has the name {_shown(name)}, which leads out of its folder; it is not read.")
-    return _without_leaving(folder, folder / PurePosixPath(*parts), said_by)
+    assert isinstance(name, str)
+    return name
 
 
 def sha256_name(value: object, said_by: str) -> str:
@@ -58,7 +64,11 @@ def _is_part(name: str) -> bool:
 
 
 def _without_leaving(folder: Path, path: Path, said_by: str) -> Path:
-    if not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        is_inside = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # links in a circle
+        is_inside = False
+    if not is_inside:
         raise UnsafeNameError(f"{path}, which {said_by} names, is a link out of {folder}; put the file itself there.")
     return path
 

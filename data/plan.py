@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from data.images import Preparation
 from data.manifest import FORMAT_VERSION, LatentSpec
 from data.sources import Source
+from data.unread import LeftOut
 from diffusion.draws import Philox, Purpose, permutation
 from model.autoencoder import Autoencoder
 
@@ -56,12 +58,14 @@ class Plan:
     samples_per_shard: int
     seed: int
     source_fingerprint: str
+    left_out: tuple[LeftOut, ...] = ()  # of the source; in no row, and no part of the plan's identity
 
     @classmethod
     def of(cls, source: Source, spec: LatentSpec, samples_per_shard: int, seed: int) -> "Plan":
         """The plan of a source: a function of its listing, the spec, the size of shards and the seed."""
         order = encoding_order(Philox(seed), len(source), source.block_sizes, samples_per_shard)
-        return cls(spec, source.class_names, order, samples_per_shard, seed, source.fingerprint)
+        left_out = tuple(source.left_out)
+        return cls(spec, source.class_names, order, samples_per_shard, seed, source.fingerprint, left_out)
 
     @property
     def hash(self) -> str:
@@ -69,6 +73,11 @@ class Plan:
         content = {"version": FORMAT_VERSION, "spec": asdict(self.spec), "seed": self.seed}
         content |= {"source": self.source_fingerprint, "samples_per_shard": self.samples_per_shard}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def num_images_left_out(self) -> int:
+        """Images that the source has and that are in no row."""
+        return sum(entry.is_image for entry in self.left_out)
 
     @property
     def num_shards(self) -> int:

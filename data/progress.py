@@ -12,6 +12,10 @@ class Progress(Protocol):
         """``n`` more are done."""
         ...
 
+    def note(self, text: str) -> None:
+        """Show a short text beside the bar from now on."""
+        ...
+
 
 # (label, done, total, unit) -> a bar that starts at ``done``.
 ProgressBar = Callable[[str, int, int, str], AbstractContextManager[Progress]]

@@ -4,10 +4,13 @@ import errno
 import hashlib
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
 MAX_RECORD_BYTES = 2**28  # of a file that is read whole to be parsed
+_PIECE_BYTES = 2**24
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -21,12 +24,27 @@ class DamagedFileError(ValueError):
     """A file is not what it should be. The sentence names it."""
 
 
+@contextmanager
+def remedied(remedy: str) -> Iterator[None]:
+    """End the sentence of each DamagedFileError of the block with the way out."""
+    try:
+        yield
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{str(error).removesuffix('.')}; {remedy}.") from None
+
+
 def open_regular(path: Path | str) -> BufferedReader:
     """Open a regular file, or a link to one, for reading. Never waits, as opening a named pipe would.
 
-    Raises OSError as `open` does, and DamagedFileError for a folder, pipe, device or socket.
+    Raises OSError as `open` does, and DamagedFileError for a folder, pipe, device, socket or a link to itself.
     """
-    _require_kind(path, Path(path).stat().st_mode)  # before it is opened: opening a device may act on it
+    try:
+        mode = Path(path).stat().st_mode
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise DamagedFileError(f"{path} is a link that leads back to itself, but it must be a file.") from None
+        raise
+    _require_kind(path, mode)  # before it is opened: opening a device may act on it
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         _require_kind(path, os.fstat(descriptor).st_mode)
@@ -49,14 +67,27 @@ def require_regular(path: Path | str) -> None:
     open_regular(path).close()
 
 
+def require_own_file(path: Path) -> None:
+    """Raise DamagedFileError where a file that this program opens to write in place is something else, also a link."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "a link")
+        raise DamagedFileError(f"{path} is {kind}, but it must be a file; remove it.")
+
+
 def read_regular(path: Path | str, limit_bytes: int = MAX_RECORD_BYTES) -> bytes:
     """Return the content of a regular file. Raises as `open_regular` does, and DamagedFileError for a larger one."""
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        content = file.read(limit_bytes + 1) if size <= limit_bytes else b""
-    if max(size, len(content)) > limit_bytes:
-        raise DamagedFileError(f"{path} has {max(size, len(content))} bytes, but at most {limit_bytes} are read of it.")
-    return content
+        found, size = bytearray(), os.fstat(file.fileno()).st_size
+        while size <= limit_bytes and (piece := file.read(_PIECE_BYTES)):  # a file may grow, or tell no size
+            found += piece
+            size = max(size, len(found))
+    if size > limit_bytes:
+        raise DamagedFileError(f"{path} has {size} bytes, but at most {limit_bytes} are read of it.")
+    return bytes(found)
 
 
 def read_text(path: Path | str, limit_bytes: int = MAX_RECORD_BYTES) -> str:
@@ -77,8 +108,17 @@ def sha256_of(path: Path | str) -> str:
 
 def _require_kind(path: Path | str, mode: int) -> None:
     if not stat.S_ISREG(mode):
-        kind = _KINDS.get(stat.S_IFMT(mode), "no file")
-        raise DamagedFileError(f"{path} is {kind}, but it must be a file.")
+        raise DamagedFileError(f"{path} is {kind_of_node(mode)}, but it must be a file.")
+
+
+def kind_of_node(mode: int) -> str:
+    """Return what a path that is no file is, by its mode: a folder, a named pipe, a device or a socket."""
+    return _KINDS.get(stat.S_IFMT(mode), "no file")
+
+
+def reason(error: Exception, path: Path | str) -> str:
+    """Return what an error says of a file, for a sentence that names the file already."""
+    return str(error).removeprefix(f"{path} is damaged: ").removeprefix(f"{path} ").rstrip(".")
 
 
 def is_absent(error: OSError) -> bool:

@@ -81,6 +81,19 @@ def validate(kind: type[T], content: Any, name: str) -> T:
         raise DamagedFileError(f"{name} is damaged: {_first_fault(error)}.") from None
 
 
+def check(kind: type[Any], content: Any, name: str) -> None:
+    """Raise as `validate` does, and leave the JSON values as they are.
+
+    For values that must come out as they were read: a number that was written as 1 becomes no 1.0, and text may hold
+    what is left of a file's name that is not UTF-8.
+    """
+    try:
+        text = json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
+        TypeAdapter(kind).validate_json(text, strict=True)
+    except (ValidationError, RecursionError) as error:
+        raise DamagedFileError(f"{name} is damaged: {_first_fault(error)}.") from None
+
+
 def read_record(path: Path, kind: type[T], required_seal: bool = True) -> T:
     """Read one sealed JSON record as ``kind``.
 
@@ -99,8 +112,11 @@ def _first_fault(error: ValidationError | RecursionError) -> str:
     given = repr(found.get("input"))
     shown = given if len(given) <= 80 else f"{given[:80]}..."
     message = found["msg"][:1].lower() + found["msg"][1:]
-    missing = found["type"] == "missing"
-    return f"it has no {place}" if missing else f"{place} is {shown}, but {message}"
+    if found["type"] == "missing":
+        return f"it has no {place}"
+    if found["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"it has a field {place}, which this program does not know"
+    return f"{place} is {shown}, but {message}"
 
 
 def _kind(content: Any) -> str:

@@ -50,8 +50,8 @@ class DamagedError(ValueError):
     """A file whose content is not the one expected."""
 
 
-class TooLargeError(ValueError):
-    """A file of more bytes than are read of it."""
+class TooLargeError(DamagedError):
+    """A file of more bytes than are read of it: no other attempt will find fewer."""
 
 
 def is_remote(place: str | Path) -> bool:
@@ -184,16 +184,25 @@ def _is_refusal(error: Exception) -> bool:
 
 def read_bytes(url: str, retry: Retry = DEFAULT_RETRY, limit_bytes: int = MAX_RECORD_BYTES) -> bytes:
     """Return a whole small file. Raises as `with_retries` does, and `TooLargeError` for one of more bytes."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "file"
-        fetch(url, path, limit_bytes, retry)
-        return path.read_bytes()
+    return with_retries(url, lambda: read_limited(url, limit_bytes, retry.timeout_sec), retry)
 
 
 def fetch(url: str, to: Path, limit_bytes: int, retry: Retry = DEFAULT_RETRY) -> None:
     """Copy a file to ``to``, and never more than ``limit_bytes`` of it. Raises as `read_bytes` does."""
     system, path = open_remote(url, retry.timeout_sec)
-    with_retries(url, lambda: system.get_file(path, str(to), callback=_SizeLimit(url, limit_bytes)), retry)
+    with_retries(url, lambda: system.get_file(path, str(to), callback=_Limit(url, limit_bytes)), retry)
+
+
+def read_limited(url: str, limit_bytes: int, timeout_sec: float) -> bytes:
+    """Return a file, in one attempt that never takes more than ``limit_bytes``, whatever the server says or sends.
+
+    Raises TooLargeError for a larger file.
+    """
+    system, path = open_remote(url, timeout_sec)
+    with tempfile.TemporaryDirectory() as folder:  # the one interface to pieces that all file systems have
+        aside = Path(folder) / "content"
+        system.get_file(path, str(aside), callback=_Limit(url, limit_bytes))
+        return aside.read_bytes()
 
 
 def write_bytes(url: str, content: bytes, retry: Retry = DEFAULT_RETRY) -> None:
@@ -287,7 +296,7 @@ def download(url: str, to: Path, size: int, timeout_sec: float) -> None:
         raise _wrong_size(url, size, found)
 
 
-class _SizeLimit(Callback):
+class _Limit(Callback):
     """Stops a download that is larger than it may be."""
 
     def __init__(self, url: str, limit_bytes: int) -> None:
@@ -302,21 +311,22 @@ class _SizeLimit(Callback):
         self.value += inc
         self._require(self.value)
 
-    def _require(self, size: int) -> None:
-        if size > self._limit_bytes:
-            raise self._too_large(size)
-
-    def _too_large(self, size: int) -> ValueError:
+    def too_large(self, size: int) -> DamagedError:
+        """Return what to raise."""
         return TooLargeError(
-            f"{redacted(self._url)} has {size} bytes, but at most {self._limit_bytes} are read of it; is it the right "
-            "file?"
+            f"{redacted(self._url)} has {size} bytes or more, but at most {self._limit_bytes} are read of it"
         )
 
+    def _require(self, size: int) -> None:
+        if size > self._limit_bytes:
+            raise self.too_large(size)
 
-class _SizeCheck(_SizeLimit):
-    """Stops a download that is larger than it should be."""
 
-    def _too_large(self, size: int) -> ValueError:
+class _SizeCheck(_Limit):
+    """Stops a download that is larger than the manifest says."""
+
+    def too_large(self, size: int) -> DamagedError:
+        """Return what to raise."""
         return _wrong_size(self._url, self._limit_bytes, size)
 
 

@@ -2,24 +2,25 @@
 
 import hashlib
 import mmap
+import os
 import queue
 import resource
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from io import BufferedReader
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-import numpy as np
-
 from data.cache import Cache, CachedFile
-from data.manifest import Manifest, ShardEntry
-from data.reading import sha256_of
-from data.remote import DEFAULT_RETRY, DamagedError, Retry, download, join, open_remote, with_retries
+from data.manifest import MANIFEST_NAME, Manifest, ShardEntry
+from data.names import inside, plain_name
+from data.reading import DamagedFileError, is_absent, open_regular, read_regular, remedied, sha256_of
+from data.remote import DEFAULT_RETRY, DamagedError, Retry, download, join, read_limited, with_retries
+from data.shard_index import INDEX_NAME
 
 Result = TypeVar("Result")
 
-INDEX_NAME = "index.npz"
 OTHER_OPEN_FILES = 512  # that a process may have beside its shards
 REPAIR = "run the same `ditscale encode` again, which rewrites just what is damaged"
 REMOTE_REPAIR = "copy it there again from the folder of `ditscale encode`, which `ditscale verify repair=true` mends"
@@ -29,13 +30,14 @@ class ShardFiles(Protocol):
     """Reads the files that a manifest lists. Each method raises ValueError that names a missing or damaged file."""
 
     manifest: Manifest
+    repair: str  # what to do about a damaged file
     keeps_all: bool  # whether all shards are at hand at all times, so that nobody need expect any
 
     def read_index(self) -> bytes:
         """The content of the index."""
         ...
 
-    def map(self, shard: int) -> mmap.mmap | np.memmap:
+    def map(self, shard: int) -> mmap.mmap:
         """The bytes of an expected shard, mapped read-only; waits until they are at hand."""
         ...
 
@@ -56,22 +58,29 @@ class LocalShardFiles:
     """A folder. Every file is checked at the start: its size and, with ``verify_checksums``, its content."""
 
     keeps_all = True
+    repair = REPAIR
 
     def __init__(self, folder: Path, verify_checksums: bool) -> None:
         self.manifest = Manifest.load(folder)
         self._folder = folder
         _allow_open_files(len(self.manifest.shards))
         for shard in self.manifest.shards:
-            self._require(shard.name, shard.bytes, shard.sha256, read=verify_checksums)
+            self._open(shard, verify_checksums).close()
 
     def read_index(self) -> bytes:
         """As `ShardFiles` says."""
-        self._require(INDEX_NAME, None, self.manifest.index_sha256, read=True)
-        return (self._folder / INDEX_NAME).read_bytes()
+        try:
+            with remedied(REPAIR):
+                content = read_regular(self._path(INDEX_NAME), self.manifest.max_index_bytes)
+        except OSError as error:
+            raise self._unreadable(INDEX_NAME, error) from error
+        self._require_hash(INDEX_NAME, self.manifest.index_sha256, hashlib.sha256(content).hexdigest())
+        return content
 
-    def map(self, shard: int) -> np.memmap:
+    def map(self, shard: int) -> mmap.mmap:
         """As `ShardFiles` says."""
-        return np.memmap(self._folder / self.manifest.shards[shard].name, dtype=np.uint8, mode="r")
+        with self._open(self.manifest.shards[shard], verify=False) as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def expect(self, shards: Sequence[int]) -> None:
         """All are at hand."""
@@ -82,17 +91,46 @@ class LocalShardFiles:
     def close(self) -> None:
         """Nothing runs in the background."""
 
-    def _require(self, name: str, size: int | None, sha256: str, read: bool) -> None:
-        path = self._folder / name
-        if not path.is_file():
-            raise ValueError(f"{path} is missing, but the manifest lists it; {REPAIR}.")
-        if size is not None and path.stat().st_size != size:
-            raise ValueError(
-                f"{path} is damaged: the manifest says {size} bytes, the file has {path.stat().st_size} "
-                f"(sha256 {sha256} expected, {sha256_of(path)} found); {REPAIR}."
+    def _path(self, name: str) -> Path:
+        return inside(self._folder, name, str(self._folder / MANIFEST_NAME))
+
+    def _open(self, shard: ShardEntry, verify: bool) -> BufferedReader:
+        """A shard's file, found to have its size and, with ``verify``, its content."""
+        path = self._path(shard.name)
+        try:
+            with remedied(REPAIR):
+                file = open_regular(path)
+        except OSError as error:
+            raise self._unreadable(shard.name, error) from error
+        try:
+            if (size := os.fstat(file.fileno()).st_size) != shard.bytes:
+                raise DamagedFileError(self._wrong_size(shard, size))
+            if verify:
+                self._require_hash(shard.name, shard.sha256, hashlib.file_digest(file, "sha256").hexdigest())
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def _require_hash(self, name: str, expected: str, found: str) -> None:
+        if found != expected:
+            path = self._folder / name
+            raise DamagedFileError(
+                f"{path} is damaged: the manifest says sha256 {expected}, the file has {found}; {REPAIR}."
             )
-        if read and (found := sha256_of(path)) != sha256:
-            raise ValueError(f"{path} is damaged: the manifest says sha256 {sha256}, the file has {found}; {REPAIR}.")
+
+    def _wrong_size(self, shard: ShardEntry, size: int) -> str:
+        found = "" if size > shard.bytes else f", {sha256_of(self._path(shard.name))} found"  # the other may be endless
+        return (
+            f"{self._folder / shard.name} is damaged: the manifest says {shard.bytes} bytes, the file has {size} "
+            f"(sha256 {shard.sha256} expected{found}); {REPAIR}."
+        )
+
+    def _unreadable(self, name: str, error: OSError) -> Exception:
+        """What to raise for a file that cannot be opened."""
+        if is_absent(error):
+            return DamagedFileError(f"{self._folder / name} is missing, but the manifest lists it; {REPAIR}.")
+        return error
 
 
 class RemoteShardFiles:
@@ -103,6 +141,7 @@ class RemoteShardFiles:
     """
 
     keeps_all = False
+    repair = REMOTE_REPAIR
 
     def __init__(
         self, url: str, cache: Cache, verify_checksums: bool, retry: Retry = DEFAULT_RETRY, num_threads: int = 4
@@ -118,10 +157,9 @@ class RemoteShardFiles:
     def read_index(self) -> bytes:
         """As `ShardFiles` says."""
         url = join(self._url, INDEX_NAME)
-        system, path = open_remote(url, self._retry.timeout_sec)
 
         def read() -> bytes:
-            content: bytes = system.cat_file(path)
+            content = read_limited(url, self.manifest.max_index_bytes, self._retry.timeout_sec)
             _require_content(url, self.manifest.index_sha256, hashlib.sha256(content).hexdigest())
             return content
 
@@ -158,7 +196,7 @@ class RemoteShardFiles:
         )
 
     def _fetch(self, entry: ShardEntry, to: Path) -> None:
-        url = join(self._url, entry.name)
+        url = join(self._url, plain_name(entry.name, join(self._url, MANIFEST_NAME)))
 
         def fetch() -> None:
             download(url, to, entry.bytes, self._retry.timeout_sec)

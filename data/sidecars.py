@@ -1,45 +1,51 @@
-"""The record of one finished shard, beside it: its presence says that the shard is complete."""
+"""The record of one finished shard, next to it: its presence says that the shard is complete."""
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-import numpy as np
-from numpy.typing import NDArray
+from pydantic import ConfigDict, Field
 
 from data.atomic import write_bytes
-from data.manifest import ShardEntry
+from data.channel_sums import ChannelSums
+from data.manifest import MAX_SOURCE_ID, LatentSpec, Sha256, ShardEntry
+from data.names import inside
 from data.plan import Plan, shard_name
-from data.reading import sha256_of
-from data.shards import Layout
+from data.reading import DamagedFileError, read_regular, sha256_of
+from data.records import SEAL, check, parse_object, seal, unseal
+from data.shard_tars import Layout, facts_of
+
+FORMAT = "the format of shards"  # where the names of the files of a folder come from
+
+
+@dataclass(frozen=True)
+class SkippedImage:
+    """An image that could not be read."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    source_id: str
+    reason: str
 
 
 @dataclass(frozen=True)
 class Sidecar:
     """What the manifest and the index need to know of a shard."""
 
-    plan: str  # hash of the plan
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    plan: Sha256  # hash of the plan
     entry: ShardEntry
     layout: Layout
-    labels: list[int]
-    source_ids: list[str]
-    skipped: list[dict[str, Any]]  # source_id and reason of images that could not be read
-    sums: dict[str, Any]  # of `channel_sums`
+    labels: list[Annotated[int, Field(ge=0)]]
+    source_ids: list[Annotated[str, Field(max_length=MAX_SOURCE_ID)]]
+    skipped: list[SkippedImage]
+    sums: ChannelSums
 
     def save(self, folder: Path) -> None:
-        """Write it, after its shard."""
-        write_bytes(sidecar_path(folder / self.entry.name), json.dumps(asdict(self)).encode())
-
-    @classmethod
-    def load(cls, shard: Path) -> "Sidecar | None":
-        """The record of a shard, or None where it is missing or damaged."""
-        try:
-            content = json.loads(sidecar_path(shard).read_text(encoding="utf-8"))
-            entry, layout = ShardEntry(**content.pop("entry")), Layout(*content.pop("layout"))
-            return cls(entry=entry, layout=layout, **content)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None
+        """Write it, with a hash over itself, after its shard."""
+        write_bytes(sidecar_path(folder / self.entry.name), json.dumps(seal(asdict(self))).encode())
 
 
 def sidecar_path(shard: Path) -> Path:
@@ -47,39 +53,75 @@ def sidecar_path(shard: Path) -> Path:
     return shard.with_suffix(".json")
 
 
+def read_sidecar(folder: Path, shard: str, spec: LatentSpec) -> tuple[Sidecar, bool]:
+    """Return the record of the shard of that name, and whether it carries a hash over itself.
+
+    Raises OSError as `open` does, and ValueError where it is damaged: another hash than it says, a field of another
+    type, or fields that contradict each other. Earlier versions wrote no hash.
+    """
+    path = inside(folder, sidecar_path(Path(shard)).name, FORMAT)
+    content = parse_object(read_regular(path), str(path))
+    is_sealed, content = SEAL in content, unseal(content, str(path), required=False)
+    check(Sidecar, content, str(path))
+    sidecar = Sidecar(
+        plan=content["plan"],
+        entry=ShardEntry(**content["entry"]),
+        layout=Layout(*content["layout"]),
+        labels=content["labels"],
+        source_ids=content["source_ids"],
+        skipped=[SkippedImage(**skip) for skip in content["skipped"]],
+        sums=ChannelSums(**content["sums"]),
+    )
+    if fault := _contradiction(sidecar, shard, spec):
+        raise DamagedFileError(f"{path} is damaged: {fault}.")
+    return sidecar, is_sealed
+
+
+def _contradiction(sidecar: Sidecar, shard: str, spec: LatentSpec) -> str | None:
+    entry, sums = sidecar.entry, sidecar.sums
+    values = entry.count * spec.num_orientations * spec.latent_size**2
+    if entry.name != shard:
+        return f"it is the record of {entry.name!r}"
+    if not entry.count == len(sidecar.labels) == len(sidecar.source_ids):
+        return f"it has {len(sidecar.labels)} labels and {len(sidecar.source_ids)} names of {entry.count} samples"
+    if max(sidecar.labels, default=0) >= spec.num_classes:
+        return f"it has the label {max(sidecar.labels)}, but there are {spec.num_classes} classes"
+    if not sidecar.layout.fits(entry.count, spec, entry.bytes):
+        return f"samples that lie as {tuple(sidecar.layout)} are not within the {entry.bytes} bytes of the shard"
+    if (sums.count, len(sums.mean), len(sums.square)) != (values, spec.channels, spec.channels):
+        return f"its sums are of {sums.count} values of {len(sums.mean)} channels, not {values} of {spec.channels}"
+    return None
+
+
 def finished(folder: Path, shard: int, plan: Plan) -> Sidecar | None:
-    """The record of a shard that this plan finished, its content not looked at; None where there is none."""
-    sidecar = Sidecar.load(folder / shard_name(shard))
-    return sidecar if sidecar is not None and sidecar.plan == plan.hash else None
+    """Return the record of a shard that this plan finished, the shard not looked at; None where there is none."""
+    found = _found(folder, shard, plan)
+    return None if found is None else found[0]
 
 
 def sound(folder: Path, shard: int, plan: Plan) -> Sidecar | None:
-    """As `finished`, where the shard's bytes are those recorded, too."""
-    sidecar, path = finished(folder, shard, plan), folder / shard_name(shard)
-    try:
-        return sidecar if sidecar is not None and sidecar.entry.sha256 == sha256_of(path) else None
-    except OSError:
-        return None
+    """Return the record of a shard as `finished` does, where it is the shard's: hash, labels and places of samples.
 
-
-def channel_sums(moments: NDArray[np.float32], channels: int) -> dict[str, Any]:
-    """Exact float64 sums per channel over [n, orientations, 2c, h, w], from which `channel_statistics` follow."""
-    mean = moments[:, :, :channels].astype(np.float64)
-    variance = np.exp(moments[:, :, channels:].astype(np.float64))
-    axes = (0, 1, 3, 4)
-    return {
-        "count": mean.size // channels,
-        "mean": mean.sum(axes).tolist(),
-        "square": (mean**2 + variance).sum(axes).tolist(),
-    }
-
-
-def channel_statistics(sums: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel of latents drawn from the posterior.
-
-    E[z] = E[mean] and Var[z] = E[mean^2 + variance] - E[z]^2.
+    A record without a hash over itself must have the sums of the shard's values, too.
     """
-    count = sum(part["count"] for part in sums)
-    mean = np.sum([part["mean"] for part in sums], axis=0) / count
-    square = np.sum([part["square"] for part in sums], axis=0) / count
-    return mean.tolist(), np.sqrt(np.maximum(square - mean**2, 0.0)).tolist()
+    found = _found(folder, shard, plan)
+    if found is None:
+        return None
+    sidecar, is_sealed = found
+    try:
+        path = inside(folder, sidecar.entry.name, FORMAT)
+        if (path.stat().st_size, sha256_of(path)) != (sidecar.entry.bytes, sidecar.entry.sha256):
+            return None
+        facts = facts_of(path, plan.spec, sidecar.entry.count, with_sums=not is_sealed)
+    except (OSError, ValueError):
+        return None
+    agrees = (facts.labels, facts.layout) == (sidecar.labels, sidecar.layout)
+    return sidecar if agrees and (facts.sums is None or facts.sums.agrees(sidecar.sums)) else None
+
+
+def _found(folder: Path, shard: int, plan: Plan) -> tuple[Sidecar, bool] | None:
+    try:
+        found = read_sidecar(folder, shard_name(shard), plan.spec)
+    except (OSError, ValueError):
+        return None
+    return found if found[0].plan == plan.hash else None

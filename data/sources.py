@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.images import Crop, ExactSize, Preparation, UnreadableImageError
+from data.unread import LeftOut
 
 
 class Example(NamedTuple):
@@ -25,6 +26,8 @@ class Source(Protocol):
     class_names: list[str]
     fingerprint: str  # changes where an image, a label or their order changes
     block_sizes: Sequence[int] | None  # lengths of runs that are read together; None: any image costs the same
+    left_out: Sequence[LeftOut]  # what lies among the images and gives none
+    notes: Sequence[str]  # sentences for the user on what was found
 
     def __len__(self) -> int: ...
 
@@ -38,6 +41,8 @@ class DigitsSource:
 
     name = "digits"
     block_sizes = None
+    left_out: Sequence[LeftOut] = ()
+    notes: Sequence[str] = ()
 
     def __init__(self) -> None:
         from sklearn.datasets import load_digits
@@ -72,6 +77,21 @@ def require_label(source: Source, source_id: str, label: int) -> None:
         )
 
 
+def require_nothing_left_out(source: Source) -> None:
+    """Raise ValueError that names an image of a source's place that gives none, where all of them are wanted."""
+    for entry in source.left_out:
+        if entry.is_image:
+            raise unwanted(source, entry.source_id, entry.reason)
+
+
+def unwanted(source: Source, source_id: str, reason: str) -> ValueError:
+    """Return the error of an image that cannot be read where statistics of all are wanted."""
+    return ValueError(
+        f"Image {source_id} of {source.name} cannot be read ({reason}); take it away, or make the reference of the "
+        "shards, where it is left out, by evaluation/image_set=shards."
+    )
+
+
 def prepared(source: Source, index: int, preparation: Preparation) -> Prepared:
     """Read, decode and crop one image.
 
@@ -93,9 +113,14 @@ def load_images(
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Every image of a small source: [N, image_size, image_size, C] uint8 and its labels [N] int64.
 
-    Images must have the size where there is no ``crop``. Raises as `prepared` does.
+    Images must have the size where there is no ``crop``. Raises ValueError for an image that cannot be
+    read, has another size or a label that cannot be right.
     """
+    require_nothing_left_out(source)
     preparation = Preparation(image_size, crop or ExactSize(), apply_exif)
-    examples = [prepared(source, index, preparation) for index in range(len(source))]
+    try:
+        examples = [prepared(source, index, preparation) for index in range(len(source))]
+    except UnreadableImageError as error:
+        raise unwanted(source, error.source_id, error.reason) from error
     images = np.stack([example.values for example in examples])
     return images, np.array([example.label for example in examples], dtype=np.int64)

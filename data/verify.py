@@ -1,126 +1,207 @@
-"""Re-reads every byte of a folder of shards against its manifest."""
+"""Re-reads every byte of a folder of shards, and recomputes from the shards what the other files say of them.
 
-import io
-import tarfile
-from collections.abc import Iterator
+Only what training reads must be there: manifest, index and shards. Sidecars, ``classes.json`` and ``skipped.jsonl``
+may have stayed behind when a folder was copied; where they are, they must be right.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.manifest import LatentSpec, Manifest, ShardEntry
+from data.channel_sums import ChannelSums, channel_statistics, statistics_agree
+from data.encode import CLASSES_NAME, SKIPPED_NAME, classes_text, skipped_text
+from data.manifest import MANIFEST_NAME, Manifest, ShardEntry
+from data.names import inside
 from data.progress import ProgressBar
-from data.reading import sha256_of
-from data.shards import INDEX_NAME
-from data.sidecars import channel_statistics, channel_sums
+from data.reading import DamagedFileError, is_absent, open_regular, read_regular, sha256_of
+from data.records import check, parse_object
+from data.shard_index import INDEX_NAME, read_index, read_source_ids
+from data.shard_tars import Layout, ShardFacts, facts_of
+from data.sidecars import FORMAT, Sidecar, SkippedImage, read_sidecar, sidecar_path
+
+Result = TypeVar("Result")
 
 
 class Damage(NamedTuple):
-    """A file that is not what the manifest says."""
+    """A file that is not what it should be."""
 
     file: str
     reason: str
 
 
-def verify(folder: Path, progress: ProgressBar, threads: int = 2) -> tuple[Manifest, list[Damage]]:
-    """Every damaged file: counts, sizes, checksums, labels, shapes, finite values, and the statistics of all.
+class _Rows(NamedTuple):
+    """What the index says of one shard."""
 
-    Raises ValueError where the manifest itself is missing or damaged.
+    labels: list[int]
+    source_ids: list[str]
+    layout: Layout
+
+
+class _Checked(NamedTuple):
+    """What was found in one shard and its sidecar, None where there is nothing sound."""
+
+    damages: list[Damage]
+    sums: ChannelSums | None
+    sidecar: Sidecar | None
+
+
+def verify(folder: Path, progress: ProgressBar, threads: int = 2) -> tuple[Manifest, list[Damage]]:
+    """Return the manifest and every file that is damaged or contradicts the shards.
+
+    Read are sizes, hashes, every sample's label, place, shape, type and values, the statistics of all, and all that
+    index, sidecars, ``classes.json`` and ``skipped.jsonl`` say. Raises ValueError where the manifest itself is missing
+    or damaged.
     """
     manifest = Manifest.load(folder)
-    damages, labels = _index(folder, manifest)
-    sums = []
+    damages: list[Damage] = []
+    rows = _attempt(damages, folder, INDEX_NAME, lambda: list(_rows(folder, manifest)))
+    checked = []
     with (
         progress("verify", 0, manifest.num_samples, "sample") as bar,
         ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool,
     ):
+        jobs = zip(manifest.shards, rows or repeat(None, len(manifest.shards)), strict=True)
         for shard, result in zip(
-            manifest.shards,
-            pool.map(lambda job: _checked(folder, manifest.spec, *job), _jobs(manifest, labels)),
-            strict=True,
+            manifest.shards, pool.map(lambda job: _checked(folder, manifest, *job), jobs), strict=True
         ):
             bar.update(shard.count)
-            if isinstance(result, Damage):
-                damages.append(result)
-            else:
-                sums.append(result)
-    if not damages:
-        damages += _statistics(manifest, sums)
+            damages += result.damages
+            checked.append(result)
+    damages += _statistics(manifest, checked)
+    damages += _texts(folder, manifest, [result.sidecar for result in checked])
     return manifest, damages
 
 
-def _index(folder: Path, manifest: Manifest) -> tuple[list[Damage], NDArray[np.int32] | None]:
-    path = folder / INDEX_NAME
-    if not path.is_file():
-        return [Damage(INDEX_NAME, "is missing")], None
-    if (found := sha256_of(path)) != manifest.index_sha256:
-        return [Damage(INDEX_NAME, f"has sha256 {found}, not {manifest.index_sha256}")], None
-    with np.load(path, allow_pickle=False) as index:
-        labels: NDArray[np.int32] = index["label"]
-    if len(labels) != manifest.num_samples:
-        return [Damage(INDEX_NAME, f"has {len(labels)} labels, not {manifest.num_samples}")], None
-    return [], labels
+def files_of(folder: Path, manifest: Manifest) -> list[str]:
+    """Return the names of the files that `verify` reads."""
+    sidecars = [sidecar_path(folder / shard.name) for shard in manifest.shards]
+    optional = [path for path in (*sidecars, folder / CLASSES_NAME, folder / SKIPPED_NAME) if os.path.lexists(path)]
+    return [MANIFEST_NAME, INDEX_NAME, *(shard.name for shard in manifest.shards), *(path.name for path in optional)]
 
 
-def _jobs(
-    manifest: Manifest, labels: NDArray[np.int32] | None
-) -> Iterator[tuple[ShardEntry, NDArray[np.int32] | None]]:
-    first = 0
-    for shard in manifest.shards:
-        yield shard, None if labels is None else labels[first : first + shard.count]
-        first += shard.count
-
-
-def _checked(
-    folder: Path, spec: LatentSpec, shard: ShardEntry, labels: NDArray[np.int32] | None
-) -> Damage | dict[str, Any]:
-    """What is wrong with a shard, or the sums of its values."""
-    path = folder / shard.name
-    if not path.is_file():
-        return Damage(shard.name, "is missing")
-    if (size := path.stat().st_size) != shard.bytes:
-        return Damage(shard.name, f"has {size} bytes, not {shard.bytes}")
-    if (found := sha256_of(path)) != shard.sha256:
-        return Damage(shard.name, f"has sha256 {found}, not {shard.sha256}")
+def _attempt(damages: list[Damage], folder: Path, name: str, action: Callable[[], Result]) -> Result | None:
+    """Return what ``action`` makes of a file, or None after the reason why it is damaged was noted."""
     try:
-        moments, found_labels = _read(path)
-    except (tarfile.TarError, ValueError, EOFError, OSError) as error:
-        return Damage(shard.name, f"cannot be read: {error}")
-    if len(moments) != shard.count:
-        return Damage(shard.name, f"has {len(moments)} samples, not {shard.count}")
-    for sample in moments:
-        if sample.shape != spec.sample_shape or sample.dtype != spec.dtype:
-            return Damage(shard.name, f"has a sample {sample.dtype}{sample.shape}, not {spec.dtype}{spec.sample_shape}")
-    if labels is not None and found_labels != labels.tolist():
-        return Damage(shard.name, f"has other labels than {INDEX_NAME}")
-    values = np.stack(moments).astype(np.float32) if moments else np.empty((0, *spec.sample_shape), np.float32)
-    if not np.isfinite(values).all():
-        return Damage(shard.name, f"has {int((~np.isfinite(values)).sum())} values that are not finite")
-    return channel_sums(values, spec.channels)
+        return action()
+    except PermissionError:
+        raise  # no damage, but a mistake that has its own sentence
+    except OSError as error:
+        reason = "is missing" if is_absent(error) else f"cannot be read: {error.strerror}"
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{folder / name} ").removesuffix(".")
+    damages.append(Damage(name, reason))
+    return None
 
 
-def _read(path: Path) -> tuple[list[NDArray[Any]], list[int]]:
-    """Samples and labels by the tar's own headers, not by the index."""
-    moments, labels = [], []
-    with tarfile.open(path) as tar:
-        for member in tar:
-            file = tar.extractfile(member)
-            assert file is not None
-            content = file.read()
-            if member.name.endswith(".npy"):
-                moments.append(np.load(io.BytesIO(content), allow_pickle=False))
-            elif member.name.endswith(".cls"):
-                labels.append(int(content))
-    return moments, labels
+def _rows(folder: Path, manifest: Manifest) -> Iterator[_Rows]:
+    """Yield what the index says of each shard. Raises OSError and ValueError where it is damaged."""
+    path = inside(folder, INDEX_NAME, FORMAT)
+    if (found := sha256_of(path)) != manifest.index_sha256:
+        raise DamagedFileError(f"{path} has sha256 {found}, not {manifest.index_sha256}.")
+    content = read_regular(path, manifest.max_index_bytes)
+    labels, layouts = read_index(content, manifest, str(path))
+    source_ids: NDArray[np.str_] = read_source_ids(content, manifest, str(path))
+    first = 0
+    for shard, layout in zip(manifest.shards, layouts, strict=True):
+        last = first + shard.count
+        yield _Rows(labels[first:last].tolist(), source_ids[first:last].tolist(), layout)
+        first = last
 
 
-def _statistics(manifest: Manifest, sums: list[dict[str, Any]]) -> list[Damage]:
-    """The manifest's were made before rounding to float16, so they agree to about 1e-3 only."""
-    for name, found, expected in zip(
-        ("mean", "std"), channel_statistics(sums), (manifest.latent_mean, manifest.latent_std), strict=True
-    ):
-        if not np.allclose(found, expected, rtol=2e-3, atol=2e-3 * max(manifest.latent_std)):
-            return [Damage("manifest.json", f"has latent_{name} {expected}, but the shards have {found}")]
+def _checked(folder: Path, manifest: Manifest, shard: ShardEntry, rows: _Rows | None) -> _Checked:
+    damages: list[Damage] = []
+    facts = _attempt(damages, folder, shard.name, lambda: _facts(folder, manifest, shard))
+    if facts is not None and rows is not None:
+        if facts.labels != rows.labels:
+            damages.append(Damage(INDEX_NAME, f"has other labels than {shard.name}"))
+        if facts.layout != rows.layout:
+            damages.append(Damage(INDEX_NAME, f"has {rows.layout} for {shard.name}, which has {facts.layout}"))
+    path = sidecar_path(folder / shard.name)
+    sidecar = None
+    if os.path.lexists(path):
+        sidecar = _attempt(damages, folder, path.name, lambda: _sidecar(folder, manifest, shard, rows, facts))
+    return _Checked(damages, facts.sums if facts else None, sidecar)
+
+
+def _facts(folder: Path, manifest: Manifest, shard: ShardEntry) -> ShardFacts:
+    """What a shard's bytes say. Raises OSError and ValueError where they are not those of the manifest."""
+    path = inside(folder, shard.name, str(folder / MANIFEST_NAME))
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+    if size != shard.bytes:
+        raise DamagedFileError(f"{path} has {size} bytes, not {shard.bytes}.")
+    if (found := sha256_of(path)) != shard.sha256:
+        raise DamagedFileError(f"{path} has sha256 {found}, not {shard.sha256}.")
+    return facts_of(path, manifest.spec, shard.count)
+
+
+def _sidecar(
+    folder: Path, manifest: Manifest, shard: ShardEntry, rows: _Rows | None, facts: ShardFacts | None
+) -> Sidecar:
+    """A shard's sidecar. Raises OSError and ValueError where it contradicts the shard, the manifest or the index."""
+    sidecar, _ = read_sidecar(folder, shard.name, manifest.spec)
+    path = sidecar_path(folder / shard.name)
+    if (sidecar.plan, sidecar.entry) != (manifest.plan_hash, shard):
+        raise DamagedFileError(f"{path} records another plan or other bytes of {shard.name} than the manifest.")
+    if rows is not None and sidecar.source_ids != rows.source_ids:
+        raise DamagedFileError(f"{path} has other names of images than {INDEX_NAME}.")
+    if facts is not None:
+        if (sidecar.labels, sidecar.layout) != (facts.labels, facts.layout):
+            raise DamagedFileError(f"{path} has other labels or another layout than {shard.name}.")
+        if facts.sums is None or not facts.sums.agrees(sidecar.sums):
+            raise DamagedFileError(f"{path} has other sums than {shard.name}.")
+    return sidecar
+
+
+def _statistics(manifest: Manifest, checked: Sequence[_Checked]) -> list[Damage]:
+    """The manifest's follow from the sidecars' sums; those of the shards differ by the rounding to float16."""
+    stated = (manifest.latent_mean, manifest.latent_std)
+    recorded = [result.sidecar.sums for result in checked if result.sidecar is not None]
+    if len(recorded) == len(checked) and not np.allclose(channel_statistics(recorded), stated, rtol=1e-9, atol=1e-12):
+        return [Damage(MANIFEST_NAME, f"has latent_mean and latent_std {stated}, but the sidecars have other sums")]
+    sums = [result.sums for result in checked if result.sums is not None]
+    if len(sums) < len(checked):
+        return []
+    for name, found, expected in zip(("mean", "std"), channel_statistics(sums), stated, strict=True):
+        if not statistics_agree(found, expected, manifest.latent_std):
+            return [Damage(MANIFEST_NAME, f"has latent_{name} {expected}, but the shards have {found}")]
     return []
+
+
+def _texts(folder: Path, manifest: Manifest, sidecars: Sequence[Sidecar | None]) -> list[Damage]:
+    """What is wrong with the files that are there for people."""
+    damages: list[Damage] = []
+    known = [sidecar for sidecar in sidecars if sidecar is not None]
+    skipped = [skip for sidecar in known for skip in sidecar.skipped] if len(known) == len(sidecars) else None
+    if skipped is not None and len(skipped) != manifest.num_skipped:
+        damages.append(Damage(MANIFEST_NAME, f"has num_skipped {manifest.num_skipped}, the sidecars {len(skipped)}"))
+    if os.path.lexists(folder / CLASSES_NAME):
+        _attempt(damages, folder, CLASSES_NAME, lambda: _require_classes(folder, manifest))
+    if os.path.lexists(folder / SKIPPED_NAME):
+        _attempt(damages, folder, SKIPPED_NAME, lambda: _require_skipped(folder, manifest, skipped))
+    return damages
+
+
+def _require_classes(folder: Path, manifest: Manifest) -> None:
+    path = inside(folder, CLASSES_NAME, FORMAT)
+    if read_regular(path) != classes_text(manifest.class_names):
+        raise DamagedFileError(f"{path} has other classes than {MANIFEST_NAME}.")
+
+
+def _require_skipped(folder: Path, manifest: Manifest, skipped: list[SkippedImage] | None) -> None:
+    path = inside(folder, SKIPPED_NAME, FORMAT)
+    content = read_regular(path)
+    lines = [parse_object(line, str(path)) for line in content.splitlines()]
+    for line in lines:
+        check(SkippedImage, line, str(path))
+    if len(lines) < manifest.num_skipped:
+        raise DamagedFileError(f"{path} has {len(lines)} lines, but the manifest counts {manifest.num_skipped} images.")
+    # Before them are files of the source that are no rows; of these the shards know nothing.
+    if skipped is not None and not content.endswith(skipped_text(skipped)):
+        raise DamagedFileError(f"{path} names other images or reasons than the sidecars.")

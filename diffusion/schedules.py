@@ -5,6 +5,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+MOST_STEPS = 100_000  # T; tables of a process are made for each step
+
 
 class Schedule(Protocol):
     """A sequence of forward-process variances."""
@@ -18,9 +20,9 @@ class LinearSchedule:
     """Linear betas (Ho et al. 2020, section 4; paper, section 4: 1,000 steps from 1e-4 to 2e-2)."""
 
     def __init__(self, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e-2) -> None:
-        if num_steps < 1 or not 0 < beta_start <= beta_end < 1:
+        if not 1 <= num_steps <= MOST_STEPS or not 0 < beta_start <= beta_end < 1:
             raise ValueError(
-                f"A linear schedule needs num_steps >= 1 and 0 < beta_start <= beta_end < 1, but got "
+                f"A linear schedule needs num_steps in 1 to {MOST_STEPS} and 0 < beta_start <= beta_end < 1, but got "
                 f"{num_steps}, {beta_start} and {beta_end}; the paper uses 1000, 1e-4 and 2e-2."
             )
         self.num_steps = num_steps
@@ -36,6 +38,8 @@ class ScaledLinearSchedule:
     """Betas whose square roots are linear (Rombach et al. 2022, released latent-diffusion code)."""
 
     def __init__(self, num_steps: int = 1000, beta_start: float = 8.5e-4, beta_end: float = 1.2e-2) -> None:
+        if not 0 < beta_start <= beta_end < 1:
+            LinearSchedule(num_steps, beta_start, beta_end)  # says what is wrong with them
         self._roots = LinearSchedule(num_steps, beta_start**0.5, beta_end**0.5)
 
     def betas(self) -> NDArray[np.float64]:
@@ -47,10 +51,10 @@ class CosineSchedule:
     """Cosine alphas_cumprod (Nichol & Dhariwal 2021, equation 17), betas clipped at ``max_beta``."""
 
     def __init__(self, num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> None:
-        if num_steps < 1 or offset < 0 or not 0 < max_beta < 1:
+        if not 1 <= num_steps <= MOST_STEPS or offset < 0 or not 0 < max_beta < 1:
             raise ValueError(
-                f"A cosine schedule needs num_steps >= 1, offset >= 0 and 0 < max_beta < 1, but got {num_steps}, "
-                f"{offset} and {max_beta}; its paper uses 1000, 0.008 and 0.999."
+                f"A cosine schedule needs num_steps in 1 to {MOST_STEPS}, offset >= 0 and 0 < max_beta < 1, but got "
+                f"{num_steps}, {offset} and {max_beta}; its paper uses 1000, 0.008 and 0.999."
             )
         self.num_steps = num_steps
         self.offset = offset

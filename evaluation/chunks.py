@@ -1,6 +1,5 @@
 """Images in chunks: the unit of work that is divided over processes and that a killed evaluation keeps."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -14,11 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 
-from data.atomic import write_bytes
-from data.reading import sha256_of
+from data.atomic import make_folder
+from data.locks import own, share
+from data.reading import DamagedFileError, require_own_file
 from evaluation.features import Features
+from evaluation.kept import read_kept, unless_damaged, write_kept
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def digest(identity: Mapping[str, Any]) -> str:
 class ChunkStore:
     """Features of finished chunks in a folder named by what they are features of: ``label``, then a hash of it all.
 
-    A chunk counts only where its sidecar is there and has the file's hash. Without a folder nothing is kept.
+    A chunk counts only where its record is there and has the file's hash. Without a folder nothing is kept.
     """
 
     def __init__(
@@ -69,43 +70,52 @@ class ChunkStore:
         if self._folder is None:
             yield
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
+        require_own_file(self._folder / LOCK_NAME)
         descriptor = os.open(self._folder / LOCK_NAME, os.O_CREAT | os.O_RDWR, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            share(descriptor)  # where there are no locks, what is discarded meanwhile is made again
             yield
         finally:
             os.close(descriptor)
 
     def read(self, chunk: Chunk) -> Features | None:
-        """Its features, or None where they have to be made."""
+        """Return its features, or None where they have to be made."""
         if self._folder is None:
             return None
         path = self._path(chunk)
-        try:
-            sidecar = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-            if sidecar != self._sidecar(chunk, sha256_of(path)):
-                return None
-            parts = load_file(path)
-        except (OSError, ValueError, SafetensorError):
-            return None
-        return Features(**{name: parts.get(name) for name in Features._fields})  # type: ignore[arg-type]
+        return unless_damaged(lambda: _parse(read_kept(path, self._identity(chunk)), chunk, path))
 
     def write(self, chunk: Chunk, features: Features) -> None:
-        """Keep them; the sidecar comes last."""
+        """Keep them; the record comes last."""
         if self._folder is None:
             return
-        path = self._path(chunk)
         parts = {name: np.ascontiguousarray(part) for name, part in features._asdict().items() if part is not None}
-        write_bytes(path, save(parts))
-        write_bytes(path.with_suffix(".json"), json.dumps(self._sidecar(chunk, sha256_of(path))).encode())
+        write_kept(self._path(chunk), save(parts), self._identity(chunk))
 
     def _path(self, chunk: Chunk) -> Path:
         assert self._folder is not None
         return self._folder / f"chunk-{chunk.number:06d}.safetensors"
 
-    def _sidecar(self, chunk: Chunk, sha256: str) -> dict[str, Any]:
-        return {"plan": self.plan, "first": chunk.first, "last": chunk.last, "sha256": sha256}
+    def _identity(self, chunk: Chunk) -> dict[str, Any]:
+        return {"plan": self.plan, "first": chunk.first, "last": chunk.last}
+
+
+def _parse(content: bytes, chunk: Chunk, path: Path) -> Features:
+    """Return the features in a chunk's file. Raises DamagedFileError where they are not those of so many images."""
+    try:
+        parts = load(content)
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise DamagedFileError(f"{path} is damaged: {error}.") from None
+    for name, part in parts.items():
+        dtype, dimensions = (np.int64, 1) if name == "classes" else (np.float32, 2)
+        if name not in Features._fields or part.dtype != dtype or part.ndim != dimensions:
+            raise DamagedFileError(f"{path} is damaged: it holds {name} of {part.dtype} {part.shape}.")
+        if len(part) != chunk.last - chunk.first or not np.isfinite(part).all():
+            raise DamagedFileError(f"{path} is damaged: {name} is not of {chunk.last - chunk.first} images.")
+    if "vectors" not in parts:
+        raise DamagedFileError(f"{path} is damaged: it holds no vectors.")
+    return Features(**{name: parts.get(name) for name in Features._fields})  # type: ignore[arg-type]
 
 
 class TrainingChunks:
@@ -156,14 +166,15 @@ def discard(folder: Path, unwanted: Callable[[str], bool]) -> None:
 
 
 def _remove_unless_used(path: Path) -> None:
-    try:
-        descriptor = os.open(path / LOCK_NAME, os.O_CREAT | os.O_RDWR, 0o666)
-    except OSError:  # another process has just deleted it
+    if path.is_symlink() or not path.is_dir():  # none of ours
         return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        rmtree(path, ignore_errors=True)
-    except BlockingIOError:
-        pass
+        require_own_file(path / LOCK_NAME)
+        descriptor = os.open(path / LOCK_NAME, os.O_CREAT | os.O_RDWR, 0o666)
+    except (OSError, DamagedFileError):  # another process has just deleted it, or its lock is none
+        return
+    try:
+        if own(descriptor):
+            rmtree(path, ignore_errors=True)
     finally:
         os.close(descriptor)

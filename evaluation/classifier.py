@@ -2,22 +2,44 @@
 
 import hashlib
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 import torch
-from filelock import FileLock
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from pydantic import ConfigDict, Field
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor, nn
 
-from data.atomic import atomic_folder
+from data.atomic import atomic_folder, write_bytes
 from data.images import Crop, to_unit_range
-from data.reading import sha256_of
+from data.locks import locked
+from data.reading import DamagedFileError, is_regular, read_regular
+from data.records import read_record, seal
 from data.sources import Source, load_images
 from diffusion.draws import Philox, Purpose, permutation
 from evaluation.features import Features
+from evaluation.kept import Sha256, unless_damaged
+from train.tensor_files import write_tensors
+
+_FORMAT = 2  # of the cached folder
+_WEIGHTS, _FACTS = "model.safetensors", "facts.json"
+_MOST_BYTES = 2**30  # of its weights
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What a cached classifier is, in ``facts.json``."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    identity: Sha256  # of images, labels and hyperparameters
+    weights_sha256: Sha256
+    classifier_accuracy: Annotated[float, Field(ge=0, le=1)]
+    classifier_held_out: Annotated[int, Field(ge=1)]
 
 
 class SmallClassifier(nn.Module):
@@ -45,8 +67,8 @@ class SmallClassifier(nn.Module):
 class ClassifierFeatures:
     """A `FeatureExtractor`: trains a classifier on 4/5 of a source's images, or takes it from ``cache``.
 
-    Images are cropped as for encoding. The cached folder's name is a hash of images, labels and hyperparameters. The
-    held-out fifth gives ``facts["classifier_accuracy"]``.
+    Images are cropped as for encoding. The cached folder's name is a hash of images, labels and hyperparameters; where
+    it is damaged, the same classifier is trained again. The held-out fifth gives ``facts["classifier_accuracy"]``.
     """
 
     def __init__(
@@ -66,19 +88,21 @@ class ClassifierFeatures:
         images, labels = load_images(source, image_size, crop, apply_exif)
         num_classes = len(source.class_names)
         options = {"num_features": num_features, "epochs": epochs, "batch_size": batch_size, "lr": lr}
-        identity = hashlib.sha256(json.dumps([options, seed, num_classes], sort_keys=True).encode())
-        identity.update(images.tobytes())
-        identity.update(labels.tobytes())
+        digest = hashlib.sha256(json.dumps([_FORMAT, options, seed, num_classes], sort_keys=True).encode())
+        digest.update(images.tobytes())
+        digest.update(labels.tobytes())
+        identity = digest.hexdigest()
         self._network = SmallClassifier(image_size, images.shape[3], num_classes, num_features)
-        folder = Path(cache) / f"classifier-{identity.hexdigest()[:16]}"
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):  # runs of a sweep wait for the first to train it
-            if not folder.exists():
-                _train_into(folder, self._network, images, labels, epochs, batch_size, lr, seed)
-        self._network.load_state_dict(load_file(folder / "model.safetensors"))
+        self._channels = images.shape[3]
+        folder = Path(cache) / f"classifier-{identity[:16]}"
+        with locked(folder.with_suffix(".lock")):  # runs of a sweep wait for the first to train it
+            facts = unless_damaged(lambda: _read(folder, identity, self._network))
+            if facts is None:
+                accuracy, held_out = _train(self._network, images, labels, epochs, batch_size, lr, seed)
+                facts = _write(folder, identity, self._network, accuracy, held_out)
         self._network.eval()
-        self.facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-        self.hash = sha256_of(folder / "model.safetensors")
+        self.facts = {name: value for name, value in asdict(facts).items() if name.startswith("classifier_")}
+        self.hash = facts.weights_sha256
 
     def to(self, device: torch.device) -> None:
         """Stays on the CPU: so small that moving it saves nothing, and its numbers are the same on every machine."""
@@ -86,12 +110,48 @@ class ClassifierFeatures:
     @torch.no_grad()
     def __call__(self, images: NDArray[np.uint8]) -> Features:
         """[B, H, W, C] uint8 -> [B, D] float32 and the most likely classes."""
+        if images.shape[3] == 1:  # generated in one channel, while grey images are read in three that are equal
+            images = images.repeat(self._channels, axis=3)
         vectors, logits = self._network(to_unit_range(images))
         return Features(vectors.numpy(), logits.argmax(dim=1).numpy())
 
 
-def _train_into(
-    folder: Path,
+def _read(folder: Path, identity: str, network: SmallClassifier) -> _Facts:
+    """Give the network the weights of a cached folder, and return its facts.
+
+    Raises OSError as `open` does, and DamagedFileError where a file is not what was written, or of something else.
+    """
+    folder.lstat()
+    for name in (_FACTS, _WEIGHTS):
+        if not is_regular(folder / name):
+            raise DamagedFileError(f"{folder} has no file {name}, or none that can be read.")
+    facts, path = read_record(folder / _FACTS, _Facts), folder / _WEIGHTS
+    if facts.identity != identity:
+        raise DamagedFileError(f"{folder / _FACTS} is of other images or settings: it has identity {facts.identity}.")
+    content = read_regular(path, _MOST_BYTES)
+    if (found := hashlib.sha256(content).hexdigest()) != facts.weights_sha256:
+        raise DamagedFileError(f"{path} is damaged: it has sha256 {found}, but {_FACTS} says {facts.weights_sha256}.")
+    try:
+        tensors = load(content)
+        network.load_state_dict(tensors)
+    except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
+        raise DamagedFileError(f"{path} is damaged: {str(error).splitlines()[0]}.") from None
+    if not all(value.dtype == torch.float32 and value.isfinite().all() for value in tensors.values()):
+        raise DamagedFileError(f"{path} is damaged: it holds other than finite float32 numbers.")
+    return facts
+
+
+def _write(folder: Path, identity: str, network: SmallClassifier, accuracy: float, held_out: int) -> _Facts:
+    """Write weights and facts as one folder, in place of what has its name."""
+    with atomic_folder(folder) as aside:
+        with open(aside / _WEIGHTS, "wb") as file:
+            weights_sha256 = write_tensors(file, network.state_dict())
+        facts = _Facts(identity, weights_sha256, accuracy, held_out)
+        write_bytes(aside / _FACTS, json.dumps(seal(asdict(facts))).encode())
+    return facts
+
+
+def _train(
     network: SmallClassifier,
     images: NDArray[np.uint8],
     labels: NDArray[np.int64],
@@ -99,11 +159,13 @@ def _train_into(
     batch_size: int,
     lr: float,
     seed: int,
-) -> None:
-    """Train, measure on what was held out, and write weights and facts as one folder."""
+) -> tuple[float, int]:
+    """Train, and return the accuracy on images that were held out, and their number."""
     philox = Philox(seed)
     order = permutation(philox, 0, Purpose.SPLIT, len(images))
     held_out, training = np.split(order, [len(order) // 5])
+    if not len(held_out):
+        raise ValueError(f"A classifier needs at least 5 images, but there are {len(images)}; choose other features.")
     pixels, targets = to_unit_range(images), torch.from_numpy(labels)
     _initialize(network, seed)
     optimizer = torch.optim.Adam(network.parameters(), lr=lr)
@@ -116,11 +178,7 @@ def _train_into(
             optimizer.step()
     with torch.no_grad():
         found = network(pixels[held_out])[1].argmax(dim=1)
-    accuracy = (found == targets[held_out]).double().mean().item()
-    facts: dict[str, Any] = {"classifier_accuracy": accuracy, "classifier_held_out": len(held_out)}
-    with atomic_folder(folder) as aside:
-        save_file(network.state_dict(), aside / "model.safetensors")
-        (aside / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+    return (found == targets[held_out]).double().mean().item(), len(held_out)
 
 
 def _initialize(network: nn.Module, seed: int) -> None:

@@ -20,7 +20,8 @@ from evaluation.metrics import Metric
 from evaluation.references import Reference
 from evaluation.statistics import Gather
 from model.precision import exact_device
-from train.runfolder import RunFolder, read_lines
+from train.lines import read_lines
+from train.runfolder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,25 @@ from evaluation.collectors import StatisticsOf
 from evaluation.features import FeatureExtractor
 from evaluation.metrics import require_images, require_inception
 from evaluation.references import Reference
-from evaluation.statistics import FeatureStatistics, frechet_distance
+from evaluation.statistics import FeatureStatistics, Moments, frechet_distance
 
 _WHY = "a covariance"
+
+
+def _require_covariance(moments: Moments) -> None:
+    """Raise ValueError for a matrix that is none. What is computed for that stays with ``moments``."""
+    _ = moments.root
+
+
+def _distance(real: Moments, samples: FeatureStatistics, reference: Reference) -> float:
+    """Return the distance. Raises ValueError where the reference is of features of another size."""
+    theirs, ours = len(real.mean), len(samples.mean)
+    if theirs != ours:
+        raise ValueError(
+            f"The reference {reference.name} holds a mean of {theirs} numbers, but the extractor gives {ours}; make it "
+            "again by `ditscale reference`."
+        )
+    return frechet_distance(real, samples)
 
 
 class FrechetDistance:
@@ -21,25 +37,27 @@ class FrechetDistance:
     settings: Mapping[str, Any] = {}
 
     def require(self, extractor: FeatureExtractor, reference: Reference, num_images: int) -> None:
-        """At least 2 images."""
+        """At least 2 images, and a reference with a covariance."""
         require_images("frechet", 2, num_images, _WHY)
+        _require_covariance(reference.statistics)
 
     def compute(self, samples: FeatureStatistics, reference: Reference, device: torch.device) -> dict[str, float]:
         """``frechet_distance``."""
-        return {"frechet_distance": frechet_distance(reference.statistics, samples)}
+        return {"frechet_distance": _distance(reference.statistics, samples, reference)}
 
 
 class FrechetInceptionDistance(FrechetDistance):
     """FID (Heusel et al. 2017): the same on pool3 of the 2015 Inception, as ADM's suite computes it."""
 
     def require(self, extractor: FeatureExtractor, reference: Reference, num_images: int) -> None:
-        """Inception features, at least 2 images."""
+        """Inception features, at least 2 images, and a reference with a covariance."""
         require_inception("fid", extractor)
         require_images("fid", 2, num_images, _WHY)
+        _require_covariance(reference.statistics)
 
     def compute(self, samples: FeatureStatistics, reference: Reference, device: torch.device) -> dict[str, float]:
         """``fid``, and the same number as ``frechet_distance``, under which any extractor's stands."""
-        distance = frechet_distance(reference.statistics, samples)
+        distance = _distance(reference.statistics, samples, reference)
         return {"fid": distance, "frechet_distance": distance}
 
 
@@ -58,8 +76,9 @@ class SpatialFrechetInceptionDistance:
                 f"sfid needs mu_s and sigma_s, but the reference {reference.name} has none; make one by "
                 "`ditscale reference evaluation/features=inception`, or leave the metric out."
             )
+        _require_covariance(reference.spatial)
 
     def compute(self, samples: FeatureStatistics, reference: Reference, device: torch.device) -> dict[str, float]:
         """``sfid``."""
         assert reference.spatial is not None
-        return {"sfid": frechet_distance(reference.spatial, samples)}
+        return {"sfid": _distance(reference.spatial, samples, reference)}

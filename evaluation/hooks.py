@@ -6,13 +6,15 @@ from typing import Any
 
 import numpy as np
 
+from data.reading import is_regular
 from evaluation.chunks import ChunkStore, TrainingChunks
 from evaluation.generate import Generator, balanced_labels
 from evaluation.grid import save_grid
 from runtime.protocol import Metrics, Runtime
 from train.hooks import due
+from train.lines import read_lines
 from train.loggers import Logger
-from train.runfolder import RunFolder, read_lines
+from train.runfolder import RunFolder
 from train.state import TrainState
 
 EVALUATED_BY_TRAINING = "train"  # in a record; the job `evaluate` writes its own name
@@ -68,8 +70,8 @@ class SampleGridHook(_CatchingUpHook):
         self._count = per_class * self._columns
 
     def is_done(self, state: TrainState) -> bool:
-        """Whether the picture exists."""
-        return self._folder.grid(state.step).exists()
+        """Return whether the picture exists."""
+        return is_regular(self._folder.grid(state.step))
 
     def act(self, state: TrainState) -> None:
         """Draw on all processes, write on the main one."""

@@ -1,24 +1,36 @@
 """Where generated images go, besides the metrics: nowhere, into one file of ADM's format, or into PNGs."""
 
 import io
+import itertools
+import json
+from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from shutil import rmtree
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import ConfigDict
 
-from data.atomic import atomic_file, write_bytes
+from data.atomic import require_no_folder, write_bytes
+from data.reading import DamagedFileError, read_text, sha256_of
+from data.records import read_record, seal
 from evaluation.chunks import Chunk
+from evaluation.kept import Sha256, npy_of, parse_npy, read_kept, unless_damaged, write_kept
 from evaluation.npz import Blocks, write_npz
 
 PLAN_NAME = ".plan"  # which evaluation the images in a folder are of
+_LONGEST_PLAN = 1000
 
 
 def _plan_in(folder: Path) -> str | None:
-    path = folder / PLAN_NAME
-    return path.read_text(encoding="utf-8") if path.exists() else None
+    """Return the plan in a folder, or None where it has none. Raises DamagedFileError where it cannot be read."""
+    try:
+        return read_text(folder / PLAN_NAME, _LONGEST_PLAN)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 class ImageFiles(Protocol):
@@ -29,7 +41,7 @@ class ImageFiles(Protocol):
         ...
 
     def has(self, chunk: Chunk) -> bool:
-        """Whether the chunk's images are there, so that it need not be generated again."""
+        """Return whether the chunk's images are there as they were written, so that none is generated again."""
         ...
 
     def write(self, chunk: Chunk, images: NDArray[np.uint8]) -> None:
@@ -48,7 +60,7 @@ class NoFiles:
         """Do nothing."""
 
     def has(self, chunk: Chunk) -> bool:
-        """Nothing is missing."""
+        """Return True: nothing is missing."""
         return True
 
     def write(self, chunk: Chunk, images: NDArray[np.uint8]) -> None:
@@ -61,7 +73,7 @@ class NoFiles:
 class NpzFile:
     """``arr_0`` uint8 [N, H, W, C] and ``arr_1`` int64 labels [N], as ADM's evaluator reads.
 
-    Chunks wait in ``{path}.parts``.
+    Chunks wait in ``{path}.parts``, each with a record of its hash; a damaged one is generated again.
     """
 
     def __init__(self, path: str) -> None:
@@ -69,47 +81,85 @@ class NpzFile:
             raise ValueError(f"evaluation.image_file.path is {path}, but it must end in .npz; name the file so.")
         self._path = Path(path)
         self._parts = self._path.with_name(self._path.name + ".parts")
+        self._plan = ""
 
     def start(self, plan: str, is_main: bool) -> None:
-        """Throw the parts of another evaluation away."""
-        if is_main and _plan_in(self._parts) != plan:
+        """Throw the parts of another evaluation away. Raises ValueError where the file cannot be written."""
+        self._plan = plan
+        require_no_folder(self._path)
+        if is_main and unless_damaged(lambda: _plan_in(self._parts)) != plan:
             rmtree(self._parts, ignore_errors=True)
             write_bytes(self._parts / PLAN_NAME, plan.encode())
 
     def _part(self, chunk: Chunk) -> Path:
         return self._parts / f"{chunk.first:08d}-{chunk.last:08d}.npy"
 
+    def _identity(self, chunk: Chunk) -> dict[str, Any]:
+        return {"plan": self._plan, "first": chunk.first, "last": chunk.last}
+
+    def _read(self, chunk: Chunk) -> NDArray[np.uint8]:
+        path = self._part(chunk)
+        shape = (chunk.last - chunk.first, None, None, None)
+        return parse_npy(read_kept(path, self._identity(chunk)), path, shape, np.uint8)
+
     def has(self, chunk: Chunk) -> bool:
-        """Whether its part is there."""
-        return self._part(chunk).exists()
+        """Return whether its part is there, and whole."""
+        return unless_damaged(lambda: self._read(chunk)) is not None
 
     def write(self, chunk: Chunk, images: NDArray[np.uint8]) -> None:
-        """One part."""
-        with atomic_file(self._part(chunk)) as file:
-            np.save(file, images, allow_pickle=False)
+        """Write one part."""
+        write_kept(self._part(chunk), npy_of(images), self._identity(chunk))
 
     def finish(self, chunks: list[Chunk], labels: NDArray[np.int64]) -> None:
-        """Put the parts together and delete them."""
-        shape = np.load(self._part(chunks[0]), mmap_mode="r", allow_pickle=False).shape[1:]
-        blocks = (np.load(self._part(chunk), allow_pickle=False) for chunk in chunks)
-        images = Blocks((len(labels), *shape), np.dtype(np.uint8), blocks)
+        """Put the parts together and delete them. Raises ValueError where one was damaged since it was written."""
+        first = self._last_read(chunks[0])
+        others = (self._last_read(chunk) for chunk in chunks[1:])
+        images = Blocks((len(labels), *first.shape[1:]), np.dtype(np.uint8), itertools.chain([first], others))
         write_npz(self._path, {"arr_0": images, "arr_1": labels})
         rmtree(self._parts)
 
+    def _last_read(self, chunk: Chunk) -> NDArray[np.uint8]:
+        try:
+            return self._read(chunk)
+        except (DamagedFileError, FileNotFoundError) as error:
+            reason = str(error).rstrip(".")
+            raise DamagedFileError(f"{reason}; give the same command again, which makes these images again.") from None
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """The PNGs of a chunk, in their record."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    plan: str
+    first: int
+    last: int
+    sha256: tuple[Sha256, ...]
+
 
 class PngFiles:
-    """``{index:06d}.png`` in a folder; of other than 1 or 3 channels nothing can be written."""
+    """``{index:06d}.png`` in a folder; of other than 1 or 3 channels nothing can be written.
+
+    A hidden record a chunk has the hashes of its pictures; those of a damaged one are generated again.
+    """
 
     def __init__(self, path: str) -> None:
         self._folder = Path(path)
+        self._plan = ""
 
     def start(self, plan: str, is_main: bool) -> None:
         """Raise ValueError where the folder has pictures of another evaluation."""
-        found = _plan_in(self._folder)
+        self._plan, another = plan, f"name another folder than {self._folder} by evaluation.image_file.path."
+        try:
+            found = _plan_in(self._folder)
+        except DamagedFileError as error:
+            raise DamagedFileError(
+                f"{str(error).rstrip('.')}, so its images are of no known evaluation; {another}"
+            ) from None
         if found != plan and any(self._folder.glob("*.png")):
             raise ValueError(
-                f"{self._folder} holds other images (of evaluation {str(found)[:8]}, this is {plan[:8]}); name another "
-                "folder by evaluation.image_file.path."
+                f"{self._folder} holds other images (of evaluation {str(found)[:8]}, this is {plan[:8]}); {another}"
             )
         if is_main:
             write_bytes(self._folder / PLAN_NAME, plan.encode())
@@ -117,20 +167,37 @@ class PngFiles:
     def _path(self, index: int) -> Path:
         return self._folder / f"{index:06d}.png"
 
+    def _record(self, chunk: Chunk) -> Path:
+        return self._folder / f".{chunk.first:08d}-{chunk.last:08d}.json"
+
     def has(self, chunk: Chunk) -> bool:
-        """Whether all its pictures are there."""
-        return all(self._path(int(index)).exists() for index in chunk.indices)
+        """Return whether all its pictures are there, and whole."""
+        return unless_damaged(lambda: self._require(chunk)) is not None
+
+    def _require(self, chunk: Chunk) -> bool:
+        record, paths = read_record(self._record(chunk), _Pictures), [self._path(int(index)) for index in chunk.indices]
+        said = (record.plan, record.first, record.last, len(record.sha256))
+        if said != (self._plan, chunk.first, chunk.last, len(paths)):
+            raise DamagedFileError(f"{self._record(chunk)} is of other images.")
+        for path, expected in zip(paths, record.sha256, strict=True):
+            if (found := sha256_of(path)) != expected:
+                raise DamagedFileError(f"{path} is damaged: it has sha256 {found}, but its record says {expected}.")
+        return True
 
     def write(self, chunk: Chunk, images: NDArray[np.uint8]) -> None:
-        """One file an image."""
+        """Write one file an image, and the record of them last."""
         if images.shape[3] not in (1, 3):
             raise ValueError(
                 f"The images have {images.shape[3]} channels, but a PNG has 1 or 3; use evaluation/image_file=npz."
             )
+        hashes = []
         for index, image in zip(chunk.indices, images, strict=True):
             content = io.BytesIO()
             Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).save(content, "PNG")
             write_bytes(self._path(int(index)), content.getvalue())
+            hashes.append(sha256(content.getvalue()).hexdigest())
+        record = asdict(_Pictures(self._plan, chunk.first, chunk.last, tuple(hashes)))
+        write_bytes(self._record(chunk), json.dumps(seal(record)).encode())
 
     def finish(self, chunks: list[Chunk], labels: NDArray[np.int64]) -> None:
-        """The pictures are there already."""
+        """Do nothing: the pictures are there already."""

@@ -13,7 +13,7 @@ from data.cache import Cache
 from data.images import Crop, ExactSize, Preparation, UnreadableImageError, to_uint8
 from data.remote import is_remote
 from data.shards import MappedShards
-from data.sources import Source, prepared
+from data.sources import Source, prepared, require_nothing_left_out, unwanted
 from model.autoencoder import Autoencoder
 from model.precision import exact_device
 
@@ -51,6 +51,7 @@ class SourceImages:
         apply_exif: bool = False,
         threads: int = 8,
     ) -> None:
+        require_nothing_left_out(source)
         self._source = source
         self._preparation = Preparation(image_size, crop or ExactSize(), apply_exif)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="reference")
@@ -72,10 +73,7 @@ class SourceImages:
         try:
             return prepared(self._source, row, self._preparation).values
         except UnreadableImageError as error:
-            raise ValueError(
-                f"Image {error.source_id} of {self.name} cannot be read ({error.reason}); take it away, or make the "
-                "reference of the shards, where it is left out, by evaluation/image_set=shards."
-            ) from error
+            raise unwanted(self._source, error.source_id, error.reason) from error
 
 
 class ShardImages:

@@ -1,15 +1,19 @@
 """The 2015 Inception as a feature extractor, and where its weights come from."""
 
+import io
 import os
-import pickle
+from hashlib import sha256 as sha256_hash
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from numpy.typing import NDArray
+from torch import Tensor
 
-from data.reading import sha256_of
+from data.locks import locked
+from data.reading import read_regular, require_regular
+from evaluation.archives import opened, require_sound
 from evaluation.features import Features
 from evaluation.inception import Inception2015
 from model.precision import exact_device, exact_float32
@@ -18,6 +22,8 @@ FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE_NAME}"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # 95,628,359 bytes
 VARIABLE = "DITSCALE_INCEPTION"
+_MOST_BYTES = 2**28  # of a file with the same network's weights
+_ZIP = b"PK"  # how files of torch.save begin, but older ones as the public one
 
 
 class InceptionFeatures:
@@ -40,7 +46,8 @@ class InceptionFeatures:
         batch_size: int = 100,
     ) -> None:
         path = _find_weights(weights, Path(cache), download, sha256)
-        self.hash = sha256_of(path)
+        content = read_regular(path, _MOST_BYTES)
+        self.hash = sha256_hash(content).hexdigest()
         if not self.hash.startswith(sha256):
             raise ValueError(
                 f"{path} has sha256 {self.hash}, but the Inception weights have {sha256}; fetch {URL} again."
@@ -48,7 +55,7 @@ class InceptionFeatures:
         public = "" if self.hash == SHA256 else f" with other weights, sha256 {self.hash[:8]}"
         self.title = f"2015 Inception features{public}"
         self.facts: dict[str, float] = {}
-        self._network = load_inception(path)
+        self._network = load_inception(path, content)
         self._device = torch.device("cpu")
         self._batch_size = batch_size
 
@@ -79,37 +86,68 @@ class InceptionFeatures:
         return Features(vectors, None, spatial, logits)
 
 
-def load_inception(path: Path) -> Inception2015:
-    """The network with the parameters in ``path``, for inference. ValueError for a file of something else."""
-    network = Inception2015()
+def load_inception(path: Path, content: bytes | None = None) -> Inception2015:
+    """Return the network with the parameters in ``path``, for inference. ValueError for a file of something else.
+
+    ``content`` is that of the file, where it was read already.
+    """
+    content = read_regular(path, _MOST_BYTES) if content is None else content
+    if content.startswith(_ZIP):  # PyTorch itself checks no checksum
+        with opened(path, lambda what: _not_the_weights(path, what)) as archive:
+            require_sound(archive, path, _MOST_BYTES)
     try:
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, pickle.UnpicklingError, TypeError, AttributeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} does not hold the Inception weights ({reason}); fetch {URL} again.") from error
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds, in words that advise to trust the file
+        what = f"{type(error).__name__} in its {len(content)} bytes; it is damaged, or holds more than tensors"
+        raise ValueError(_not_the_weights(path, what)) from None
+    network = Inception2015()
+    _require_same(state, network.state_dict(), path)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(_not_the_weights(path, " ".join(str(error).split())[:200])) from None
     return network.eval().requires_grad_(False)
 
 
+def _require_same(state: Any, ours: dict[str, Tensor], path: Path) -> None:
+    """Raise ValueError where a file holds anything but finite tensors of the network's types."""
+    if not isinstance(state, dict):
+        raise ValueError(_not_the_weights(path, f"it holds a {type(state).__name__}"))
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(_not_the_weights(path, f"{str(name)[:80]} in it is a {type(value).__name__}"))
+        expected = ours.get(name)
+        if expected is not None and (value.layout != torch.strided or value.dtype != expected.dtype):
+            raise ValueError(_not_the_weights(path, f"{name} in it is {value.dtype}, not {expected.dtype}"))
+        if expected is not None and value.shape == expected.shape and not value.isfinite().all():
+            raise ValueError(_not_the_weights(path, f"{name} in it has values that are not finite"))
+
+
+def _not_the_weights(path: Path, what: str) -> str:
+    return f"{path} does not hold the Inception weights ({what}); fetch {URL} again."
+
+
 def _find_weights(weights: str | None, cache: Path, download: bool, sha256: str) -> Path:
-    """Path of an existing file. Raises ValueError that says what to fetch and where to put it."""
+    """Return the path of an existing file. Raises ValueError that says what to fetch and where to put it."""
     path = Path(weights or os.environ.get(VARIABLE) or cache / FILE_NAME)
-    if not path.is_file() and download:
+    if not path.exists() and download:
         _download(path, sha256)
-    if not path.is_file():
+    try:
+        require_regular(path)
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"There are no Inception weights at {path}; fetch {URL} (sha256 {sha256[:8]}...) and put it there, or "
             f"name the file by evaluation.features.weights=PATH or {VARIABLE}=PATH, or let "
             "evaluation.features.download=true fetch it, or use evaluation/features=classifier."
-        )
+        ) from None
     return path
 
 
 def _download(path: Path, sha256: str) -> None:
     """Fetch the public weights; the file appears only when its hash is right."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(path.with_suffix(".lock")):  # other processes wait for the first
-            if not path.is_file():
+        with locked(path.with_suffix(".lock")):  # other processes wait for the first
+            if not path.exists():
                 torch.hub.download_url_to_file(URL, str(path), hash_prefix=sha256, progress=True)
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{URL} could not be fetched ({error}); fetch it elsewhere and put it at {path}.") from error

@@ -19,7 +19,7 @@ class NetworkFeatures:
 
     Images in [0, 1] are resized bicubically with antialiasing, then less ``mean`` and over ``std`` per channel. The
     ``hash`` is of ``weights_hash`` and of these three settings, since all of them decide the features.
-    Raises ValueError where ``mean`` or ``std`` are not of 3 channels.
+    ``place`` is where it is from, for errors. Raises ValueError where ``mean`` or ``std`` are not of 3 channels.
     """
 
     def __init__(
@@ -31,13 +31,14 @@ class NetworkFeatures:
         mean: Sequence[float],
         std: Sequence[float],
         batch_size: int,
+        place: str,
     ) -> None:
         if len(mean) != 3 or len(std) != 3:
             raise ValueError(
                 f"evaluation.features has {len(mean)} numbers in mean and {len(std)} in std, but needs 3 in each, one "
                 "a channel; repeat one number for grey images."
             )
-        self._network, self.title = network.eval(), title
+        self._network, self.title, self._place = network.eval(), title, place
         identity = [weights_hash, image_size, [float(value) for value in mean], [float(value) for value in std]]
         self.hash = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         self.facts: dict[str, float] = {}
@@ -61,13 +62,33 @@ class NetworkFeatures:
             )
         with exact_float32(self._device):
             parts = [
-                self._network(self._prepared(images[start : start + self._batch_size])).cpu()
+                self._vectors(images[start : start + self._batch_size])
                 for start in range(0, len(images), self._batch_size)
             ]
-        vectors: Tensor = torch.cat(parts)
-        if vectors.dim() != 2:
-            raise ValueError(f"The network of {self.title} gives {tuple(vectors.shape)}, but features are [B, D].")
-        return Features(vectors.float().numpy())
+        return Features(torch.cat(parts).numpy())
+
+    def _vectors(self, images: NDArray[np.uint8]) -> Tensor:
+        """Return the features [B, D] of a batch on the host. Raises ValueError where the network gives none."""
+        pixels = self._prepared(images)
+        try:
+            found = self._network(pixels)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
+            *_, reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise ValueError(
+                f"The network in {self._place} fails on images {list(pixels.shape)} ({reason}); take one that maps "
+                "such to [B, D]."
+            ) from error
+        if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(images):
+            what = f"{tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            raise ValueError(
+                f"The network of {self.title} gives {what}, but features are [B, D], here of {len(images)} images; "
+                f"it is from {self._place}."
+            )
+        if not found.is_floating_point():
+            raise ValueError(f"The network in {self._place} gives {found.dtype}, but features are floating-point.")
+        return found.float().cpu()
 
     def _prepared(self, images: NDArray[np.uint8]) -> Tensor:
         pixels = torch.from_numpy(images).to(self._device).permute(0, 3, 1, 2).float().expand(-1, 3, -1, -1) / 255

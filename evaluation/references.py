@@ -7,26 +7,25 @@ images for precision and recall. Ours has ``about`` besides: JSON that says what
 
 import hashlib
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from data.atomic import atomic_file
 from data.images import Crop
+from data.locks import locked
 from data.progress import ProgressBar
-from data.reading import sha256_of
+from data.reading import DamagedFileError, sha256_of
 from data.sources import Source, load_images
 from diffusion.draws import Philox, Purpose
 from evaluation.features import FeatureExtractor, require_finite
 from evaluation.inception import NUM_FEATURES, NUM_SPATIAL
 from evaluation.inception_features import InceptionFeatures
-from evaluation.npz import Header, headers_of, read_array
+from evaluation.kept import npy_of, parse_npy, read_kept, unless_damaged, write_kept
+from evaluation.npz import Header, rows_of
+from evaluation.reference_schema import BATCH, IMAGES, About, read_about, read_gaussian, read_headers
 from evaluation.statistics import FeatureStatistics, Gaussian, Moments, frechet_distance
 
 MAX_BYTES_AT_ONCE = 2**33  # of decoded images
@@ -101,30 +100,33 @@ def _bootstrap_rows(length: int) -> NDArray[np.int64]:
 
 
 def read_reference(path: Path, extractor: FeatureExtractor, cache: Path, progress: ProgressBar) -> Reference:
-    """A file of ADM's, or of ``ditscale reference``.
+    """Return a file of ADM's, or of ``ditscale reference``.
 
-    What takes long (features of ``arr_0``, roots of the covariances) is kept in ``cache`` by the hashes of the
+    What takes long (features of ``arr_0``, roots of the covariances) is kept in ``cache`` under the hashes of the
     file, of the extractor and of this room's code. Raises ValueError for a file that is missing, damaged, or made by
     another extractor.
     """
-    if not path.is_file():
+    try:
+        headers, hash_ = read_headers(path), sha256_of(path)
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"There is no reference {path}; fetch ADM's VIRTUAL_imagenet256_labeled.npz (or that of another size) "
             "from the guided-diffusion repository's evaluations page, or make one by `ditscale reference`."
-        )
-    headers = headers_of(path)
-    _require_statistics(path, headers)
-    _require_images(path, headers.get("arr_0"))
-    about = _about(path) if "about" in headers else _About()
+        ) from None
+    about = read_about(path, headers)
     _require_extractor(path, about, headers, extractor)
-    hash_ = sha256_of(path)
-    kept = _Kept(cache / f"reference-{hash_[:16]}-{extractor.hash[:16]}-{_code_hash()[:8]}")
+    kept = _Kept(cache, hash_, extractor.hash)
 
     def gaussian(mu: str, sigma: str) -> Gaussian:
-        mean, covariance = _read_gaussian(path, mu, sigma)
-        return Gaussian(mean, covariance, about.images, lambda name, compute: kept.get(f"{name}-{sigma}", compute))
+        mean, covariance = read_gaussian(path, mu, sigma)
 
-    num_vectors, image_size = headers["arr_0"].shape[:2] if "arr_0" in headers else (0, None)
+        def root(name: str, compute: Callable[[], NDArray[np.float64]]) -> NDArray[np.float64]:
+            return kept.get(f"{name}-{sigma}", compute, (len(mean), None), np.float64)
+
+        return Gaussian(mean, covariance, about.images, root, f"{sigma} of the reference {path}")
+
+    num_vectors, image_size = headers[IMAGES].shape[:2] if IMAGES in headers else (0, None)
+    shape = (num_vectors, *headers["mu"].shape)
     return Reference(
         name=about.name or path.name,
         hash=hash_,
@@ -132,65 +134,16 @@ def read_reference(path: Path, extractor: FeatureExtractor, cache: Path, progres
         floor=None,
         spatial=gaussian("mu_s", "sigma_s") if "mu_s" in headers else None,
         num_vectors=num_vectors,
-        load_vectors=lambda: kept.get("vectors", lambda: _vectors_of(path, extractor, progress)),
+        load_vectors=lambda: kept.get(
+            "vectors", lambda: _vectors_of(path, hash_, num_vectors, extractor, progress), shape, np.float32
+        ),
         image_size=image_size,
         num_classes=about.num_classes,
     )
 
 
-def _require_statistics(path: Path, headers: Mapping[str, Header]) -> None:
-    for mu, sigma, optional in (("mu", "sigma", False), ("mu_s", "sigma_s", True)):
-        if optional and mu not in headers and sigma not in headers:
-            continue
-        for name in (mu, sigma):
-            if name not in headers:
-                raise ValueError(
-                    f"The reference {path} has no {name} (it has {', '.join(headers)}); fetch one of ADM's, or make "
-                    "one by `ditscale reference`."
-                )
-        (*dimensions,), theirs = headers[mu].shape, headers[sigma].shape
-        if len(dimensions) != 1 or theirs != (dimensions[0], dimensions[0]):
-            raise ValueError(
-                f"The reference {path} has {mu} of shape {headers[mu].shape} and {sigma} of shape {theirs}; fetch or "
-                "make it again."
-            )
-
-
-def _require_images(path: Path, header: Header | None) -> None:
-    """Levels from 0 to 255, or features would be of something else."""
-    if header is None:
-        return
-    shape = header.shape
-    if header.dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2]:
-        raise ValueError(
-            f"The reference {path} has arr_0 of {header.dtype} {shape}, but images are uint8 [N, size, size, "
-            "channels]; fetch or make it again, or leave arr_0 out where no metric needs images."
-        )
-
-
-class _About(BaseModel):
-    """What our own file says of itself; one of ADM's says nothing."""
-
-    model_config = ConfigDict(strict=True, frozen=True)
-
-    name: str | None = None
-    images: Annotated[int, Field(ge=2)] | None = None
-    num_classes: int | None = None
-    feature_extractor: str = "2015 Inception features"
-    feature_extractor_hash: str | None = None
-
-
-def _about(path: Path) -> _About:
-    try:
-        return _About.model_validate_json(str(read_array(path, "about")))
-    except ValidationError as error:
-        found = error.errors()[0]
-        what = f"has {found['loc'][0]} {found['input']!r}, but" if found["loc"] else "cannot be read:"
-        raise ValueError(f"about of the reference {path} {what} {found['msg'].lower()}; make it again.") from error
-
-
-def _require_extractor(path: Path, about: _About, headers: Mapping[str, Header], extractor: FeatureExtractor) -> None:
-    """A file without ``about`` is ADM's, of the 2015 Inception."""
+def _require_extractor(path: Path, about: About, headers: Mapping[str, Header], extractor: FeatureExtractor) -> None:
+    """Raise ValueError for features of another extractor. A file without ``about`` is ADM's, of the 2015 Inception."""
     theirs, their_hash = about.feature_extractor, about.feature_extractor_hash
     fits = isinstance(extractor, InceptionFeatures) if their_hash is None else their_hash == extractor.hash
     if not fits:
@@ -208,26 +161,23 @@ def _require_extractor(path: Path, about: _About, headers: Mapping[str, Header],
             )
 
 
-def _read_gaussian(path: Path, mu: str, sigma: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    mean, covariance = (read_array(path, name).astype(np.float64) for name in (mu, sigma))
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise ValueError(f"{mu} or {sigma} of the reference {path} is not finite; fetch or make it again.")
-    return mean, (covariance + covariance.T) / 2
-
-
-def _vectors_of(path: Path, extractor: FeatureExtractor, progress: ProgressBar) -> NDArray[np.float32]:
-    """Features of ``arr_0``."""
-    images, parts = read_array(path, "arr_0"), []
-    with progress("reference", 0, len(images), "img") as bar:
-        for start in range(0, len(images), 250):
-            found = require_finite(extractor(images[start : start + 250]), extractor)
+def _vectors_of(
+    path: Path, hash_: str, count: int, extractor: FeatureExtractor, progress: ProgressBar
+) -> NDArray[np.float32]:
+    """Return the features of ``arr_0``. Raises ValueError where the file is no longer the one of ``hash_``."""
+    if (now := sha256_of(path)) != hash_:
+        raise DamagedFileError(f"The reference {path} had sha256 {hash_} when this job began, but has {now} now.")
+    parts = []
+    with progress("reference", 0, count, "img") as bar:
+        for images in rows_of(path, IMAGES, BATCH):
+            found = require_finite(extractor(images), extractor)
             parts.append(found.vectors)
             bar.update(len(found.vectors))
     return np.concatenate(parts)
 
 
 def _code_hash() -> str:
-    """Of the code that computes features and roots: what an earlier version kept may be something else."""
+    """Return the hash of the code that computes features and roots: an earlier version's may be something else."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
@@ -235,20 +185,25 @@ def _code_hash() -> str:
 
 
 class _Kept:
-    """Arrays in a folder, computed once; other processes wait for the first."""
+    """Arrays of a reference by an extractor in a folder, computed once; other processes wait for the first."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, cache: Path, reference: str, extractor: str) -> None:
+        self._identity = {"reference": reference, "extractor": extractor, "code": _code_hash()}
+        self._folder = cache / f"reference-{reference[:16]}-{extractor[:16]}-{self._identity['code'][:8]}"
 
-    def get(self, name: str, compute: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-        """The array of this name; a damaged file is made again."""
-        path = self._folder / f"{name}.npy"
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
-            with suppress(FileNotFoundError, ValueError, EOFError):
-                kept: NDArray[Any] = np.load(path, allow_pickle=False)
+    def get(
+        self,
+        name: str,
+        compute: Callable[[], NDArray[Any]],
+        shape: tuple[int | None, ...],
+        dtype: type[np.generic],
+    ) -> NDArray[Any]:
+        """Return the array of this name; a damaged file is made again."""
+        path, identity = self._folder / f"{name}.npy", {**self._identity, "array": name}
+        with locked(path.with_suffix(".lock")):
+            kept = unless_damaged(lambda: parse_npy(read_kept(path, identity), path, shape, dtype))
+            if kept is not None:
                 return kept
             array = compute()
-            with atomic_file(path) as file:
-                np.save(file, array, allow_pickle=False)
+            write_kept(path, npy_of(array), identity)
         return array

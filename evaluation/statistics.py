@@ -111,6 +111,7 @@ class Gaussian:
     covariance: NDArray[np.float64]  # [D, D]
     count: int | None = None  # images that it is of, where that is known
     cache: Cache = field(default=_computed, compare=False)
+    name: str = "The covariance"  # what errors call it
 
     @property
     def max_rank(self) -> int:
@@ -120,11 +121,13 @@ class Gaussian:
     @cached_property
     def root(self) -> NDArray[np.float64]:
         """[D, r]."""
-        return self.cache("root", lambda: covariance_root(self.covariance, self.max_rank))
+        return self.cache("root", lambda: covariance_root(self.covariance, self.max_rank, self.name))
 
 
-def covariance_root(covariance: NDArray[np.float64], max_rank: int) -> NDArray[np.float64]:
-    """[D, D] -> R [D, r] with covariance = R R^T.
+def covariance_root(
+    covariance: NDArray[np.float64], max_rank: int, name: str = "The covariance"
+) -> NDArray[np.float64]:
+    """Return R [D, r] of a covariance [D, D] = R R^T; ``name`` stands in errors.
 
     Eigenvalues that are zero up to rounding, or beyond the ``max_rank`` largest, are left out. Raises ValueError for
     a matrix with negative ones, which is no covariance.
@@ -132,8 +135,8 @@ def covariance_root(covariance: NDArray[np.float64], max_rank: int) -> NDArray[n
     values, vectors = np.linalg.eigh(covariance)
     if values[0] < -_NEGATIVE * np.abs(values).max():
         raise ValueError(
-            f"The matrix of the reference's statistics has an eigenvalue of {values[0]:.6g}, but a covariance has none "
-            "below 0; fetch or make the reference again."
+            f"{name} has an eigenvalue of {values[0]:.6g}, but a covariance has none below 0; fetch or make the "
+            "reference again."
         )
     floor = len(values) * np.finfo(np.float64).eps * max(float(values[-1]), 0.0)
     kept = values > floor

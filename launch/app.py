@@ -3,7 +3,9 @@
 import errno
 import os
 import re
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,12 +18,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from launch import STARTED_BY
 from launch.check import check_known, check_positive, check_targets, closest
-from launch.parallel import exit_if_asked, in_worker, run_in_worker
+from launch.parallel import started_by_torchrun, stop_without
 from launch.progress import make_progress
 from launch.redaction import exit_with_traceback, redact_file, secrets_hidden
 from launch.schema import register
+from launch.sweep_processes import SweepFailedError, register_launcher
+from launch.words import prepared
 
+HELP = ("--help", "-h")
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
 LESS_MEMORY = {  # of a GPU; roundings are all that changes
@@ -31,29 +37,43 @@ LESS_MEMORY = {  # of a GPU; roundings are all that changes
 }
 CONF = Path(__file__).resolve().parent.parent / "conf"
 JobFunction = Callable[..., None]  # (config, progress)
+Settle = Callable[[DictConfig, list[str]], None]  # (config before anything is resolved, words of the command line)
 
 
-def run(job: str, function: JobFunction) -> None:
+def run(job: str, function: JobFunction, settle: Settle | None = None) -> None:
     """Compose ``conf/{job}.yaml`` with the command line's overrides and call ``function(config, progress)``.
+
+    ``settle`` may change the composed config before anything in it is resolved.
 
     Exits with 2 and one sentence for a ValueError or a config error, with 1 where training diverged.
     ``HYDRA_FULL_ERROR=1`` shows the traceback instead.
     """
+    if started_by_torchrun():
+        stop_without(STARTED_BY)
     register()
+    register_launcher()
+    if any(word in HELP for word in sys.argv[1:]):
+        from launch.help import help_of
+
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
+        return print(help_of(job))
+    sys.argv[1:] = prepared(sys.argv[1:])
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves the reporting to us
     application = hydra.main(config_path=str(CONF), config_name=job, version_base="1.3")
-    task = _Task(job, function)
+    task = _Task(job, function, settle, wants_traceback)
     with secrets_hidden(sys.argv):
         try:
             application(task)()
-            exit_if_asked()
             if task.error is not None:
                 raise task.error
         except KeyboardInterrupt:
             again = "; the same command continues" if job in ("train", "encode") else ""
             print(f"ditscale {job}: stopped{again}.", file=sys.stderr)
             sys.exit(130)
+        except SweepFailedError as failure:
+            print(f"ditscale {job}: error: {failure}", file=sys.stderr)
+            sys.exit(failure.code)
         except Exception as error:
             with secrets_hidden(task.settings):
                 _exit_with(job, error, wants_traceback)
@@ -65,19 +85,21 @@ def _exit_with(job: str, error: Exception, wants_traceback: bool) -> NoReturn:
         exit_with_traceback(error)
     print(f"ditscale {job}: error: {sentence}", file=sys.stderr)
     print("(HYDRA_FULL_ERROR=1 shows the traceback)", file=sys.stderr)
-    sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+    sys.exit(_code(error, sentence))
 
 
 class _Task:
-    """What Hydra calls for each run, in this process or, in a parallel sweep, in another.
+    """What Hydra calls for each run, in this process or, in a sweep of trainings, in one of the run's own.
 
     A single run keeps its exception in ``error``, past Hydra, which would print more than the sentence. A run of a
-    sweep tells of it at once and raises it: Hydra goes on with the others, and in the end tells of the first alone.
+    sweep tells of it at once and raises it: the others go on, and the end names what failed.
     """
 
-    def __init__(self, job: str, function: JobFunction) -> None:
-        self._job = job
-        self._function = function
+    def __init__(self, job: str, function: JobFunction, settle: Settle | None, wants_traceback: bool) -> None:
+        self.job = job
+        self.row = 0
+        self._function, self._settle = function, settle
+        self._wants_traceback = wants_traceback
         self.error: Exception | None = None
         self.settings: Any = ()  # of the last run, with whatever secrets they hold
 
@@ -88,21 +110,34 @@ class _Task:
 
     def _call(self, config: DictConfig) -> None:
         try:
-            if in_worker():
-                run_in_worker(lambda: self._run(config))
-            else:
-                self._run(config)
+            self._run(config)
         except Exception as error:
-            # Hydra wraps what a constructor raises, and the cause does not survive the way between processes.
-            cause = _first_value_error(error) or error
+            cause = _first_value_error(error) or error  # Hydra wraps what a constructor raises
             if HydraConfig.get().mode == RunMode.MULTIRUN:
-                sentence = _sentence(self._job, cause) or f"{type(cause).__name__}: {cause}"
-                print(f"ditscale {self._job}: {_name_in_sweep(config)} failed: {sentence}", file=sys.stderr)
+                sentence = _sentence(self.job, cause) or f"{type(cause).__name__}: {cause}"
+                print(f"ditscale {self.job}: {self.name(config)} failed: {sentence}", file=sys.stderr)
                 raise cause from None
             self.error = cause
 
+    def name(self, config: DictConfig) -> str:
+        """Return the name of a run of a sweep; where it has none, what it overrides."""
+        try:
+            return str(config["name"])
+        except OmegaConfBaseException:
+            return str(HydraConfig.get().job.override_dirname)
+
+    def exit_code(self, error: Exception) -> int:
+        """Return the code for what a run raised. Shows the traceback where it is wanted, or no sentence says enough."""
+        sentence = _sentence(self.job, error)
+        if self._wants_traceback or sentence is None:
+            with secrets_hidden(self.settings):
+                traceback.print_exception(error)
+        return _code(error, sentence)
+
     def _run(self, config: DictConfig) -> None:
         check_known(config)
+        if self._settle is not None:
+            self._settle(config, list(HydraConfig.get().overrides.task))
         plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True, enum_to_str=True)  # type: ignore[assignment]
         check_targets(plain)
         check_positive(plain)
@@ -112,9 +147,8 @@ class _Task:
 
             redact_file(Path(hydra_config.sweep.dir) / "multirun.yaml", plain)
             take_gpu(plain, Path(hydra_config.sweep.dir))
-        row = OmegaConf.select(hydra_config, "job.num") or 0
         is_main = os.environ.get("RANK", "0") == "0"
-        self._function(plain, make_progress(plain.get("name", ""), row, is_main))
+        self._function(plain, make_progress(plain.get("name", ""), self.row, is_main))
 
 
 def _settings_of(config: DictConfig) -> Any:
@@ -125,12 +159,9 @@ def _settings_of(config: DictConfig) -> Any:
         return OmegaConf.to_container(config, resolve=False)
 
 
-def _name_in_sweep(config: DictConfig) -> str:
-    """Of a run: its name where it has one, else what it overrides."""
-    try:
-        return str(config["name"])
-    except OmegaConfBaseException:
-        return str(HydraConfig.get().job.override_dirname)
+def _code(error: BaseException, sentence: str | None) -> int:
+    """Return the exit code: 2 for a mistake of the user, 1 for what came of training or is a fault of the program."""
+    return 1 if sentence is None or isinstance(error, FloatingPointError) else 2
 
 
 def _sentence(job: str, error: BaseException) -> str | None:
@@ -202,17 +233,25 @@ def _explain_override(job: str, message: str) -> str:
     if found is None:
         return " ".join(message.split())
     key = found.group(1).split("=")[0].lstrip("+~")
-    return f"`ditscale {job}` has no setting {key!r}{closest(key, _valid_names(job))}"
+    settings, groups = valid_names(job)
+    return f"`ditscale {job}` has no setting {key!r}{closest(key, [*settings, *groups])}"
 
 
-def _valid_names(job: str) -> list[str]:
-    """Every setting of the job's default config, and every group that it chooses from."""
+def default_config(job: str) -> DictConfig:
+    """Return a job's config as it is without any word of the command line, Hydra's own section among it."""
+    register()
+    register_launcher()
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name=job):
-        config = hydra.compose(config_name=job, return_hydra_config=True)
+        return hydra.compose(config_name=job, return_hydra_config=True)
+
+
+def valid_names(job: str) -> tuple[list[str], list[str]]:
+    """Return every setting of the job's default config, and every group that it chooses from."""
+    config = default_config(job)
     groups = [str(group) for group in config.hydra.runtime.choices if not str(group).startswith("hydra/")]
     keys = _dotted_keys(OmegaConf.to_container(config))
-    return [*(key for key in keys if not key.startswith("hydra")), *groups]
+    return [key for key in keys if not key.startswith("hydra")], groups
 
 
 def _dotted_keys(node: Any, prefix: str = "") -> list[str]:

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from torch import Tensor, nn
 
 from data.cache import Cache
 from data.images import Preparation
 from data.manifest import LatentSpec, Manifest
 from data.plan import latent_spec
 from data.progress import ProgressBar
+from data.records import validate
 from data.remote import is_remote
 from data.shards import MappedShards
 from data.urls import redacted_config
@@ -25,23 +25,21 @@ from evaluation.features import FeatureExtractor
 from evaluation.generate import Generator
 from evaluation.metrics import Metric
 from evaluation.references import make_reference, read_reference
-from launch.app import CONF
-from launch.check import check_trusted, closest
+from launch.check import closest
+from launch.components import build, build_saved
 from launch.runs import checkpoint_hash, pinned_sources, read_checkpoint
+from launch.saved_configs import component, setting
 from model.autoencoder import Autoencoder
 from model.dit import DiT
 from model.flops import multiply_adds, num_parameters, training_multiply_adds
 from runtime.protocol import Runtime
 from train import posthoc
-from train.checkpoint import fill, load_weights, read_state_file
-
-
-def build(section: Mapping[str, Any], **arguments: Any) -> Any:
-    """Make what a section's ``_target_`` names; lists and mappings reach it as Python's own."""
-    return instantiate(section, _convert_="all", **arguments)
-
+from train.checkpoint import fill, read_state_file, read_tensors
+from train.ema import MAIN, Averages, initial_share_note
+from train.stores import STATE_FILE
 
 CHUNKS = "chunks"  # folder in a run's, of what a killed evaluation had finished
+_OF_THE_RUN = ("batch_size", "class_dropout", "seed")  # settings that its evaluations tell of
 _FROM_MANIFEST = {"latent_size": "latent_size", "channels": "channels", "num_classes": "num_classes"}
 
 
@@ -77,14 +75,21 @@ def build_shards(data: Mapping[str, Any]) -> MappedShards:
     return MappedShards(data["shards"], data["verify_checksums"], cache)
 
 
-def require_variance(model: DiT, process: GaussianDiffusion) -> None:
-    """Raise ValueError where the process wants a variance that the network does not predict, or the reverse."""
-    if process.variance.learned != model.config.learn_sigma:
-        raise ValueError(
-            f"{type(process.variance).__name__} needs {model.config.channels * (2 if process.variance.learned else 1)} "
-            f"output channels, but the model has {model.config.out_channels}; set "
-            f"model.learn_sigma={str(process.variance.learned).lower()}."
-        )
+def require_variance(model: DiT, process: GaussianDiffusion, of: str | None = None) -> None:
+    """Raise ValueError where the process wants a variance that the network does not predict, or the reverse.
+
+    ``of`` names a file that the network is from: what it predicts is then given, and the process has to follow.
+    """
+    if process.variance.learned == model.config.learn_sigma:
+        return
+    needed = model.config.channels * (2 if process.variance.learned else 1)
+    follow = "diffusion/variance=learned_range" if model.config.learn_sigma else "diffusion/variance=fixed_large"
+    follow += "" if model.config.learn_sigma else " or fixed_small"
+    change = f"model.learn_sigma={str(process.variance.learned).lower()}, or {follow}" if of is None else follow
+    raise ValueError(
+        f"{type(process.variance).__name__} needs {needed} output channels, but {of or 'the model'} has "
+        f"{model.config.out_channels}; set {change}."
+    )
 
 
 def model_facts(model: DiT, images_seen: int, weights: str, training_seed: int) -> dict[str, Any]:
@@ -199,24 +204,44 @@ def load_model(where: str, weights: str) -> DiT:
 
     Raises ValueError for a missing or damaged checkpoint, or one that asks for foreign code.
     """
-
-    def load(path: Path) -> DiT:
-        with pinned_sources(path, weights) as sources:
-            return _model_of(sources, weights)
-
-    return read_checkpoint(where, load)
+    return read_checkpoint(where, lambda path: model_at(path, weights))
 
 
-def _model_of(sources: Sequence[Path], weights: str) -> DiT:
+def model_at(path: Path, weights: str) -> DiT:
+    """The network of a pinned checkpoint. Raises as `load_model` does."""
+    with pinned_sources(path, weights) as sources:
+        return _model_at(sources, weights)
+
+
+def _model_at(sources: Sequence[Path], weights: str) -> DiT:
     """The network of the last of the pinned checkpoints that its weights are made of."""
     path = sources[-1]
-    section = read_state_file(path)["config"]["model"]
-    require_shipped(section, "model.")
-    model: DiT = build(section)
+    section = component(read_state_file(path)["config"], "model", str(path / STATE_FILE))
     if weights.startswith(posthoc.PREFIX):
-        fill(model, path, posthoc.reconstruct(sources, _width(weights)))
-    else:
-        load_weights(model, path, weights)
+        return _model_of(path, section, posthoc.reconstruct(sources, _width(weights)))
+    return _model_of(path, section, read_tensors(path, weights))
+
+
+def _model_of(path: Path, section: Mapping[str, Any], tensors: dict[str, Tensor]) -> DiT:
+    """Return the model of a checkpoint's config with the tensors of its file, which are looked at first.
+
+    A config may ask for a model of any size: nothing is allocated for one that the file is not of.
+    """
+    said_by = str(path / STATE_FILE)
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in build_saved(section, said_by).state_dict().items()}
+    for name in [*shapes, *tensors]:
+        theirs, ours = tensors.get(name), shapes.get(name)
+        if theirs is None or ours is None or theirs.shape != ours:
+            shown = [
+                None if shape is None else tuple(shape) for shape in (theirs if theirs is None else theirs.shape, ours)
+            ]
+            raise ValueError(
+                f"The checkpoint {path} is of another model than its config: {name} is {shown[0]} in its weights and "
+                f"{shown[1]} by its config; use another checkpoint of that run."
+            )
+    model: DiT = build_saved(section, said_by)
+    fill(model, path, tensors)
     return model
 
 
@@ -252,6 +277,8 @@ class LoadedCheckpoint:
     training_seed: int
     hash: str = ""  # of its state file; the folder may be gone by now
     sources: tuple[Source, ...] = ()  # checkpoints that the weights are made of
+    class_names: tuple[str, ...] = ()  # of the labels in order, where they are known
+    note: str | None = None  # what to tell whoever samples from these weights
 
     @classmethod
     def load(cls, where: str, weights: str, runtime: Runtime) -> "LoadedCheckpoint":
@@ -271,28 +298,30 @@ class LoadedCheckpoint:
     @classmethod
     def _of(cls, sources: Sequence[Path], weights: str, runtime: Runtime) -> "LoadedCheckpoint":
         path = sources[-1]
-        state = read_state_file(path)
+        state, said_by = read_state_file(path), str(path / STATE_FILE)
         config = state["config"]
-        require_shipped(config["diffusion"], "diffusion.")
-        require_shipped(config["data"]["autoencoder"], "data.autoencoder.")
-        spec = LatentSpec(**state["spec"])
-        autoencoder: Autoencoder = build(config["data"]["autoencoder"])
+        spec = validate(LatentSpec, state["spec"], said_by)
+        autoencoder: Autoencoder = build_saved(component(config, "data.autoencoder", said_by), said_by)
         _require_autoencoder(path, spec, autoencoder)
-        model = _model_of(sources, weights)
-        process: GaussianDiffusion = build(config["diffusion"])
+        process: GaussianDiffusion = build_saved(component(config, "diffusion", said_by), said_by)
+        _require_model_of(spec, component(config, "model", said_by), said_by)
+        batch_size, class_dropout, seed = (setting(config, name, said_by) for name in _OF_THE_RUN)
+        model = _model_at(sources, weights)
         return cls(
             path=path,
             run_dir=path.resolve().parent.parent,
             step=state["step"],
-            images_seen=state["step"] * config["batch_size"],
+            images_seen=state["step"] * batch_size,
             spec=spec,
             model=runtime.place(model).eval().requires_grad_(False),
             process=runtime.place(process),
             autoencoder=autoencoder.to(runtime.device),
-            class_dropout=config["class_dropout"],
-            training_seed=config["seed"],
+            class_dropout=class_dropout,
+            training_seed=seed,
             hash=checkpoint_hash(path),
             sources=tuple(Source(int(read_state_file(one)["step"]), checkpoint_hash(one)) for one in sources),
+            class_names=tuple(state.get("class_names", [])),
+            note=_average_note(config, weights, state["step"], said_by),
         )
 
     def generator(self, config: Mapping[str, Any], seed: int, runtime: Runtime) -> Generator:
@@ -304,20 +333,31 @@ class LoadedCheckpoint:
 
 def _require_autoencoder(path: Path, spec: LatentSpec, autoencoder: Autoencoder) -> None:
     """Raise ValueError where the autoencoder's weights are no longer those of the latents trained on."""
-    theirs, ours = (spec.autoencoder, spec.autoencoder_revision), (autoencoder.name, autoencoder.revision)
+    names = ("name", "revision", "downscale", "channels", "scale", "shift")
+    theirs = (spec.autoencoder, spec.autoencoder_revision, spec.downscale, spec.channels, spec.scale, spec.shift)
+    ours = tuple(getattr(autoencoder, name) for name in names)
     if theirs != ours:
         raise ValueError(
-            f"The checkpoint {path} was trained on latents of the autoencoder {' '.join(theirs)}, but where its config "
-            f"points there is {' '.join(ours)} now; put the former one back."
+            f"The checkpoint {path} was trained on latents of the autoencoder {_words(theirs)}, but where its config "
+            f"points there is {_words(ours)} now; put the former one back."
         )
 
 
-def require_shipped(section: Mapping[str, Any], path: str) -> None:
-    """Raise ValueError where a section of a file's config would build what none of this project's configs does."""
-    check_trusted(section, _shipped_targets(), path)
+def _require_model_of(spec: LatentSpec, section: Mapping[str, Any], said_by: str) -> None:
+    for key, field in _FROM_MANIFEST.items():
+        theirs, ours = section.get(key), getattr(spec, field)
+        if theirs != ours:
+            raise ValueError(f"{said_by} is not loaded: its model.{key} is {theirs!r}, but its latents have {ours}.")
 
 
-def _shipped_targets() -> frozenset[str]:
-    """What the configs of this project build: all that a checkpoint's config may ask for."""
-    found = (OmegaConf.select(OmegaConf.load(path), "_target_") for path in CONF.rglob("*.yaml"))
-    return frozenset(target for target in found if target is not None)
+def _average_note(config: Mapping[str, Any], weights: str, step: int, said_by: str) -> str | None:
+    """Return a sentence where an average is still much of the untrained weights."""
+    if weights != MAIN:
+        return None
+    averages: Averages = build_saved(component(config, "ema", said_by), said_by)(nn.Linear(1, 1))
+    return initial_share_note(averages.by_name[MAIN], MAIN, step)
+
+
+def _words(values: Sequence[Any]) -> str:
+    """Return name and revision, and the numbers after them in brackets."""
+    return f"{values[0]} {values[1]} ({', '.join(map(str, values[2:]))})"

@@ -2,8 +2,9 @@
 
 import difflib
 import inspect
+import json
 import typing
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -60,17 +61,7 @@ def check_targets(node: Any, path: str = "") -> None:
     """
     for place, section in _sections(node, path):
         if "_target_" in section:
-            _check_target(section, place)
-
-
-def check_trusted(node: Any, trusted: Collection[str], path: str) -> None:
-    """Refuse a config out of a file that would build anything but the ``trusted`` targets. Raises ValueError."""
-    for place, section in _sections(node, path):
-        target = section.get("_target_")
-        if target is not None and target not in trusted:
-            raise ValueError(f"{place}_target_ is {target!r}, which a checkpoint may not ask for; it is not loaded.")
-        if "_args_" in section:
-            raise ValueError(f"{place}_args_ is given, which a checkpoint may not ask for; it is not loaded.")
+            check_parameters(section, place)
 
 
 def _sections(node: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -84,7 +75,8 @@ def _sections(node: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield from _sections(value, f"{path}{number}.")
 
 
-def _check_target(config: Mapping[str, Any], path: str) -> None:
+def check_parameters(config: Mapping[str, Any], path: str) -> None:
+    """Check one section with a ``_target_``, as `check_targets` does. Raises ValueError."""
     name = config["_target_"]
     try:
         target = get_object(name)
@@ -97,8 +89,8 @@ def _check_target(config: Mapping[str, Any], path: str) -> None:
             continue
         if key not in parameters and not takes_any:
             raise ValueError(f"{name} has no setting {path}{key}{closest(key, parameters)}")
-        if isinstance(value, str | int | float | bool) and key in hints:
-            _check_type(f"{path}{key}", value, hints[key])
+        if isinstance(value, str | int | float | bool | list) and key in hints:
+            check_type(f"{path}{key}", value, hints[key])
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
@@ -110,15 +102,22 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
         return {}
 
 
-def _check_type(name: str, value: Any, hint: Any) -> None:
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """Raise ValueError where a scalar, or a list, is not of the type ``hint``; ``name`` stands in the sentence."""
     try:
         adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
     except (PydanticUserError, SchemaError):  # no type that pydantic can judge, such as a Protocol
         return
     try:
-        adapter.validate_python(value, strict=True)
+        if isinstance(value, list):
+            adapter.validate_json(json.dumps(value), strict=True)  # from JSON, a list may become a tuple
+        else:
+            adapter.validate_python(value, strict=True)
     except ValidationError as error:
-        raise ValueError(f"{name} is {value!r}, but {error.errors()[0]['msg'].lower()}.") from error
+        found = error.errors()[0]
+        missing = found["type"] == "missing"
+        reason = f"it has no value at {found['loc'][-1]}" if missing else found["msg"].lower()
+        raise ValueError(f"{name} is {value!r}, but {reason}.") from error
 
 
 def check_positive(config: Mapping[str, Any]) -> None:

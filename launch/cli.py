@@ -1,28 +1,40 @@
 """``ditscale JOB ...overrides``: finds the job and hands it the rest of the command line."""
 
 import importlib
+import platform
 import sys
+from importlib.metadata import version
 
 from data.urls import redacted
 from launch.check import closest
-
-JOBS = {
-    "encode": "images to webdataset shards of latents",
-    "verify": "re-reads shards against their manifest; repair=true mends them",
-    "train": "shards to a run folder; -m sweeps over models; the same command continues; replay=DUMP explains a NaN",
-    "sample": "a checkpoint to a PNG grid and an .npz",
-    "evaluate": "a checkpoint to numbers",
-    "reference": "real images to the statistics that generated ones are compared with",
-    "export": "a checkpoint's weights to the released code's names or to diffusers",
-    "plan": "what a model or a sweep costs: Gflops, parameters, memory, hours, disk",
-    "report": "the runs of a sweep to the curve of distance against Gflops",
-}
+from launch.jobs import JOBS
+from launch.words import MULTIRUN
 
 
 def _help() -> str:
     lines = ["usage: ditscale JOB [NAME=VALUE ...]", ""]
     lines += [f"  {job:10s} {line}" for job, line in JOBS.items()]
-    return "\n".join([*lines, "", "ditscale JOB --help shows a job's settings."])
+    lines += [
+        "",
+        "ditscale JOB --help shows a job's settings; ditscale completion bash prints completions for a shell.",
+    ]
+    return "\n".join(lines)
+
+
+def _version() -> str:
+    return f"ditscale {version('ditscale')} (torch {version('torch')}, Python {platform.python_version()})"
+
+
+def _complete(arguments: list[str]) -> None:
+    """Print the completions of a shell."""
+    from launch.completion import SHELLS, script
+
+    if len(arguments) != 1 or arguments[0] not in SHELLS:
+        print(
+            f"ditscale: error: give one of the shells {' and '.join(SHELLS)}: ditscale completion bash", file=sys.stderr
+        )
+        sys.exit(2)
+    print(script(arguments[0], list(JOBS)))
 
 
 def main() -> None:
@@ -31,6 +43,15 @@ def main() -> None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help())
         sys.exit(0 if arguments else 2)
+    if arguments[0] in ("--version", "-V", "version"):
+        print(_version())
+        return
+    if arguments[0] == "completion":
+        return _complete(arguments[1:])
+    arguments = [
+        *(word for word in arguments if word not in MULTIRUN),
+        *(word for word in arguments if word in MULTIRUN),
+    ]
     job = arguments[0]
     if job not in JOBS:
         print(redacted(f"ditscale: error: There is no job {job!r}{closest(job, JOBS)}"), file=sys.stderr)

@@ -1,21 +1,27 @@
 """``ditscale encode``: images to webdataset shards of latents."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
 
 from data.encode import encode
 from data.encodings import Encoding
 from data.manifest import Manifest
 from data.progress import ProgressBar
 from data.remote import is_remote
+from data.sources import Source
 from launch.app import run
-from launch.build import build, build_preparation
+from launch.build import build_preparation
+from launch.components import build
+from launch.data_settings import write_record
 from launch.workers import worker_device, workers_from_environment
 
 
 def encode_job(config: dict[str, Any], progress: ProgressBar) -> None:
     """Make the shards that ``data`` describes; under torchrun, together with the other processes."""
-    manifest = encode_shards(config, progress)
+    manifest = encode_shards(config, progress, HydraConfig.get().overrides.task)
     if manifest is not None:
         size = sum(shard.bytes for shard in manifest.shards)
         skipped = f", {manifest.num_skipped} images set aside" if manifest.num_skipped else ""
@@ -25,8 +31,11 @@ def encode_job(config: dict[str, Any], progress: ProgressBar) -> None:
         )
 
 
-def encode_shards(config: dict[str, Any], progress: ProgressBar) -> Manifest | None:
-    """Encode what is missing or damaged in ``data.shards``. Returns the manifest in the first process."""
+def encode_shards(config: dict[str, Any], progress: ProgressBar, words: Iterable[str] | None = None) -> Manifest | None:
+    """Encode what is missing or damaged in ``data.shards``. Returns the manifest in the first process.
+
+    ``words`` of the command line are given where the settings are not those of an earlier encoding.
+    """
     data = config["data"]
     if not 0 <= config["max_skipped_fraction"] <= 1:
         raise ValueError(
@@ -36,14 +45,22 @@ def encode_shards(config: dict[str, Any], progress: ProgressBar) -> Manifest | N
         raise ValueError(
             f"data.shards is {data['shards']}, but shards are written to a local folder; encode into one, then copy it."
         )
+    autoencoder = build(data["autoencoder"])
+    if words is not None:
+        require_own_scale(autoencoder, words)
     encoding: Encoding = build(config["encoding"])(
-        autoencoder=build(data["autoencoder"]),
+        autoencoder=autoencoder,
         preparation=build_preparation(data),
         flip=data["flip"],
         device=worker_device(config["device"]),
     )
-    return encode(
-        build(data["source"]),
+    source: Source = build(data["source"])
+    workers = workers_from_environment(config["threads"])
+    if workers.rank == 0:
+        for note in notes_of(source):
+            print(f"note: {note}")
+    manifest = encode(
+        source,
         encoding,
         Path(data["shards"]),
         name=data["name"],
@@ -52,8 +69,34 @@ def encode_shards(config: dict[str, Any], progress: ProgressBar) -> Manifest | N
         seed=config["seed"],
         progress=progress,
         max_skipped_fraction=config["max_skipped_fraction"],
-        workers=workers_from_environment(config["threads"]),
+        workers=workers,
     )
+    if manifest is not None:
+        write_record(Path(data["shards"]), config)
+    return manifest
+
+
+def notes_of(source: Source) -> list[str]:
+    """Return what a user should know of a source before it is read."""
+    notes = list(source.notes)
+    if source.left_out:
+        first, number = source.left_out[0], len(source.left_out)
+        notes.append(f"{number} files of the source are left out, the first is {first.source_id}: {first.reason}.")
+    return notes
+
+
+def require_own_scale(autoencoder: Any, words: Iterable[str]) -> None:
+    """Raise ValueError where an autoencoder's file says another scale or shift than a default that nobody gave."""
+    given = {word.lstrip("+").split("=", 1)[0] for word in words}
+    for name in ("scale", "shift"):
+        ours, own = getattr(autoencoder, name), getattr(autoencoder, f"own_{name}", None)
+        if own is not None and ours != own and f"data.autoencoder.{name}" not in given:
+            file_key = {"scale": "scaling_factor", "shift": "shift_factor"}[name]
+            raise ValueError(
+                f"The autoencoder {autoencoder.name} says {file_key} {own:g} in its config.json, but "
+                f"data.autoencoder.{name} is {ours} by default; give data.autoencoder.{name}={own:g}, or "
+                f"data.autoencoder.{name}={ours} to keep it."
+            )
 
 
 def main() -> None:

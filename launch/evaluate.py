@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 
 from data.manifest import Manifest
 from data.progress import ProgressBar
@@ -23,20 +24,21 @@ from launch.app import CONF, run
 from launch.build import (
     CHUNKS,
     LoadedCheckpoint,
-    build,
     build_evaluator,
     build_shards,
     model_facts,
     precision_of_products,
 )
 from launch.check import closest
+from launch.components import build
+from launch.data_settings import settle_by, settle_by_shards
 from launch.facts import facts_of_process, source_hash
-from launch.runs import checkpoint_hash
+from launch.runs import checkpoint_hash, read_checkpoint
 from model.dit import DiT
 from runtime.protocol import Runtime
-from train.checkpoint import code_version
+from train.checkpoint import code_version, read_state_file
 from train.runfolder import RunFolder
-from train.stores import list_checkpoints
+from train.stores import STATE_FILE, list_checkpoints
 
 LIKELIHOOD = "nll"  # needs no generated images, so it is no `Metric`
 
@@ -58,7 +60,7 @@ def evaluate_job(config: dict[str, Any], progress: ProgressBar) -> None:
     if (data["name"], data["image_size"]) != (checkpoint.spec.source, checkpoint.spec.image_size):
         raise ValueError(
             f"The checkpoint was trained on {checkpoint.spec.source} at {checkpoint.spec.image_size} px, but the "
-            f"reference would be {data['name']} at {data['image_size']} px; choose data={checkpoint.spec.source}."
+            f"reference would be {data['name']} at {data['image_size']} px; leave data out, or give the checkpoint's."
         )
     if config["compile"]:
         compile_blocks(checkpoint.model, runtime.device)
@@ -76,6 +78,15 @@ def evaluate_job(config: dict[str, Any], progress: ProgressBar) -> None:
         runtime.wait()  # until the record is written
     if chunks is not None:
         chunks.discard()
+
+
+def _settle(config: DictConfig, words: list[str]) -> None:
+    """Take ``data`` from the checkpoint, or from the shards where they are given."""
+    path, state = read_checkpoint(config.checkpoint, lambda path: (path, read_state_file(path)))
+    data = state["config"].get("data")
+    settle_by(config, words, data if isinstance(data, dict) else {}, str(path / STATE_FILE))
+    if any(word.startswith("data.shards=") for word in words):
+        settle_by_shards(config, words)
 
 
 def _record(
@@ -164,7 +175,7 @@ def _shards_of(checkpoint: LoadedCheckpoint, data: Mapping[str, Any]) -> MappedS
 
 def main() -> None:
     """Entry point."""
-    run("evaluate", evaluate_job)
+    run("evaluate", evaluate_job, _settle)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,117 @@
 """``ditscale export``: a checkpoint's weights to another program."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from data.atomic import atomic_file, atomic_folder
+from data.manifest import LatentSpec
 from data.progress import ProgressBar
+from data.records import validate
+from diffusion.process import GaussianDiffusion
 from launch.app import run
-from launch.build import load_model
-from model.convert import to_diffusers, to_reference
+from launch.build import model_at
+from launch.components import build, build_saved
+from launch.foreign import Facts, is_foreign, notes_on_positions, read_foreign
+from launch.runs import read_checkpoint
+from launch.saved_configs import component
+from model.diffusers_weights import NULL_CLASS, to_diffusers
+from model.dit import DiT
+from model.released import to_reference
+from train.checkpoint import read_state_file
+from train.stores import STATE_FILE
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network, and what a pipeline of diffusers needs beside it, where it is known."""
+
+    model: DiT
+    notes: tuple[str, ...] = ()
+    autoencoder: Any = None  # diffusers' AutoencoderKL
+    class_names: tuple[str, ...] = ()
+    betas: tuple[float, ...] | None = None  # None: the paper's
 
 
 def export_job(config: dict[str, Any], progress: ProgressBar) -> None:
     """Write ``out``: a ``.pt`` with the released code's names, or a folder that diffusers loads."""
-    model = load_model(config["checkpoint"], config["weights"])
-    out = Path(config["out"])
+    where, out, for_diffusers = config["checkpoint"], Path(config["out"]), config["to"] == "diffusers"
     if out.exists():
         raise ValueError(f"{out} exists already; give another out, or remove it.")
-    if config["to"] == "reference":
+    source = _foreign_source(config) if is_foreign(where) else _our_source(where, config["weights"], for_diffusers)
+    model, notes = source.model, list(source.notes)
+    if for_diffusers:
+        with atomic_folder(out) as aside:
+            to_diffusers(model, aside, source.autoencoder, source.class_names, source.betas)
+        notes += _notes_on_pipeline(source)
+    else:
         with atomic_file(out) as file:
             torch.save(to_reference(model), file)
-    else:
-        with atomic_folder(out) as aside:
-            to_diffusers(model, aside)
-    print(f"{config['weights']} weights of {config['checkpoint']} for {config['to']}: {out}")
-    if config["to"] == "diffusers" and model.config.frequency_shift == 0:
-        print("note: diffusers' DiT spaces the timestep's frequencies otherwise, so its outputs are a little off.")
+        if model.config.frequency_shift == 1:
+            notes.append(
+                "the released code spaces the timestep's frequencies otherwise, so its outputs are a little off."
+            )
+    print(f"{config['weights']} weights of {where} for {config['to']}: {out}")
+    for note in notes:
+        print(f"note: {note}")
+
+
+def _foreign_source(config: Mapping[str, Any]) -> Source:
+    network = read_foreign(config["checkpoint"], config["weights"], Facts(**config["foreign"]))
+    own = notes_on_positions(network.model, config["checkpoint"]) if config["to"] == "reference" else []
+    return Source(network.model, (*network.notes, *own), class_names=network.class_names)
+
+
+def _our_source(where: str, weights: str, for_diffusers: bool) -> Source:
+    return read_checkpoint(where, lambda path: _source_at(path, weights, for_diffusers))
+
+
+def _source_at(path: Path, weights: str, for_diffusers: bool) -> Source:
+    model = model_at(path, weights)
+    if not for_diffusers:
+        return Source(model)
+    state, said_by = read_state_file(path), str(path / STATE_FILE)
+    spec = validate(LatentSpec, state["spec"], said_by)
+    process: GaussianDiffusion = build_saved(component(state["config"], "diffusion", said_by), said_by)
+    autoencoder, notes = _autoencoder(component(state["config"], "data.autoencoder", said_by), spec)
+    names = tuple(state.get("class_names", []))  # earlier versions kept none
+    if not names:
+        notes.append("the checkpoint has no names of classes, so there is no id2label.")
+    return Source(model, tuple(notes), autoencoder, names, tuple(process.tables.betas.tolist()))
+
+
+def _autoencoder(section: dict[str, Any], spec: LatentSpec) -> tuple[Any, list[str]]:
+    """Return the AutoencoderKL of a checkpoint, scaled as its pipeline has to, or a sentence why there is none."""
+    if not section["_target_"].endswith("DiffusersAutoencoder"):
+        return None, ["its latents are images, for which a DiTPipeline has no decoder: open it with vae=None."]
+    without = "so the folder holds none: give yours as DiTPipeline.from_pretrained(FOLDER, vae=...)."
+    try:
+        autoencoder = build({**section, "precision": "fp32"})
+    except ValueError:
+        return None, [f"the autoencoder {section['name']} is not at {section['pretrained']} any more, {without}"]
+    if autoencoder.revision != spec.autoencoder_revision:
+        return None, [f"the autoencoder {autoencoder.name} is no longer the one of the latents trained on, {without}"]
+    if isinstance(autoencoder.scale, list) or autoencoder.shift != 0.0:
+        return None, [f"a DiTPipeline scales latents by one number, and not as {autoencoder.name} here, {without}"]
+    return autoencoder.for_pipeline(), []
+
+
+def _notes_on_pipeline(source: Source) -> list[str]:
+    """Return what the pipeline does otherwise than this program."""
+    model, notes = source.model, []
+    if model.config.frequency_shift == 0:
+        notes.append("diffusers' DiT spaces the timestep's frequencies otherwise, so its outputs are a little off.")
+    if (drift := model.position_drift()) > 0:
+        notes.append(f"diffusers' DiT has the fixed position embedding, not this one, which is {drift:.2g} off.")
+    if model.config.num_classes != NULL_CLASS:
+        notes.append(
+            f"DiTPipeline takes class {NULL_CLASS} for the null class, which is {model.config.num_classes} here: give "
+            "it guidance_scale=1."
+        )
+    return notes
 
 
 def main() -> None:

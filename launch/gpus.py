@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock
 
-_held: list[FileLock] = []  # by this process, until it ends: a worker trains its later runs on the same GPU
+from data.locks import HeldError, acquired
+
+_held: list[BaseFileLock] = []  # by this process, until it ends: where it has several runs, all are on the same GPU
 
 
 def take_gpu(config: Mapping[str, Any], sweep: Path) -> None:
-    """Make one GPU that no other worker of the sweep has taken this process's default.
+    """Make one GPU that no other process of the sweep has taken this process's default.
 
-    Where there are more workers than GPUs, each is shared by as many. Does nothing under a launcher, which gives
+    Where there are more processes than GPUs, each is shared by as many. Does nothing under a launcher, which gives
     each of its processes a GPU, where there are not several, and for a job on the CPU.
     """
     count = torch.cuda.device_count()
@@ -28,14 +30,12 @@ def take_gpu(config: Mapping[str, Any], sweep: Path) -> None:
     torch.cuda.set_device(gpu)
 
 
-def lease(count: int, folder: Path) -> tuple[int, FileLock]:
+def lease(count: int, folder: Path) -> tuple[int, BaseFileLock]:
     """A number below ``count`` that fewest others hold, and the lock that holds it and dies with its process."""
-    folder.mkdir(parents=True, exist_ok=True)
     for place in itertools.count():
-        lock = FileLock(folder / f"{place}.lock")
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
+            lock = acquired(folder / f"{place}.lock", timeout_sec=0)
+        except HeldError:
             continue
         return place % count, lock
     raise AssertionError("itertools.count has no end")

@@ -4,15 +4,18 @@ import json
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
 
+from data.manifest import Manifest
 from data.progress import ProgressBar
-from data.shards import shard_bytes_per_sample
+from data.shard_tars import shard_bytes_per_sample
 from launch.app import run
-from launch.build import build
+from launch.components import build
 from model.dit import DiTConfig
 from model.flops import TRAINING_FACTOR, multiply_adds, num_parameters
 from model.memory import STATE_BYTES_PER_PARAMETER, activation_bytes_per_image
 
+_LATENTS = (8, 4)  # factor and channels of Stable Diffusion's autoencoders, whose weights are not read for a plan
 COLUMNS = (  # heading, key, format
     ("model", "name", "32s"),
     ("Gflops (GMACs)", "gmacs", "14.3f"),
@@ -33,6 +36,7 @@ def plan_job(config: dict[str, Any], progress: ProgressBar) -> None:
         print(json.dumps(row))
         return
     if not HydraConfig.get().job.get("num"):  # type: ignore[attr-defined]  # a DictConfig, whatever its annotation
+        print(_assumptions(config))
         print("  ".join(f"{heading:>{_width(layout)}s}" for heading, _, layout in COLUMNS))
     print("  ".join(f"{row[key]:>{layout}}" for _, key, layout in COLUMNS))
 
@@ -64,13 +68,47 @@ def plan_row(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _assumptions(config: dict[str, Any]) -> str:
+    """Return a line on everything that the numbers rest on and the columns do not show."""
+    model, name = config["model"], config["data"]["name"]
+    latents = f"{model['latent_size']}x{model['latent_size']}x{model['channels']}"
+    machine = f"{config['devices']} devices of {config['peak_tflops']:g} TFLOPs in {config['precision']}"
+    return (
+        f"Of {config['num_samples']:,} images of {model['num_classes']:,} classes ({name}), latents {latents}, "
+        f"{'both orientations' if config['flip'] else 'one orientation'}; {config['total_steps']:,} steps of "
+        f"{config['batch_size']}; {machine}, used to {100 * config['utilization']:.0f}%; {config['sampling_steps']} "
+        "sampling steps. Each is a setting of plan."
+    )
+
+
+def settle_by_data(config: DictConfig, words: list[str]) -> None:
+    """Take sizes and counts from the shards that are given, or else from a data config that is given."""
+    keys = {word.lstrip("+~").split("=", 1)[0] for word in words}
+    if "data.shards" in keys:
+        manifest = Manifest.load(config.data.shards)
+        spec = manifest.spec
+        found: dict[str, Any] = {"num_samples": manifest.num_samples, "flip": spec.flip, "data.name": spec.source}
+        found |= {"model.num_classes": spec.num_classes}
+        found |= {"model.latent_size": spec.latent_size, "model.channels": spec.channels}
+    elif "data" in keys:
+        is_pixels = config.data.autoencoder._target_.endswith("IdentityAutoencoder")
+        downscale, channels = (1, config.data.autoencoder.channels) if is_pixels else _LATENTS
+        found = {"flip": config.data.flip}
+        found |= {"model.latent_size": config.data.image_size // downscale, "model.channels": channels}
+    else:
+        found = {"data.name": "imagenet"}  # whose numbers are the defaults
+    for key, value in found.items():
+        if key not in keys:
+            OmegaConf.update(config, key, value)
+
+
 def _width(layout: str) -> int:
     return int(layout.split(".")[0].rstrip("s"))
 
 
 def main() -> None:
     """Entry point."""
-    run("plan", plan_job)
+    run("plan", plan_job, settle_by_data)
 
 
 if __name__ == "__main__":

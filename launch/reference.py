@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+from data.atomic import make_folder, require_no_folder
 from data.progress import ProgressBar
 from data.reading import sha256_of
 from evaluation.image_sets import ImageSet
 from evaluation.reference_file import write_reference
 from launch.app import run
-from launch.build import build, build_extractor
+from launch.build import build_extractor
+from launch.components import build
+from launch.data_settings import settle_by_shards
 from launch.facts import facts_of_process
 from runtime.protocol import Runtime
 
@@ -18,6 +21,8 @@ def reference_job(config: dict[str, Any], progress: ProgressBar) -> None:
     out = Path(config["out"])
     if out.suffix != ".npz":
         raise ValueError(f"out is {out}, but a reference is an .npz; name it so.")
+    require_no_folder(out)  # before hours of work
+    make_folder(out.parent)
     runtime: Runtime = build(config["runtime"], precision="fp32")
     runtime.require_same(facts_of_process(config))
     images: ImageSet = build(config["images"])
@@ -40,7 +45,7 @@ def reference_job(config: dict[str, Any], progress: ProgressBar) -> None:
 
 def main() -> None:
     """Entry point."""
-    run("reference", reference_job)
+    run("reference", reference_job, settle_by_shards)
 
 
 if __name__ == "__main__":

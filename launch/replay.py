@@ -5,7 +5,6 @@ report goes to standard output.
 """
 
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,23 +18,25 @@ from data.prefetch import prefetch
 from data.progress import ProgressBar
 from data.shards import MappedShards
 from diffusion.batch import Batch
-from launch.build import build, build_shards, expected_spec, require_shipped
+from launch.build import build_shards, expected_spec
 from launch.check import check_targets
+from launch.components import build
+from launch.data_settings import require_shards
 from launch.facts import facts_of_process
 from launch.progress import make_progress
+from launch.saved_configs import whole_config
 from launch.training import new_state, spike_guard, training_batches
 from model.checkpointing import checkpoint_blocks
 from model.dit import DiT
 from runtime.protocol import Runtime
 from train.checkpoint import code_version, load_newest
-from train.dump import DivergedError, Dump, read_dump
+from train.dump import FILE_NAME, DivergedError, Dump, read_dump
 from train.loop import train
 from train.replay import MAX_NAMED, Findings, FollowHook, Replay
 from train.step import make_step
 from train.stores import FolderStore
 
 MAY_BE_GIVEN = ("runtime", "data.shards", "data.cache", "data.cache_bytes", "data.verify_checksums")
-BUILT = ("model", "diffusion", "optimizer", "ema", "runtime")  # sections of the dump's config
 
 
 def replay_job(config: dict[str, Any]) -> None:
@@ -66,10 +67,7 @@ def replay_job(config: dict[str, Any]) -> None:
 
 def _settings(dump: Dump, config: Mapping[str, Any], words: list[str]) -> dict[str, Any]:
     """The dump's config, with what of the command line may differ. Raises ValueError for other settings, by name."""
-    settings = deepcopy(dump.config)
-    for section in BUILT:
-        require_shipped(settings[section], f"{section}.")
-    require_shipped(settings["data"], "data.")
+    settings = whole_config(dump.config, str(dump.path / FILE_NAME))
     for word in sorted(words):  # `runtime` before `runtime.device`
         key = word.lstrip("+~").split("=", 1)[0]
         if key == "replay":
@@ -101,7 +99,7 @@ def _replayed(
 ) -> tuple[Findings, Batch]:
     """What happens in the step, and the batch of all processes."""
     autoencoder, spec = expected_spec(settings["data"], manifest)
-    manifest.require(spec, settings["data"]["shards"])
+    require_shards(manifest, spec, settings["data"]["shards"])
     process = runtime.place(build(settings["diffusion"]))
     store = FolderStore(dump.checkpoints)
     state = new_state(settings, process, runtime, starts_anew=not store.steps())

@@ -1,14 +1,15 @@
 """``ditscale report``: the runs of a sweep to the paper's figures, a table and one page."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
 from data.atomic import write_bytes
+from data.locks import locked
 from data.progress import ProgressBar
 from evaluation.evaluate import distance_records
 from evaluation.generate import balanced_labels
@@ -17,7 +18,9 @@ from evaluation.report.study import Study, read_study
 from evaluation.report.style import block_name, content_of, styled
 from evaluation.report.write import Report, write_report
 from launch.app import run
-from launch.build import LoadedCheckpoint, build
+from launch.build import LoadedCheckpoint
+from launch.components import build
+from launch.logger_settings import settle_reports_logger
 from runtime.protocol import Runtime
 from train.loggers import Logger
 from train.runfolder import RunFolder
@@ -44,7 +47,7 @@ def update_group(config: Mapping[str, Any]) -> None:
     Does nothing where too few runs were measured in one way. Parallel runs of a sweep take turns.
     """
     sweep = Path(config["sweep_dir"])
-    with FileLock(sweep / ".report.lock"):
+    with locked(sweep / ".report.lock"):
         # Looked for within the lock: a run that waited must not write a curve without those that ended meanwhile.
         finished = [path.parent.name for path in sweep.glob("*/config.yaml") if _is_finished(RunFolder(path.parent))]
         try:
@@ -61,8 +64,13 @@ def update_group(config: Mapping[str, Any]) -> None:
 
 
 def _is_finished(folder: RunFolder) -> bool:
-    last = folder.read_config().get("total_steps")
-    return any(record["step"] == last for record in distance_records(folder))
+    """Return whether a run was measured at its last step; one that cannot be read, which is told, was not."""
+    try:
+        last = folder.read_config().get("total_steps")
+        return any(record["step"] == last for record in distance_records(folder))
+    except ValueError as error:
+        print(f"warning: {folder.path.name} is left out of the sweep's curve: {error}", file=sys.stderr)
+        return False
 
 
 def group_of(study: Study) -> str:
@@ -148,7 +156,7 @@ def _percent(fraction: float | None) -> str:
 
 def main() -> None:
     """Entry point."""
-    run("report", report_job)
+    run("report", report_job, settle_reports_logger)
 
 
 if __name__ == "__main__":

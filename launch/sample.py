@@ -1,5 +1,8 @@
 """``ditscale sample``: a checkpoint to a PNG grid and an ADM-format ``.npz``."""
 
+import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,9 @@ from data.progress import ProgressBar
 from evaluation.generate import balanced_labels, given_labels
 from evaluation.grid import save_grid
 from launch.app import run
-from launch.build import LoadedCheckpoint, build
+from launch.build import LoadedCheckpoint
+from launch.check import closest
+from launch.components import build
 from launch.foreign import is_foreign, load_foreign
 from runtime.protocol import Runtime
 
@@ -20,7 +25,7 @@ GRID_IMAGES = 100  # a picture with more is no longer looked at
 def sample_job(config: dict[str, Any], progress: ProgressBar) -> None:
     """Write ``{out}.png`` and ``{out}.npz`` (``arr_0`` uint8 [N, H, W, C], ``arr_1`` int64 labels [N])."""
     runtime: Runtime = build(config["runtime"], precision=config["precision"])
-    if is_foreign(Path(config["checkpoint"])):
+    if is_foreign(config["checkpoint"]):
         checkpoint = load_foreign(config, runtime)
     else:
         checkpoint = LoadedCheckpoint.load(config["checkpoint"], config["weights"], runtime)
@@ -28,7 +33,11 @@ def sample_job(config: dict[str, Any], progress: ProgressBar) -> None:
     if config["labels"] is None:
         labels = balanced_labels(count, num_classes)
     else:
-        labels = given_labels(config["labels"], count, num_classes)
+        numbers = [class_number(label, checkpoint.class_names) for label in config["labels"]]
+        labels = given_labels(numbers, count, num_classes)
+        _require_known(numbers, checkpoint)
+    if checkpoint.note is not None and runtime.is_main:
+        print(f"note: {checkpoint.note}", file=sys.stderr)
     generator = checkpoint.generator(config, config["seed"], runtime)
     parts = []
     with progress("sample", 0, count, "img") as bar:
@@ -48,6 +57,25 @@ def sample_job(config: dict[str, Any], progress: ProgressBar) -> None:
     print(f"{count} images of {checkpoint.path}{which}: {out}.npz and {out}.png")
 
 
+def class_number(label: Any, class_names: Sequence[str]) -> int:
+    """Return the number of a class that is given by its number or its name; names come first.
+
+    Raises ValueError with the closest name where there is none of this name.
+    """
+    if isinstance(label, str) and label in class_names:
+        return class_names.index(label)
+    if isinstance(label, int) and not isinstance(label, bool):
+        return label
+    if isinstance(label, str) and label.isdecimal():
+        return int(label)
+    if not class_names:
+        raise ValueError(f"labels has {label!r}, but this checkpoint has no names of classes; give their numbers.")
+    raise ValueError(
+        f"labels has {label!r}, but there is no such class{closest(str(label), class_names)} There are "
+        f"{len(class_names)}, from {class_names[0]!r} to {class_names[-1]!r}."
+    )
+
+
 def _name(config: dict[str, Any], checkpoint: LoadedCheckpoint) -> str:
     """A file name that says how the images were made."""
     source = [f"step_{checkpoint.step:08d}", config["weights"]] if checkpoint.step else [checkpoint.path.stem]
@@ -56,8 +84,17 @@ def _name(config: dict[str, Any], checkpoint: LoadedCheckpoint) -> str:
     if "scale" in config["guidance"]:
         parts.append(f"guidance{config['guidance']['scale']}")
     if config["labels"] is not None:
-        parts.append("labels" + "_".join(str(label) for label in config["labels"][:10]))
+        parts.append("labels" + "_".join(re.sub(r"\W", "", str(label)) for label in config["labels"][:10]))
     return "-".join(parts)
+
+
+def _require_known(labels: Sequence[int], checkpoint: LoadedCheckpoint) -> None:
+    """Raise ValueError for the null class of a network that never saw it."""
+    if checkpoint.class_dropout == 0 and checkpoint.spec.num_classes in labels:
+        raise ValueError(
+            f"labels has {checkpoint.spec.num_classes}, the null class, but {checkpoint.path} was trained without "
+            f"label dropout and has none; choose classes from 0 to {checkpoint.spec.num_classes - 1}."
+        )
 
 
 def _concatenate(parts: list[np.ndarray], checkpoint: LoadedCheckpoint) -> np.ndarray:

@@ -100,7 +100,7 @@ class TrainSchema:
     replay: str | None = None  # RUN/nonfinite_STEP of a diverged run: look at that step, train nothing
     dump_nonfinite: bool = True  # keep a link to the last checkpoint and the config of a diverged run, for replay
 
-    init_from: str | None = None  # weights to start with: ours, a released .pt or a diffusers folder
+    init_from: str | None = None  # weights to start with: ours, a released .pt, a diffusers folder or a hub name
     seed: int = 0  # of weights, order, draws
     total_steps: int = 400_000
     batch_size: int = 256  # global, over all processes
@@ -140,10 +140,11 @@ class VerifySchema(EncodeSchema):
 
 @dataclass
 class ForeignSchema:
-    """What weights of other programs do not say."""
+    """What weights of other programs do not say; null: what is usual."""
 
     num_heads: int | None = None  # of a released .pt of a width that is none of the paper's
-    frequency_shift: int = 1  # of a diffusers folder: 1 as diffusers computes, 0 for the published weights
+    num_classes: int | None = None  # where the label table's last row may be a class or the null class
+    frequency_shift: int | None = None  # null: 1 of a diffusers folder, as it computes, else 0, as of published weights
 
 
 @dataclass
@@ -156,10 +157,10 @@ class SampleSchema:
     sampler: Any = MISSING
     guidance: Any = MISSING
     runtime: Any = MISSING
-    checkpoint: str = MISSING  # a run folder (its newest checkpoint) or one checkpoint's folder
-    weights: str = "ema"  # model, an average of the checkpoint, or width_W of a run with power averages
+    checkpoint: str = MISSING  # a run folder (its newest checkpoint), one checkpoint's folder, or foreign weights
+    weights: str = "ema"  # model, an average, width_W of a run with power averages, or a table of a foreign file
     num_images: int = 80
-    labels: list[int] | None = None  # repeated to num_images; null: balanced over all classes
+    labels: list[Any] | None = None  # numbers or names of classes, repeated to num_images; null: balanced over all
     batch_size: int = 64  # images per process at once; changes no image
     seed: int = 0
     out: str | None = None  # path without ending of the .png and .npz; null: in the run's samples/
@@ -193,8 +194,9 @@ class Program(Enum):
 class ExportSchema:
     """``ditscale export``."""
 
+    foreign: ForeignSchema = field(default_factory=ForeignSchema)
     checkpoint: str = MISSING
-    weights: str = "ema"  # model, an average of the checkpoint, or width_W of a run with power averages
+    weights: str = "ema"  # model, an average, width_W of a run with power averages, or a table of a foreign file
     to: Program = MISSING
     out: str = MISSING  # a .pt file for reference, a folder for diffusers
 
@@ -208,8 +210,9 @@ class Format(Enum):
 
 @dataclass
 class PlanSchema:
-    """``ditscale plan``."""
+    """``ditscale plan``. Of ``data`` it takes sizes and counts, and reads no image."""
 
+    data: DataSchema = field(default_factory=DataSchema)
     model: Any = MISSING
     name: str = "d${model.width}-n${model.depth}-p${model.patch_size}-${hydra:runtime.choices.model/block}"
     total_steps: int = 400_000

@@ -1,37 +1,72 @@
 """``init_from``: weights that a new run starts with, from any program."""
 
-from pathlib import Path
-
 from launch.build import load_model
-from launch.foreign import is_foreign, read_foreign
-from model.convert import replace_label_table
+from launch.foreign import ROUNDING, Facts, is_foreign, read_foreign
+from model.diffusers_weights import FIXED_WITHIN
 from model.dit import DiT
+from model.released import add_null_class, replace_label_table
 
-# What must agree for weights to mean the same. Another number of classes only renews the label table.
-_SHAPE = ("latent_size", "channels", "patch_size", "width", "depth", "num_heads", "learn_sigma", "frequency_shift")
+# What must agree for weights to mean the same. Classes only renew the label table, and no weight knows of the
+# latent's size, since the position embedding of a run is the fixed one.
+_SHAPE = ("channels", "patch_size", "width", "depth", "num_heads", "learn_sigma", "frequency_shift")
 
 
 def load_starting_weights(model: DiT, where: str) -> list[str]:
-    """Fill ``model`` from a released ``.pt``, a diffusers folder, or a run or checkpoint of ours (its EMA).
+    """Fill ``model`` from weights of another program, or a run or checkpoint of ours (its EMA).
 
-    Returns sentences on what was not taken over. Raises ValueError where there are no weights, or the shapes
-    differ, naming both.
+    Returns sentences on how they were read and what was not taken over. Raises ValueError where there are no weights,
+    or the shapes differ, naming both.
     """
-    path, shape = Path(where), model.config
-    found = read_foreign(path, shape.num_heads, shape.frequency_shift) if is_foreign(path) else load_model(where, "ema")
-    for name in _SHAPE:
-        theirs, ours = getattr(found.config, name), getattr(model.config, name)
-        if theirs != ours:
-            raise ValueError(f"init_from {where} has {name} {theirs}, but model.{name} is {ours}; set it to {theirs}.")
-    notes = []
-    if found.config.num_classes != model.config.num_classes:
+    shape = model.config
+    if is_foreign(where):
+        facts = Facts(
+            frequency_shift=shape.frequency_shift, likely_heads=shape.num_heads, likely_classes=shape.num_classes
+        )
+        network = read_foreign(where, "ema", facts)
+        found, notes = network.model, list(network.notes)
+    else:
+        found, notes = load_model(where, "ema"), []
+    _require_shape(model, found, where)
+    notes += _require_fixed_positions(model, found, where)
+    if found.config.num_classes != shape.num_classes:
         notes.append(
-            f"{where} knows {found.config.num_classes} classes and this run {model.config.num_classes}: the label "
+            f"{where} knows {found.config.num_classes} classes and this run {shape.num_classes}: the label "
             "table starts anew, all other weights are taken over."
         )
-        found = replace_label_table(found, model.config.num_classes)
+        found = replace_label_table(found, shape.num_classes)
+    elif not found.has_null_class:
+        notes.append(f"{where} has no null class: its row of the label table starts anew, all others are taken over.")
+        found = add_null_class(found)
     try:
         model.load_state_dict(found.state_dict())
     except RuntimeError as error:
         raise ValueError(f"init_from {where} has other blocks than model.block: {error}") from error
+    return notes
+
+
+def _require_shape(model: DiT, found: DiT, where: str) -> None:
+    for name in _SHAPE:
+        theirs, ours = getattr(found.config, name), getattr(model.config, name)
+        if theirs != ours:
+            variance = " together with diffusion/variance" if name == "learn_sigma" else ""
+            raise ValueError(
+                f"init_from {where} has {name} {theirs}, but model.{name} is {ours}; set it to {theirs}{variance}."
+            )
+
+
+def _require_fixed_positions(model: DiT, found: DiT, where: str) -> list[str]:
+    """Return what becomes of the position embedding, which a run has fixed. Raises ValueError where it was trained."""
+    drift, notes = found.position_drift(), []
+    if drift > FIXED_WITHIN:
+        raise ValueError(
+            f"init_from {where} has a trained position embedding, up to {drift:.3g} off the fixed one that a run has; "
+            "start from weights of a fixed one."
+        )
+    if found.config.latent_size != model.config.latent_size:
+        notes.append(
+            f"{where} is of latents of side {found.config.latent_size} and this run of {model.config.latent_size}: all "
+            "weights are taken over, the position embedding is the fixed one of this run's grid."
+        )
+    elif drift > ROUNDING:
+        notes.append(f"{where}: in this run the fixed position embedding takes the place of its own ({drift:.2g} off).")
     return notes

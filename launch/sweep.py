@@ -4,8 +4,10 @@ import itertools
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -14,16 +16,7 @@ from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from launch.parallel import pass_on_signals
-
-
-class StopTogether(Callback):
-    """Has the process that starts the workers of a parallel sweep wait for them when it is asked to stop."""
-
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Before the first run. One run at a time is trained in this process, where the run itself sees to it."""
-        if config.hydra.launcher.n_jobs != 1:
-            pass_on_signals()
+from launch.app import CONF
 
 
 class OneFolderForEachRun(Callback):
@@ -39,6 +32,7 @@ class OneFolderForEachRun(Callback):
         """
         loader = GlobalHydra.instance().config_loader()
         swept = _swept(config, loader)
+        _refuse_swept_sweepers(swept)
         by_folder: defaultdict[str, list[Sequence[str]]] = defaultdict(list)
         try:
             for overrides in itertools.product(*swept.values()):
@@ -67,6 +61,36 @@ def _swept(config: DictConfig, loader: ConfigLoader) -> dict[str, list[str]]:
         values = override.sweep_string_iterator() if is_sweep else [override.get_value_element_as_str()]
         swept[key] = [f"{key}={value}" for value in values]
     return swept
+
+
+def _refuse_swept_sweepers(swept: dict[str, list[str]]) -> None:
+    """Exit where several options of a group are swept, one of which has a sweep or a launcher of its own.
+
+    Hydra reads those before it composes the runs, so the first option's would be everyone's.
+    """
+    for key, words in swept.items():
+        folder = CONF / key
+        options = [word.split("=", 1)[1] for word in words]
+        own = [option for option in options if _has_hydra_section(folder / f"{option}.yaml")]
+        if len(options) > 1 and own:
+            print(
+                f"ditscale train: error: {key} has {len(options)} values, but {own[0]} brings a sweep or a launcher of "
+                f"its own, which would be that of all; give one {key} a command: "
+                f"{', '.join(f'-m {word}' for word in words)}.",
+                file=sys.stderr,
+            )
+            sys.exit(2)
+
+
+def _has_hydra_section(path: Path) -> bool:
+    """Return whether a config file, or one of its folder that it is made of, sets anything of Hydra's."""
+    if not path.is_file():
+        return False
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    bases = [name for name in content.get("defaults", []) if isinstance(name, str) and name != "_self_"]
+    group = next(parent for parent in path.parents if parent.parent == CONF)
+    places = [place / f"{name}.yaml" for name in bases for place in (path.parent, group)]
+    return "hydra" in content or any(_has_hydra_section(place) for place in places)
 
 
 def _key(word: str) -> str:

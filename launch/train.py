@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+from omegaconf import DictConfig
 from torch import nn
 
 from data.manifest import LatentSpec, Manifest
@@ -18,31 +19,27 @@ from evaluation.evaluate import distance_records
 from evaluation.generate import Generator
 from evaluation.hooks import EvaluationHook, SampleGridHook
 from launch.app import run
-from launch.build import (
-    CHUNKS,
-    build,
-    build_evaluator,
-    build_generator,
-    build_shards,
-    expected_spec,
-    fill_model,
-    model_facts,
-)
+from launch.build import CHUNKS, build_evaluator, build_generator, build_shards, expected_spec, fill_model, model_facts
 from launch.check import check_readers, check_train_scalars
+from launch.components import build
+from launch.data_settings import require_shards, settle_by_shards
 from launch.facts import facts_of_process
+from launch.logger_settings import settle_logger
 from launch.replay import replay_job
 from launch.training import new_state, spike_guard, training_batches
 from model.checkpointing import checkpoint_blocks
 from model.dit import DiT
 from runtime.protocol import Runtime
-from train.checkpoint import code_version, load_newest, read_state_file
+from train.checkpoint import code_version, load_newest, read_lines_copy, read_state_file
 from train.dump import DivergedError, write_dump
+from train.ema import MAIN, initial_share_note
 from train.guards import SpikeGuard
 from train.hooks import CheckpointHook, Clock, Hook, LogHook, ProgressHook
+from train.lines import read_lines
 from train.loggers import Logger, NoLogger
 from train.loop import train
 from train.mirror import MirroredRunFolder
-from train.runfolder import RunFolder, read_lines
+from train.runfolder import RunFolder
 from train.signals import EX_TEMPFAIL, Stopped, StopSignals, watched
 from train.state import TrainState
 from train.step import make_step
@@ -58,7 +55,7 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
     check_train_scalars(config)
     manifest = Manifest.load(config["data"]["shards"])
     autoencoder, spec = expected_spec(config["data"], manifest)
-    manifest.require(spec, config["data"]["shards"])
+    require_shards(manifest, spec, config["data"]["shards"])
     config["model"] = fill_model(config["model"], spec)
 
     runtime: Runtime = build(config["runtime"], precision=config["precision"])
@@ -96,6 +93,7 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
             hooks = _hooks(config, state, generator, manifest, folder, logger, progress, signals, guard)
             if runtime.is_main:
                 folder.write_config(kept)  # now that nothing refuses it
+                _tell(folder, state, config, logger, runtime)
             evaluated = len(read_lines(folder.evaluations))
             host_batches = prefetch(batches.from_step(state.step, config["total_steps"]))
             train(state, step, host_batches, runtime, hooks)
@@ -155,7 +153,10 @@ def _restore(folder: RunFolder, state: TrainState, manifest: Manifest, checkpoin
     runtime.wait()  # every process has read the lines before the main one takes some back
     if runtime.is_main:
         folder.store.clean(state.step)
-        folder.roll_back(state.step)
+        names = (folder.metrics.name, folder.evaluations.name)
+        copies = {} if path is None else {name: read_lines_copy(path, name) for name in names}
+        for note in folder.roll_back(state.step, copies):
+            print(f"warning: {note}", file=sys.stderr)
     runtime.wait()
 
 
@@ -175,6 +176,7 @@ def _facts(config: Mapping[str, Any], spec: LatentSpec, manifest: Manifest) -> d
         "config": redacted_config(config),
         "spec": asdict(spec),
         "data_manifest_hash": manifest.hash,
+        "class_names": manifest.class_names,
         "code": code_version(),
     }
 
@@ -223,7 +225,7 @@ def _hooks(
         keep_every=config["keep_checkpoint_every"],
     )
     hooks: list[Hook] = [
-        ProgressHook(progress),
+        ProgressHook(progress, log),
         log,
         checkpoints,
         SampleGridHook(config["sample_every"], generator, folder, logger),
@@ -265,6 +267,28 @@ def _evaluation_hook(
     return hook
 
 
+def _tell(folder: RunFolder, state: TrainState, config: Mapping[str, Any], logger: Logger, runtime: Runtime) -> None:
+    """Say on stderr what is about to be trained, and what of it the user may not want."""
+    if state.finished:
+        return
+    begins = f"continues from step {state.step}" if state.step else "starts"
+    processes = f", {runtime.data_world} processes" if runtime.data_world > 1 else ""
+    lines = [
+        f"{folder.path}: {begins}, to step {state.total_steps}, on {runtime.device}{processes}, {config['precision']}, "
+        f"{logger.description}"
+    ]
+    model = config["model"]
+    if model["width"] < (values := model["channels"] * model["patch_size"] ** 2):
+        lines.append(
+            f"note: model.width is {model['width']}, but a patch has {values} values ({model['patch_size']}x"
+            f"{model['patch_size']} of {model['channels']} channels), which a token cannot hold; set a larger "
+            "model.width or a smaller model.patch_size."
+        )
+    if (note := initial_share_note(state.ema.by_name[MAIN], MAIN, state.total_steps)) is not None:
+        lines.append(f"note: {note}")
+    print("\n".join(lines), file=sys.stderr)
+
+
 def _summary(folder: RunFolder, state: TrainState) -> str:
     """One line on how the run ended."""
     parts = [f"{folder.path}: step {state.step}"]
@@ -278,9 +302,14 @@ def _summary(folder: RunFolder, state: TrainState) -> str:
     return ", ".join(parts)
 
 
+def _settle(config: DictConfig, words: list[str]) -> None:
+    settle_logger(config)
+    settle_by_shards(config, words)
+
+
 def main() -> None:
     """Entry point."""
-    run("train", train_job)
+    run("train", train_job, _settle)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from typing import Any
 from data.batches import TrainingBatches
 from data.shards import MappedShards
 from diffusion.process import GaussianDiffusion
-from launch.build import build, require_variance
+from launch.build import require_variance
+from launch.components import build
 from launch.starting_weights import load_starting_weights
 from model.autoencoder import Autoencoder
 from model.dit import DiT

@@ -5,14 +5,21 @@ from typing import Any
 
 from data.manifest import Manifest
 from data.progress import ProgressBar
-from data.verify import verify
+from data.remote import is_remote
+from data.verify import files_of, verify
 from launch.app import run
+from launch.data_settings import settle_by_shards
 from launch.encode import encode_shards
 from launch.workers import workers_from_environment
 
 
 def verify_job(config: dict[str, Any], progress: ProgressBar) -> None:
     """Name each damaged file of ``data.shards``. Raises ValueError where there is one and no repair."""
+    if is_remote(config["data"]["shards"]):
+        raise ValueError(
+            f"data.shards is {config['data']['shards']}, but only a local folder is verified; copy the shards into "
+            "one, or train on them, which checks each against the manifest when it is fetched."
+        )
     folder = Path(config["data"]["shards"])
     threads = workers_from_environment(config["threads"]).threads
     manifest, damages = verify(folder, progress, threads)
@@ -23,17 +30,18 @@ def verify_job(config: dict[str, Any], progress: ProgressBar) -> None:
         repaired, damages = verify(folder, progress, threads)
         _require_same_data(manifest, repaired)
     if damages:
+        names = list(dict.fromkeys(damage.file for damage in damages))
         raise ValueError(
-            f"{len(damages)} of {len(manifest.shards) + 2} files in {folder} are damaged: "
-            f"{', '.join(damage.file for damage in damages)}; run `ditscale verify` with the settings of the encoding "
-            "and repair=true."
+            f"{len(names)} of {len(files_of(folder, manifest))} files in {folder} are damaged: {', '.join(names)}; run "
+            "`ditscale verify` with the settings of the encoding and repair=true."
         )
     print(f"{folder}: {len(manifest.shards)} shards with {manifest.num_samples} samples are as the manifest says.")
 
 
 def _require_same_data(before: Manifest, after: Manifest) -> None:
     """A repair gives the same bytes; on another machine the autoencoder may round otherwise."""
-    changed = [new.name for old, new in zip(before.shards, after.shards, strict=True) if old != new]
+    old = {shard.name: shard for shard in before.shards}
+    changed = [shard.name for shard in after.shards if old.get(shard.name) != shard]
     if changed:
         print(
             f"note: {', '.join(changed)} came out with other bytes than before, as on another kind of device; runs "
@@ -43,7 +51,7 @@ def _require_same_data(before: Manifest, after: Manifest) -> None:
 
 def main() -> None:
     """Entry point."""
-    run("verify", verify_job)
+    run("verify", verify_job, settle_by_shards)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from torch import Tensor
 class Autoencoder(Protocol):
     """Images in [-1, 1] to latents and back.
 
-    ``downscale`` is the factor between image and latent side, ``channels`` the latent's channels. The diffusion
+    ``downscale`` is the factor between image and latent side, ``channels`` the latent's channels,
+    ``image_channels`` the images'. The diffusion
     sees (z - ``shift``) x ``scale``, one number or one per channel. ``name``, ``revision`` and ``precision`` (of
     the network: fp32 or bf16) are its identity.
     """
@@ -19,6 +20,7 @@ class Autoencoder(Protocol):
     precision: str
     downscale: int
     channels: int
+    image_channels: int
     scale: float | list[float]
     shift: float | list[float]
 
@@ -51,7 +53,7 @@ class IdentityAutoencoder:
     log_variance = -30.0  # diffusers' lower clamp; written to keep the format of the shards, never drawn from
 
     def __init__(self, channels: int) -> None:
-        self.channels = channels
+        self.channels = self.image_channels = channels
 
     def to(self, device: torch.device | str) -> Self:
         """Itself: there are no weights."""

@@ -32,9 +32,13 @@ class DiffusersAutoencoder:
         self._network = _load(pretrained, hub_revision, subfolder).requires_grad_(False)
         self.name = name
         self.revision = _weights_hash(self._network)
+        self.image_channels = 3
         self.channels: int = self._network.config["latent_channels"]
         self.downscale: int = 2 ** (len(self._network.config["block_out_channels"]) - 1)
         self.scale, self.shift, self.precision = scale, shift, precision
+        # What the file itself says; diffusers fills in Stable Diffusion's 0.18215 and no shift where it says nothing.
+        self.own_scale = float(self._network.config["scaling_factor"])
+        self.own_shift = float(self._network.config.get("shift_factor") or 0.0)
         self._scale, self._shift = (
             _per_channel("scale", scale, self.channels),
             _per_channel("shift", shift, self.channels),
@@ -67,6 +71,14 @@ class DiffusersAutoencoder:
         with self._exact(latent.device):
             image: Tensor = self._network.decode(unscaled.to(self._network.dtype)).sample
         return image.float()
+
+    def for_pipeline(self) -> AutoencoderKL:
+        """Return diffusers' own network, with the scale by which its pipelines divide latents before decoding."""
+        assert not isinstance(self.scale, list), "a pipeline knows one scale"
+        assert self.shift == 0.0, "a pipeline knows no shift"
+        self._network.register_to_config(scaling_factor=self.scale)
+        network: AutoencoderKL = self._network
+        return network
 
     def _exact(self, device: torch.device) -> AbstractContextManager[None]:
         """float32 means float32, whatever the caller allows its own network."""

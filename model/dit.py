@@ -14,6 +14,18 @@ from model.embeddings import TimestepEmbedding, position_embedding_2d
 BlockFactory = Callable[[int, int], Block]  # (width, num_heads) -> block
 
 
+# Far above what anyone trains: a config may come out of a file, and a model is built before its weights are compared.
+_MOST = {
+    "latent_size": 2**12,
+    "channels": 2**12,
+    "width": 2**16,
+    "depth": 2**12,
+    "num_heads": 2**12,
+    "num_classes": 2**24,
+}
+_MOST_POSITIONS = 2**30  # numbers in the table of positions
+
+
 @dataclass(frozen=True)
 class DiTConfig:
     """Everything that fixes a DiT's shape. Raises ValueError where the numbers do not fit together."""
@@ -37,6 +49,9 @@ class DiTConfig:
                 )
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}, but it must be at least 1; set it higher.")
+        for name, most in _MOST.items():
+            if getattr(self, name) > most:
+                raise ValueError(f"model.{name} is {getattr(self, name)}, but at most {most} are built; set it lower.")
         if self.latent_size % self.patch_size:
             raise ValueError(
                 f"model.patch_size {self.patch_size} does not divide the latent size {self.latent_size}; "
@@ -46,6 +61,17 @@ class DiTConfig:
             raise ValueError(
                 f"model.num_heads {self.num_heads} does not divide model.width {self.width}; "
                 f"choose one of {_divisors(self.width)}."
+            )
+        if self.frequency_shift not in (0, 1):
+            raise ValueError(
+                f"model.frequency_shift is {self.frequency_shift}, but there are two: 0 as in the released code, 1 as "
+                "in diffusers."
+            )
+
+        if self.num_tokens * self.width > _MOST_POSITIONS:
+            raise ValueError(
+                f"{self.num_tokens} tokens of model.width {self.width} need {self.num_tokens * self.width} numbers for "
+                f"their positions, but at most {_MOST_POSITIONS} are made; set a larger model.patch_size."
             )
 
     @property
@@ -93,6 +119,21 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList([block(width, num_heads) for _ in range(depth)])
         self.final_layer = self.block_list[0].final_layer(width, config.out_channels * patch_size**2)
         self.initialize(0)
+
+    @property
+    def has_null_class(self) -> bool:
+        """Return whether the label table has a row for "no label", as every model has that is made here."""
+        return self.label_embedding.num_embeddings > self.config.num_classes
+
+    def remove_null_class(self) -> None:
+        """Take the null class's row away: weights of other programs, trained without label dropout, have none."""
+        rows = self.label_embedding.weight[: self.config.num_classes].detach()
+        self.label_embedding = nn.Embedding.from_pretrained(rows.clone(), freeze=False)
+
+    def position_drift(self) -> float:
+        """Return the largest difference between the position embedding and the fixed one that is made here."""
+        fixed = position_embedding_2d(self.config.width, self.config.latent_size // self.config.patch_size)
+        return float((self.position_embedding.cpu() - fixed).abs().max())
 
     @property
     def block_list(self) -> list[Block]:

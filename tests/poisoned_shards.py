@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from data.order import GlobalOrder
-from data.shards import MappedShards, write_shard
+from data.shard_tars import write_shard
+from data.shards import MappedShards
 
 
 def poisoned(shards_folder: Path, folder: Path, position: int, value: float = np.inf) -> str:

@@ -1,29 +1,37 @@
 """Checkpoints: complete or absent, in safetensors that a stranger can read.
 
 ``step_00000500/``: ``model``, ``ema`` and ``optimizer`` ``.safetensors``, a file for each further average, and
-``state.json`` with the step, the facts of the run and the SHA-256 of each file. A large part that several processes
-wrote is several files, ``ema-00001-of-00004.safetensors``, with an index ``ema.safetensors.index.json`` as Hugging
-Face's libraries have it. `train.saving` writes them.
+``state.json`` with the step, the facts of the run, the SHA-256 of each file and, last, of all that it says itself. A
+large part that several processes wrote is several files, ``ema-00001-of-00004.safetensors``, with an index
+``ema.safetensors.index.json`` as Hugging Face's libraries have it. ``metrics.jsonl`` and ``timing.jsonl`` are copies of
+the run's lines up to the step. `train.saving` writes them.
+
+A checkpoint may be a stranger's: every file is a regular one of a known hash, every name stays inside the folder, every
+field has its type. `launch.saved_configs` says what its config may build.
 """
 
-import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from data.reading import sha256_of
-from train.state import TrainState, load_optimizer_tensors
-from train.stores import STATE_FILE, CheckpointStore
+from data.names import UnsafeNameError, inside, sha256_name
+from data.reading import DamagedFileError, read_regular, reason, sha256_of
+from data.records import parse_object, unseal, validate
+from train.lines import MAX_BYTES
+from train.state import OtherShapeError, TrainState, load_optimizer_tensors
+from train.stores import FOLDER_NAME, STATE_FILE, CheckpointStore, step_of
 
-FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)  # 1: a part is one file
-REQUIRED_KEYS = ("step", "seed", "config", "spec", "data_manifest_hash", "sha256")
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)  # 1: a part is one file; 1 and 2: no hash over state.json, no copies of lines
+SEALED_FROM = 3
 _PART_OF = re.compile(r"(.+)-\d{5}-of-\d{5}")
 
 
@@ -48,28 +56,50 @@ def part_of(file_name: str) -> str:
     return match.group(1) if match else stem
 
 
+@dataclass(frozen=True)
+class StateRecord:
+    """Types of what ``state.json`` holds."""
+
+    format_version: int
+    step: Annotated[int, Field(ge=0)]
+    seed: int
+    config: dict[str, Any]
+    spec: dict[str, Any]
+    data_manifest_hash: str
+    sha256: dict[str, str]  # of each other file
+    code: dict[str, str] = field(default_factory=dict)
+    interval: dict[str, list[float]] = field(default_factory=dict)
+    recent_grad_norms: list[float] = field(default_factory=list)
+    class_names: list[str] = field(default_factory=list)  # since version 3
+
+
 class UnknownVersionError(ValueError):
     """A checkpoint of a later program: no damage, and no reason to go on from an older one."""
 
 
 def read_state_file(path: Path) -> dict[str, Any]:
-    """``state.json`` of a checkpoint folder.
+    """Return ``state.json`` of a checkpoint folder, with the fields and types of `StateRecord`.
 
-    Raises ValueError where there is none that can be read, PermissionError where it may not be read.
+    Raises ValueError where there is none that can be read, where it has another hash than it says, or another step than
+    the folder's name, and PermissionError where it may not be read.
     """
     if not path.is_dir():
         raise ValueError(f"There is no checkpoint folder {path}; give one like RUN/checkpoints/step_00000500.")
+    file = path / STATE_FILE
     try:
-        content: dict[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        version = content["format_version"]
-        absent = [key for key in REQUIRED_KEYS if key not in content]
-        if absent:
-            raise ValueError(f"it has no {absent[0]}")
+        content = parse_object(read_regular(file), str(file))
+        version = content.get("format_version")
+        if type(version) is not int:
+            raise DamagedFileError(f"it has format version {version!r}")
+        content = unseal(content, str(file), required=version in READABLE_VERSIONS and version >= SEALED_FROM)
+        if version in READABLE_VERSIONS:
+            validate(StateRecord, content, str(file))
+            _require_own_step(path, content["step"])
     except PermissionError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"The checkpoint {path} cannot be read: state.json is missing or damaged ({error}); "
+            f"The checkpoint {path} cannot be read: state.json is missing or damaged ({reason(error, file)}); "
             "use another checkpoint of that run."
         ) from error
     if version not in READABLE_VERSIONS:
@@ -80,32 +110,54 @@ def read_state_file(path: Path) -> dict[str, Any]:
     return content
 
 
+def _require_own_step(path: Path, step: int) -> None:
+    if FOLDER_NAME.fullmatch(path.name) and step_of(path) != step:
+        raise DamagedFileError(f"it is of step {step}, but lies in {path.name}")
+
+
 def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
-    """Tensors of the part ``name`` on the host. Raises ValueError where a file is damaged, naming it."""
+    """Return the tensors of the part ``name`` on the host. Raises ValueError where a file is damaged, naming it."""
     hashes: dict[str, str] = read_state_file(path)["sha256"]
-    files = [file_name for file_name in hashes if part_of(file_name) == name]
+    parts = {file_name: part_of(file_name) for file_name in hashes if file_name.endswith(".safetensors")}
+    files = [file_name for file_name, part in parts.items() if part == name]
     if not files:
-        weights = ", ".join(dict.fromkeys(part for part in map(part_of, hashes) if part != "optimizer"))
+        weights = ", ".join(dict.fromkeys(part for part in parts.values() if part != "optimizer"))
         raise ValueError(f"The checkpoint {path} has no weights {name!r}; it has {weights}.")
     tensors: dict[str, Tensor] = {}
     for file_name in files:
-        tensors |= _read_file(path, file_name, hashes[file_name])
+        file = _sound_file(path, file_name, hashes[file_name])
+        try:
+            tensors |= load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is not a readable safetensors file ({error}).") from error
     return tensors
 
 
-def _read_file(path: Path, file_name: str, expected: str) -> dict[str, Tensor]:
-    file = path / file_name
-    if not file.is_file():
-        raise ValueError(f"The checkpoint {path} has no {file.name}; use another checkpoint of that run.")
-    if (found := sha256_of(file)) != expected:
+def read_lines_copy(path: Path, name: str) -> bytes | None:
+    """Return a checkpoint's copy of a file of lines, up to its step; None where it was saved without.
+
+    Raises ValueError where the copy is damaged, naming it.
+    """
+    expected = read_state_file(path)["sha256"].get(name)
+    return None if expected is None else read_regular(_sound_file(path, name, expected), MAX_BYTES)
+
+
+def _sound_file(path: Path, file_name: str, expected: str) -> Path:
+    """Return a file of a checkpoint whose content has the expected hash. Raises ValueError that names it."""
+    try:
+        file = inside(path, file_name, str(path / STATE_FILE))
+        found = sha256_of(file)
+        sha256_name(expected, str(path / STATE_FILE))
+    except FileNotFoundError as error:
+        raise ValueError(f"The checkpoint {path} has no {file_name}; use another checkpoint of that run.") from error
+    except (UnsafeNameError, DamagedFileError) as error:
+        raise ValueError(f"The checkpoint {path} is damaged: {error} Use another checkpoint of that run.") from error
+    if found != expected:
         raise ValueError(
-            f"The checkpoint {path} is damaged: {file.name} should have sha256 {expected}, but has {found}; "
+            f"The checkpoint {path} is damaged: {file_name} should have sha256 {expected}, but has {found}; "
             "use another checkpoint of that run."
         )
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is no readable safetensors file ({error}).") from error
+    return file
 
 
 def load_weights(module: nn.Module, path: Path, name: str) -> None:
@@ -126,7 +178,10 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
     load_weights(state.model, path, "model")
     for name, module in state.ema.modules.items():
         load_weights(module, path, name)
-    load_optimizer_tensors(state.model, state.optimizer, read_tensors(path, "optimizer"))
+    try:
+        load_optimizer_tensors(state.model, state.optimizer, read_tensors(path, "optimizer"))
+    except OtherShapeError as error:
+        raise ValueError(f"The checkpoint {path} is of another model than the config: {error}") from error
     content = read_state_file(path)
     state.step = int(content["step"])
     state.interval = content.get("interval", {})

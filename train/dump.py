@@ -12,13 +12,18 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from data.atomic import atomic_folder
+from data.reading import read_regular, reason
+from data.records import parse_object, seal, unseal, validate
 from train.checkpoint import UnknownVersionError
 from train.stores import CheckpointStore
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # 1: no hash over the file
 FILE_NAME = "dump.json"
 
 
@@ -72,7 +77,7 @@ def write_dump(
     with atomic_folder(path) as aside:
         for checkpoint in map(store.local, earlier[-1:]):
             shutil.copytree(checkpoint, aside / "checkpoints" / checkpoint.name, copy_function=_link_or_copy)
-        (aside / FILE_NAME).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        (aside / FILE_NAME).write_text(json.dumps(seal(content), indent=1), encoding="utf-8")
 
 
 def _link_or_copy(source: str, target: str) -> None:
@@ -82,21 +87,42 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
+@dataclass(frozen=True)
+class _Record:
+    """Types of what ``dump.json`` holds."""
+
+    format_version: int
+    step: Annotated[int, Field(ge=1)]
+    metric: str
+    value: str
+    processes: Annotated[int, Field(ge=1)]
+    config: dict[str, Any]
+    data_manifest_hash: str
+    code: dict[str, str]
+
+
 def read_dump(path: Path) -> Dump:
-    """Raises ValueError for a folder that is no dump, or a damaged one; PermissionError where it may not be read."""
+    """Raise ValueError for a folder that is no dump, or a damaged one; PermissionError where it may not be read."""
     file = path / FILE_NAME
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if (version := content.pop("format_version")) == FORMAT_VERSION:
-            content["value"] = float(content["value"])
-            return Dump(path=path, **content)
+        content = parse_object(read_regular(file), str(file))
+        version = content.get("format_version")
+        content = unseal(content, str(file), required=version == FORMAT_VERSION)
+        if version not in READABLE_VERSIONS:
+            raise UnknownVersionError(
+                f"{file} has format version {version!r}, but this program reads versions {READABLE_VERSIONS[0]} to "
+                f"{READABLE_VERSIONS[-1]}; use the program that wrote it."
+            )
+        record = validate(_Record, content, str(file))
+        fields = {key: value for key, value in vars(record).items() if key not in ("format_version", "value")}
+        return Dump(path=path, value=float(record.value), **fields)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(
             f"{path} is no dump of a diverged run: it has no {FILE_NAME}; give a folder like RUN/nonfinite_00001234."
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged ({error}); the run's own command diverges again and renews it.") from error
-    raise UnknownVersionError(
-        f"{file} has format version {version}, but this program reads version {FORMAT_VERSION}; use the program that "
-        "wrote it."
-    )
+    except UnknownVersionError:
+        raise
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is damaged ({reason(error, file)}); the run's own command diverges again and renews it."
+        ) from error

@@ -36,6 +36,13 @@ class Average:
         """Of the weights after update number ``num_updates`` [] float32, which counts from 1: a scalar in [0, 1]."""
         raise NotImplementedError
 
+    def initial_share(self, steps: int) -> float:
+        """Return the share of the weights before the first step in the average after so many steps, in [0, 1]."""
+        updates = torch.arange(1, steps + 1, dtype=torch.float64)
+        share = self.step_weight(updates)
+        kept = 1.0 - torch.as_tensor(share, dtype=torch.float64).expand(steps)
+        return float(kept.prod()) if steps else 1.0
+
     @torch.no_grad()
     def update(self) -> None:
         """Set average = average + step_weight x (weights - average), with the weights after this step."""
@@ -116,6 +123,20 @@ class Averages:
         """After the optimizer's step."""
         for average in self.by_name.values():
             average.update()
+
+
+MOST_INITIAL_SHARE = 0.05  # of untrained weights in an average, above which it is no average of trained ones
+
+
+def initial_share_note(average: Average, name: str, steps: int) -> str | None:
+    """Return a sentence where an average is still much of the untrained weights after so many steps; else None."""
+    if (share := average.initial_share(steps)) <= MOST_INITIAL_SHARE:
+        return None
+    return (
+        f"after {steps} steps, {100 * share:.0f}% of the average {name!r} are still the untrained weights, and its "
+        "samples are noise to that extent; train with train/ema=warmed_up (or short_run), or longer. weights=model are "
+        "the trained ones."
+    )
 
 
 def constant(model: nn.Module, decay: float = 0.9999) -> Averages:

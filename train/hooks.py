@@ -40,10 +40,10 @@ def due(state: TrainState, every: int | None) -> bool:
 
 
 class ProgressHook:
-    """A progress bar with steps per second and ETA."""
+    """A progress bar with steps per second, ETA and loss."""
 
-    def __init__(self, progress: ProgressBar) -> None:
-        self._progress = progress
+    def __init__(self, progress: ProgressBar, log: "LogHook") -> None:
+        self._progress, self._log = progress, log
         self._bar: Any = None
         self._stack = ExitStack()
 
@@ -53,7 +53,9 @@ class ProgressHook:
         self._bar = self._stack.enter_context(bar)
 
     def __call__(self, state: TrainState, metrics: Metrics) -> None:
-        """One step further."""
+        """One step further, with the loss of the last log line."""
+        if self._log.last_loss is not None:
+            self._bar.note(f"loss {self._log.last_loss:.4f}")
         self._bar.update(1)
 
     def finish(self) -> None:
@@ -111,6 +113,7 @@ class LogHook:
         self._history: list[Metrics] = []  # on the device
         self._steps_timed = 0
         self._further_timing: dict[str, float] = {}
+        self.last_loss: float | None = None  # mean over the last interval
 
     def start(self, state: TrainState) -> None:
         """What a stopped run had measured since its last line is in the state."""
@@ -140,6 +143,7 @@ class LogHook:
         self.settle(state)
         step_time_sec = self._clock.read() / self._steps_timed
         means = summary(state.interval)
+        self.last_loss = means.get("loss")
         if self._guard is not None:
             self._guard.observe(state)
         state.interval, self._steps_timed = {}, 0
@@ -236,7 +240,7 @@ class CheckpointHook:
         if state.step == self._saved_at:
             return
         self._log.settle(state)
-        self._writer.save(state, self._facts)
+        self._writer.save(state, self._facts, self._folder.lines_so_far() if self._runtime.is_main else None)
         self._log.note_timing({"checkpoint_stall_sec": self._writer.timing.stall_sec})
         self._saved_at = state.step
 

@@ -1,5 +1,6 @@
 """Where scalars and pictures go besides the run folder."""
 
+import hashlib
 import os
 import re
 import secrets
@@ -28,13 +29,16 @@ OVER_IMAGES_SEEN = (
     "kernel_distance",
     "recognized_fraction",
 )
-_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_MAX_ID_BYTES = 2**12
 MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")  # what wandb takes as WANDB_MODE
 
 
 class Logger(Protocol):
     """Receives what a run measures. Created and called on the main process only."""
+
+    @property
+    def description(self) -> str:
+        """Where it all goes, for people: "wandb offline"."""
+        ...
 
     def log(self, scalars: Mapping[str, Any]) -> None:
         """Scalars of one moment; among them step and images_seen."""
@@ -59,6 +63,8 @@ class Logger(Protocol):
 
 class NoLogger:
     """Keeps nothing: the run folder has it all. Takes what every logger is built with."""
+
+    description = "no wandb"
 
     def __init__(self, **_: Any) -> None:
         pass
@@ -95,7 +101,9 @@ class WandbLogger:
         if mode is not None and mode not in MODES:
             raise ValueError(f"WANDB_MODE is {mode!r}, but it must be online, offline or disabled; change or unset it.")
         self._wandb = wandb
-        self._folder = folder
+        self._folder, self._id_file = folder, folder / "wandb/id"
+        if self._id_file.exists():
+            self._id()  # which raises before anything is trained
         self._secrets = secrets_in(config)
         self._settings: dict[str, Any] = {
             "project": project,
@@ -122,10 +130,17 @@ class WandbLogger:
                 self._opened.define_metric(metric, step_metric="images_seen")
         return self._opened
 
-    def _open(self) -> "wandb.Run":
+    @property
+    def description(self) -> str:
+        """Name the mode."""
+        return f"wandb {self._mode()}"
+
+    def _mode(self) -> str:
         mode = os.environ.get("WANDB_MODE")
-        if mode is None:
-            mode = "online" if self._wandb.login(prompt=False, verify=False) else "offline"
+        return mode or ("online" if self._wandb.login(prompt=False, verify=False) else "offline")
+
+    def _open(self) -> "wandb.Run":
+        mode = self._mode()
         with _words_without(self._secrets):  # wandb keeps the command line
             return self._wandb.init(
                 **self._settings,
@@ -138,12 +153,17 @@ class WandbLogger:
             )
 
     def _id(self) -> str:
-        path = self._folder / "wandb/id"
+        """Return the id of the run's wandb run, kept with its hash. Raises ValueError where the file is damaged."""
+        path = self._id_file
         if not path.exists():
-            write_bytes(path, secrets.token_hex(8).encode())
-        found = read_text(path, _MAX_ID_BYTES).strip()
-        if _ID.fullmatch(found) is None:  # wandb makes a folder's name of it
-            raise ValueError(f"{path} holds {found[:40]!r}, which is no id of a wandb run; delete that file.")
+            new = secrets.token_hex(8)
+            write_bytes(path, f"{new}\n{hashlib.sha256(new.encode()).hexdigest()}\n".encode())
+        found, _, hash_ = read_text(path, 1000).strip().partition("\n")
+        sound = not hash_ or hashlib.sha256(found.encode()).hexdigest() == hash_  # earlier versions kept the id alone
+        if not sound or re.fullmatch(r"[0-9a-f]{16}", found) is None:
+            raise ValueError(
+                f"{path} does not hold the id of a wandb run; delete it, and the run goes on as a new one in wandb."
+            )
         return found
 
     def log(self, scalars: Mapping[str, Any]) -> None:

@@ -5,17 +5,20 @@ The wanted profile is approached by those of the snapshots in the least-squares 
 with the same coefficients.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
+from data.records import validate
 from train.checkpoint import read_state_file, read_tensors
 from train.ema import MAIN, gamma_of
+from train.stores import STATE_FILE
 
 PREFIX = "width_"  # of the name of an average to be made: width_0.07
 
@@ -56,13 +59,7 @@ def reconstruct(checkpoints: Sequence[Path], relative_std: float) -> dict[str, T
 
     Raises ValueError where the run kept no power-function averages.
     """
-    section: Mapping[str, Any] = read_state_file(checkpoints[-1])["config"].get("ema", {})
-    if section.get("_target_") != "train.ema.power":
-        raise ValueError(
-            f"{checkpoints[-1]} has averages of {section.get('_target_')}, of which no other width can be made; train "
-            "with train/ema=power."
-        )
-    widths = section["relative_stds"]
+    widths = _kept_widths(checkpoints[-1])
     names = [MAIN, *(f"{MAIN}_{width:g}" for width in widths[1:])]
     files = [(path, name) for path in checkpoints for name in names]
     steps = [int(read_state_file(path)["step"]) for path in checkpoints]
@@ -73,3 +70,16 @@ def reconstruct(checkpoints: Sequence[Path], relative_std: float) -> dict[str, T
         for key, value in read_tensors(path, name).items():  # one file in memory at a time
             total[key] = total.get(key, torch.zeros_like(value, dtype=torch.float64)).add_(value.double(), alpha=share)
     return {key: value.float() for key, value in total.items()}
+
+
+def _kept_widths(checkpoint: Path) -> list[float]:
+    """Return the widths of the averages that a run kept. Raises ValueError where it kept none."""
+    section = read_state_file(checkpoint)["config"].get("ema")
+    kind, widths = (
+        (section.get(key) for key in ("_target_", "relative_stds")) if isinstance(section, dict) else (None,) * 2
+    )
+    if kind != "train.ema.power":
+        raise ValueError(
+            f"{checkpoint} has averages of {kind}, of which no other width can be made; train with train/ema=power."
+        )
+    return validate(list[Annotated[float, Field(gt=0, lt=1)]], widths, f"{checkpoint / STATE_FILE}, ema.relative_stds")

@@ -1,16 +1,23 @@
 """The folder of one run, and the rules for continuing it."""
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
-from data.atomic import append_line, write_bytes
+from data.atomic import write_bytes
+from data.locks import HeldError, acquired
+from data.reading import DamagedFileError, read_regular, read_text, reason
+from train.checkpoint import read_state_file
+from train.lines import MAX_BYTES, Line, append_record, lines_of, parse_lines, read_lines
 from train.stores import CheckpointStore, FolderStore
+
+_CONFIG_HASH = "# sha256 of the lines above: "  # last line of config.yaml
 
 # Settings that change neither weights nor losses beyond float rounding. A run may continue with others of these.
 FREE_SETTINGS = frozenset(
@@ -74,13 +81,12 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other jobs from training here. Raises ValueError where one does; a killed job holds no lock."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / ".lock")
         try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
+            lock = acquired(self.path / ".lock", timeout_sec=0)
+        except HeldError as error:
             raise ValueError(
-                f"Another process is training in {self.path}; wait for it, or give this run its own name=..."
+                f"Another process is training in {self.path}; wait for it, or give this run its own "
+                f"name=...{error.hint}"
             ) from error
         try:
             yield
@@ -98,8 +104,8 @@ class RunFolder:
 
         ``allowed`` names further settings that may change; ``batch_size`` never may.
         """
-        if self.config.exists() and self.store.steps():
-            before = self.read_config()
+        if self.store.steps():
+            before = self.read_config() if self.config.exists() else _config_of(self.store)
             _require_same_batch(before.get("batch_size"), config.get("batch_size"), self.path)
             differences = _differences(before, config, FREE_SETTINGS | set(allowed))
             if differences:
@@ -110,24 +116,38 @@ class RunFolder:
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Make this the folder of ``config``; the newest free settings are kept."""
-        write_bytes(self.config, yaml.safe_dump(dict(config), sort_keys=False).encode())
+        text = yaml.safe_dump(dict(config), sort_keys=False).encode()
+        write_bytes(self.config, text + f"{_CONFIG_HASH}{hashlib.sha256(text).hexdigest()}\n".encode())
 
     def read_config(self) -> dict[str, Any]:
-        """The resolved config. Raises ValueError where it cannot be read."""
+        """Return the resolved config. Raises ValueError where it cannot be read, or is not as it was written."""
         try:
-            content = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ValueError(f"{self.config} cannot be read ({error}); is {self.path} a run folder?") from error
+            text = read_text(self.config)
+            body, mark, expected = text.rpartition(_CONFIG_HASH)
+            if mark and hashlib.sha256(body.encode()).hexdigest() != expected.strip():
+                raise DamagedFileError("it was changed after it was written")
+            content = yaml.safe_load(text)
+        except (OSError, DamagedFileError, yaml.YAMLError, RecursionError, ValueError) as error:
+            what = " ".join(reason(error, self.config).split())[:300]
+            raise ValueError(
+                f"{self.config} cannot be read ({what}); is {self.path} a run folder? A run's checkpoints have its "
+                "config too: without this file, the same training command writes it again."
+            ) from error
         if not isinstance(content, dict):
             raise ValueError(f"{self.config} holds no config; is {self.path} a run folder?")
         return content
 
     def append(self, file: Path, record: Mapping[str, Any]) -> None:
-        """Add one JSON line to a file of this folder."""
-        append_line(file, json.dumps(dict(record)))
+        """Add one record to a file of lines of this folder; all but metrics carry a hash."""
+        append_record(file, record, sealed=file != self.metrics)
+
+    def lines_so_far(self) -> dict[str, bytes]:
+        """Return the results that a checkpoint keeps a copy of, by file name."""
+        files = (self.metrics, self.evaluations)
+        return {file.name: read_regular(file, MAX_BYTES) for file in files if file.exists()}
 
     def require_no_lost_checkpoint(self, checkpoint_every: int) -> None:
-        """For a run that finds no checkpoint: raise ValueError where its lines say that there was one.
+        """Raise ValueError where a run finds no checkpoint, though its lines say that there was one.
 
         The first is written beside the steps after it, and is complete before the second begins.
         """
@@ -138,12 +158,32 @@ class RunFolder:
                 "back, or move the folder away to train anew."
             )
 
-    def roll_back(self, step: int) -> None:
-        """Drop lines of steps after ``step``, and a last line that a crash cut short."""
+    def roll_back(self, step: int, copies: Mapping[str, bytes | None] | None = None) -> list[str]:
+        """Drop lines of steps after ``step``, and a last line that a crash cut short.
+
+        ``copies`` are the contents of files of lines that the checkpoint of this step has. What the folder has lost of
+        them since is put back; returns a sentence for each file that was mended. Raises ValueError where a damaged line
+        is in no copy.
+        """
+        notes = []
         for file in (self.metrics, self.timing, self.evaluations):
-            if file.exists():
-                kept = [json.dumps(line) for line in read_lines(file) if line["step"] <= step]
-                write_bytes(file, "".join(line + "\n" for line in kept).encode())
+            copy = (copies or {}).get(file.name)
+            if copy is None:
+                if file.exists():
+                    _keep(file, [line.text for line in lines_of(file) if line.record["step"] <= step])
+                continue
+            saved = [line.text for line in parse_lines(copy, f"the checkpoint's {file.name}")]
+            sound, damaged = _sorted_lines(file)
+            present = Counter(line.text for line in sound if line.record["step"] <= step)
+            lost, added = Counter(saved) - present, present - Counter(saved)
+            if file == self.metrics:  # this run's alone; of evaluations others may have added some since
+                added.clear()
+            elif damaged > lost.total():
+                lines_of(file)  # names the line
+            if lost:
+                notes.append(f"{file} had lost lines up to step {step}; they are put back from the checkpoint.")
+            _keep(file, saved + list(added.elements()))
+        return notes
 
     def retain_checkpoints(self, keep: int, keep_every: int | None = None) -> None:
         """Delete all but the newest ``keep`` and those of the steps that ``keep_every`` divides."""
@@ -152,22 +192,27 @@ class RunFolder:
                 self.store.remove(step)
 
 
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Records of a JSON-lines file; none where it does not exist. A last line cut by a crash is left out.
+def _keep(file: Path, lines: Sequence[bytes]) -> None:
+    write_bytes(file, b"".join(line + b"\n" for line in lines))
 
-    Raises ValueError that names the file and line where another line is damaged.
-    """
-    if not file.exists():
-        return []
-    records = []
-    lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last newline is empty or cut
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            records.append({**record, "step": int(record["step"])})
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"Line {number} of {file} is damaged ({error}); remove that line.") from error
-    return records
+
+def _sorted_lines(file: Path) -> tuple[list[Line], int]:
+    """Return the lines that can be read, and how many others there are but for a last one that a crash cut short."""
+    try:
+        *texts, last = read_regular(file, MAX_BYTES).split(b"\n")
+    except FileNotFoundError:
+        return [], 0
+    found = [parse_lines(text, str(file)) for text in texts]
+    return [*itertools.chain(*found), *parse_lines(last, str(file))], found.count([])
+
+
+def _config_of(store: CheckpointStore) -> Mapping[str, Any]:
+    """Return the config that the newest readable checkpoint carries; an empty one where none can be read."""
+    for step in reversed(store.steps()):
+        with suppress(ValueError):
+            config: Mapping[str, Any] = read_state_file(store.local(step))["config"]
+            return config
+    return {}
 
 
 def _require_same_batch(before: int | None, now: int | None, path: Path) -> None:

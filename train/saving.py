@@ -1,5 +1,6 @@
 """Checkpoints are written beside training, by all processes: the loop waits for the copy to host memory only."""
 
+import hashlib
 import json
 import threading
 import time
@@ -7,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from pydantic import ConfigDict
 from torch import Tensor
@@ -83,10 +84,11 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, state: TrainState, facts: Mapping[str, Any]) -> None:
+    def save(self, state: TrainState, facts: Mapping[str, Any], lines: Mapping[str, bytes] | None = None) -> None:
         """Begin to write the state; an earlier save is finished first. Raises what that one met.
 
-        ``facts`` are JSON values that identify the run: seed, config, data manifest hash, code version.
+        ``facts`` are JSON values that identify the run: seed, config, data manifest hash, code version. ``lines`` are
+        contents of the run's files of lines, by name, which the main process writes.
         """
         self.wait()
         started = time.perf_counter()
@@ -104,7 +106,7 @@ class CheckpointWriter:
         frozen = json.loads(json.dumps(content))  # training goes on changing lists
         self.timing = Timing(stall_sec=time.perf_counter() - started)
         self._thread = threading.Thread(
-            target=self._write, args=(state.step, frozen, owners), name="checkpoint", daemon=True
+            target=self._write, args=(state.step, frozen, owners, dict(lines or {})), name="checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -121,12 +123,14 @@ class CheckpointWriter:
             error, self._error = self._error, None
             raise error
 
-    def _write(self, step: int, content: dict[str, Any], owners: dict[str, list[list[str]]]) -> None:
+    def _write(
+        self, step: int, content: dict[str, Any], owners: dict[str, list[list[str]]], lines: dict[str, bytes]
+    ) -> None:
         started = time.perf_counter()
         try:
             self._write_share(step, owners)
             if self._runtime.is_main:
-                self._complete(step, content, owners)
+                self._complete(step, content, owners, lines)
         except BaseException as error:
             self._error = error
             self._give_up(step, error)
@@ -151,7 +155,9 @@ class CheckpointWriter:
                 self.timing.bytes_written += sum(value.nbytes for value in mine.values())
         self._put(step, _RECEIPT.format(rank=rank), seal({"files": hashes}))
 
-    def _complete(self, step: int, content: dict[str, Any], owners: dict[str, list[list[str]]]) -> None:
+    def _complete(
+        self, step: int, content: dict[str, Any], owners: dict[str, list[list[str]]], lines: dict[str, bytes]
+    ) -> None:
         receipts = {_RECEIPT.format(rank=rank): rank for rank in range(self._runtime.data_world)}
         self._await(step, set(receipts))
         hashes: dict[str, str] = {}
@@ -163,8 +169,11 @@ class CheckpointWriter:
             if len(set(names) - {None}) > 1:
                 places = {tensor: names[rank] for rank, mine in enumerate(by_rank) for tensor in mine}
                 self._put(step, index_name(part), {"metadata": {}, "weight_map": dict(sorted(places.items()))})
+        for name, text in lines.items():
+            self._store.write(step, name, partial(_write_bytes, text=text))
+            hashes[name] = hashlib.sha256(text).hexdigest()
         self._before_commit()
-        state = json.dumps({**content, "sha256": dict(sorted(hashes.items()))}, indent=1).encode()
+        state = json.dumps(seal({**content, "sha256": dict(sorted(hashes.items()))}), indent=1).encode()
         self._store.commit(step, state, set(receipts))
         self._after_commit()
 
@@ -200,6 +209,10 @@ class CheckpointWriter:
     def _put(self, step: int, name: str, content: Mapping[str, Any]) -> None:
         text = json.dumps(content, indent=1).encode()
         self._store.write(step, name, lambda file: file.write(text))
+
+
+def _write_bytes(file: IO[bytes], text: bytes) -> None:
+    file.write(text)
 
 
 def shares(

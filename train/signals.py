@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # PyTorch takes seconds, which showing help need not spend
     from runtime.protocol import Runtime
 
 EX_TEMPFAIL = 75  # sysexits.h: try again later; launchers requeue a job that exits with it
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ECHO_SEC = 1.0  # a launcher passes on the signal that its processes got from the scheduler too
 
 
@@ -39,7 +40,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in SIGNALS:
                 self._before[number] = signal.signal(number, self._receive)
                 outer = getattr(self._before[number], "__self__", None)
                 if isinstance(outer, StopSignals) and outer.requested:
@@ -58,7 +59,8 @@ class StopSignals:
             self.requested, self._since = True, now
             name = signal.Signals(number).name
             # Not print: the signal may have come in the middle of one.
-            os.write(2, f"\n{name}: saving, then stopping; once more stops at once.\n".encode())
+            with suppress(OSError):  # whoever read it may be gone
+                os.write(2, f"\n{name}: saving, then stopping; once more stops at once.\n".encode())
         elif now - self._since > ECHO_SEC:
             os._exit(128 + number)
 
@@ -67,6 +69,16 @@ class StopSignals:
         if runtime.data_world == 1:
             return self.requested
         return bool(runtime.gather(np.array([self.requested])).any())
+
+
+def ask_to_stop() -> None:
+    """Ask the run of this process to stop as SIGTERM does, unless it was asked: a second signal would cut its save off.
+
+    Outside a `StopSignals` block the process ends.
+    """
+    handler = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    if not (isinstance(handler, StopSignals) and handler.requested):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def watched(progress: ProgressBar, check: Callable[[], None]) -> ProgressBar:
@@ -89,3 +101,7 @@ class _Watched:
         """Pass on, then check."""
         self._bar.update(n)
         self._check()
+
+    def note(self, text: str) -> None:
+        """Pass on."""
+        self._bar.note(text)

@@ -48,9 +48,25 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
+class OtherShapeError(ValueError):
+    """Optimizer state of a parameter that is another one's."""
+
+
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Restore what `optimizer_tensors` gave. Hyperparameters stay those of the config."""
+    """Restore what `optimizer_tensors` gave. Hyperparameters stay those of the config.
+
+    Raises OtherShapeError for state of an unknown parameter, and for state that is neither a scalar nor of its
+    parameter's shape.
+    """
     names = {parameter: name for name, parameter in model.named_parameters()}
+    shapes = {name: parameter.shape for parameter, name in names.items()}
+    for key, value in tensors.items():
+        expected = shapes.get(key.rpartition("/")[0])
+        if expected is None or value.shape not in (expected, ()):
+            raise OtherShapeError(
+                f"the optimizer has {key} of shape {tuple(value.shape)}, but the model "
+                + ("has no such parameter." if expected is None else f"a parameter of shape {tuple(expected)}.")
+            )
     ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for index, parameter in enumerate(ordered):

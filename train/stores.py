@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Annotated, Any, Protocol, TypeVar
 
-from filelock import FileLock
 from pydantic import Field
 
 from data import remote
 from data.atomic import atomic_folder, remove_folder, remove_leftovers, sync_folder
+from data.locks import locked
 from data.names import plain_name, tree_inside
 from data.reading import DamagedFileError, is_regular, read_regular, sha256_of
 from data.records import parse_object, validate
@@ -194,7 +194,7 @@ class BucketStore:
             state = self.read(step, STATE_FILE)
             hashes = _hashes_in(state, f"{self.place(step)}/{STATE_FILE}")
             self._copies.mkdir(parents=True, exist_ok=True)
-            with FileLock(self._copies / f".{folder_name(step)}.lock"):
+            with locked(self._copies / f".{folder_name(step)}.lock"):
                 if hashes is None or not _is_copy(path, state, hashes):
                     self._copy(step, state, hashes or {}, path)
         except FileNotFoundError as error:

@@ -9,10 +9,15 @@ def once(axes: Axes, label: str) -> str | None:
     return None if label in axes.get_legend_handles_labels()[1] else label
 
 
+def literal(text: str) -> str:
+    """Return what a record says as matplotlib shows it letter by letter: two dollar signs would begin a formula."""
+    return text.replace("$", r"\$")
+
+
 def label_axes(axes: Axes, x: str, y: str) -> None:
-    """Of the horizontal and the vertical one."""
+    """Label the horizontal and the vertical one."""
     axes.set_xlabel(x)
-    axes.set_ylabel(y)
+    axes.set_ylabel(literal(y))
 
 
 def steps_axis(axes: Axes) -> None:

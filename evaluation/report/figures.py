@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from evaluation.report import paper
-from evaluation.report.axes import label_axes, log_x, log_y, once, steps_axis
+from evaluation.report.axes import label_axes, literal, log_x, log_y, once, steps_axis
 from evaluation.report.bubbles import Bubble, draw_bubbles, draw_systems
 from evaluation.report.fit import CONFIDENCE
 from evaluation.report.study import (
@@ -86,7 +86,7 @@ def figure_5(study: Study) -> Figure:
     for axes, (model, names) in zip(grid, panels.items(), strict=False):
         for name in names:
             records, block = curves[name], study.chosen[name]["block"]
-            label = once(axes, block_name(block))
+            label = once(axes, literal(block_name(block)))
             axes.plot(_steps(records), _values(records), "o-", color=block_colour(block), label=label, alpha=0.9)
         for name in names:
             _rings_over_training(axes, curves[name], block_colour(study.chosen[name]["block"]))
@@ -95,7 +95,7 @@ def figure_5(study: Study) -> Figure:
         axes.legend()
         log_y(axes)
     figure.supxlabel("Training steps", fontsize=9)
-    figure.supylabel(study.distance_name, fontsize=9)
+    figure.supylabel(literal(study.distance_name), fontsize=9)
     return figure
 
 
@@ -138,7 +138,7 @@ def figure_6(study: Study) -> Figure:
         axes.legend()
         log_y(axes)
     figure.supxlabel("Training steps", fontsize=9)
-    figure.supylabel(study.distance_name, fontsize=9)
+    figure.supylabel(literal(study.distance_name), fontsize=9)
     return figure
 
 
@@ -198,7 +198,7 @@ def figure_8(study: Study) -> Figure:
     label_axes(axes, GFLOPS, study.distance_name)
     fit = study.fit()
     held = f": slope {fit.slope:.2f}, correlation {fit.correlation:.2f}" if fit else ""
-    axes.set_title(f"{study.distance_name.split(' on ')[0]} against Gflops{held}")
+    axes.set_title(f"{literal(study.distance_name.split(' on ')[0])} against Gflops{held}")
     return figure
 
 

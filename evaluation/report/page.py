@@ -1,6 +1,7 @@
 """The report as one HTML file: figures, grids and configs inside it, nothing fetched from elsewhere."""
 
 import base64
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from PIL import Image
 
+from data.reading import DamagedFileError, read_regular
 from evaluation.report import paper
 from evaluation.report.fit import PowerLaw
 from evaluation.report.study import COLUMNS, PROTOCOL_KEYS, Record, Study, model_name
@@ -18,6 +21,7 @@ from train.runfolder import RunFolder
 # What a reader of a number must know, besides PROTOCOL_KEYS; in the order of the page.
 SHOWN_KEYS = ("feature_extractor", "reference", "reference_images", *PROTOCOL_KEYS, "metrics", "classifier_accuracy")
 TEMPLATE = Path(__file__).with_name("page.html.j2")
+_MOST_BYTES_OF_CONFIG, _MOST_BYTES_OF_GRID = 2**20, 2**26
 
 
 @dataclass(frozen=True)
@@ -86,15 +90,27 @@ def _evaluation(record: Record) -> dict[str, Any]:
 
 
 def _run_of(path: Path) -> dict[str, Any]:
-    """A run's config, and its newest grid of samples."""
+    """Return a run's config, and its newest grid of samples. Raises ValueError where one of them cannot be shown."""
     folder = RunFolder(path)
     grids = sorted(folder.samples.glob("step_*.png"))
     return {
         "name": path.name,
-        "config": folder.config.read_text(encoding="utf-8", errors="replace"),
-        "grid": _data_url(grids[-1].read_bytes(), "png") if grids else None,
+        "config": read_regular(folder.config, _MOST_BYTES_OF_CONFIG).decode("utf-8", errors="replace"),
+        "grid": _data_url(_read_png(grids[-1]), "png") if grids else None,
         "grid_name": grids[-1].stem.replace("_", " ") if grids else None,
     }
+
+
+def _read_png(path: Path) -> bytes:
+    """Return a PNG's content. Raises DamagedFileError where a checksum in it is wrong, or it is something else."""
+    content = read_regular(path, _MOST_BYTES_OF_GRID)
+    try:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
+            picture.verify()
+    except Exception as error:  # of many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise DamagedFileError(f"{path} is no whole PNG ({reason}); remove it, or put it back.") from None
+    return content
 
 
 def _fit_text(fit: PowerLaw | None, study: Study) -> str:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.evaluate import distance_records
 from evaluation.report.fit import PowerLaw, fit_power_law
 from evaluation.report.paper import SIZES
+from evaluation.report.records import Record, read_records
 from train.runfolder import RunFolder
-
-Record = dict[str, Any]  # a line of evaluations.jsonl
 
 # What must agree between points of one figure.
 PROTOCOL_KEYS = (
@@ -47,7 +46,8 @@ COLUMNS = (
     "recognized_fraction",
 )
 
-NEEDED_KEYS = (*PROTOCOL_KEYS, *COLUMNS[1:], "feature_extractor", "reference", "frechet_distance_of_real_resample")
+
+_STEPS = re.compile("[1-9][0-9]{0,6}")  # one way to sample; "10,5" is another
 
 
 @dataclass(frozen=True)
@@ -187,10 +187,15 @@ def read_study(sweep: Path, only: Sequence[str] | None = None) -> Study:
     """
     if not sweep.is_dir():
         raise ValueError(f"There is no sweep folder {sweep}; give the folder that holds the runs.")
+    _printable(sweep.resolve())
     folders = sorted(path.parent for path in sweep.glob("*/config.yaml"))
     if not folders:
         raise ValueError(_why_no_run(sweep))
-    by_run = {folder.name: _records_of(folder) for folder in folders if only is None or folder.name in only}
+    by_run = {
+        _printable(folder).name: read_records(RunFolder(folder))
+        for folder in folders
+        if only is None or folder.name in only
+    }
     evaluated = {name: records for name, records in by_run.items() if records}
     unevaluated = [name for name, records in by_run.items() if not records]
     return Study(sweep, _of_shared_protocol(evaluated, sweep), evaluated, unevaluated)
@@ -204,18 +209,11 @@ def _why_no_run(sweep: Path) -> str:
     return f"There are 0 runs in {sweep}, {where}: sweep=FOLDER."
 
 
-def _records_of(folder: Path) -> list[Record]:
-    """The lines with a distance. Raises ValueError where one lacks what every evaluation of ours says."""
-    run = RunFolder(folder)
-    records = distance_records(run)
-    for record in records:
-        for key in NEEDED_KEYS:
-            if key not in record:
-                raise ValueError(
-                    f"A line of step {record['step']} in {run.evaluations} has no {key!r}, so another program or "
-                    "version wrote it; remove the line and measure again by `ditscale evaluate`."
-                )
-    return records
+def _printable(folder: Path) -> Path:
+    """Return a folder. Raises ValueError for a name that a page or a terminal would not show as it is."""
+    if not folder.name.isprintable():
+        raise ValueError(f"The folder {str(folder)!r} has a name that cannot be shown; rename it.")
+    return folder
 
 
 def _of_shared_protocol(by_run: dict[str, list[Record]], sweep: Path) -> dict[str, Record]:
@@ -287,9 +285,9 @@ def _newest(curves: dict[str, list[Record]]) -> int:
 
 
 def num_sampling_steps(record: Mapping[str, Any]) -> int | None:
-    """Calls of the sampler's network, where its setting says so: 50 for 50 and for "ddim50", else None."""
+    """Return the calls of the sampler's network, where its setting says so: 50 for 50 and for "ddim50", else None."""
     steps = str(record["sampler"].get("steps", "")).removeprefix("ddim")
-    return int(steps) if steps.isdecimal() else None
+    return int(steps) if _STEPS.fullmatch(steps) else None
 
 
 def sampling_gmacs(record: Mapping[str, Any]) -> float | None:

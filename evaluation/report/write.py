@@ -9,12 +9,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from data.atomic import write_bytes
+from data.atomic import require_no_folder, write_bytes
 from evaluation.report.figures import FIGURES, NoDataError, SampleGrid, figure_7
 from evaluation.report.page import Shown, page_of
 from evaluation.report.study import Study
 from evaluation.report.style import content_of, styled
 
+_BEGINNINGS_OF_FORMULAS = ("=", "+", "-", "@")
 NO_SAMPLES = "no samples were asked for; run `ditscale report sweep=... samples=8`."
 
 
@@ -46,6 +47,7 @@ def write_report(study: Study, out: Path, samples: SampleGrid | str = NO_SAMPLES
             except NoDataError as reason:
                 missing[number] = str(reason)
                 for path in paths:
+                    require_no_folder(path)
                     path.unlink(missing_ok=True)
                 shown.append(Shown(number, title, None, str(reason)))
                 continue
@@ -77,9 +79,14 @@ def _drawers(study: Study, samples: SampleGrid | str) -> list[tuple[int, str, An
 
 
 def csv_of(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Rows with equal keys."""
+    """Return rows with equal keys as CSV."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: _inert(value) for key, value in row.items()} for row in rows)
     return text.getvalue().encode()
+
+
+def _inert(value: Any) -> Any:
+    """Return a cell that no spreadsheet takes for a formula: text that begins like one gets an apostrophe before it."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(_BEGINNINGS_OF_FORMULAS) else value

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY_RUN, InProcess
+from pictures import make_image_folder
 
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2  # linux/prctl.h, linux/capability.h
 # Several commands in one process, for the seconds that imports take.
@@ -88,3 +89,38 @@ def test_what_may_not_be_read_or_written_is_one_sentence_and_exit_code_2(
         assert shown.endswith("exit code 2\n"), shown
         assert "Traceback" not in shown
     assert {path.name for path in set(tmp_path.rglob("*")) - before} <= {".lock"}
+
+
+def test_a_folder_of_images_that_may_not_be_listed_is_named_and_no_class_is_lost(tmp_path: Path) -> None:
+    make_image_folder(tmp_path / "images", 2)
+    make_image_folder(tmp_path / "closed", 2)
+    make_image_folder(tmp_path / "litter", 2)
+    make_image_folder(tmp_path / "file", 2)
+    (tmp_path / "litter/lost+found").mkdir()
+    for name in ("images/bee", "closed", "litter/lost+found", "file/ant/000.JPEG"):
+        (tmp_path / name).chmod(0)
+    words = [
+        "encode",
+        "data/source=image_folder",
+        "model/autoencoder=identity",
+        "data/crop=center",
+        "data.image_size=8",
+    ]
+    words += ["data.name=x", "max_skipped_fraction=0.2"]
+    class_folder, root, litter, file = shown_by(
+        tmp_path,
+        *(
+            [*words, f"data.source.root={name}", f"data.shards=s-{name}"]
+            for name in ("images", "closed", "litter", "file")
+        ),
+    )
+    way_out = r"cannot be listed \(Permission denied\); give the permission to read it, or move it out of"
+    assert re.search(rf"error: The folder \S+/images/bee {way_out} \S+/images\.", class_folder)
+    assert re.search(rf"error: The folder \S+/closed {way_out} \S+", root)
+    for shown in (class_folder, root):
+        assert shown.endswith("exit code 2\n"), shown
+    for shown in (litter, file):
+        assert "error" not in shown
+    (line,) = (tmp_path / "s-file/skipped.jsonl").read_text().splitlines()
+    assert json.loads(line)["source_id"] == "ant/000.JPEG"
+    assert "Permission denied" in json.loads(line)["reason"]

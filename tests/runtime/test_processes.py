@@ -1,11 +1,13 @@
 """Several processes train the same run as one, and a killed run continues as if nothing had happened."""
 
+import ctypes
 import random
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,13 @@ import psutil
 import pytest
 import torch
 from conftest import TINY_RUN, ditscale, json_lines, torchrun, warm
+from filelock import FileLock
 from safetensors.torch import load_file
 from warm_jobs import TRAINING, WarmJob
 
+from train.stores import list_checkpoints, step_of
+
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 NEWEST = "checkpoints/step_00000040"
 
 
@@ -128,6 +134,69 @@ def test_a_process_that_dies_stops_the_others_with_its_error(digits: Path, tmp_p
     assert time.monotonic() - died < 60
     assert not any(worker.is_running() for worker in workers)
     assert "Signal 9 (SIGKILL) received" in log.read_text()
+
+
+@pytest.fixture
+def adopted() -> Iterator[None]:
+    """Processes whose parent dies become children of this one, which can then wait for their exit codes."""
+    libc = ctypes.CDLL(None)
+    assert libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+    yield
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+def ranks_without_their_torchrun(words: list[str], cwd: Path) -> list[psutil.Process]:
+    """Two ranks that train, whose torchrun was just killed with -9."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    with (cwd / "log").open("w") as log:
+        job = subprocess.Popen([*launcher, "-m", "launch.train", *words], cwd=cwd, stdout=log, stderr=log)
+    wait_for(cwd / "run/checkpoints/step_00000010", job)
+    ranks = [child for child in psutil.Process(job.pid).children() if "launch.train" in " ".join(child.cmdline())]
+    assert len(ranks) == 2
+    for rank in ranks:  # else they would be through before they look for torchrun
+        rank.suspend()
+    job.kill()
+    job.wait()
+    time.sleep(1.2)
+    return ranks
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_ranks_whose_torchrun_was_killed_save_at_one_log_step_and_the_same_command_ends_with_the_same_bits(
+    digits: Path, tmp_path: Path, adopted: None
+) -> None:
+    words = [*TINY_RUN, f"data.shards={digits}", "total_steps=200"]
+    torchrun(2, *words, "run_dir=whole", cwd=tmp_path)
+    ranks = ranks_without_their_torchrun([*words, "run_dir=run"], tmp_path)
+    for rank in ranks:
+        rank.resume()
+    _, alive = psutil.wait_procs(ranks, timeout=30)
+    assert alive == []
+    assert [rank.wait() for rank in ranks] == [75, 75], (tmp_path / "log").read_text()
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    stopped_at = step_of(list_checkpoints(run / "checkpoints")[-1])
+    assert f"stopped and saved at step {stopped_at}; the same command continues" in (tmp_path / "log").read_text()
+    assert stopped_at % 5 == 0
+    assert json_lines(run / "metrics.jsonl")[-1]["step"] == stopped_at < 200
+    with FileLock(run / ".lock", timeout=0):
+        pass
+    torchrun(2, *words, "run_dir=run", cwd=tmp_path)
+    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    for name in ("model", "ema", "optimizer"):
+        last = f"checkpoints/step_00000200/{name}.safetensors"
+        assert (run / last).read_bytes() == (whole / last).read_bytes(), name
+
+
+def test_a_rank_that_lost_its_torchrun_and_the_other_rank_leaves_and_the_lock_is_free(
+    digits: Path, tmp_path: Path
+) -> None:
+    words = [*TINY_RUN, f"data.shards={digits}", "total_steps=1000000", "run_dir=run"]
+    main, other = ranks_without_their_torchrun(words, tmp_path)
+    other.kill()
+    main.resume()
+    assert psutil.wait_procs([main, other], timeout=30)[1] == []
+    with FileLock(tmp_path / "run/.lock", timeout=0):
+        pass
 
 
 def killed_after(step: int, words: list[str], cwd: Path) -> None:

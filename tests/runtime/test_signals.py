@@ -39,9 +39,9 @@ def start(words: list[str], cwd: Path, processes: int = 1) -> subprocess.Popen[b
         return subprocess.Popen(job, cwd=cwd, stdout=log, stderr=log)
 
 
-def same_run(run: Path, whole: Path) -> None:
+def same_run(run: Path, whole: Path, last: str = LAST) -> None:
     for name in FILES:
-        assert (run / LAST / name).read_bytes() == (whole / LAST / name).read_bytes(), name
+        assert (run / last / name).read_bytes() == (whole / last / name).read_bytes(), name
     assert (run / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
 
 

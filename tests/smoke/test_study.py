@@ -182,7 +182,8 @@ def test_foreign_weights_give_the_images_that_ours_give(study: Path) -> None:
     shown = ditscale("sample", "checkpoint=foreign.pt", *words, "foreign.num_heads=4", cwd=study, expect=2)
     assert "are for latents of 1 channels, but the autoencoder identity has 3" in shown
     (study / "bad.pt").write_bytes(b"not a checkpoint")
-    assert "bad.pt is refused" in ditscale("sample", "checkpoint=bad.pt", *words, cwd=study, expect=2)
+    shown = ditscale("sample", "checkpoint=bad.pt", *words, cwd=study, expect=2)
+    assert "bad.pt is neither a PyTorch nor a safetensors file" in shown
 
 
 def test_the_plan_of_the_papers_sweep_is_its_table(tmp_path: Path) -> None:

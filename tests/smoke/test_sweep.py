@@ -3,11 +3,15 @@
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
-from conftest import TINY_RUN, command, ditscale, json_lines
+from conftest import TINY_RUN, InProcess, command, ditscale, json_lines, torchrun
+from test_processes import wait_for
+from test_signals import same_run
 
 SWEEP = [*TINY_RUN, "group=killed", "model.patch_size=4", "hydra.launcher.n_jobs=1", "seed=0,1,2", "model.width=16"]
 RUNS = [f"d16-n2-p4-adaln_zero-seed{seed}" for seed in range(3)]
@@ -51,6 +55,107 @@ def test_a_run_killed_in_its_last_evaluation_still_joins_the_groups_curve(tmp_pa
     curve.unlink()
     ditscale(*words, f"data.shards={digits}", cwd=tmp_path)
     assert curve.read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first run of the sweep, trained alone and uninterrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    words = [word for word in SWEEP if not word.startswith(("hydra.", "seed="))]
+    ditscale("train", *words, f"data.shards={digits}", "total_steps=200", "run_dir=run", cwd=folder)
+    return folder / "run"
+
+
+def process_of(run: Path, sweep: subprocess.Popen[bytes]) -> psutil.Process:
+    """The process that trains a run: the one that holds its lock."""
+    lock = str(run / ".lock")
+    processes = psutil.Process(sweep.pid).children(recursive=True)
+    (found,) = [process for process in processes if lock in [file.path for file in process.open_files()]]
+    return found
+
+
+def steps_of(run: Path) -> list[int]:
+    metrics = run / "metrics.jsonl"
+    return [line["step"] for line in json_lines(metrics)] if metrics.exists() else []
+
+
+@pytest.mark.parametrize("n_jobs", [2, 1])
+def test_a_run_killed_with_9_is_that_runs_failure_alone_and_the_same_command_continues_it(
+    tmp_path: Path, digits: Path, whole: Path, n_jobs: int
+) -> None:
+    words = ["train", "-m", *SWEEP, f"data.shards={digits}", "total_steps=200", f"hydra.launcher.n_jobs={n_jobs}"]
+    first, second, third = (tmp_path / "runs/killed" / name for name in RUNS)
+    with (tmp_path / "log").open("w") as log:
+        sweep = subprocess.Popen(command(*words), cwd=tmp_path, stdout=log, stderr=log)
+    for run in (first, second)[:n_jobs]:
+        wait_for(run / "checkpoints/step_00000010", sweep)
+    neighbors = [process_of(run, sweep) for run in (first, second)[:n_jobs]]
+    neighbors[0].kill()
+    assert len({process.pid for process in (sweep, *neighbors)}) == 1 + n_jobs
+    assert sweep.wait(120) == 1
+    shown = (tmp_path / "log").read_text()
+    assert f"{first.name} failed: its process was killed by SIGKILL (often: the machine ran out of memory)" in shown
+    assert ("train fewer at a time (hydra.launcher.n_jobs)" in shown) == (n_jobs > 1)
+    assert shown.splitlines()[-1].startswith(f"ditscale train: error: 1 of 3 runs failed: {first.name}; ")
+    assert "Traceback" not in shown
+    every_line = list(range(5, 201, 5))
+    assert steps_of(first) != every_line
+    assert steps_of(second) == steps_of(third) == every_line
+    before = {path: path.read_bytes() for run in (second, third) for path in run.rglob("*.jsonl")}
+    ditscale(*words, cwd=tmp_path)
+    same_run(first, whole, last="checkpoints/step_00000200")
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_run_that_alone_is_asked_to_stop_leaves_the_others_training_and_the_sweep_unfinished(
+    tmp_path: Path, digits: Path
+) -> None:
+    words = ["train", "-m", *SWEEP, f"data.shards={digits}", "total_steps=200", "hydra.launcher.n_jobs=2"]
+    first, second, third = (tmp_path / "runs/killed" / name for name in RUNS)
+    with (tmp_path / "log").open("w") as log:
+        sweep = subprocess.Popen(command(*words), cwd=tmp_path, stdout=log, stderr=log)
+    wait_for(first / "checkpoints/step_00000010", sweep)
+    process_of(first, sweep).terminate()
+    assert sweep.wait(120) == 75, (tmp_path / "log").read_text()
+    assert "stopped and saved at step" in (tmp_path / "log").read_text()
+    assert steps_of(first)[-1] < 200
+    assert steps_of(second)[-1] == steps_of(third)[-1] == 200
+
+
+def test_a_sweep_whose_process_cannot_be_forked_trains_in_fresh_ones(
+    tmp_path: Path, digits: Path, whole: Path, in_process: InProcess
+) -> None:
+    """Another thread of it, which a fork would not have, may hold a lock."""
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    try:
+        shown = in_process(
+            "train",
+            "-m",
+            *SWEEP,
+            f"data.shards={digits}",
+            "total_steps=200",
+            "seed=0",
+            "optimizer.lr=1e10,4e-3",
+            "name=${default_name}-${optimizer.lr}",
+            "log_every=5",
+            expect=1,
+        )
+    finally:
+        done.set()
+        thread.join()
+    assert "1 of 2 runs failed: d16-n2-p4-adaln_zero-seed0-10000000000.0" in shown
+    assert "Traceback" not in shown
+    same_run(tmp_path / "runs/killed/d16-n2-p4-adaln_zero-seed0-0.004", whole, last="checkpoints/step_00000200")
+
+
+def test_a_sweep_under_torchrun_trains_one_run_after_the_other_in_the_same_processes(
+    tmp_path: Path, digits: Path
+) -> None:
+    torchrun(2, "-m", *SWEEP, f"data.shards={digits}", "seed=0,1", "total_steps=10", cwd=tmp_path)
+    for name in RUNS[:2]:
+        assert steps_of(tmp_path / "runs/killed" / name) == [5, 10]
 
 
 @pytest.mark.parametrize(

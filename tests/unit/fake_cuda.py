@@ -317,7 +317,7 @@ def test_inception_is_float32_on_the_gpu_though_autocast_is_on_outside(watch: Wa
 
 def test_images_are_prepared_for_any_network_on_the_gpu(watch: Watch) -> None:
     with unset_fake_temporarily():
-        features = NetworkFeatures(torch.nn.Flatten(), "x", "0", 14, [0.1, 0.2, 0.3], [1.0, 2.0, 3.0], 2)
+        features = NetworkFeatures(torch.nn.Flatten(), "x", "0", 14, [0.1, 0.2, 0.3], [1.0, 2.0, 3.0], 2, "here")
     features.to(CUDA)
     prepared = features._prepared(np.zeros((2, 8, 8, 1), np.uint8))
     assert (prepared.device, prepared.dtype, prepared.shape) == (CUDA, torch.float32, (2, 3, 14, 14))

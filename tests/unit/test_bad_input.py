@@ -46,6 +46,7 @@ def fails(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.C
         (["train", "model.width=abc"], "model.width is 'abc', but input should be a valid integer"),
         (["train", "optimizer.lr=abc"], "optimizer.lr is 'abc'"),
         (["train", "precision=fp16"], "precision: Invalid value 'fp16', expected one of [fp32, bf16]"),
+        (["train", "-m", "total_steps=1", "hydra.launcher.n_jobs=0"], "hydra.launcher.n_jobs is 0; give how many runs"),
         (["train", "total_steps=0"], "total_steps is 0, but it must be positive"),
         (
             ["train", "keep_checkpoint_every=15000"],

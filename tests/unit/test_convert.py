@@ -1,42 +1,25 @@
 """Weights travel between the released code, this program and diffusers without a change."""
 
-import argparse
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel
+from foreign_files import assert_same_weights, random_model, released_weights
 from safetensors.torch import load_file, save_file
-from test_model import golden_model, inputs, tiny, trained
+from test_model import golden_model, inputs, tiny
 
+from launch.diffusers_folder import read_diffusers_folder
 from launch.starting_weights import load_starting_weights
 from model.attention import QKNormSelfAttention
 from model.blocks import AdaLNBlock, AdaLNZeroBlock
-from model.convert import (
-    from_diffusers,
-    from_reference,
-    load_reference,
-    replace_label_table,
-    to_diffusers,
-    to_reference,
-)
+from model.diffusers_weights import to_diffusers
 from model.dit import DiT
+from model.released import add_null_class, from_reference, replace_label_table, to_reference
 
 
-def released_weights() -> dict[str, torch.Tensor]:
-    golden = golden_model()[1]
-    return {name.removeprefix("weights/"): golden[name] for name in golden if name.startswith("weights/")}
-
-
-def random_model(frequency_shift: int = 0) -> DiT:
-    model = tiny(frequency_shift=frequency_shift)
-    model.load_state_dict(trained(AdaLNZeroBlock).state_dict())
-    return model
-
-
-def assert_same_weights(one: DiT, two: DiT) -> None:
-    for name, value in one.state_dict().items():
-        assert torch.equal(value, two.state_dict()[name]), name
+def from_diffusers(folder: Path, frequency_shift: int = 1) -> DiT:
+    return read_diffusers_folder(folder, frequency_shift)[0]
 
 
 def test_released_weights_come_in_and_go_out_bit_for_bit() -> None:
@@ -49,33 +32,6 @@ def test_released_weights_come_in_and_go_out_bit_for_bit() -> None:
     assert back.keys() == weights.keys()
     for name, value in weights.items():
         assert torch.equal(back[name], value), name
-
-
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_a_released_checkpoint_file_is_read_with_or_without_its_ema(tmp_path: Path, wrapped: bool) -> None:
-    weights = released_weights()
-    other = {name: torch.zeros_like(value) for name, value in weights.items()}
-    content = {"ema": weights, "model": other, "args": argparse.Namespace(lr=1e-4)} if wrapped else weights
-    torch.save(content, tmp_path / "a.pt")
-    read = load_reference(tmp_path / "a.pt")
-    assert all(torch.equal(read[name], value) for name, value in weights.items())
-
-
-class _Exploit:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return print, ("code ran",)
-
-
-def test_a_file_with_code_in_it_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save({"ema": _Exploit()}, tmp_path / "bad.pt")
-    with pytest.raises(ValueError, match=r"bad.pt is refused: it is no file of plain tensors"):
-        load_reference(tmp_path / "bad.pt")
-    assert "code ran" not in capsys.readouterr().out
-    torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(ValueError, match="holds no table of weights"):
-        load_reference(tmp_path / "list.pt")
-    with pytest.raises(ValueError, match=r"absent.pt is refused"):
-        load_reference(tmp_path / "absent.pt")
 
 
 def test_wrong_weights_are_refused_with_their_first_three_keys() -> None:
@@ -120,22 +76,67 @@ def test_nothing_but_the_frequencies_separates_diffusers_from_the_released_code(
     assert (output - ours).abs().max() / ours.abs().max() < 1e-5
 
 
-def test_diffusers_pipeline_samples_from_our_export(tmp_path: Path) -> None:
-    model = random_model(frequency_shift=1)
-    autoencoder = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=8)
-    to_diffusers(replace_label_table(model, 1000), tmp_path, autoencoder)
-    pipeline = DiTPipeline.from_pretrained(tmp_path)
-    pipeline.set_progress_bar_config(disable=True)
-    images = pipeline([3, 7], num_inference_steps=2, output_type="np").images
-    assert images.shape == (2, 8, 8, 3)
-
-
 def test_another_number_of_classes_renews_the_label_table_alone() -> None:
     model = random_model()
     renewed = replace_label_table(model, 3)
     assert renewed.config.num_classes == 3
     for name, value in renewed.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]) == (not name.startswith("label_embedding")), name
+
+
+def drifted(by: float) -> dict[str, torch.Tensor]:
+    """The golden weights with a position embedding as a trainer leaves it that averages it or trains it."""
+    weights = released_weights()
+    noise = torch.randn(weights["pos_embed"].shape, generator=torch.Generator().manual_seed(0)).clamp(-2, 2) / 2
+    return {**weights, "pos_embed": weights["pos_embed"] + by * noise}
+
+
+@pytest.mark.parametrize("by", [1.6e-4, 1.0])
+def test_a_position_embedding_of_the_file_is_computed_with_and_comes_back_bit_for_bit(by: float) -> None:
+    weights = drifted(by)
+    model = from_reference(weights, num_heads=4)
+    for name, value in to_reference(model).items():
+        assert torch.equal(value, weights[name]), name
+    assert model.position_drift() == pytest.approx(by, rel=0.1)
+    with torch.no_grad():
+        ours = model(*inputs())
+        model.position_embedding.copy_(released_weights()["pos_embed"][0])
+        assert (model(*inputs()) - ours).abs().max() > 1e-2 * by
+
+
+def test_the_golden_output_needs_the_position_embedding_that_it_was_computed_with() -> None:
+    """Adding the drift to the patches' biases instead gives the released outputs again: it is used, and added once."""
+    golden = golden_model()[1]
+    weights = released_weights()
+    shift = torch.randn(48, generator=torch.Generator().manual_seed(1)) * 1e-3
+    weights["pos_embed"] = weights["pos_embed"] + shift
+    weights["x_embedder.proj.bias"] = weights["x_embedder.proj.bias"] - shift
+    output = from_reference(weights, num_heads=4)(golden["forward/x"], golden["forward/t"], golden["forward/y"])
+    assert (output - golden["forward/out"]).abs().max() / golden["forward/out"].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("rows", [10, 1])
+def test_a_label_table_without_a_null_row_comes_in_and_goes_out_bit_for_bit(rows: int) -> None:
+    weights = released_weights()
+    weights["y_embedder.embedding_table.weight"] = weights["y_embedder.embedding_table.weight"][:rows]
+    model = from_reference(weights, num_heads=4, num_classes=rows)
+    assert (model.config.num_classes, model.has_null_class) == (rows, False)
+    assert model.label_embedding.num_embeddings == rows
+    for name, value in to_reference(model).items():
+        assert torch.equal(value, weights[name]), name
+    completed = add_null_class(model)
+    assert completed.has_null_class
+    assert torch.equal(completed.label_embedding.weight[:rows], model.label_embedding.weight)
+
+
+def test_weights_claim_no_more_than_is_there() -> None:
+    """A number of blocks or a width out of a file reserves no memory and no hours before all tensors were seen."""
+    weights = released_weights()
+    with pytest.raises(ValueError, match=r"there are 3 blocks, but no block 2"):
+        from_reference({**weights, "blocks.9999.mlp.fc1.bias": torch.zeros(1)}, num_heads=4)
+    huge = torch.zeros(1).expand(4_000_000, 4, 2, 2)
+    with pytest.raises(ValueError, match="These are not a DiT's weights"):
+        from_reference({**weights, "x_embedder.proj.weight": huge}, num_heads=4)
 
 
 def test_models_that_exist_here_only_are_not_exported(tmp_path: Path) -> None:
@@ -145,10 +146,19 @@ def test_models_that_exist_here_only_are_not_exported(tmp_path: Path) -> None:
             to_reference(model)
         with pytest.raises(ValueError, match=f"but the model has .*{words}"):
             to_diffusers(model, tmp_path)
+    without = from_reference(released_weights(), num_heads=4, num_classes=11)
+    with pytest.raises(ValueError, match="no null class, but diffusers' DiT has one behind its 11 classes"):
+        to_diffusers(without, tmp_path)
+    with pytest.raises(ValueError, match="position embedding of these weights was trained: it is up to 1"):
+        to_diffusers(from_reference(drifted(1.0), num_heads=4), tmp_path)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no diffusers DiT in safetensors"):
+    with pytest.raises(ValueError, match=r"is no folder of a diffusers DiT: it has no config.json"):
+        from_diffusers(tmp_path)
+    to_diffusers(random_model(), tmp_path)
+    (tmp_path / "transformer/diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="holds no diffusers DiT in safetensors: it has nothing else"):
         from_diffusers(tmp_path)
 
 
@@ -180,8 +190,8 @@ def test_a_diffusers_folder_with_wrong_weights_is_refused_with_their_names(tmp_p
     save_file({**weights, "proj_out_2.bias": torch.zeros(7)}, path)
     with pytest.raises(ValueError, match=r"proj_out_2.bias"):
         from_diffusers(tmp_path)
-    path.write_bytes(b"rubbish")
-    with pytest.raises(ValueError, match="holds no diffusers DiT in safetensors"):
+    path.write_bytes(b"rubbish, and not a little of it")
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model.safetensors is not a safetensors file"):
         from_diffusers(tmp_path)
 
 

@@ -19,7 +19,7 @@ from diffusion.samplers import Sampler, ddim, ddpm
 from diffusion.schedules import CosineSchedule, LinearSchedule, ScaledLinearSchedule, Schedule
 from diffusion.variances import FixedLargeVariance, FixedSmallVariance, LearnedRangeVariance, Variance
 from model.blocks import AdaLNZeroBlock
-from model.convert import from_reference, to_reference
+from model.released import from_reference, to_reference
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_RUN, InProcess, json_lines
+from conftest import TINY_RUN, InProcess, json_lines, resealed
 
 from data.manifest import Manifest
 from evaluation.chunks import ChunkStore
@@ -111,11 +111,10 @@ def test_an_average_is_recorded_with_the_steps_that_it_is_made_of(run: Path, in_
 def test_a_checkpoint_whose_autoencoder_was_replaced_is_refused(run: Path, in_process: InProcess) -> None:
     state = run / "checkpoints/step_00000004/state.json"
     content: dict[str, Any] = json.loads(state.read_text())
-    content["spec"]["autoencoder_revision"] = "2"
-    state.write_text(json.dumps(content))
+    resealed(state, spec={**content["spec"], "autoencoder_revision": "2"})
     for job in (EVALUATE, ["sample", "checkpoint=run", "runtime=cpu", "num_images=2", "out=x"]):
         shown = in_process(*job, expect=2)
-        assert "latents of the autoencoder identity 2, but where its config points there is identity 1 now" in shown
+        assert "autoencoder identity 2 (1, 1, 1.0, 0.0), but where its config points there is identity 1 (1, 1" in shown
 
 
 def test_a_killed_evaluation_goes_on_only_where_its_chunks_are_of_the_same(

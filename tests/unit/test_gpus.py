@@ -1,4 +1,4 @@
-"""Workers of a sweep on one machine take different GPUs. None is here: what is tested is how they are shared out."""
+"""Processes of a sweep on one machine take different GPUs. None is here: what is tested is how they are shared out."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,9 @@ import torch
 from launch import gpus
 
 
-def test_each_worker_takes_a_gpu_of_its_own_and_leaves_it_when_it_ends(tmp_path: Path) -> None:
+def test_each_process_takes_a_gpu_of_its_own_and_leaves_it_when_it_ends(tmp_path: Path) -> None:
     leases = [gpus.lease(2, tmp_path) for _ in range(4)]
-    assert [gpu for gpu, _ in leases] == [0, 1, 0, 1]  # four workers share two
+    assert [gpu for gpu, _ in leases] == [0, 1, 0, 1]  # four processes share two
     leases[1][1].release()
     assert gpus.lease(2, tmp_path)[0] == 1
 
@@ -26,7 +26,7 @@ def test_each_worker_takes_a_gpu_of_its_own_and_leaves_it_when_it_ends(tmp_path:
         (2, {"runtime": {"device": "auto"}}, {"WORLD_SIZE": "2"}, []),
     ],
 )
-def test_a_worker_keeps_its_gpu_and_a_launchers_processes_have_theirs(
+def test_a_process_keeps_its_gpu_and_a_launchers_processes_have_theirs(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     count: int,

@@ -36,3 +36,28 @@ def test_a_machine_that_cannot_reach_wandb_is_told_of_the_offline_mode(
         monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
         with pytest.raises(ValueError, match="with WANDB_MODE=offline, or train/logger=none, the same command"):
             logger(tmp_path).log({"step": 1})
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "emptied", "folder"])
+def test_a_damaged_id_of_a_wandb_run_is_named_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    first = logger(tmp_path)
+    first.log({"step": 1})
+    first.finish()
+    file = tmp_path / "wandb/id"
+    whole = file.read_text()
+    logger(tmp_path)
+    if damage == "folder":
+        file.unlink()
+        file.mkdir()
+    else:
+        file.write_text(
+            {"flip": ("0" if whole[0] != "0" else "1") + whole[1:], "cut": whole[:8], "emptied": ""}[damage]
+        )
+    with pytest.raises(ValueError, match="wandb/id"):
+        logger(tmp_path)
+    if damage != "folder":
+        file.write_text(whole[:16])  # as earlier versions kept it
+        logger(tmp_path)

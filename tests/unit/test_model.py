@@ -14,10 +14,10 @@ from model.attention import QKNormSelfAttention
 from model.autoencoder import IdentityAutoencoder
 from model.blocks import AdaLNBlock, AdaLNZeroBlock, Block, CrossAttentionBlock, InContextBlock
 from model.checkpointing import checkpoint_blocks
-from model.convert import from_reference
 from model.dit import DiT, DiTConfig
 from model.flops import multiply_adds, num_parameters, training_multiply_adds
 from model.memory import activation_bytes_per_image
+from model.released import from_reference
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 # Paper, table 4: model, patch size, Gflops, parameters in millions (some rounded, some cut off).

@@ -9,13 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from data.atomic import append_line, atomic_folder
+from data.atomic import append_line, atomic_folder, write_bytes
 from data.names import UnsafeNameError, inside, plain_name, sha256_name, tree_inside
-from data.reading import DamagedFileError, open_regular, read_regular, read_text, require_regular, sha256_of
-from data.records import parse_json, read_record, seal
+from data.reading import (
+    DamagedFileError,
+    open_regular,
+    read_regular,
+    read_text,
+    require_own_file,
+    require_regular,
+    sha256_of,
+)
+from data.records import check, parse_json, read_record, seal
 
 
-@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "socket", "link to a device"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "socket", "link to a device", "link to itself"])
 def test_what_is_no_regular_file_is_refused_at_once_and_named(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "thing"
     if kind == "folder":
@@ -24,6 +32,8 @@ def test_what_is_no_regular_file_is_refused_at_once_and_named(tmp_path: Path, ki
         os.mkfifo(path)
     elif kind == "device":
         path = Path("/dev/zero")
+    elif kind == "link to itself":
+        path.symlink_to(path)
     elif kind == "link to a device":
         path.symlink_to("/dev/zero")
     else:
@@ -97,6 +107,9 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
     (folder / "out").symlink_to("/etc")
     (folder / "near").symlink_to("file")
     (folder / "file").write_text("x")
+    (folder / "circle").symlink_to("circle")
+    with pytest.raises(UnsafeNameError, match="is a link out of"):
+        inside(folder, "circle", "manifest.json")
     for name in ("out", "out/passwd"):
         with pytest.raises(UnsafeNameError, match="is a link out of"):
             tree_inside(folder, name, "manifest.json")
@@ -216,3 +229,41 @@ def test_files_of_a_folder_are_as_readable_as_their_neighbours(tmp_path: Path) -
         os.close(os.open(aside / "secret", os.O_CREAT | os.O_WRONLY, 0o600))
     (tmp_path / "neighbour").touch()
     assert (tmp_path / "new/secret").stat().st_mode == (tmp_path / "neighbour").stat().st_mode
+
+
+def test_a_file_takes_the_place_of_anything_but_a_folder(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    for name in ("pipe", "link"):
+        write_bytes(tmp_path / name, b"x")
+        assert (tmp_path / name).read_bytes() == b"x"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DamagedFileError, match="folder is a folder, but a file of that name is written there; remove"):
+        write_bytes(tmp_path / "folder", b"x")
+
+
+def test_checked_values_stay_as_they_were_read() -> None:
+    """A whole number where a float is expected, and a name that is no UTF-8, are neither refused nor changed."""
+
+    @dataclass
+    class Named:
+        name: str
+        scale: float
+
+    content = {"name": "caf\udce9.jpg", "scale": 1}
+    check(Named, content, "record.json")
+    assert content == {"name": "caf\udce9.jpg", "scale": 1}
+    with pytest.raises(DamagedFileError, match=r"record.json is damaged: scale is None, but"):
+        check(Named, {**content, "scale": None}, "record.json")
+
+
+def test_a_file_that_is_written_in_place_is_no_link(tmp_path: Path) -> None:
+    """A lock is opened and emptied: behind a link that would be another file."""
+    (tmp_path / "mine").write_text("x")
+    (tmp_path / "lock").symlink_to("mine")
+    os.mkfifo(tmp_path / "pipe")
+    require_own_file(tmp_path / "mine")
+    require_own_file(tmp_path / "absent")
+    for name, kind in (("lock", "a link"), ("pipe", "a named pipe")):
+        with pytest.raises(DamagedFileError, match=f"{name} is {kind}, but it must be a file; remove it"):
+            require_own_file(tmp_path / name)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_RUN, InProcess, json_lines, silent_progress
+from conftest import TINY_RUN, InProcess, json_lines, resealed, silent_progress
 from poisoned_shards import poisoned
 from test_training import RUNTIME, batch_of, everything, new_state, save, step_of
 from torch import Tensor, nn
@@ -77,8 +77,7 @@ def test_weights_that_a_huge_step_blows_up_are_named_where_samples_are_sound(
 
 
 def changed(dump: Path, **fields: Any) -> None:
-    file = dump / "dump.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    resealed(dump / "dump.json", **fields)
 
 
 def test_what_cannot_be_replayed_is_one_sentence(
@@ -99,10 +98,12 @@ def test_what_cannot_be_replayed_is_one_sentence(
     assert f"loss is nan in step {STEP} already, but in the run" in shown
     assert "processes is 4 there and 1 here; replay where and as the run was trained" in shown
     changed(tmp_path / DUMP, format_version=7)
-    assert "has format version 7, but this program reads version 1" in in_process(*again, expect=2)
+    assert "has format version 7, but this program reads versions 1 to 2" in in_process(*again, expect=2)
     config = json.loads((tmp_path / DUMP / "dump.json").read_text())["config"]
-    changed(tmp_path / DUMP, format_version=1, config={**config, "optimizer": {"_target_": "os.system"}})
-    assert "optimizer._target_ is 'os.system', which a checkpoint may not ask for" in in_process(*again, expect=2)
+    changed(tmp_path / DUMP, format_version=2, config={**config, "optimizer": {"_target_": "os.system"}})
+    assert f"optimizer._target_ is 'os.system' in {DUMP}/dump.json, which a checkpoint may not ask for" in in_process(
+        *again, expect=2
+    )
     (tmp_path / DUMP / "dump.json").write_text("{")
     assert "dump.json is damaged" in in_process(*again, expect=2)
 

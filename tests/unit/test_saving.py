@@ -20,12 +20,13 @@ from safetensors.torch import save as library_save
 from test_training import FACTS, RUNTIME, batch_of, everything, new_state, run_steps, save, step_of
 
 from data import remote
-from data.records import seal
+from data.records import SEAL, seal
 from runtime.accelerate import AccelerateRuntime
 from train import stores
 from train.checkpoint import load_checkpoint, load_newest, read_tensors
+from train.lines import read_lines
 from train.mirror import MirroredRunFolder, fetch_run
-from train.runfolder import RunFolder, read_lines
+from train.runfolder import RunFolder
 from train.saving import CheckpointWriter, shares
 from train.state import TrainState
 from train.stores import BucketStore, CheckpointStore, FolderStore, list_checkpoints
@@ -234,7 +235,7 @@ def replaced(**fields: Any) -> Callable[[bytes], bytes]:
             replaced(files={"../x": "0" * 64}),
             "is damaged: it has 1 files, but its process wrote 3; the first that diff",
         ),
-        (replaced(files={}, more=1), "is damaged: more is 1"),
+        (replaced(files={}, more=1), "is damaged: it has a field more"),
     ],
 )
 def test_a_receipt_that_is_not_what_its_process_wrote_ends_the_save_and_is_named(
@@ -277,11 +278,14 @@ def test_why_a_process_could_not_write_is_told_without_passwords_and_only_where_
             writers[0].wait()
 
 
-def test_checkpoints_of_the_first_format_are_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_checkpoints_of_earlier_formats_are_read(tmp_path: Path, version: int) -> None:
     state, restored = trained(), new_state()
     save(tmp_path, state)
     file = tmp_path / "step_00000002/state.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 1}))
+    content = json.loads(file.read_text())
+    del content[SEAL]
+    file.write_text(json.dumps({**content, "format_version": version}))
     load_checkpoint(tmp_path / "step_00000002", restored)
     assert_equal_states(state, restored)
 

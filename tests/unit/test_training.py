@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import json_lines
+from conftest import json_lines, resealed
 from test_model import tiny
 from torch import Tensor
 
@@ -22,9 +22,10 @@ from runtime.accelerate import AccelerateRuntime
 from train.checkpoint import load_checkpoint, load_newest
 from train.ema import constant
 from train.hooks import CheckpointHook, Clock, LogHook
+from train.lines import read_lines
 from train.loggers import NoLogger
 from train.loop import train
-from train.runfolder import RunFolder, read_lines
+from train.runfolder import RunFolder
 from train.saving import CheckpointWriter
 from train.signals import Stopped, StopSignals
 from train.state import TrainState
@@ -218,8 +219,8 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(tmp_pat
 def test_a_checkpoint_of_a_later_program_is_refused_not_passed_over(tmp_path: Path) -> None:
     run_steps(new_state(), RunFolder(tmp_path), 6)
     newest = tmp_path / "checkpoints/step_00000006/state.json"
-    newest.write_text(json.dumps({**json.loads(newest.read_text()), "format_version": 7}))
-    with pytest.raises(ValueError, match="has format version 7, but this program reads versions 1 to 2"):
+    resealed(newest, format_version=7)
+    with pytest.raises(ValueError, match="has format version 7, but this program reads versions 1 to 3"):
         load_newest(FolderStore(tmp_path / "checkpoints"), new_state())
 
 

@@ -1,0 +1,69 @@
+"""Sums per channel of a shard's moments, and the statistics of latents that follow from all shards' sums."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ConfigDict, Field
+
+from data.manifest import Finite
+
+_ROUNDING = 2e-3  # relative; the encode job sums before values are rounded to float16
+
+
+@dataclass(frozen=True)
+class ChannelSums:
+    """Float64 sums per channel over ``count`` values: of the mean, and of mean^2 + variance."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    count: Annotated[int, Field(ge=0)]
+    mean: list[Finite]
+    square: list[Annotated[Finite, Field(ge=0)]]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no log-variance was so large that its variance is no number."""
+        return bool(np.isfinite(self.mean).all() and np.isfinite(self.square).all())
+
+    def agrees(self, other: "ChannelSums") -> bool:
+        """Return whether both can be sums of the same latents, one of them after rounding to float16."""
+        if (self.count, len(self.mean), len(self.square)) != (other.count, len(other.mean), len(other.square)):
+            return False
+        typical = np.sqrt(np.maximum(self.square, other.square) * self.count)  # of a sum of latents of the same sign
+        means_agree = np.abs(np.subtract(self.mean, other.mean)) <= _ROUNDING * max(typical, default=0.0)
+        return bool(means_agree.all() and np.allclose(self.square, other.square, rtol=5 * _ROUNDING))
+
+
+def channel_sums(moments: NDArray[np.floating], channels: int) -> ChannelSums:
+    """Return the sums over [n, orientations, 2c, h, w], in float64."""
+    mean = moments[:, :, :channels].astype(np.float64)
+    with np.errstate(over="ignore"):
+        variance = np.exp(moments[:, :, channels:].astype(np.float64))
+    axes = (0, 1, 3, 4)
+    return ChannelSums(mean.size // channels, mean.sum(axes).tolist(), (mean**2 + variance).sum(axes).tolist())
+
+
+def total(parts: Sequence[ChannelSums], channels: int) -> ChannelSums:
+    """Return the sums over the values of all parts."""
+    mean = np.sum([part.mean for part in parts], axis=0) if parts else np.zeros(channels)
+    square = np.sum([part.square for part in parts], axis=0) if parts else np.zeros(channels)
+    return ChannelSums(sum(part.count for part in parts), mean.tolist(), square.tolist())
+
+
+def channel_statistics(parts: Sequence[ChannelSums]) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation per channel of latents drawn from the posterior.
+
+    E[z] = E[mean] and Var[z] = E[mean^2 + variance] - E[z]^2.
+    """
+    count = sum(part.count for part in parts)
+    mean = np.sum([part.mean for part in parts], axis=0) / count
+    square = np.sum([part.square for part in parts], axis=0) / count
+    return mean.tolist(), np.sqrt(np.maximum(square - mean**2, 0.0)).tolist()
+
+
+def statistics_agree(found: Sequence[float], expected: Sequence[float], std: Sequence[float]) -> bool:
+    """Return whether statistics of latents with that deviation differ by no more than rounding to float16 makes."""
+    return np.allclose(found, expected, rtol=_ROUNDING, atol=_ROUNDING * max(std))

@@ -1,0 +1,106 @@
+"""The files below a local folder: links are followed, and what is no file is named."""
+
+import errno
+import os
+import stat
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from data.reading import kind_of_node
+from data.unread import is_litter
+
+MAX_WAYS = 1000  # to one folder; links that lead to folders of links would else multiply without end
+
+_ABSENT = (errno.ENOENT, errno.ENOTDIR)
+_Identity = tuple[int, int]
+
+
+class Tree(NamedTuple):
+    """What lies below a folder, by its path relative to it."""
+
+    sizes: dict[str, int]  # bytes of each file
+    folders: list[str]  # of the first level
+    odd: dict[str, str]  # why anything else that is no folder cannot be read
+
+
+class _Folder(NamedTuple):
+    path: str
+    prefix: str  # of the names in it
+    above: frozenset[_Identity]  # the folders that it lies in, and itself
+
+
+def local_tree(root: str, recursive: bool = True) -> Tree:
+    """List a folder, and all folders below it unless ``recursive`` is False; hidden ones are left out.
+
+    A link to a folder that it lies in is odd, and so are links to nothing, pipes, devices and sockets; none of them is
+    opened. Raises OSError where ``root`` is no folder, and ValueError for a folder that may not be listed.
+    """
+    tree = Tree({}, [], {})
+    todo = [_Folder(root, "", frozenset([_identity(Path(root).stat())]))]
+    ways: Counter[_Identity] = Counter()
+    while todo:
+        folder = todo.pop()
+        for entry in _entries(folder, root):
+            name = folder.prefix + entry.name
+            status = _status(entry, name, tree)
+            if status is None or (is_litter(entry.name) and not stat.S_ISREG(status.st_mode)):
+                continue
+            if stat.S_ISREG(status.st_mode):
+                tree.sizes[name] = status.st_size
+            elif not stat.S_ISDIR(status.st_mode):
+                tree.odd[name] = f"is {kind_of_node(status.st_mode)}"
+            elif (identity := _identity(status)) in folder.above:
+                tree.odd[name] = "is a link to a folder that it lies in"
+            else:
+                ways[identity] += 1
+                if ways[identity] > MAX_WAYS:
+                    raise ValueError(f"{entry.path} is reached by more than {MAX_WAYS} ways of links; remove some.")
+                if not folder.prefix:
+                    tree.folders.append(name)
+                if recursive:
+                    todo.append(_Folder(entry.path, f"{name}/", folder.above | {identity}))
+    return Tree(dict(sorted(tree.sizes.items())), sorted(tree.folders), dict(sorted(tree.odd.items())))
+
+
+def _entries(folder: _Folder, root: str) -> list["os.DirEntry[str]"]:
+    try:
+        with os.scandir(folder.path) as entries:
+            return list(entries)
+    except OSError as error:
+        if error.errno in _ABSENT and folder.prefix:  # deleted since
+            return []
+        if folder.prefix or isinstance(error, PermissionError):
+            raise ValueError(
+                f"The folder {folder.path} cannot be listed ({error.strerror}); give the permission to read it, or "
+                f"move it out of {root}."
+            ) from error
+        raise
+
+
+def _status(entry: "os.DirEntry[str]", name: str, tree: Tree) -> os.stat_result | None:
+    """Return what an entry, or the end of a link, is; None, having named it, where there is nothing."""
+    try:
+        return entry.stat()
+    except OSError as error:
+        if is_litter(entry.name):
+            return None
+        if not entry.is_symlink():
+            if error.errno not in _ABSENT:
+                tree.odd[name] = f"cannot be looked at ({error.strerror})"
+        elif error.errno in _ABSENT:
+            tree.odd[name] = f"is a link to nothing ({_target(entry)})"
+        else:
+            tree.odd[name] = f"is a link that cannot be followed ({error.strerror})"
+        return None
+
+
+def _target(entry: "os.DirEntry[str]") -> str:
+    try:
+        return str(Path(entry.path).readlink())
+    except OSError:
+        return "deleted since"
+
+
+def _identity(status: os.stat_result) -> _Identity:
+    return status.st_dev, status.st_ino

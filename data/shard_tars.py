@@ -1,0 +1,208 @@
+"""The tar file of a shard: written with webdataset, and read back without trusting a word in it.
+
+A sample is ``{key}.cls`` (the label as text) and ``{key}.moments.npy`` (float16 [orientations, 2c, h, w]). Every member
+has the same size, so a sample is found by multiplication. Any webdataset reader opens the same files; what is read
+here is plain USTAR files and nothing else: no links, devices, holes or extended headers.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+import webdataset
+from numpy.typing import NDArray
+
+from data.atomic import atomic_file
+from data.channel_sums import ChannelSums, channel_sums, total
+from data.manifest import LatentSpec, ShardEntry
+from data.npy import LONGEST_HEADER, Header, parse_header
+from data.reading import DamagedFileError, open_regular, sha256_of
+
+_BLOCK = 512  # bytes, of a tar
+_OCTAL = re.compile(rb" *([0-7]+)[ \0]*")
+_LABEL = re.compile(rb"\d{1,9}")
+_MOST_LABEL_BYTES = 20
+_CHUNK = 64  # samples whose values are in memory at a time
+
+
+class Layout(NamedTuple):
+    """Where the float16 values of a shard's samples lie, in bytes."""
+
+    offset: int
+    stride: int
+
+    def fits(self, count: int, spec: LatentSpec, num_bytes: int) -> bool:
+        """Return whether ``count`` samples that lie so are apart from each other and inside ``num_bytes``."""
+        if count == 0:
+            return self.offset >= 0 and self.stride >= 0
+        apart = count == 1 or self.stride >= spec.sample_bytes
+        last = self.offset + (count - 1) * self.stride
+        return apart and self.offset >= 0 and self.stride >= 0 and last + spec.sample_bytes <= num_bytes
+
+
+class Sample(NamedTuple):
+    """What a tar's own headers say of one sample."""
+
+    key: str
+    label: int
+    offset: int  # of the .npy file, in bytes
+    num_bytes: int
+
+
+def write_shard(
+    path: Path, keys: Sequence[int], moments: NDArray[np.float16], labels: Sequence[int]
+) -> tuple[ShardEntry, Layout]:
+    """Write samples as one tar, atomically; the same input gives the same bytes.
+
+    ``moments`` is [n, orientations, 2c, h, w].
+    """
+    # mtime=0: webdataset would otherwise add a clock and an extended header of 1 KB to every member.
+    with atomic_file(path) as file, webdataset.TarWriter(file, mtime=0) as writer:
+        for key, sample, label in zip(keys, moments, labels, strict=True):
+            writer.write({"__key__": f"{key:08d}", "moments.npy": sample, "cls": label})
+    entry = ShardEntry(path.name, len(labels), path.stat().st_size, sha256_of(path))
+    with open_regular(path) as tar:
+        return entry, layout_of(tar, list(samples_of(tar, str(path))), str(path))
+
+
+def shard_bytes_per_sample(num_values: int) -> int:
+    """Bytes that a sample of ``num_values`` float16 takes in a tar: two headers, the label, header and values."""
+    npy_header = 128
+    return 3 * _BLOCK + -(-(npy_header + 2 * num_values) // _BLOCK) * _BLOCK
+
+
+def samples_of(tar: IO[bytes], name: str) -> Iterator[Sample]:
+    """Yield each sample of a tar, in order; ``name`` stands in errors. Reads no values.
+
+    Raises DamagedFileError where the tar is cut, or holds anything but a label and an array for each key.
+    """
+    members = _members(tar, name)
+    for first in members:
+        second = next(members, None)
+        (key, suffix), (other, other_suffix) = _split(first), _split(second) if second else ("", "")
+        if second is None or key != other or {suffix, other_suffix} != {"cls", "moments.npy"}:
+            raise DamagedFileError(f"{name} is damaged: {first.name!r} is no half of a pair of .cls and .moments.npy.")
+        cls, array = (first, second) if suffix == "cls" else (second, first)
+        yield Sample(key, _label(tar, cls, name), array.offset, array.num_bytes)
+
+
+def layout_of(tar: IO[bytes], samples: Sequence[Sample], name: str) -> Layout:
+    """Return offset and stride as the file has them, so that no assumption on the tar writer is needed.
+
+    Raises DamagedFileError where samples lie at unequal distances.
+    """
+    if not samples:  # none of the shard's images could be read
+        return Layout(0, 0)
+    offsets = [sample.offset for sample in samples]
+    strides = set(np.diff(offsets).tolist()) or {0}
+    if len(strides) != 1:
+        raise DamagedFileError(f"{name} is damaged: its samples lie at {len(strides)} unequal distances.")
+    return Layout(offsets[0] + _array_header(tar, samples[0], name).num_bytes, strides.pop())
+
+
+def values_of(tar: IO[bytes], sample: Sample, spec: LatentSpec, name: str) -> NDArray[np.float16]:
+    """Return the moments of a sample. Raises DamagedFileError where they are of another type or shape than the spec."""
+    header = _array_header(tar, sample, name)
+    if header.shape != spec.sample_shape or header.dtype != spec.dtype:
+        raise DamagedFileError(
+            f"{name} has a sample {header.dtype}{header.shape}, not {spec.dtype}{spec.sample_shape}."
+        )
+    if sample.num_bytes != (expected := header.num_bytes + header.num_value_bytes):
+        raise DamagedFileError(f"{name} is damaged: a sample has {sample.num_bytes} bytes, not {expected}.")
+    content = _read(tar, sample.offset + header.num_bytes, header.num_value_bytes, name)
+    return np.frombuffer(content, "<f2").reshape(spec.sample_shape)
+
+
+class ShardFacts(NamedTuple):
+    """What a shard's own bytes say of it."""
+
+    labels: list[int]
+    layout: Layout
+    sums: ChannelSums | None
+
+
+def facts_of(path: Path, spec: LatentSpec, count: int, with_sums: bool = True) -> ShardFacts:
+    """Return the labels, the layout and, with ``with_sums``, the sums of a shard of ``count`` samples.
+
+    Raises OSError as `open` does, and DamagedFileError where the tar is damaged, has another number of samples, a label
+    of no class, or (with ``with_sums``) a sample of another shape or type or with a value that is not finite.
+    """
+    name = str(path)
+    with open_regular(path) as tar:
+        samples = list(islice(samples_of(tar, name), count + 1))
+        if len(samples) != count:
+            more = " or more" if len(samples) > count else ""
+            raise DamagedFileError(f"{name} has {len(samples)} samples{more}, not {count}.")
+        labels = [sample.label for sample in samples]
+        if max(labels, default=0) >= spec.num_classes:
+            raise DamagedFileError(f"{name} has the label {max(labels)}, but there are {spec.num_classes} classes.")
+        layout = layout_of(tar, samples, name)
+        return ShardFacts(labels, layout, _sums(tar, samples, spec, name) if with_sums else None)
+
+
+def _sums(tar: IO[bytes], samples: Sequence[Sample], spec: LatentSpec, name: str) -> ChannelSums:
+    parts = []
+    for start in range(0, len(samples), _CHUNK):
+        values = np.stack([values_of(tar, sample, spec, name) for sample in samples[start : start + _CHUNK]])
+        if not np.isfinite(values).all():
+            raise DamagedFileError(f"{name} has {int((~np.isfinite(values)).sum())} values that are not finite.")
+        parts.append(channel_sums(values, spec.channels))
+    sums = total(parts, spec.channels)
+    if not sums.is_finite:
+        raise DamagedFileError(f"{name} has log-variances whose variance is too large for a number.")
+    return sums
+
+
+class _Member(NamedTuple):
+    name: str
+    offset: int
+    num_bytes: int
+
+
+def _members(tar: IO[bytes], name: str) -> Iterator[_Member]:
+    position = 0
+    while any(header := _read(tar, position, _BLOCK, name)):
+        checksum = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+        if _number(header[148:156], name) != checksum:
+            raise DamagedFileError(f"{name} is damaged: there is no header of a tar's member at byte {position}.")
+        member = header[:100].rstrip(b"\0").decode("ascii", "backslashreplace")
+        if header[156:157] not in (b"0", b"\0") or any(header[345:500]):
+            raise DamagedFileError(f"{name} is damaged: its member {member!r} is no plain file.")
+        num_bytes = _number(header[124:136], name)
+        yield _Member(member, position + _BLOCK, num_bytes)
+        position += _BLOCK + -(-num_bytes // _BLOCK) * _BLOCK
+
+
+def _split(member: _Member) -> tuple[str, str]:
+    key, _, suffix = member.name.partition(".")
+    return key, suffix
+
+
+def _number(field: bytes, name: str) -> int:
+    found = _OCTAL.fullmatch(field)
+    if found is None:
+        raise DamagedFileError(f"{name} is damaged: {field!r} is no number of a tar's header.")
+    return int(found[1], 8)
+
+
+def _label(tar: IO[bytes], member: _Member, name: str) -> int:
+    content = _read(tar, member.offset, min(member.num_bytes, _MOST_LABEL_BYTES), name)
+    if _LABEL.fullmatch(content) is None:
+        raise DamagedFileError(f"{name} is damaged: {member.name} is {content!r}, which is no label.")
+    return int(content)
+
+
+def _array_header(tar: IO[bytes], sample: Sample, name: str) -> Header:
+    start = _read(tar, sample.offset, min(sample.num_bytes, LONGEST_HEADER), name)
+    return parse_header(start, name, f"the sample {sample.key!r}")
+
+
+def _read(tar: IO[bytes], position: int, size: int, name: str) -> bytes:
+    tar.seek(position)
+    content = tar.read(size)
+    if len(content) < size:
+        raise DamagedFileError(f"{name} is damaged: it has no {size} bytes at byte {position}.")
+    return content

@@ -1,0 +1,166 @@
+"""A folder that diffusers wrote: a ``DiTPipeline``, or its transformer alone. Nothing of diffusers runs to read it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+from torch import Tensor
+
+from data.names import plain_name
+from data.reading import DamagedFileError, is_absent, read_regular
+from data.records import parse_object, validate
+from launch.hub import in_hub_cache, require_whole
+from launch.weight_files import read_weight_file
+from launch.weight_tables import require_numbers
+from model.diffusers_weights import from_diffusers
+from model.dit import DiT
+
+WEIGHTS = "diffusion_pytorch_model"
+_SHARDS = f"{WEIGHTS}.safetensors.index.json"
+_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the older name of the same network
+_EPSILON = 1e-6  # of every layer norm of the released code, and of this program
+_LARGEST_SIDE = 4096  # of a latent: nothing in the weights vouches for it
+
+Positive = Annotated[int, Field(ge=1, le=2**20)]
+
+
+@dataclass
+class TransformerConfig:
+    """What decides outputs in ``transformer/config.json``, with diffusers' defaults."""
+
+    sample_size: Annotated[int, Field(ge=1, le=_LARGEST_SIDE)] = 32
+    num_attention_heads: Positive = 16
+    attention_head_dim: Positive = 72
+    in_channels: Positive = 4
+    out_channels: Positive | None = None
+    num_layers: Positive = 28
+    patch_size: Positive = 2
+    num_embeds_ada_norm: Positive = 1000
+    norm_eps: float = 1e-5
+    activation_fn: str = "gelu-approximate"
+    norm_type: str = "ada_norm_zero"
+    norm_elementwise_affine: bool = False
+    attention_bias: bool = True
+
+
+def is_diffusers_folder(path: Path) -> bool:
+    """Return whether a folder looks like one of diffusers, by the names in it."""
+    names = ("transformer", "config.json", "model_index.json", f"{WEIGHTS}.safetensors", _SHARDS)
+    return path.is_dir() and any((path / name).exists() for name in names)
+
+
+def read_diffusers_folder(folder: Path, frequency_shift: int = 1) -> tuple[DiT, list[str]]:
+    """Return the DiT of a ``DiTPipeline`` folder or of its transformer's folder, and sentences on what differs here.
+
+    The default computes what diffusers computes; ``frequency_shift`` 0 is right for weights that were trained
+    by the released code, such as the published ones. Raises ValueError, naming the file, for anything else.
+    """
+    inner = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    config = _read_config(inner / "config.json")
+    state = _read_weights(inner)
+    require_numbers(state, inner)
+    try:
+        model = from_diffusers(state, _arguments(config, inner, frequency_shift))
+    except ValueError as error:
+        raise ValueError(f"{inner}: {error}") from error
+    notes = []
+    if config.norm_eps != _EPSILON:
+        notes.append(
+            f"{inner}: norm_eps of its config is {config.norm_eps:g}; here it is {_EPSILON:g}, as in the released code."
+        )
+    return model, notes
+
+
+def read_class_names(folder: Path, num_classes: int) -> tuple[str, ...]:
+    """Return the names of a pipeline's classes in the order of their numbers, or none where they are not all named."""
+    try:
+        named = read_json(folder / "model_index.json").get("id2label")
+    except OSError as error:
+        if is_absent(error):
+            return ()
+        raise
+    listed = [named.get(str(number)) for number in range(num_classes)] if isinstance(named, dict) else []
+    names = tuple(name for name in listed if isinstance(name, str))
+    return names if len(names) == len(listed) else ()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one JSON object of such a folder. Raises OSError as `open` does, and ValueError for anything else."""
+    require_whole(path)
+    return parse_object(read_regular(path), str(path))
+
+
+def _read_config(path: Path) -> TransformerConfig:
+    try:
+        content = read_json(path)
+    except OSError as error:
+        if is_absent(error):
+            raise ValueError(f"{path.parent} is no folder of a diffusers DiT: it has no config.json.") from None
+        raise
+    if (name := content.get("_class_name", _CLASSES[0])) not in _CLASSES:
+        raise ValueError(f"{path} is of a {name}, but only a {_CLASSES[0]} can be read; give another folder.")
+    known = TransformerConfig.__dataclass_fields__
+    config = validate(TransformerConfig, {key: content[key] for key in content if key in known}, str(path))
+    for name in ("activation_fn", "norm_type", "norm_elementwise_affine", "attention_bias"):
+        found, ours = getattr(config, name), known[name].default
+        if found != ours:
+            raise ValueError(f"{path} has {name} {found!r}, but a DiT has {ours!r}; its outputs would be others here.")
+    return config
+
+
+def _arguments(config: TransformerConfig, inner: Path, frequency_shift: int) -> dict[str, Any]:
+    """Return DiT's arguments."""
+    out_channels = config.out_channels or config.in_channels
+    if out_channels not in (config.in_channels, 2 * config.in_channels):
+        raise ValueError(
+            f"{out_channels} output channels for {config.in_channels} input channels are neither noise alone "
+            "nor noise and variance."
+        )
+    if config.sample_size % config.patch_size:
+        raise ValueError(f"patch_size {config.patch_size} does not divide sample_size {config.sample_size}.")
+    return {
+        "latent_size": config.sample_size,
+        "channels": config.in_channels,
+        "patch_size": config.patch_size,
+        "width": config.num_attention_heads * config.attention_head_dim,
+        "depth": config.num_layers,
+        "num_heads": config.num_attention_heads,
+        "num_classes": config.num_embeds_ada_norm,
+        "learn_sigma": out_channels == 2 * config.in_channels,
+        "frequency_shift": frequency_shift,
+    }
+
+
+def _read_weights(inner: Path) -> dict[str, Tensor]:
+    """Read the tensors of a transformer's folder: one safetensors file, several with an index, or an older ``.bin``."""
+    if (inner / f"{WEIGHTS}.safetensors").exists():
+        return _tensors(inner / f"{WEIGHTS}.safetensors")
+    if (inner / _SHARDS).exists():
+        return _read_shards(inner)
+    pickled = inner / f"{WEIGHTS}.bin"
+    if pickled.exists() and not in_hub_cache(pickled):
+        return _tensors(pickled)
+    found = ", ".join(sorted(path.name for path in inner.iterdir() if path.name != "config.json")[:3]) or "nothing else"
+    raise ValueError(
+        f"{inner} holds no diffusers DiT in safetensors: it has {found}, but no {WEIGHTS}.safetensors; save it again "
+        "by save_pretrained."
+    )
+
+
+def _read_shards(inner: Path) -> dict[str, Tensor]:
+    places = read_json(inner / _SHARDS).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise DamagedFileError(f"{inner / _SHARDS} is damaged: it has no weight_map.")
+    state: dict[str, Tensor] = {}
+    for file_name in sorted({plain_name(name, str(inner / _SHARDS)) for name in places.values()}):
+        state |= _tensors(inner / file_name)
+    absent = [name for name in places if name not in state]
+    if absent:
+        raise DamagedFileError(f"{inner / _SHARDS} names {absent[0]}, but no file of it holds that.")
+    return state
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    require_whole(path)
+    return {str(name): value for name, value in read_weight_file(path).content.items() if isinstance(value, Tensor)}

@@ -1,0 +1,72 @@
+"""Read the config that a checkpoint or a dump carries: typed settings and known components, never an interpolation."""
+
+import typing
+from collections.abc import Collection, Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from typing import Any
+
+from launch.check import check_type
+from launch.components import from_file, plain_value
+from launch.schema import TrainSchema
+
+# Components that the replay of a step builds out of a dump's config.
+REPLAYED = frozenset(
+    {"model", "diffusion", "optimizer", "ema", "runtime", "data.autoencoder", "data.crop", "data.order"}
+)
+
+
+def setting(config: Mapping[str, Any], name: str, said_by: str) -> Any:
+    """Return one scalar of a training config, such as ``batch_size``, checked against `TrainSchema`.
+
+    Raises ValueError that names the file where it is missing or of another type.
+    """
+    return _setting(config, name, typing.get_type_hints(TrainSchema)[name], name, said_by)
+
+
+def component(config: Mapping[str, Any], place: str, said_by: str) -> dict[str, Any]:
+    """Return the section of a component, such as ``data.autoencoder``. Raises ValueError; see `from_file`."""
+    section: Any = config
+    for key in place.split("."):
+        section = section.get(key) if isinstance(section, Mapping) else None
+    return from_file(section, place, said_by)
+
+
+def whole_config(config: Mapping[str, Any], said_by: str, built: Collection[str] = REPLAYED) -> dict[str, Any]:
+    """Return every setting of a training config, and the components ``built``; other sections are left out.
+
+    Raises ValueError that names the file and the setting.
+    """
+    return _section(config, TrainSchema, "", said_by, built)
+
+
+def _section(
+    config: Mapping[str, Any], schema: type, prefix: str, said_by: str, built: Collection[str]
+) -> dict[str, Any]:
+    hints, taken = typing.get_type_hints(schema), {}
+    for field in fields(schema):
+        place, hint = f"{prefix}{field.name}", hints[field.name]
+        if is_dataclass(hint):
+            inner = config.get(field.name)
+            if not isinstance(inner, Mapping):
+                raise ValueError(f"{said_by} has no section {place}; it is not loaded.")
+            taken[field.name] = _section(inner, typing.cast(type, hint), f"{place}.", said_by, built)
+        elif hint is not Any:
+            taken[field.name] = _setting(config, field.name, hint, place, said_by)
+        elif place in built:
+            taken[field.name] = from_file(config.get(field.name), place, said_by)
+    return taken
+
+
+def _setting(config: Mapping[str, Any], key: str, hint: Any, place: str, said_by: str) -> Any:
+    if key not in config:
+        raise ValueError(f"{said_by} has no setting {place}; it is not loaded.")
+    value = plain_value(config[key], place, said_by)
+    try:
+        if isinstance(hint, type) and issubclass(hint, Enum):
+            hint(value)
+        else:
+            check_type(place, value, hint)
+    except ValueError as error:
+        raise ValueError(f"{said_by} is not loaded: {error}") from error
+    return value

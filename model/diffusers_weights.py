@@ -1,0 +1,191 @@
+"""Weights between this program and diffusers' DiT, both ways, and a whole ``DiTPipeline`` of ours.
+
+Weights mean the same there, with one difference that no weight can undo: frequency i of the timestep's 128 is
+10,000^(-i/128) in the released code and 10,000^(-i/127) in diffusers' DiT (``downscale_freq_shift=1``). So diffusers'
+outputs for the released weights are a little off the released code's. `DiT` computes either, by ``frequency_shift``.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.dit import DiT
+from model.released import require_depth, require_released_architecture, require_tensors, shapes_only
+
+ANCHOR = "pos_embed.proj.weight"  # the tensor by which a table under diffusers' names is known
+FIXED_WITHIN = 2.0**-8  # of the fixed position embedding: what averaging, or bfloat16, makes of it
+NULL_CLASS = 1000  # of `DiTPipeline`, whatever the number of classes
+_EMBEDDINGS = {  # ours -> diffusers', where every block repeats them
+    "timestep_embedding.input": "timestep_embedder.linear_1",
+    "timestep_embedding.output": "timestep_embedder.linear_2",
+    "label_embedding": "class_embedder.embedding_table",
+}
+_OUTER = {
+    "patch_embedding": "pos_embed.proj",
+    "final_layer.modulation": "proj_out_1",
+    "final_layer.decoder": "proj_out_2",
+}
+# Ours within a block -> diffusers' within a block; q, k and v are apart there.
+_BLOCK = {
+    "attention.projection": "attn1.to_out.0",
+    "mlp.hidden": "ff.net.0.proj",
+    "mlp.output": "ff.net.2",
+    "modulation": "norm1.linear",
+}
+
+
+def from_diffusers(state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> DiT:
+    """Return a DiT with diffusers' weights; ``arguments`` are DiT's, as the config beside the weights says.
+
+    Raises ValueError that names the first three tensors that are missing, unknown or of another shape, and where
+    blocks have embeddings of their own, which `DiT` has once.
+    """
+    depth = require_depth(state, r"transformer_blocks\.(\d{1,4})\.")
+    if depth != arguments["depth"]:
+        raise ValueError(f"The config has {arguments['depth']} layers, but there are weights of {depth}.")
+    expected = _as_diffusers(shapes_only(arguments))
+    require_tensors(state, {name: tuple(value.shape) for name, value in expected.items()})
+    _require_one_embedding(state, depth)
+    model = DiT(**arguments)
+    model.load_state_dict({name: _our_tensor(name, state) for name in model.state_dict()})
+    return model
+
+
+def to_diffusers(
+    model: DiT,
+    folder: Path,
+    autoencoder: Any = None,
+    class_names: Sequence[str] = (),
+    betas: Sequence[float] | None = None,
+) -> None:
+    """Write a folder that ``DiTPipeline.from_pretrained`` opens.
+
+    Without an ``autoencoder`` (diffusers' ``AutoencoderKL``) that call needs ``vae=None``, and the pipeline denoises
+    but decodes nothing. ``betas`` are of the process that the weights were trained with; None is the paper's.
+
+    A model with ``frequency_shift`` 1 has the same outputs there; for one with 0 the weights are the same and
+    the outputs a little off (see above). The pipeline's guidance takes class 1000 for the null class, so it is
+    right for 1,000 classes only. Raises ValueError for a model that does not exist there.
+    """
+    from diffusers import DiTTransformer2DModel
+
+    _require_there(model)
+    config = model.config
+    theirs: Any = DiTTransformer2DModel(
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.width // config.num_heads,
+        in_channels=config.channels,
+        out_channels=config.out_channels,
+        num_layers=config.depth,
+        sample_size=config.latent_size,
+        patch_size=config.patch_size,
+        num_embeds_ada_norm=config.num_classes,
+        norm_eps=1e-6,
+    )
+    theirs.load_state_dict({**theirs.state_dict(), **_as_diffusers(model)})  # its fixed position embedding stays
+    theirs.save_pretrained(Path(folder) / "transformer")
+    if autoencoder is not None:
+        autoencoder.save_pretrained(Path(folder) / "vae")
+    # diffusers itself would write the scheduler's defaults too, and whoever swaps it by `from_config` would inherit the
+    # steps of DDIM (timestep_spacing "leading"). What is absent is the new scheduler's own default.
+    _write_config(Path(folder) / "scheduler" / "scheduler_config.json", "DDIMScheduler", _scheduler_settings(betas))
+    parts = {
+        "transformer": ["diffusers", "DiTTransformer2DModel"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "vae": [None, None] if autoencoder is None else ["diffusers", "AutoencoderKL"],
+    }
+    names = {"id2label": dict(enumerate(class_names))} if class_names else {}
+    _write_config(Path(folder) / "model_index.json", "DiTPipeline", {**names, **parts})
+
+
+def _write_config(path: Path, class_name: str, content: Mapping[str, Any]) -> None:
+    from diffusers import __version__
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = {"_class_name": class_name, "_diffusers_version": __version__, **content}
+    path.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+
+
+def _scheduler_settings(betas: Sequence[float] | None) -> dict[str, Any]:
+    """Return what a scheduler of diffusers must know of the process; None is the paper's, linear over 1,000 steps."""
+    settings: dict[str, Any] = {"num_train_timesteps": 1000, "clip_sample": False, "prediction_type": "epsilon"}
+    linear = torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)
+    given = linear if betas is None else torch.tensor(betas, dtype=torch.float64)
+    if betas is None or (len(given) == len(linear) and torch.allclose(given, linear, rtol=1e-9)):
+        return settings | {"beta_start": 1e-4, "beta_end": 2e-2, "beta_schedule": "linear"}
+    return settings | {"num_train_timesteps": len(betas), "trained_betas": list(betas)}
+
+
+def _require_there(model: DiT) -> None:
+    require_released_architecture(model)
+    if not model.has_null_class:
+        raise ValueError(
+            f"These weights have no null class, but diffusers' DiT has one behind its {model.config.num_classes} "
+            "classes; keep them in the released code's format."
+        )
+    if (drift := model.position_drift()) > FIXED_WITHIN:
+        raise ValueError(
+            f"The position embedding of these weights was trained: it is up to {drift:.3g} off the fixed one, which "
+            "diffusers' DiT has; keep them in the released code's format."
+        )
+
+
+def _as_diffusers(model: DiT) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        state |= _their_tensors(name, value, model)
+    return state
+
+
+def _require_one_embedding(state: Mapping[str, Tensor], depth: int) -> None:
+    for stem in _EMBEDDINGS.values():
+        for name in (name for name in state if name.startswith(f"transformer_blocks.0.norm1.emb.{stem}.")):
+            for block in range(1, depth):
+                other = name.replace(".0.", f".{block}.", 1)
+                if not torch.equal(state[name].float(), state[other].float()):
+                    raise ValueError(
+                        f"{other} differs from {name}, as after training in diffusers, where each block has embeddings "
+                        "of its own; this program's DiT has one for all blocks."
+                    )
+
+
+def _our_tensor(name: str, state: Mapping[str, Tensor]) -> Tensor:
+    """Return one of our tensors out of diffusers'."""
+    stem, leaf = name.rsplit(".", 1)
+    if stem in _EMBEDDINGS:  # every block repeats the embeddings; they are one
+        return state[f"transformer_blocks.0.norm1.emb.{_EMBEDDINGS[stem]}.{leaf}"]
+    if stem in _OUTER:
+        value = state[f"{_OUTER[stem]}.{leaf}"]
+        return value.flatten(1) if name == "patch_embedding.weight" else value
+    prefix, inner = _block_of(stem)
+    if inner == "attention.qkv":
+        return torch.cat([state[f"{prefix}.attn1.to_{part}.{leaf}"] for part in "qkv"])
+    return state[f"{prefix}.{_BLOCK[inner]}.{leaf}"]
+
+
+def _their_tensors(name: str, value: Tensor, model: DiT) -> dict[str, Tensor]:
+    """Return diffusers' tensors out of one of ours; embeddings are repeated in every block."""
+    config = model.config
+    stem, leaf = name.rsplit(".", 1)
+    if stem in _EMBEDDINGS:
+        blocks = range(config.depth)
+        return {f"transformer_blocks.{block}.norm1.emb.{_EMBEDDINGS[stem]}.{leaf}": value for block in blocks}
+    if stem in _OUTER:
+        shape = (-1, config.channels, config.patch_size, config.patch_size)
+        return {f"{_OUTER[stem]}.{leaf}": value.view(shape) if name == "patch_embedding.weight" else value}
+    prefix, inner = _block_of(stem)
+    if inner == "attention.qkv":
+        return {f"{prefix}.attn1.to_{part}.{leaf}": third for part, third in zip("qkv", value.chunk(3), strict=True)}
+    return {f"{prefix}.{_BLOCK[inner]}.{leaf}": value}
+
+
+def _block_of(stem: str) -> tuple[str, str]:
+    """Split the name of one of our blocks' tensors into diffusers' block and what is within ours."""
+    found = re.fullmatch(r"blocks\.(\d+)\.(.+)", stem)
+    assert found is not None
+    return f"transformer_blocks.{found.group(1)}", found.group(2)

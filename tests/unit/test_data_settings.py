@@ -1,0 +1,116 @@
+"""Facts in files beat defaults: shards and checkpoints say what they are of, and nothing is typed twice."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import InProcess, ditscale, json_lines, resealed
+from PIL import Image
+
+SIZE = 8
+OWN = [
+    "data=folder",
+    "data.name=mine",
+    "data.source.root=images",
+    f"data.image_size={SIZE}",
+    "model/autoencoder=identity",
+]
+TINY = ["model.width=16", "model.depth=1", "model.num_heads=2", "model.patch_size=4", "runtime=cpu", "precision=fp32"]
+SHORT = ["total_steps=2", "batch_size=8", "sample_every=null", "train/logger=none", "run_dir=run"]
+FEW = ["evaluation.num_images=4", "sampler.steps=2", "evaluation.features.epochs=1", "runtime=cpu"]
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of one's own with images and their shards."""
+    folder = tmp_path_factory.mktemp("own")
+    dice = np.random.default_rng(0)
+    for label in "ab":
+        for number in range(10):
+            path = folder / f"images/{label}/{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(dice.integers(256, size=(SIZE, SIZE, 3), dtype=np.uint8)).save(path)
+    ditscale("encode", *OWN, "data.shards=shards/mine", "data.samples_per_shard=7", cwd=folder)
+    ditscale("train", "data.shards=shards/mine", *TINY, *SHORT, cwd=folder)
+    return folder
+
+
+def test_the_place_of_the_shards_is_all_that_training_needs(encoded: Path) -> None:
+    config = (encoded / "run/config.yaml").read_text()
+    assert f"root: {encoded / 'images'}" in config
+    assert json_lines(encoded / "run/metrics.jsonl")[-1]["step"] == 2
+
+
+def test_shards_win_over_an_experiments_data_and_the_command_line_over_both(
+    encoded: Path, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(encoded)
+    words = ["train", "data.shards=shards/mine", *TINY, *SHORT, "run_dir=other", "total_steps=1"]
+    in_process(*words, "experiment=demo", "evaluate_every=null")
+    shown = in_process(*words, "data.flip=false", "data.image_size=16", "data/crop=none", expect=2)
+    assert "image_size is 8 and not 16" in shown
+    assert "; to train on these: data.image_size=8 data/crop=center." in shown
+
+
+def test_shards_of_an_earlier_version_say_all_but_their_source(encoded: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for path in (encoded / "shards/mine").iterdir():
+        if path.name != "data.json" and path.is_file():
+            (shards / path.name).write_bytes(path.read_bytes())
+    ditscale("train", "data.shards=shards", *TINY, *SHORT, cwd=tmp_path)
+    assert "center" in json.loads((shards / "manifest.json").read_text())["spec"]["crop"]
+
+
+def test_an_evaluation_of_ones_own_data_takes_them_from_the_checkpoint(encoded: Path, in_process: InProcess) -> None:
+    """From another folder, too."""
+    shown = in_process("evaluate", f"checkpoint={encoded / 'run'}", *FEW, f"data.shards={encoded / 'shards/mine'}")
+    assert '"reference_images": 20' in shown
+    assert '"frechet_distance"' in in_process("evaluate", f"checkpoint={encoded / 'run'}", *FEW)
+
+
+def test_an_evaluation_of_a_checkpoint_whose_source_is_foreign_is_refused(encoded: Path, in_process: InProcess) -> None:
+    state = encoded / "run/checkpoints/step_00000002/state.json"
+    before = state.read_text()
+    config = json.loads(before)["config"]
+    source = {"_target_": "os.mkdir", "path": "made"}
+    resealed(state, config={**config, "data": {**config["data"], "source": source}})
+    shown = in_process("evaluate", f"checkpoint={encoded / 'run'}", *FEW, expect=2)
+    state.write_text(before)
+    assert "data.source._target_ is 'os.mkdir'" in shown
+    assert not Path("made").exists()
+
+
+def test_verify_repairs_with_the_settings_of_the_encoding(
+    encoded: Path, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(encoded)
+    tar = encoded / "shards/mine/shard-000001.tar"
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:-1] + b"?")
+    shown = in_process("verify", "data.shards=shards/mine", "repair=true")
+    assert "shard-000001.tar has sha256" in shown
+    assert tar.read_bytes() == whole
+
+
+def test_a_damaged_record_of_the_settings_is_named(
+    encoded: Path, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(encoded)
+    record = encoded / "shards/mine/data.json"
+    whole = record.read_text()
+    record.write_text(whole.replace('"image_size": 8', '"image_size": 9'))
+    shown = in_process("train", "data.shards=shards/mine", *TINY, *SHORT, expect=2)
+    record.write_text(whole)
+    assert "data.json is damaged: its content has sha256" in shown
+
+
+def test_a_plan_takes_shards_or_a_data_config_and_says_what_it_assumes(encoded: Path, in_process: InProcess) -> None:
+    shown = in_process("plan", f"data.shards={encoded / 'shards/mine'}", "model.patch_size=4")
+    assert "Of 20 images of 2 classes (mine), latents 8x8x3, both orientations; 400,000 steps of 256;" in shown
+    shown = in_process("plan", "data=digits", "model.patch_size=2", "flip=true")
+    assert "(digits), latents 8x8x1, both orientations" in shown
+    shown = in_process("plan")
+    assert "Of 1,281,167 images of 1,000 classes (imagenet), latents 32x32x4, both orientations;" in shown
+    assert "8 devices of 989 TFLOPs in bf16, used to 40%; 250 sampling steps. Each is a setting of plan." in shown

@@ -1,0 +1,518 @@
+"""Shards of a stranger, whose hashes all fit: what they say is data, never a path, a program or a size to believe."""
+
+import io
+import json
+import os
+import shutil
+import tarfile
+import tracemalloc
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import encode_pattern, silent_progress
+from faulty_server import FaultyServer
+
+from data.atomic import write_bytes
+from data.cache import Cache, CachedFile
+from data.manifest import MAX_MANIFEST_BYTES, Manifest
+from data.names import UnsafeNameError
+from data.npy import parse_header
+from data.npz import read_npz, write_npz
+from data.reading import DamagedFileError, sha256_of
+from data.records import SEAL, seal
+from data.remote import Retry
+from data.shards import MappedShards
+from data.verify import verify
+
+QUICK = Retry(attempts=1, timeout_sec=5)
+ENDLESS = 10**12
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sound")
+    encode_pattern(folder)
+    for path in folder.glob("shard-*.json"):
+        path.unlink()
+    return folder
+
+
+@pytest.fixture
+def folder(sound: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "shards"))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest, with a hash that fits."""
+    content = json.loads((folder / "manifest.json").read_text())
+    del content[SEAL]
+    change(content)
+    (folder / "manifest.json").write_text(json.dumps(seal(content)))
+
+
+def test_the_identity_of_data_is_what_it_was_before_manifests_had_a_hash(tmp_path: Path) -> None:
+    """Also where a scale was written as a whole number."""
+    text = """{
+ "format_version": 2,
+ "plan_hash": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+ "spec": {
+  "source": "x",
+  "image_size": 8,
+  "autoencoder": "identity",
+  "autoencoder_revision": "1",
+  "scale": 1,
+  "downscale": 1,
+  "channels": 1,
+  "dtype": "float16",
+  "flip": false,
+  "num_classes": 1,
+  "shift": [
+   0.25
+  ],
+  "precision": "fp32",
+  "crop": "none",
+  "apply_exif": false
+ },
+ "class_names": [
+  "caf\\u00e9"
+ ],
+ "shards": [
+  {
+   "name": "shard-000000.tar",
+   "count": 1,
+   "bytes": 10240,
+   "sha256": "bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"
+  }
+ ],
+ "index_sha256": "cccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccc",
+ "latent_mean": [
+  -0.17647057017311454
+ ],
+ "latent_std": [
+  1e-05
+ ],
+ "num_skipped": 0
+}"""
+    (tmp_path / "manifest.json").write_text(text)
+    old = Manifest.load(tmp_path)
+    assert old.hash == "6aadf6307b1fb480337ef114e2c1d27e3db85600a8395951c86f8e4767df4b29"
+    old.save(tmp_path)
+    assert SEAL in json.loads((tmp_path / "manifest.json").read_text())
+    assert Manifest.load(tmp_path).hash == old.hash
+
+
+NAMES = [
+    "../victim/data.tar",
+    "../../../../etc/passwd",
+    "/etc/passwd",
+    "a/b.tar",
+    ".hidden.tar",
+    "a\\b.tar",
+    "a\n.tar",
+    "x" * 300 + ".tar",
+    "shard-000001.tar",  # the name of another
+    "index.npz",
+    "shard.tar?token",
+    "",
+    None,
+    7,
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_names_of_shards_become_paths(folder: Path, name: object) -> None:
+    rewrite(folder, lambda content: content["shards"][0].update(name=name))
+    with pytest.raises(ValueError, match=r"manifest\.json"):
+        MappedShards(folder)
+    with pytest.raises(ValueError, match=r"manifest\.json"):
+        verify(folder, silent_progress)
+
+
+MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a count below zero": lambda content: content["shards"][0].update(count=-1),
+    "a count in quotes": lambda content: content["shards"][0].update(count="16"),
+    "a huge count": lambda content: content["shards"][0].update(count=ENDLESS),
+    "more samples than bytes": lambda content: content["shards"][0].update(count=1000),
+    "a null count": lambda content: content["shards"][0].update(count=None),
+    "no bytes": lambda content: content["shards"][0].update(bytes=0),
+    "a hash that is a path": lambda content: content["shards"][0].update(sha256="../../victim/data"),
+    "a hash in capitals": lambda content: content["shards"][0].update(sha256="AB" * 32),
+    "no shards": lambda content: content.update(shards=[]),
+    "null shards": lambda content: content.update(shards=None),
+    "null spec": lambda content: content.update(spec=None),
+    "no index": lambda content: content.pop("index_sha256"),
+    "another type": lambda content: content["spec"].update(dtype="object"),
+    "no downscale": lambda content: content["spec"].update(downscale=0),
+    "a downscale that does not divide": lambda content: content["spec"].update(downscale=3),
+    "a huge image": lambda content: content["spec"].update(image_size=ENDLESS),
+    "no channels": lambda content: content["spec"].update(channels=0),
+    "scales of other channels": lambda content: content["spec"].update(scale=[1.0, 2.0]),
+    "a scale in quotes": lambda content: content["spec"].update(scale="1"),
+    "a shift that is a list of lists": lambda content: content["spec"].update(shift=[[0.0]]),
+    "a class too few": lambda content: content["class_names"].pop(),
+    "a class that is a number": lambda content: content["class_names"].__setitem__(0, 7),
+    "statistics of other channels": lambda content: content.update(latent_mean=[0.0, 0.0]),
+    "a negative deviation": lambda content: content.update(latent_std=[-1.0]),
+    "skipped below zero": lambda content: content.update(num_skipped=-1),
+    "a foreign field": lambda content: content.update(note="x"),
+    "a foreign field of a shard": lambda content: content["shards"][0].update(url="http://x"),
+    "a version in quotes": lambda content: content.update(format_version="2"),
+}
+
+
+@pytest.mark.parametrize("change", MANIFESTS)
+def test_a_manifest_of_another_form_is_refused(folder: Path, change: str) -> None:
+    rewrite(folder, MANIFESTS[change])
+    with pytest.raises(
+        DamagedFileError, match=r"manifest\.json is damaged: .*; delete it and run `ditscale encode` again"
+    ):
+        MappedShards(folder)
+
+
+def test_a_link_out_of_the_folder_is_not_followed(folder: Path, sound: Path) -> None:
+    for name in ("shard-000000.tar", "index.npz", "manifest.json"):
+        kept = (folder / name).read_bytes()
+        (folder / name).unlink()
+        (folder / name).symlink_to(sound / name)
+        with pytest.raises(UnsafeNameError, match=f"{name}, which .* names, is a link out of"):
+            MappedShards(folder)
+        (folder / name).unlink()
+        (folder / f"near {name}").write_bytes(kept)
+        (folder / name).symlink_to(f"near {name}")
+    assert len(MappedShards(folder)) == 50
+
+
+def with_index(folder: Path, make: Callable[[Path, dict[str, np.ndarray]], object]) -> None:
+    """Another index, which the manifest has the hash of."""
+    path = folder / "index.npz"
+    with np.load(path) as index:
+        arrays = {name: index[name].copy() for name in index.files}
+    path.unlink()
+    make(path, arrays)
+    replace(Manifest.load(folder), index_sha256=sha256_of(path)).save(folder)
+
+
+def npz_of(path: Path, members: list[tuple[str, bytes]], compression: int = zipfile.ZIP_STORED) -> None:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in members:
+            archive.writestr(zipfile.ZipInfo(name), content, compress_type=compression)
+
+
+def npy(array: np.ndarray, allow_pickle: bool = False) -> bytes:
+    content = io.BytesIO()
+    np.save(content, array, allow_pickle=allow_pickle)
+    return content.getvalue()
+
+
+def npy_that_says(header: str, values: bytes = b"") -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + values
+
+
+def npy_of_shape(shape: str, descr: str = "<i8", values: bytes = b"") -> bytes:
+    return npy_that_says(f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}\n", values)
+
+
+class Runs:
+    """Writes a file when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("ran",)
+
+
+def without(name: str, member: bytes) -> Callable[[Path, dict[str, np.ndarray]], object]:
+    """The index with these bytes for one of its arrays."""
+
+    def make(path: Path, arrays: dict[str, np.ndarray]) -> None:
+        npz_of(path, [(f"{key}.npy", member if key == name else npy(array)) for key, array in arrays.items()])
+
+    return make
+
+
+def changed(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path, dict[str, np.ndarray]], object]:
+    return lambda path, arrays: write_npz(path, {**arrays, name: change(arrays[name])})
+
+
+INDICES: dict[str, Callable[[Path, dict[str, np.ndarray]], object]] = {
+    "pickled labels": without("label", npy(np.array([Runs()] * 50, dtype=object), allow_pickle=True)),
+    "a program as a header": without("label", npy_that_says("__import__('os').mkdir('ran')\n")),
+    "labels of a huge shape": without("label", npy_of_shape(f"({ENDLESS},)")),
+    "labels of a shape that overflows": without("label", npy_of_shape(f"({2**40}, {2**40})")),
+    "labels of a wide text": without("label", npy_of_shape("(50,)", "<U999999999")),
+    "labels of structures": without("label", npy_that_says("{'descr': [('a', '<i8')], 'shape': (50,), }\n")),
+    "labels of bad type": without("label", npy_of_shape("(50,)", "<f3", bytes(150))),
+    "an endless header": without("label", b"\x93NUMPY\x02\x00\xff\xff\xff\x7f" + b" " * 10**5),
+    "labels in Fortran's order": without("label", npy(np.asfortranarray(np.zeros((2, 25), np.int32)))),
+    "no array": without("label", b"junk"),
+    "an empty array": without("label", b""),
+    "labels too few": changed("label", lambda label: label[:-1]),
+    "labels in two rows": changed("label", lambda label: label.reshape(2, 25)),
+    "labels that are floats": changed("label", lambda label: label.astype(np.float64)),
+    "a label below zero": changed("label", lambda label: label - 9),
+    "a label of no class": changed("label", lambda label: label + 99999999),
+    "layouts too few": changed("layout", lambda layout: layout[:-1]),
+    "layouts of three": changed("layout", lambda layout: np.pad(layout, ((0, 0), (0, 1)))),
+    "an offset below zero": changed("layout", lambda layout: layout - [5000, 0]),
+    "a stride below zero": changed("layout", lambda layout: layout * [20, -1]),
+    "samples over each other": changed("layout", lambda layout: layout * [1, 0]),
+    "samples past the end": changed("layout", lambda layout: layout + np.array([0, 2560])),
+    "an offset that overflows": changed("layout", lambda layout: layout + 2**62),
+    "no layouts": lambda path, arrays: write_npz(path, {"label": arrays["label"]}),
+    "labels twice": lambda path, arrays: npz_of(
+        path, [(f"{name}.npy", npy(array)) for name, array in [*arrays.items(), ("label", arrays["label"] * 0)]]
+    ),
+    "a bomb": lambda path, arrays: np.savez_compressed(path, **{**arrays, "label": np.zeros(10**7, np.int64)}),
+    "a hundred thousand members": lambda path, arrays: npz_of(path, [(f"{i}.npy", b"") for i in range(10**4)]),
+    "not a zip file": lambda path, arrays: path.write_bytes(b"PK\x05\x06" + bytes(18)),
+    "a cut zip file": lambda path, arrays: (write_npz(path, arrays), path.write_bytes(path.read_bytes()[:-200])),
+    "a sparse file": lambda path, arrays: (path.touch(), os.truncate(path, 2**33)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("make", INDICES)
+def test_an_index_that_the_manifest_vouches_for_is_still_checked(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if make == "a sparse file":
+        (folder / "index.npz").unlink()
+        INDICES[make](folder / "index.npz", {})
+        replace(Manifest.load(folder), index_sha256="0" * 64).save(folder)
+    else:
+        with_index(folder, INDICES[make])
+    tracemalloc.start()
+    with pytest.raises(DamagedFileError, match=r"index\.npz"):
+        MappedShards(folder)
+    assert tracemalloc.get_traced_memory()[1] < 2**25
+    tracemalloc.stop()
+    assert not (tmp_path / "ran").exists()
+    if make != "a sparse file":
+        assert "index.npz" in {damage.file for damage in verify(folder, silent_progress)[1]}
+
+
+@pytest.mark.parametrize(
+    "source_ids",
+    [np.arange(50), np.array(["x"] * 49), np.array(["x" * 1025] * 50), np.full(50, 0x110000, "<u4").view("<U1")],
+    ids=["numbers", "too few", "too long", "no characters"],
+)
+def test_names_of_images_that_are_no_text_are_refused(folder: Path, source_ids: np.ndarray) -> None:
+    with_index(folder, changed("source_id", lambda _: source_ids))
+    shards = MappedShards(folder)
+    with pytest.raises(DamagedFileError, match=r"index\.npz is damaged: source_id"):
+        _ = shards.source_ids
+
+
+def test_an_array_that_is_not_compressed_but_says_so_is_no_array(tmp_path: Path) -> None:
+    """The sizes in a zip file's directory are another's, too."""
+    write_npz(tmp_path / "x.npz", {"label": np.arange(5)})
+    content = bytearray((tmp_path / "x.npz").read_bytes())
+    start = content.index(b"PK\x01\x02")
+    for size in (20, 24):  # compressed, uncompressed
+        damaged = bytearray(content)
+        damaged[start + size : start + size + 4] = (2**31).to_bytes(4, "little")
+        with pytest.raises(DamagedFileError, match=r"x\.npz"):
+            read_npz(bytes(damaged), "x.npz", ["label"])
+    for place in range(8 * len(content)):
+        damaged = bytearray(content)
+        damaged[place // 8] ^= 1 << place % 8
+        try:
+            assert read_npz(bytes(damaged), "x.npz", ["label"])["label"].tolist() == [0, 1, 2, 3, 4]
+        except DamagedFileError:
+            continue
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((2, 3, 4), np.float16), np.arange(7), np.array(["a", "bc"]), np.zeros((0, 5)), np.float32(3)]
+)
+def test_headers_that_numpy_writes_are_read(array: np.ndarray) -> None:
+    content = npy(np.asarray(array))
+    header = parse_header(content, "x.npz", "x")
+    assert (header.shape, header.dtype) == (np.asarray(array).shape, np.asarray(array).dtype)
+    assert header.num_bytes + header.num_value_bytes == len(content)
+
+
+def member(name: str, content: bytes = b"", **fields: Any) -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info, content
+
+
+def sample(key: str, label: bytes = b"1", array: bytes | None = None) -> list[tuple[tarfile.TarInfo, bytes]]:
+    array = npy(np.zeros((2, 2, 8, 8), np.float16)) if array is None else array
+    return [member(f"{key}.cls", label), member(f"{key}.moments.npy", array)]
+
+
+def tar_of(members: list[tuple[tarfile.TarInfo, bytes]], tar_format: int = tarfile.USTAR_FORMAT) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tar_format) as tar:
+        for info, content in members:
+            tar.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+def patched(content: bytes, place: int, field: bytes) -> bytes:
+    """A tar whose first header has other bytes there, and the checksum that fits."""
+    header = bytearray(content[:512])
+    header[place : place + len(field)] = field
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + content[512:]
+
+
+GOOD = sample("00000000")
+TARS: dict[str, bytes] = {
+    "a huge label": tar_of(sample("0", b"99999999999")),
+    "a label of a million digits": tar_of(sample("0", b"9" * 10**6)),
+    "a label that is no number": tar_of(sample("0", b"cat")),
+    "a label of no class": tar_of(sample("0", b"5")),
+    "an empty label": tar_of(sample("0", b"")),
+    "an array of a huge shape": tar_of(sample("0", array=npy_of_shape(f"({ENDLESS},)", "<f2"))),
+    "an array of objects": tar_of(sample("0", array=npy(np.array([Runs()], dtype=object), allow_pickle=True))),
+    "an array of another shape": tar_of(sample("0", array=npy(np.zeros((1, 2, 8, 8), np.float16)))),
+    "an array with values behind it": tar_of(sample("0", array=npy(np.zeros((2, 2, 8, 8), np.float16)) + bytes(512))),
+    "an array cut short": tar_of(sample("0", array=npy(np.zeros((2, 2, 8, 8), np.float16))[:-512])),
+    "a value that is no number": tar_of(sample("0", array=npy(np.full((2, 2, 8, 8), np.nan, np.float16)))),
+    "a variance that is no number": tar_of(sample("0", array=npy(np.full((2, 2, 8, 8), 6e4, np.float16)))),
+    "a link": tar_of([member("0.cls", b"1"), member("0.moments.npy", type=tarfile.SYMTYPE, linkname="/etc/passwd")]),
+    "a hard link": tar_of([member("0.cls", type=tarfile.LNKTYPE, linkname="x"), *GOOD[1:]]),
+    "a device": tar_of([member("0.cls", type=tarfile.CHRTYPE, devmajor=1, devminor=5), *GOOD[1:]]),
+    "a pipe": tar_of([member("0.cls", type=tarfile.FIFOTYPE), *GOOD[1:]]),
+    "a folder": tar_of([member("0", type=tarfile.DIRTYPE), *GOOD]),
+    "holes": tar_of([member("0.cls", type=tarfile.GNUTYPE_SPARSE), *GOOD[1:]]),
+    "an extended header": tar_of([member("0.cls", b"1", pax_headers={"comment": "x"}), *GOOD[1:]], tarfile.PAX_FORMAT),
+    "a long name": tar_of([member("x" * 300 + ".cls", b"1"), *GOOD[1:]], tarfile.GNU_FORMAT),
+    "a label without its array": tar_of(GOOD[:1]),
+    "two labels": tar_of([GOOD[0], *GOOD]),
+    "a file of another kind": tar_of([*GOOD, member("00000000.txt", b"x")]),
+    "one sample too many": tar_of([*GOOD, *sample("00000001")]),
+    "none": tar_of([]),
+    "samples at unequal distances": tar_of([*GOOD, *reversed(sample("1")), *sample("2")]),
+    "a member of 8 GiB": patched(tar_of(GOOD), 124, b"77777777777\0"),
+    "a member of a size below zero": patched(tar_of(GOOD), 124, b"\xff" * 12),
+    "a member of a size in no digits": patched(tar_of(GOOD), 124, b"size of file"),
+    "a header with another checksum": b"1" + tar_of(GOOD)[1:],
+    "cut in a header": tar_of(GOOD)[:700],
+    "cut in a value": tar_of(GOOD)[:2000],
+    "no tar at all": b"junk" * 600,
+}
+
+
+@pytest.mark.parametrize("kind", TARS)
+def test_a_tar_that_the_manifest_vouches_for_is_still_checked(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    count = 3 if kind == "samples at unequal distances" else 1
+    path = folder / "shard-000003.tar"
+    path.write_bytes(TARS[kind])
+    manifest = Manifest.load(folder)
+    assert manifest.shards[3].count == 2
+    entry = replace(manifest.shards[3], count=count, bytes=path.stat().st_size, sha256=sha256_of(path))
+    replace(manifest, shards=[*manifest.shards[:3], entry]).save(folder)
+    tracemalloc.start()
+    found = [damage for damage in verify(folder, silent_progress)[1] if damage.file == path.name]
+    assert tracemalloc.get_traced_memory()[1] < 2**25
+    tracemalloc.stop()
+    assert len(found) == 1, found
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_tar_of_sound_samples_is_no_damage(folder: Path) -> None:
+    """What the tars above are made of."""
+    path = folder / "shard-000003.tar"
+    path.write_bytes(tar_of(GOOD))
+    manifest = Manifest.load(folder)
+    entry = replace(manifest.shards[3], count=1, bytes=path.stat().st_size, sha256=sha256_of(path))
+    replace(manifest, shards=[*manifest.shards[:3], entry]).save(folder)
+    assert not [damage for damage in verify(folder, silent_progress)[1] if damage.file == path.name]
+
+
+def served(folder: Path, cache: Path) -> MappedShards:
+    with FaultyServer(folder).running() as server:
+        shards = MappedShards(server.url, True, Cache(cache, 10**9, patience_sec=5), QUICK)
+        shards.gather(np.arange(50), np.zeros(50, dtype=bool))
+        shards.close()
+        return shards
+
+
+def test_a_hash_of_a_remote_manifest_names_no_file_elsewhere(folder: Path, tmp_path: Path) -> None:
+    """The issue's case: it deleted ``victim/data.tar``."""
+    victim = tmp_path / "victim/data.tar"
+    write_bytes(victim, b"mine")
+    rewrite(folder, lambda content: content["shards"][0].update(sha256="../../victim/data"))
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged: shards\.0\.sha256 is '../../victim/data', but"):
+        served(folder, tmp_path / "a/cache")
+    with pytest.raises(UnsafeNameError, match="64 hexadecimal digits"):
+        Cache(tmp_path / "a/cache", 100).map(CachedFile("../../victim/data", 10), lambda path: None, verify=True)
+    assert victim.read_bytes() == b"mine"
+
+
+def test_a_remote_manifest_or_index_without_end_is_not_read_whole(folder: Path, tmp_path: Path) -> None:
+    os.truncate(folder / "index.npz", 10**6)
+    with pytest.raises(ValueError, match=r"index\.npz has 1000000 bytes or more, but at most \d{6} are read"):
+        served(folder, tmp_path / "cache")
+    os.truncate(folder / "manifest.json", MAX_MANIFEST_BYTES + 1)
+    with pytest.raises(ValueError, match=r"manifest\.json has \d+ bytes or more, but at most .*copy it there again"):
+        served(folder, tmp_path / "cache")
+
+
+def test_files_of_other_names_in_a_cache_are_left_alone(folder: Path, tmp_path: Path) -> None:
+    """The cache may be somebody's folder, and full by our files alone."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    mine = ["data.tar", "x.tar", ".data.7.reserved", f".{'a' * 64}.reserved", "A" * 64 + ".tar", ".x.part"]
+    for name in mine:
+        (cache / name).write_bytes(b"x" * 1000)
+    os.mkfifo(cache / "pipe.tar")
+    (cache / "dangling.tar").symlink_to("nothing")
+    shard_bytes = Manifest.load(folder).shards[0].bytes
+    with FaultyServer(folder).running() as server:
+        shards = MappedShards(server.url, True, Cache(cache, shard_bytes + 1, patience_sec=5), QUICK)
+        for row in (0, 20, 40):  # each takes the place of the one before
+            shards.gather(np.array([row]), np.zeros(1, dtype=bool))
+        shards.close()
+    assert all((cache / name).read_bytes() == b"x" * 1000 for name in mine)
+    assert (cache / "pipe.tar").is_fifo()
+    assert (cache / "dangling.tar").is_symlink()
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".reserved", ".part"])
+def test_what_is_no_file_gives_way_in_a_cache(folder: Path, tmp_path: Path, suffix: str) -> None:
+    """Pipes and links with the names of our files; a folder is named."""
+    cache, entries = tmp_path / "cache", Manifest.load(folder).shards
+    cache.mkdir()
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"mine")
+
+    def place(number: int) -> Path:
+        entry = entries[number]
+        return cache / (f"{entry.sha256}.tar" if suffix == ".tar" else f".{entry.sha256}.{entry.bytes}{suffix}")
+
+    os.mkfifo(place(0))
+    place(1).symlink_to(victim)
+    place(2).symlink_to("/dev/zero")
+    assert len(served(folder, cache)) == 50
+    assert victim.read_bytes() == b"mine"
+    assert {path.name for path in cache.iterdir()} == {".lock", *(f"{entry.sha256}.tar" for entry in entries)}
+    shutil.rmtree(cache)
+    place(0).mkdir(parents=True)
+    with pytest.raises(
+        ValueError, match=f"{place(0).name} is a folder, but a file of that name is written there; remove"
+    ):
+        served(folder, cache)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("victim"), lambda path: path.mkdir()])
+def test_the_lock_of_a_cache_is_a_file(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    (tmp_path / "victim").write_text("mine")
+    make(tmp_path / ".lock")
+    with pytest.raises(DamagedFileError, match=r"\.lock is a .*, but it must be a file; remove it"):
+        Cache(tmp_path, 100)
+    assert (tmp_path / "victim").read_text() == "mine"

@@ -1,0 +1,83 @@
+"""What the processes of a sweep may take from the one that starts them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.cores import usable_cores
+
+FORKS = """
+import os, sys, threading
+import torch
+from omegaconf import OmegaConf
+import launch.train
+from launch.sweep_processes import _import_ahead, _start_method
+
+def cuda_is_lost_to_a_fork():
+    child = os.fork()
+    if child == 0:
+        os._exit(torch.cuda._is_in_bad_fork())
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+_import_ahead(OmegaConf.create({"evaluate_every": 1, "logger": {"_target_": "train.loggers.WandbLogger"}}))
+assert _start_method() == "fork"
+assert not cuda_is_lost_to_a_fork()
+torch.cuda.is_available()
+assert cuda_is_lost_to_a_fork() == (torch.version.cuda is not None)  # which the assertion before would have seen
+thread = threading.Thread(target=threading.Event().wait, daemon=True)
+thread.start()
+assert _start_method() == "spawn"
+"""
+
+
+def shown_by(program: str) -> str:
+    """What a fresh interpreter prints, whose libraries use as many threads as they like."""
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    return subprocess.run(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True, env=env
+    ).stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks here")
+def test_what_a_sweep_imports_starts_no_thread_and_leaves_cuda_to_its_forks() -> None:
+    shown_by(FORKS)
+
+
+@pytest.mark.parametrize(
+    ("files", "most"),
+    [
+        ({}, None),
+        ({"cpu.max": "max 100000"}, None),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu.max": "100000 100000"}, 1),
+        ({"cpu.max": "12800000 100000"}, 128),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ({"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, 1),
+    ],
+)
+def test_a_containers_quota_bounds_the_cores_that_a_sweep_uses(
+    tmp_path: Path, files: dict[str, str], most: int | None
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    here = len(os.sched_getaffinity(0))
+    assert usable_cores(tmp_path) == (here if most is None else min(here, most))
+
+
+LIMITED = """
+import torch
+from threadpoolctl import threadpool_info
+from launch.cores import limit_threads
+limit_threads(1)
+print({library["num_threads"] for library in threadpool_info()} | {torch.get_num_threads()})
+"""
+
+
+def test_runs_that_share_the_cores_compute_with_their_share_of_threads_unless_a_variable_says_how_many() -> None:
+    assert shown_by(LIMITED) == "{1}\n"
+    shown = shown_by("import os; os.environ['OMP_NUM_THREADS'] = '2'\n" + LIMITED)
+    assert shown == f"{{{min(2, len(os.sched_getaffinity(0)))}}}\n"

@@ -1,0 +1,77 @@
+"""Files of JSON lines, one record of a step each: ``metrics.jsonl``, ``timing.jsonl``, ``evaluations.jsonl``.
+
+Lines of the last two carry a hash over themselves. ``metrics.jsonl`` is plain, for whatever reads it; checkpoints have
+a copy of its lines, and of those of ``evaluations.jsonl``.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data.atomic import append_line
+from data.reading import DamagedFileError, read_regular
+from data.records import SEAL, parse_object, seal, unseal
+
+MAX_BYTES = 2**32
+_HASH_DIGITS = 64
+
+
+class Line(NamedTuple):
+    """One record and the bytes that it was read from, without the newline."""
+
+    record: dict[str, Any]
+    text: bytes
+
+
+def append_record(file: Path, record: Mapping[str, Any], sealed: bool) -> None:
+    """Append one record, with a hash over it where ``sealed``. Raises as `append_line` does."""
+    append_line(file, json.dumps(seal(record) if sealed else dict(record)))
+
+
+def read_lines(file: Path, whole: bool = False) -> list[dict[str, Any]]:
+    """Return the records of a file, without their hashes; see `lines_of`."""
+    return [line.record for line in lines_of(file, whole)]
+
+
+def lines_of(file: Path, whole: bool = False) -> list[Line]:
+    """Return the lines of a file; none where it does not exist.
+
+    A last line that a crash cut short is left out, or, where the file must be ``whole``, refused. Raises ValueError
+    that names the file and line where another line is damaged: no JSON object, no step, another hash than it says.
+    """
+    try:
+        content = read_regular(file, MAX_BYTES)
+    except FileNotFoundError:
+        return []
+    return parse_lines(content, str(file), whole)
+
+
+def parse_lines(content: bytes, name: str, whole: bool = False) -> list[Line]:
+    """Return the lines of a file's content; ``name`` stands in errors. Raises as `lines_of` does."""
+    *texts, last = content.split(b"\n")
+    lines = [_line(text, f"Line {number} of {name}") for number, text in enumerate(texts, start=1)]
+    if last:
+        try:
+            lines.append(_line(last, f"Line {len(lines) + 1} of {name}"))
+        except ValueError:  # cut by a crash; an editor may also leave a whole line without its newline
+            if whole:
+                raise ValueError(
+                    f"{name} ends in the middle of line {len(lines) + 1}; remove what is left of that line, and "
+                    "measure again what it held."
+                ) from None
+    return lines
+
+
+def _line(text: bytes, name: str) -> Line:
+    try:
+        record = parse_object(text, name)
+        last = next(reversed(record.items()), ("", None))
+        # A hash whose name was damaged must not make its line one of an earlier version, which had no hashes.
+        sealed = SEAL in record or (isinstance(last[1], str) and len(last[1]) == _HASH_DIGITS)
+        record = unseal(record, name, required=sealed)
+        if type(record.get("step")) is not int or record["step"] < 0:
+            raise DamagedFileError(f"{name} is damaged: its step is {record.get('step')!r}.")
+    except DamagedFileError as error:
+        raise ValueError(f"{str(error).rstrip('.')}; remove that line.") from None
+    return Line(record, text)
