@@ -39,7 +39,7 @@ class Generator:
         """
         parts = self.runtime.parts(self._latents(indices, labels), DECODED_AT_ONCE)
         decoded = torch.cat([self.runtime.rows(self.autoencoder.decode(part)) for part in parts])
-        _require_finite(decoded, indices)
+        _require_finite(decoded, indices, self.runtime)
         return to_uint8(decoded)
 
     def _latents(self, indices: NDArray[np.int64], labels: NDArray[np.int64]) -> torch.Tensor:
@@ -106,13 +106,15 @@ def _filled(values: NDArray[np.int64], rows: int) -> NDArray[np.int64]:
     return np.resize(values if len(values) else np.zeros(1, np.int64), rows)
 
 
-def _require_finite(decoded: torch.Tensor, indices: NDArray[np.int64]) -> None:
+def _require_finite(decoded: torch.Tensor, indices: NDArray[np.int64], runtime: Runtime) -> None:
     """Raise ValueError for images [B, C, H, W] that are not numbers, which would become black ones."""
     bad = indices[~decoded.isfinite().flatten(1).all(dim=1).numpy()]
     if len(bad):
+        with runtime.autocast():
+            rounds = torch.is_autocast_enabled(runtime.device.type)
         raise ValueError(
             f"{len(bad)} of {len(indices)} images are not finite (the first is image {bad[0]}); the weights have "
-            "diverged or the network overflowed: take an earlier checkpoint, or precision=fp32."
+            f"diverged or the network overflowed: take an earlier checkpoint{', or precision=fp32' if rounds else ''}."
         )
 
 

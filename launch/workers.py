@@ -5,10 +5,12 @@ import os
 import torch
 
 from data.encode import Workers
+from runtime.launched import require_sound_environment
 
 
 def workers_from_environment(threads: int | None) -> Workers:
     """This process's rank among all; by default its share of the host's cores as threads."""
+    require_sound_environment()
     share = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return Workers(
         rank=int(os.environ.get("RANK", "0")),

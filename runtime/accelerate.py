@@ -27,6 +27,7 @@ from diffusion.batch import Batch, mapped, micro_batches_of
 from diffusion.protocol import Denoiser
 from model.precision import allow_tf32
 from runtime.agreement import require_same
+from runtime.launched import require_sound_environment
 from runtime.parts import require_divisible
 from runtime.protocol import Metrics, ModuleT, Precision, Step
 
@@ -57,6 +58,7 @@ class AccelerateRuntime:
         deterministic: bool = False,
         timeout_sec: float = 600.0,
     ) -> None:
+        require_sound_environment()
         has_cuda = torch.cuda.is_available()
         if device == "cuda" and not has_cuda:
             raise ValueError(

@@ -119,9 +119,11 @@ class WandbLogger:
             try:
                 self._opened = self._open()
             except self._wandb.Error as error:
+                is_offline = self._mode() == "offline"
+                other = "" if is_offline else "WANDB_MODE=offline (which `wandb sync` sends later), or "
                 raise ValueError(
-                    f"wandb cannot log to this run ({error}); with WANDB_MODE=offline, or train/logger=none, the same "
-                    "command continues, and `wandb sync` sends what was logged offline."
+                    f"wandb cannot log to this run ({error}); with {other}train/logger=none, the same command "
+                    "continues."
                 ) from error
             self._opened.define_metric("*", step_metric="step")
             for axis in AXES:

@@ -34,7 +34,10 @@ def test_a_machine_that_cannot_reach_wandb_is_told_of_the_offline_mode(
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
         monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
-        with pytest.raises(ValueError, match="with WANDB_MODE=offline, or train/logger=none, the same command"):
+        with pytest.raises(
+            ValueError,
+            match=r"with WANDB_MODE=offline .which `wandb sync` sends later., or train/logger=none, the same",
+        ):
             logger(tmp_path).log({"step": 1})
 
 

@@ -1,0 +1,46 @@
+"""Variables that a launcher left behind are one sentence, before anything waits for processes that are not there."""
+
+from pathlib import Path
+
+import pytest
+from conftest import TINY_RUN, ditscale
+
+from runtime.launched import require_sound_environment
+
+WHOLE = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    "environment", [{}, WHOLE, {"RANK": "0", "WORLD_SIZE": "1"}, {"MASTER_ADDR": "x", "MASTER_PORT": "1"}]
+)
+def test_what_launchers_set_and_no_launcher_at_all_are_fine(environment: dict[str, str]) -> None:
+    require_sound_environment(environment)
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        (
+            {"WORLD_SIZE": "4"},
+            "WORLD_SIZE is 4, as a launcher sets it, but RANK and LOCAL_RANK and MASTER_ADDR and MASTER_PORT",
+        ),
+        ({"RANK": "1"}, "RANK is 1, as a launcher sets it, but LOCAL_RANK"),
+        ({"LOCAL_RANK": "0"}, "unset LOCAL_RANK, or start with torchrun"),
+        ({**WHOLE, "WORLD_SIZE": "x"}, "WORLD_SIZE is 'x', but it must be a whole number from 1 on"),
+        ({**WHOLE, "MASTER_PORT": "-1"}, "MASTER_PORT is '-1'"),
+        ({**WHOLE, "RANK": "2"}, "RANK is 2, but WORLD_SIZE is 2"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED is true, but ditscale takes no such mode"),
+        ({"ACCELERATE_USE_FSDP": "1"}, "runtime.mode=fsdp shards the state"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "junk"}, "runtime.compile=true compiles"),
+    ],
+)
+def test_what_is_left_of_another_launch_is_one_sentence(environment: dict[str, str], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        require_sound_environment(environment)
+
+
+@pytest.mark.parametrize("job", ["train", "encode"])
+def test_the_command_says_it(tmp_path: Path, digits: Path, job: str) -> None:
+    words = [*TINY_RUN, f"data.shards={digits}"] if job == "train" else ["data=digits"]
+    shown = ditscale(job, *words, cwd=tmp_path, expect=2, env={"WORLD_SIZE": "4"})
+    assert "WORLD_SIZE is 4, as a launcher sets it" in shown
