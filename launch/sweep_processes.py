@@ -124,19 +124,22 @@ class SweepProcesses(Launcher):
         runs = [self._compose(list(words), number) for number, words in enumerate(job_overrides, initial_job_idx)]
         if any(_stays_together(run.config) for run in runs):
             return self._one_after_another(job_overrides, initial_job_idx)
-        configure_log(self._config.hydra.hydra_logging, self._config.hydra.verbose)
-        Path(self._config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
-        log.info(f"Launching {len(runs)} runs, {min(self._places, len(runs))} at a time")
-        for number, words in enumerate(job_overrides, initial_job_idx):
-            log.info(f"\t#{number} : {' '.join(filter_overrides(words))}")
-        method = _start_method()
-        if method == "fork":
-            _import_ahead(runs[0].config)
         signals = PassedOn()
-        with signals.watched():
+        with signals.watched():  # imports too: some swallow the exception of a Ctrl-C
+            self._announce(job_overrides, initial_job_idx)
+            method = _start_method()
+            if method == "fork":
+                _import_ahead(runs[0].config)
             self._train_all(runs, method, signals)
         self._conclude(runs, signals.requested)
         return [JobReturn(overrides=words, status=JobStatus.COMPLETED) for words in job_overrides]
+
+    def _announce(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> None:
+        configure_log(self._config.hydra.hydra_logging, self._config.hydra.verbose)
+        Path(self._config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
+        log.info(f"Launching {len(job_overrides)} runs, {min(self._places, len(job_overrides))} at a time")
+        for number, words in enumerate(job_overrides, initial_job_idx):
+            log.info(f"\t#{number} : {' '.join(filter_overrides(words))}")
 
     def _one_after_another(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         launcher = BasicLauncher()
@@ -212,6 +215,7 @@ class SweepProcesses(Launcher):
                 raise SweepFailedError(sentence, 2 if failed[0].code == 2 else 1)
             self._say(sentence)
         if requested or any(run.code == EX_TEMPFAIL for run in runs):
+            self._say("stopped; the same command continues.")
             sys.exit(EX_TEMPFAIL)
 
     def _say(self, sentence: str) -> None:
