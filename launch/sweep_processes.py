@@ -26,7 +26,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from launch.cores import limit_threads, usable_cores
-from launch.parallel import PassedOn, stop_without
+from launch.parallel import PassedOn, started_by_torchrun, stop_without
 from train.signals import EX_TEMPFAIL, SIGNALS, StopSignals
 
 TARGET = "hydra_plugins.ditscale.SweepProcesses"  # Hydra takes launchers of that package alone, by their name
@@ -230,7 +230,7 @@ def _killer(code: int) -> signal.Signals | None:
 
 def _stays_together(config: DictConfig) -> bool:
     """Return whether a run has processes besides this one, which must not meet those of another run."""
-    if "WORLD_SIZE" in os.environ:
+    if started_by_torchrun() or os.environ.get("WORLD_SIZE", "1") != "1":
         return True
     from runtime.choice import has_tpu  # which imports PyTorch; showing help need not
 
