@@ -24,7 +24,7 @@ from launch.parallel import started_by_torchrun, stop_without
 from launch.progress import make_progress
 from launch.redaction import exit_with_traceback, redact_file, secrets_hidden
 from launch.schema import register
-from launch.sweep_processes import SweepFailedError, register_launcher
+from launch.sweep_processes import SweepFailedError
 from launch.words import prepared
 
 HELP = ("--help", "-h")
@@ -51,7 +51,6 @@ def run(job: str, function: JobFunction, settle: Settle | None = None) -> None:
     if started_by_torchrun():
         stop_without(STARTED_BY)
     register()
-    register_launcher()
     if any(word in HELP for word in sys.argv[1:]):
         from launch.help import help_of
 
@@ -240,7 +239,6 @@ def _explain_override(job: str, message: str) -> str:
 def default_config(job: str) -> DictConfig:
     """Return a job's config as it is without any word of the command line, Hydra's own section among it."""
     register()
-    register_launcher()
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name=job):
         return hydra.compose(config_name=job, return_hydra_config=True)

@@ -7,6 +7,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from launch.sweep_processes import register_launcher
+
 
 class Precision(Enum):
     """Of the network's forward and backward pass; everything else is float32."""
@@ -257,7 +259,8 @@ class ReportSchema:
 
 
 def register() -> None:
-    """Make the schemas known to Hydra under ``{job}_schema``."""
+    """Make the schemas known to Hydra under ``{job}_schema``, and the launcher of sweeps."""
+    register_launcher()
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainSchema)
     store.store(name="encode_schema", node=EncodeSchema)

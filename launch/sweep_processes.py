@@ -26,7 +26,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from launch.cores import limit_threads, usable_cores
-from launch.parallel import PassedOn, stop_without
+from launch.parallel import PassedOn, started_by_torchrun, stop_without
 from train.signals import EX_TEMPFAIL, SIGNALS, StopSignals
 
 TARGET = "hydra_plugins.ditscale.SweepProcesses"  # Hydra takes launchers of that package alone, by their name
@@ -124,19 +124,22 @@ class SweepProcesses(Launcher):
         runs = [self._compose(list(words), number) for number, words in enumerate(job_overrides, initial_job_idx)]
         if any(_stays_together(run.config) for run in runs):
             return self._one_after_another(job_overrides, initial_job_idx)
-        configure_log(self._config.hydra.hydra_logging, self._config.hydra.verbose)
-        Path(self._config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
-        log.info(f"Launching {len(runs)} runs, {min(self._places, len(runs))} at a time")
-        for number, words in enumerate(job_overrides, initial_job_idx):
-            log.info(f"\t#{number} : {' '.join(filter_overrides(words))}")
-        method = _start_method()
-        if method == "fork":
-            _import_ahead(runs[0].config)
         signals = PassedOn()
-        with signals.watched():
+        with signals.watched():  # imports too: some swallow the exception of a Ctrl-C
+            self._announce(job_overrides, initial_job_idx)
+            method = _start_method()
+            if method == "fork":
+                _import_ahead(runs[0].config)
             self._train_all(runs, method, signals)
         self._conclude(runs, signals.requested)
         return [JobReturn(overrides=words, status=JobStatus.COMPLETED) for words in job_overrides]
+
+    def _announce(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> None:
+        configure_log(self._config.hydra.hydra_logging, self._config.hydra.verbose)
+        Path(self._config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
+        log.info(f"Launching {len(job_overrides)} runs, {min(self._places, len(job_overrides))} at a time")
+        for number, words in enumerate(job_overrides, initial_job_idx):
+            log.info(f"\t#{number} : {' '.join(filter_overrides(words))}")
 
     def _one_after_another(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         launcher = BasicLauncher()
@@ -212,6 +215,7 @@ class SweepProcesses(Launcher):
                 raise SweepFailedError(sentence, 2 if failed[0].code == 2 else 1)
             self._say(sentence)
         if requested or any(run.code == EX_TEMPFAIL for run in runs):
+            self._say("stopped; the same command continues.")
             sys.exit(EX_TEMPFAIL)
 
     def _say(self, sentence: str) -> None:
@@ -226,7 +230,7 @@ def _killer(code: int) -> signal.Signals | None:
 
 def _stays_together(config: DictConfig) -> bool:
     """Return whether a run has processes besides this one, which must not meet those of another run."""
-    if "WORLD_SIZE" in os.environ:
+    if started_by_torchrun() or os.environ.get("WORLD_SIZE", "1") != "1":
         return True
     from runtime.choice import has_tpu  # which imports PyTorch; showing help need not
 

@@ -1,6 +1,7 @@
 """What the processes of a sweep may take from the one that starts them."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -81,3 +82,24 @@ def test_runs_that_share_the_cores_compute_with_their_share_of_threads_unless_a_
     assert shown_by(LIMITED) == "{1}\n"
     shown = shown_by("import os; os.environ['OMP_NUM_THREADS'] = '2'\n" + LIMITED)
     assert shown == f"{{{min(2, len(os.sched_getaffinity(0)))}}}\n"
+
+
+ASKED = """
+import signal, time
+from train.signals import ECHO_SEC, StopSignals, ask_to_stop
+with StopSignals() as signals:
+    ask_to_stop()
+    print(signals.requested)
+    time.sleep(ECHO_SEC + 0.1)  # a second signal would end the process at once
+    with StopSignals():
+        ask_to_stop()
+    ask_to_stop()
+    print("saved", flush=True)
+    signal.raise_signal(signal.SIGTERM)
+"""
+
+
+def test_the_death_of_the_parent_asks_a_run_to_stop_and_does_not_cut_off_one_that_was_asked() -> None:
+    done = subprocess.run([sys.executable, "-c", ASKED], stdout=subprocess.PIPE, text=True, check=False)
+    assert done.stdout.split() == ["True", "saved"]
+    assert done.returncode == 128 + signal.SIGTERM  # of the second signal that the test itself sends
