@@ -122,7 +122,7 @@ def digest(job: str, folder: Path, shown: str) -> str:
         else:
             hash_.update(path.read_bytes() if path.is_file() else b"-")
     if job in ("replay", "verify"):
-        hash_.update(re.sub(r"\r.*", "", shown).encode())
+        hash_.update(re.sub(r"\r.*|.*/s, in .*", "", shown).encode())  # without bars and their times
     return hash_.hexdigest()
 
 
