@@ -80,7 +80,7 @@ def read_foreign(where: str, weights: str, facts: Facts) -> ForeignNetwork:
     path, notes = Path(where), list[str]()
     if not os.path.lexists(where) and path.suffix not in _SUFFIXES:
         path = fetch_from_hub(where)
-        notes.append(f"{where} is {path.name[:12]} of the Hugging Face hub.")
+        notes.append(f"{where} is its commit {path.name[:12]} on the Hugging Face hub.")
     network = (_read_folder if _is_folder(path) else _read_file)(path, weights, facts)
     return replace(network, where=where, notes=(*network.notes, *notes))
 

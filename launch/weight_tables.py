@@ -35,7 +35,10 @@ def choose_table(file: WeightFile, path: Path, wanted: str) -> tuple[Table, list
     ``wanted`` names one; ``ema`` also takes the only table that there is, since a file need not say that it is one of
     averages. Raises ValueError where it is absent, where several could be meant, and where the tensors are no weights.
     """
-    tables = list(_tables(file.content, "", 0))
+    try:
+        tables = list(_tables(file.content, "", 0))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if not tables:
         raise ValueError(_no_table(path, file.content))
     found = [table for table in tables if table.name == wanted] or _only(tables, wanted)
@@ -100,7 +103,9 @@ def _unwrapped(tensors: Mapping[str, Tensor], place: str) -> dict[str, Tensor]:
     for name, value in tensors.items():
         bare = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
         if bare in found:
-            raise ValueError(f"The table {place!r} holds {bare} twice, once as {name}; it is not clear which is meant.")
+            raise ValueError(
+                f"a table of it{place and f' ({place})'} holds {bare} twice, once as {name}; save the one meant."
+            )
         if bare not in _COUNTERS:
             found[bare] = value
     return found

@@ -31,7 +31,7 @@ def test_sampling_and_training_take_a_name_of_the_hub(
 ) -> None:
     hub_cache(cache, NAME, random_model())
     shown = in_process(*SAMPLE, f"checkpoint={NAME}", "foreign.frequency_shift=0")
-    assert f"note: {NAME} is {COMMIT[:12]} of the Hugging Face hub." in shown
+    assert f"note: {NAME} is its commit {COMMIT[:12]} on the Hugging Face hub." in shown
     (written,) = (tmp_path / "samples").glob("*.npz")  # here, and not in the cache
     assert written.name.startswith("DiT-XL-2-256-seed0-ddpm2")
     to_diffusers(random_model(), tmp_path / "own")
@@ -39,7 +39,7 @@ def test_sampling_and_training_take_a_name_of_the_hub(
     assert np.array_equal(images(str(written.with_suffix(""))), images("own_images"))
     hub_cache(cache, "someone/digits", digits_model())
     shown = train(in_process, digits, "init_from=someone/digits", "run_dir=run")
-    assert f"note: someone/digits is {COMMIT[:12]} of the Hugging Face hub." in shown
+    assert f"note: someone/digits is its commit {COMMIT[:12]} on the Hugging Face hub." in shown
 
 
 def test_a_fresh_process_finds_the_cache_by_its_variable(tmp_path: Path) -> None:
