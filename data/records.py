@@ -18,6 +18,7 @@ from data.reading import DamagedFileError, read_regular
 T = TypeVar("T")
 
 SEAL = "record_sha256"
+_LONGEST_PLACE = 100  # letters of a field's name in an error: keys are a stranger's too
 
 
 def canonical_hash(content: Any) -> str:
@@ -108,7 +109,7 @@ def _first_fault(error: ValidationError | RecursionError) -> str:
     if isinstance(error, RecursionError):
         return "its brackets are nested too deeply"
     found = error.errors(include_url=False)[0]
-    place = ".".join(map(str, found["loc"])) or "it"
+    place = ".".join(map(str, found["loc"]))[:_LONGEST_PLACE] or "it"
     given = repr(found.get("input"))
     shown = given if len(given) <= 80 else f"{given[:80]}..."
     message = found["msg"][:1].lower() + found["msg"][1:]

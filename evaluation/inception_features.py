@@ -2,6 +2,7 @@
 
 import io
 import os
+import warnings
 from hashlib import sha256 as sha256_hash
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,8 @@ def load_inception(path: Path, content: bytes | None = None) -> Inception2015:
         with opened(path, lambda what: _not_the_weights(path, what)) as archive:
             require_sound(archive, path, _MOST_BYTES)
     try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds, in words that advise to trust the file
         what = f"{type(error).__name__} in its {len(content)} bytes; it is damaged, or holds more than tensors"
         raise ValueError(_not_the_weights(path, what)) from None
@@ -114,8 +116,9 @@ def _require_same(state: Any, ours: dict[str, Tensor], path: Path) -> None:
     if not isinstance(state, dict):
         raise ValueError(_not_the_weights(path, f"it holds a {type(state).__name__}"))
     for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(_not_the_weights(path, f"{str(name)[:80]} in it is a {type(value).__name__}"))
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            what = f"{' '.join(str(name).split())[:80]} in it is a {type(value).__name__}"
+            raise ValueError(_not_the_weights(path, what))
         expected = ours.get(name)
         if expected is not None and (value.layout != torch.strided or value.dtype != expected.dtype):
             raise ValueError(_not_the_weights(path, f"{name} in it is {value.dtype}, not {expected.dtype}"))

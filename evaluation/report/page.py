@@ -42,8 +42,13 @@ class Shown:
         return _data_url(self.content, self.kind)
 
 
-def page_of(study: Study, figures: list[Shown]) -> str:
-    """The whole file."""
+def runs_of(study: Study) -> list[dict[str, Any]]:
+    """Return what the page shows of each run. Raises ValueError where a file of one cannot be shown."""
+    return [_run_of(study.sweep / name) for name in [*study.chosen, *study.unevaluated]]
+
+
+def page_of(study: Study, figures: list[Shown], runs: list[dict[str, Any]]) -> str:
+    """Return the whole file."""
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -57,7 +62,7 @@ def page_of(study: Study, figures: list[Shown]) -> str:
         every=[_evaluation(record) for record in every],
         fit_text=_fit_text(study.fit(), study),
         protocol={key: _text(study.protocol[key]) for key in SHOWN_KEYS if key in study.protocol},
-        runs=[_run_of(study.sweep / name) for name in [*study.chosen, *study.unevaluated]],
+        runs=runs,
         beside_paper=any(paper.points_of(record) for record in study.chosen.values()),
     )
 
@@ -90,7 +95,7 @@ def _evaluation(record: Record) -> dict[str, Any]:
 
 
 def _run_of(path: Path) -> dict[str, Any]:
-    """Return a run's config, and its newest grid of samples. Raises ValueError where one of them cannot be shown."""
+    """Return a run's config, and its newest grid of samples."""
     folder = RunFolder(path)
     grids = sorted(folder.samples.glob("step_*.png"))
     return {

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -188,17 +189,30 @@ def read_study(sweep: Path, only: Sequence[str] | None = None) -> Study:
     if not sweep.is_dir():
         raise ValueError(f"There is no sweep folder {sweep}; give the folder that holds the runs.")
     _printable(sweep.resolve())
-    folders = sorted(path.parent for path in sweep.glob("*/config.yaml"))
+    folders = sorted({path.parent for name in ("config.yaml", "evaluations.jsonl") for path in _named(sweep, name)})
     if not folders:
         raise ValueError(_why_no_run(sweep))
-    by_run = {
-        _printable(folder).name: read_records(RunFolder(folder))
-        for folder in folders
-        if only is None or folder.name in only
-    }
+    by_run = {folder.name: _read_run(folder) for folder in folders if only is None or folder.name in only}
     evaluated = {name: records for name, records in by_run.items() if records}
     unevaluated = [name for name, records in by_run.items() if not records]
     return Study(sweep, _of_shared_protocol(evaluated, sweep), evaluated, unevaluated)
+
+
+def _named(sweep: Path, name: str) -> list[Path]:
+    """Return what has this name in the folders of a sweep, whatever it is: also a link that leads nowhere."""
+    return [folder / name for folder in sweep.glob("[!.]*") if folder.is_dir() and os.path.lexists(folder / name)]
+
+
+def _read_run(folder: Path) -> list[Record]:
+    """Return a run's evaluations. Raises ValueError where its config, which the page shows, is not what was written."""
+    run = RunFolder(_printable(folder))
+    if not os.path.lexists(run.config):
+        raise ValueError(
+            f"{folder} has evaluations, but no config.yaml; the same training command writes it again, or move the "
+            "folder away."
+        )
+    run.read_config()
+    return read_records(run)
 
 
 def _why_no_run(sweep: Path) -> str:

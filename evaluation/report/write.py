@@ -9,9 +9,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from data.atomic import require_no_folder, write_bytes
+from data.atomic import make_folder, require_no_folder, write_bytes
 from evaluation.report.figures import FIGURES, NoDataError, SampleGrid, figure_7
-from evaluation.report.page import Shown, page_of
+from evaluation.report.page import Shown, page_of, runs_of
 from evaluation.report.study import Study
 from evaluation.report.style import content_of, styled
 
@@ -36,9 +36,11 @@ def write_report(study: Study, out: Path, samples: SampleGrid | str = NO_SAMPLES
     ``samples`` are images of the same noise and labels by all models, for figure 7, or why there are none. Figures
     of an earlier report that these runs do not give any more are deleted.
     """
+    runs = runs_of(study)  # which may be damaged, and is quickly read
     pictures: dict[int, Path] = {}
     missing: dict[int, str] = {}
     shown: list[Shown] = []
+    files: dict[Path, bytes | None] = {}  # written when all of them are known; None: deleted
     with styled():
         for number, title, draw, note in _drawers(study, samples):
             paths = [out / f"figure_{number}.{kind}" for kind in ("png", "svg")]
@@ -46,21 +48,30 @@ def write_report(study: Study, out: Path, samples: SampleGrid | str = NO_SAMPLES
                 figure = draw()
             except NoDataError as reason:
                 missing[number] = str(reason)
-                for path in paths:
-                    require_no_folder(path)
-                    path.unlink(missing_ok=True)
+                files |= dict.fromkeys(paths)
                 shown.append(Shown(number, title, None, str(reason)))
                 continue
             png, svg = (content_of(figure, kind) for kind in ("png", "svg"))
-            write_bytes(paths[0], png)
-            write_bytes(paths[1], svg)
+            files |= dict(zip(paths, (png, svg), strict=True))
             pictures[number] = paths[0]
             content, kind = (svg, "svg+xml") if number != 7 else (png, "png")
             shown.append(Shown(number, title, content, None, kind, note))
     table, page = out / "fid_vs_gflops.csv", out / "report.html"
-    write_bytes(table, csv_of(study.rows))
-    write_bytes(page, page_of(study, shown).encode())
+    files |= {table: csv_of(study.rows), page: page_of(study, shown, runs).encode()}
+    _write(out, files)
     return Report(study, page, table, pictures, missing)
+
+
+def _write(out: Path, files: Mapping[Path, bytes | None]) -> None:
+    """Write all files, and delete those without content. Raises ValueError, before any is written, where one cannot."""
+    make_folder(out)
+    for path in files:
+        require_no_folder(path)
+    for path, content in files.items():
+        if content is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_bytes(path, content)
 
 
 def _drawers(study: Study, samples: SampleGrid | str) -> list[tuple[int, str, Any, str]]:
