@@ -152,7 +152,9 @@ def test_an_object_that_is_larger_than_its_listing_said_is_never_read_to_its_end
     gcs: GcsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(gcs, "checkpoints/step_00000006/state.json", bytes(10_001))
-    with pytest.raises(remote.TooLargeError, match=r"state.json has 10001 bytes or more, but at most 10000 are read of it"):
+    with pytest.raises(
+        remote.TooLargeError, match=r"state.json has 10001 bytes or more, but at most 10000 are read of it"
+    ):
         remote.read_bytes(f"{RUN}/checkpoints/step_00000006/state.json", limit_bytes=10_000)
     monkeypatch.setattr(stores, "MAX_STATE_BYTES", 10_000)
     with pytest.raises(remote.TooLargeError, match="at most 10000"):
