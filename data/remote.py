@@ -262,7 +262,8 @@ def files_below(system: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def _linked_files(system: Any, url: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Follow the listings of a web server, of which fsspec leaves out what it fails to read.
 
-    A link is no object with a name: ``./a`` is ``a``, and one that leads out of the folder is none of its files.
+    A link is no object with a name: ``./a`` is ``a``, and one that leads out of the folder, or has parameters (such
+    as the order of the listing), is none of its files.
     """
     root = f"{url.rstrip('/')}/"
     waiting = [(root, 0)]
@@ -274,7 +275,7 @@ def _linked_files(system: Any, url: str) -> Iterator[tuple[str, dict[str, Any]]]
             continue
         for info in listing:
             name = posixpath.normpath(str(info["name"]).removeprefix(root))
-            if name == "." or name.startswith(("..", "/")):
+            if name == "." or name.startswith(("..", "/")) or "?" in name or "#" in name:
                 continue
             if info["type"] != "directory":
                 yield root + name, info

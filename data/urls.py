@@ -64,11 +64,14 @@ def hidden(text: str, secrets: frozenset[str]) -> str:
 
 
 def place_of(url: str) -> str:
-    """Return protocol, host and path of a URL as a relative path, such as ``s3/bucket/run``. It holds no secret."""
+    """Return protocol, host and path of a URL as a relative path, such as ``s3/bucket/run``. It holds no secret.
+
+    Whether the path leads out of a folder is for `data.names` to say. An empty part, as in ``s3://bucket//run``, is ``_``.
+    """
     scheme, _, rest = url.partition("://")
     login = _LOGIN.match(rest)
     rest = re.split(r"[?#]", rest[login.end() :] if login else rest, maxsplit=1)[0]
-    return f"{scheme}/{rest.rstrip('/')}"
+    return "/".join([scheme, *(part or "_" for part in rest.rstrip("/").split("/"))])
 
 
 def _redacted_rest(rest: str) -> str:

@@ -21,7 +21,7 @@ HIDDEN = [
 PLAIN = ["s3://bucket/a@b", "gs://bucket/run", "http://host:8000/a@b", "http://[::1]:80/a@b", "user:secret@host", "a/b"]
 
 
-@pytest.mark.parametrize(("url", "shown", "secrets"), HIDDEN, ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize(("url", "shown", "secrets"), HIDDEN, ids=[url for url, _, _ in HIDDEN])
 def test_what_may_be_secret_in_a_url_is_hidden_in_a_text_and_in_a_config(
     url: str, shown: str | None, secrets: set[str]
 ) -> None:
@@ -62,6 +62,8 @@ def test_a_secret_that_a_library_quotes_alone_is_hidden_too() -> None:
 def test_the_place_of_a_url_has_neither_secrets_nor_parameters() -> None:
     assert place_of("http://user:secret@host:80/a/b/?token=x") == "http/host:80/a/b"
     assert place_of("gs://bucket/run/") == "gs/bucket/run"
+    assert place_of("gs://bucket//run") == "gs/bucket/_/run"  # 'remote_dir=gs://bucket/${run_dir}' of an absolute one
+    assert place_of("gs://bucket/../run") == "gs/bucket/../run"
 
 
 def test_processes_that_differ_are_told_so_without_passwords() -> None:
