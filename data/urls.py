@@ -66,7 +66,7 @@ def hidden(text: str, secrets: frozenset[str]) -> str:
 def place_of(url: str) -> str:
     """Return protocol, host and path of a URL as a relative path, such as ``s3/bucket/run``. It holds no secret.
 
-    Whether the path leads out of a folder is for `data.names` to say. An empty part, as in ``s3://bucket//run``, is ``_``.
+    `data.names` says whether the path leads out of a folder. An empty part, as in ``s3://bucket//run``, is ``_``.
     """
     scheme, _, rest = url.partition("://")
     login = _LOGIN.match(rest)
