@@ -46,6 +46,10 @@ class Retry:
 DEFAULT_RETRY = Retry()
 
 
+class UnusableUrlError(ValueError):
+    """A URL that no attempt can read: of another protocol, or of one whose package is missing."""
+
+
 class DamagedError(ValueError):
     """A file whose content is not the one expected."""
 
@@ -80,7 +84,7 @@ def open_remote(url: str, timeout_sec: float = Retry.timeout_sec) -> tuple[Any, 
         system, path = fsspec.url_to_fs(url, **_options(protocol, timeout_sec))
     except ImportError as error:
         package = PACKAGES[protocol]
-        raise ValueError(
+        raise UnusableUrlError(
             f"{redacted(url)} needs the Python package {package}, which is not installed ({error}); run `pip install "
             f"{package}`."
         ) from error
@@ -91,14 +95,14 @@ def open_remote(url: str, timeout_sec: float = Retry.timeout_sec) -> tuple[Any, 
 
 def _require_usable(url: str, protocol: str) -> None:
     if protocol not in PACKAGES:
-        raise ValueError(
+        raise UnusableUrlError(
             f"{redacted(url)} has the protocol {protocol}://, but files are read from "
             f"{', '.join(f'{p}://' for p in PACKAGES)} or a local folder; use one of them."
         )
     if is_redacted(url):
-        raise ValueError(f"{url} has {MARK} where a password or key was: files keep none; give the whole URL again.")
+        raise UnusableUrlError(f"{url} has {MARK} where a password or key was: files keep none; give the whole URL again.")
     if not url.startswith(WEB) and "@" in url.split("://", 1)[1].partition("/")[0]:
-        raise ValueError(
+        raise UnusableUrlError(
             f"{redacted(url)} has keys before its bucket, but those of {protocol}:// are taken from the environment; "
             "set them there."
         )
@@ -135,6 +139,8 @@ def with_retries(
         attempt += 1
         try:
             result = action()
+        except UnusableUrlError:
+            raise
         except (FileNotFoundError, TooLargeError):
             note_answer(url)
             raise
