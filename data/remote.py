@@ -100,7 +100,9 @@ def _require_usable(url: str, protocol: str) -> None:
             f"{', '.join(f'{p}://' for p in PACKAGES)} or a local folder; use one of them."
         )
     if is_redacted(url):
-        raise UnusableUrlError(f"{url} has {MARK} where a password or key was: files keep none; give the whole URL again.")
+        raise UnusableUrlError(
+            f"{url} has {MARK} where a password or key was: files keep none; give the whole URL again."
+        )
     if not url.startswith(WEB) and "@" in url.split("://", 1)[1].partition("/")[0]:
         raise UnusableUrlError(
             f"{redacted(url)} has keys before its bucket, but those of {protocol}:// are taken from the environment; "
