@@ -60,10 +60,12 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.evaluate
 
-# The tests that kill jobs, with many more kills than `make test` has; a result line each in benchmarks/results/.
+# The tests that kill jobs and damage files, with many more kills and trials than `make test` has; a result line each in
+# benchmarks/results/.
 soak: $(STAMP)
 	$(BIN)/python -m benchmarks.soak encode 50
 	$(BIN)/python -m benchmarks.soak train 100
+	$(BIN)/python -m benchmarks.soak files 1000
 
 $(AOT_STAMP): requirements-aot.txt
 	$(PYTHON) -m venv .venv-aot

@@ -1,4 +1,4 @@
-"""The tests that kill jobs, with as many kills as asked for: ``python -m benchmarks.soak encode 50``.
+"""The tests that kill jobs, and that damage files, as often as asked for: ``python -m benchmarks.soak encode 50``.
 
 Prints one JSON line and appends it to ``benchmarks/results/soak.jsonl``.
 """
@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from benchmarks.commit import current_commit
 
 TESTS = {
     "train": "tests/runtime/test_resume.py::test_a_run_killed_at_random_moments_ends_with_the_same_bits",
+    "files": "tests/smoke/test_hostile_files.py",
     "encode": "tests/runtime/test_encode_processes.py::test_a_job_killed_at_random_moments_ends_with_the_same_bytes",
 }
 
@@ -22,16 +24,23 @@ TESTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("job", choices=TESTS)
-    parser.add_argument("kills", type=int)
+    parser.add_argument("times", type=int, help="kills, or damaged files")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of files, damages and jobs")
     options = parser.parse_args()
     started = time.time()
     words = [sys.executable, "-m", "pytest", TESTS[options.job]]
-    done = subprocess.run(words, env={**os.environ, "DITSCALE_KILLS": str(options.kills)}, check=False)
+    with tempfile.TemporaryDirectory() as folder:
+        outcomes = Path(folder) / "outcomes.json"
+        wanted = {"DITSCALE_KILLS": str(options.times), "DITSCALE_TRIALS": str(options.times)}
+        wanted |= {"DITSCALE_SEED": str(options.seed), "DITSCALE_RESULT": str(outcomes)}
+        done = subprocess.run(words, env={**os.environ, **wanted}, check=False)
+        found = json.loads(outcomes.read_text(encoding="utf-8")) if outcomes.exists() else {}
+    is_files = options.job == "files"
     result = {
         "benchmark": "soak",
         "job": options.job,
-        "kills": options.kills,
-        "same_bytes": done.returncode == 0,
+        **({"trials": options.times, "outcomes": found} if is_files else {"kills": options.times}),
+        ("none_bad" if is_files else "same_bytes"): done.returncode == 0,
         "duration_sec": round(time.time() - started),
         "commit": current_commit(),
     }
