@@ -93,7 +93,7 @@ ERRORS = [
     ("train", "data.shards", "There is no manifest.json in"),
     ("sample", "checkpoint", "has no complete checkpoint"),
     ("encode", "data.source.root", "There are no files in"),
-    ("verify", "data.shards", "manifest.json"),
+    ("verify", "data.shards", "data.shards is http://***@"),
     ("train", "remote_dir", "but a run is kept behind gs:// or s3:// only"),
     ("train", "init_from", "has no complete checkpoint"),
     ("train", "replay", "is no dump of a diverged run"),
