@@ -26,7 +26,13 @@ __all__ = ["watch"]
 @pytest.fixture(autouse=True)
 def _group(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Process 0 of two."""
-    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
+    for name, value in {
+        "RANK": 0,
+        "WORLD_SIZE": 2,
+        "LOCAL_RANK": 0,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": 29500,
+    }.items():
         monkeypatch.setenv(name, str(value))
     torch.distributed.init_process_group(backend="fake", rank=0, world_size=2, store=FakeStore())
     make_mesh = runtime.accelerate.init_device_mesh

@@ -227,4 +227,4 @@ def test_a_full_gpu_is_one_sentence_with_what_takes_less_memory() -> None:
 
 @pytest.mark.parametrize("job", cli.JOBS)
 def test_the_help_of_a_job_is_headed_by_its_name(job: str, in_process: InProcess) -> None:
-    assert in_process(job, "--help").startswith(f"ditscale {job} is powered by Hydra.")
+    assert in_process(job, "--help").startswith(f"ditscale {job}: ")

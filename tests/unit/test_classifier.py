@@ -65,7 +65,7 @@ def test_a_classifiers_folder_that_is_empty_or_none_is_replaced(tmp_path: Path, 
         ({"classifier_held_out": True}, "classifier_held_out is True, but"),
         ({"weights_sha256": "../x"}, "weights_sha256 is '../x', but"),
         ({"identity": "0" * 64}, "is of other images or settings"),
-        ({"more": 1}, "more is 1, but"),
+        ({"more": 1}, "it has a field more, which this program does not know"),
     ],
 )
 def test_facts_of_a_classifier_that_cannot_be_are_not_recorded(

@@ -116,13 +116,15 @@ def test_a_run_that_wants_no_dump_leaves_none(words: list[str], tmp_path: Path, 
 
 
 def test_where_a_dump_cannot_be_written_the_run_still_says_why_it_ended(
-    words: list[str], tmp_path: Path, in_process: InProcess
+    words: list[str], in_process: InProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / DUMP).write_text("in the way")
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copytree", fail)
     shown = in_process(*words, expect=1)
     assert f"in step {STEP}, whose batch" in shown
-    assert "What led to it could not be kept for replay: [Errno 20] Not a directory" in shown
+    assert "What led to it could not be kept for replay: [Errno 28] No space left on device" in shown
 
 
 def test_replay_skips_the_steps_that_the_run_skipped(tmp_path: Path) -> None:
