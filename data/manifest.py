@@ -19,6 +19,7 @@ from data.remote import DEFAULT_RETRY, DamagedError, Retry, is_remote, join, rea
 
 FORMAT_VERSION: Final = 2
 MANIFEST_NAME = "manifest.json"
+FORMAT = "the format of shards"  # where the names of a folder's other files come from
 MAX_MANIFEST_BYTES = 2**25  # 190,000 shards
 MAX_SOURCE_ID = 1024  # characters
 
@@ -176,7 +177,7 @@ def _content(folder: Path | str, path: str, retry: Retry) -> bytes:
     try:
         if is_remote(folder):
             return read_bytes(path, retry, MAX_MANIFEST_BYTES)
-        return read_regular(inside(Path(folder), MANIFEST_NAME, "the format of shards"), MAX_MANIFEST_BYTES)
+        return read_regular(inside(Path(folder), MANIFEST_NAME, FORMAT), MAX_MANIFEST_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"There is no {MANIFEST_NAME} in {folder}; make shards with `ditscale encode`.") from error
     except DamagedError as error:

@@ -13,8 +13,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from data.atomic import write_bytes
-from data.manifest import LatentSpec, Manifest
-from data.reading import DamagedFileError, read_regular
+from data.manifest import FORMAT, LatentSpec, Manifest
+from data.names import inside
+from data.reading import DamagedFileError, read_regular, remedied
 from data.records import parse_object, seal, unseal
 from data.remote import is_remote, join, read_bytes
 from data.urls import redacted_config
@@ -116,13 +117,14 @@ def _chosen(words: Iterable[str]) -> set[str]:
 def _read_record(place: str) -> dict[str, Any] | None:
     """Return ``data.json`` of a folder or URL; None where there is none, as beside shards of earlier versions."""
     name = join(place, RECORD)
-    try:
-        text = read_bytes(name) if is_remote(place) else read_regular(name)
-    except FileNotFoundError:
-        return None
-    content = unseal(parse_object(text, name), name)
-    if content.get("format_version") != 1 or not all(isinstance(content.get(k), dict) for k in ("data", "encode")):
-        raise DamagedFileError(f"{name} is not of this version; delete it, or encode again.")
+    with remedied("delete it, and give these settings on the command line"):
+        try:
+            text = read_bytes(name) if is_remote(place) else read_regular(inside(Path(place), RECORD, FORMAT))
+        except FileNotFoundError:
+            return None
+        content = unseal(parse_object(text, name), name)
+        if content.get("format_version") != 1 or not all(isinstance(content.get(k), dict) for k in ("data", "encode")):
+            raise DamagedFileError(f"{name} is not of this version.")
     return content
 
 

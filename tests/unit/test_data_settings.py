@@ -1,6 +1,8 @@
 """Facts in files beat defaults: shards and checkpoints say what they are of, and nothing is typed twice."""
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +106,39 @@ def test_a_damaged_record_of_the_settings_is_named(
     shown = in_process("train", "data.shards=shards/mine", *TINY, *SHORT, expect=2)
     record.write_text(whole)
     assert "data.json is damaged: its content has sha256" in shown
+    assert "; delete it, and give these settings on the command line." in shown
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (os.mkfifo, "data.json is a named pipe, but it must be a file; delete it"),
+        (lambda path: path.mkdir(), "data.json is a folder, but it must be a file; delete it"),
+        (lambda path: path.symlink_to("/etc/passwd"), "is a link out of shards/mine; put the file itself there"),
+        (
+            lambda path: path.write_bytes(b"[" * 10**6),
+            "data.json is damaged: its brackets are nested too deeply",
+        ),
+    ],
+    ids=["pipe", "folder", "link out", "brackets"],
+)
+def test_what_is_no_record_of_the_settings_is_named_and_not_waited_for(
+    encoded: Path,
+    in_process: InProcess,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[Path], object],
+    words: str,
+) -> None:
+    monkeypatch.chdir(encoded)
+    record = encoded / "shards/mine/data.json"
+    whole = record.read_bytes()
+    record.unlink()
+    make(record)
+    shown = in_process("verify", "data.shards=shards/mine", expect=2)
+    record.rmdir() if record.is_dir() else record.unlink()
+    record.write_bytes(whole)
+    assert words in shown
+    assert "Traceback" not in shown
 
 
 def test_a_plan_takes_shards_or_a_data_config_and_says_what_it_assumes(encoded: Path, in_process: InProcess) -> None:
