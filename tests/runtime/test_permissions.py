@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY_RUN, InProcess
+from conftest import TINY_RUN, InProcess, resealed
 from pictures import make_image_folder
 
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2  # linux/prctl.h, linux/capability.h
@@ -63,7 +63,7 @@ def test_what_may_not_be_read_or_written_is_one_sentence_and_exit_code_2(
         shutil.copytree("readonly", copy)
     Path("unreadable/checkpoints/step_00000020/ema.safetensors").chmod(0)
     state = Path("later/checkpoints/step_00000020/state.json")
-    state.write_text(json.dumps({**json.loads(state.read_text()), "format_version": 7}))
+    resealed(state, format_version=7)
     shutil.copytree(digits, "hidden")
     Path("hidden/manifest.json").chmod(0)
     Path("closed").mkdir()
