@@ -12,7 +12,7 @@ import yaml
 
 from data.atomic import write_bytes
 from data.locks import HeldError, acquired
-from data.reading import DamagedFileError, read_regular, read_text, reason
+from data.reading import DamagedFileError, is_regular, read_regular, read_text, reason
 from train.checkpoint import read_state_file
 from train.lines import MAX_BYTES, Line, append_record, lines_of, parse_lines, read_lines
 from train.stores import CheckpointStore, FolderStore
@@ -165,6 +165,11 @@ class RunFolder:
         them since is put back; returns a sentence for each file that was mended. Raises ValueError where a damaged line
         is in no copy.
         """
+        if is_regular(self.evaluations) and self.evaluations.stat().st_size == 0:
+            raise ValueError(
+                f"{self.evaluations} is empty, and what it held is nowhere else; put it back, or remove it and measure "
+                "again."
+            )
         notes = []
         for file in (self.metrics, self.timing, self.evaluations):
             copy = (copies or {}).get(file.name)
@@ -193,6 +198,9 @@ class RunFolder:
 
 
 def _keep(file: Path, lines: Sequence[bytes]) -> None:
+    """Write these lines; without any there is no file, so that an empty one is known for damage."""
+    if not lines:
+        return file.unlink(missing_ok=True)
     write_bytes(file, b"".join(line + b"\n" for line in lines))
 
 

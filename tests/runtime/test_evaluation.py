@@ -61,6 +61,8 @@ def test_a_killed_evaluation_is_continued_by_two_processes(measured: Path, tmp_p
     run_process([*launcher, "-m", "launch.evaluate", *WORDS], tmp_path, expect=0)
     whole, continued = json_lines(tmp_path / "run/evaluations.jsonl")
     assert continued.pop("frechet_distance") == pytest.approx(whole.pop("frechet_distance"), rel=1e-9)
+    for record in (continued, whole):  # of each line with its own last digits
+        record.pop("record_sha256")
     assert continued == whole
     assert list(chunks.iterdir()) == []
 

@@ -123,6 +123,16 @@ def test_a_damaged_evaluation_that_no_checkpoint_has_is_named(tmp_path: Path) ->
         read_lines(folder.evaluations)
 
 
+def test_an_emptied_file_of_evaluations_is_named(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    evaluations(folder, 2)
+    assert folder.roll_back(1) == []
+    assert not folder.evaluations.exists()
+    folder.evaluations.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"evaluations\.jsonl is empty, and what it held is nowhere else"):
+        folder.roll_back(4)
+
+
 def test_a_line_without_its_newline_is_a_line_and_a_cut_one_is_not(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     evaluations(folder, 2, 4)
