@@ -17,6 +17,7 @@ from train.checkpoint import read_state_file
 from train.lines import MAX_BYTES, Line, append_record, lines_of, parse_lines, read_lines
 from train.stores import CheckpointStore, FolderStore
 
+_CONFIG_HEAD = "# The resolved config of a run; the last line has its hash.\n"
 _CONFIG_HASH = "# sha256 of the lines above: "  # last line of config.yaml
 
 # Settings that change neither weights nor losses beyond float rounding. A run may continue with others of these.
@@ -116,7 +117,7 @@ class RunFolder:
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Make this the folder of ``config``; the newest free settings are kept."""
-        text = yaml.safe_dump(dict(config), sort_keys=False).encode()
+        text = (_CONFIG_HEAD + yaml.safe_dump(dict(config), sort_keys=False)).encode()
         write_bytes(self.config, text + f"{_CONFIG_HASH}{hashlib.sha256(text).hexdigest()}\n".encode())
 
     def read_config(self) -> dict[str, Any]:
@@ -126,6 +127,8 @@ class RunFolder:
             body, mark, expected = text.rpartition(_CONFIG_HASH)
             if mark and hashlib.sha256(body.encode()).hexdigest() != expected.strip():
                 raise DamagedFileError("it was changed after it was written")
+            if text.startswith(_CONFIG_HEAD) and not mark:  # earlier versions wrote neither
+                raise DamagedFileError("it is cut short")
             content = yaml.safe_load(text)
         except (OSError, DamagedFileError, yaml.YAMLError, RecursionError, ValueError) as error:
             what = " ".join(reason(error, self.config).split())[:300]

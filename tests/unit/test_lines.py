@@ -170,7 +170,9 @@ def test_a_config_that_was_changed_is_found_and_one_that_is_gone_is_that_of_the_
     assert "seed is 0 there and 1 now" in in_process(*words, "seed=1", expect=2)
     in_process(*words)
     assert config.read_text() == whole
-    config.write_text("\n".join(whole.splitlines()[:-1]) + "\n")  # of an earlier version, without a hash
+    config.write_text("\n".join(whole.splitlines()[:5]) + "\n")
+    assert "config.yaml cannot be read (it is cut short)" in in_process(*words, expect=2)
+    config.write_text("\n".join(whole.splitlines()[1:-1]) + "\n")  # of an earlier version, without a hash
     in_process(*words)
     assert config.read_text() == whole
 
