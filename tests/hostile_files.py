@@ -250,7 +250,7 @@ def some_trials(count: int, seed: int) -> Iterator[Trial]:
 
 def damage(path: Path, trial: Trial) -> None:
     change = DAMAGES[trial.damage]
-    content = path.read_bytes()
+    content = path.read_bytes() or b"0"  # of an empty file, such as a lock
     path.unlink()
     if change is not None:
         path.write_bytes(change(content, random.Random(f"{trial}")))

@@ -63,6 +63,16 @@ def parse_lines(content: bytes, name: str, whole: bool = False) -> list[Line]:
     return lines
 
 
+def ends_in_a_line(file: Path) -> bool:
+    """Return whether the last line of a file was cut: by a crash, or otherwise."""
+    last = read_regular(file, MAX_BYTES).rpartition(b"\n")[2]
+    try:
+        parse_lines(last, str(file), whole=True)
+    except ValueError:
+        return True
+    return False
+
+
 def _line(text: bytes, name: str) -> Line:
     try:
         record = parse_object(text, name)

@@ -140,6 +140,8 @@ def test_a_line_without_its_newline_is_a_line_and_a_cut_one_is_not(tmp_path: Pat
     folder.evaluations.write_bytes(whole[:-1])
     assert [line["step"] for line in read_lines(folder.evaluations, whole=True)] == [2, 4]
     folder.evaluations.write_bytes(whole[:-9])
+    assert "evaluations.jsonl ended in the middle of a line" in RunFolder(tmp_path).roll_back(4)[0]
+    folder.evaluations.write_bytes(whole[:-9])
     assert [line["step"] for line in read_lines(folder.evaluations)] == [2]
     with pytest.raises(ValueError, match=r"evaluations\.jsonl ends in the middle of line 2"):
         read_lines(folder.evaluations, whole=True)
