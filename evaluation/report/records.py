@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, JsonValue
 
-from data.reading import DamagedFileError, is_regular
+from data.reading import DamagedFileError
 from data.records import validate
 from evaluation.evaluate import distance_records
 from train.runfolder import RunFolder
@@ -103,8 +103,6 @@ def read_records(run: RunFolder) -> list[Record]:
     Raises ValueError that names file, step and field where one is absent that every evaluation of ours has, is of
     another type, or outside of what can be measured.
     """
-    if is_regular(run.evaluations) and run.evaluations.stat().st_size == 0:
-        raise ValueError(f"{run.evaluations} is empty, as this program leaves none; put it back, or remove it.")
     return [_checked(record, run) for record in distance_records(run)]
 
 
