@@ -25,7 +25,7 @@ class ChannelSums:
 
     @property
     def is_finite(self) -> bool:
-        """Whether no log-variance was so large that its variance is no number."""
+        """Return whether every log-variance gives a finite variance."""
         return bool(np.isfinite(self.mean).all() and np.isfinite(self.square).all())
 
     def agrees(self, other: "ChannelSums") -> bool:

@@ -28,7 +28,7 @@ def given(place: str | None, setting: str) -> str:
 
 
 class Listing:
-    """What lies in one place: a folder, a URL or a zip file."""
+    """List the files of one place: a folder, a URL or a zip file."""
 
     place: str
     sizes: dict[str, int]  # bytes of each file, by its path below the place; sorted

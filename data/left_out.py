@@ -1,4 +1,4 @@
-"""What a source finds in its place and does not read: named, or silently passed over where it is no data."""
+"""Name the files of a source that it does not read; pass over in silence what is no data."""
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator

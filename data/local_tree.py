@@ -17,7 +17,7 @@ _Identity = tuple[int, int]
 
 
 class Tree(NamedTuple):
-    """What lies below a folder, by its path relative to it."""
+    """List the entries below a folder by their relative paths."""
 
     sizes: dict[str, int]  # bytes of each file
     folders: list[str]  # of the first level

@@ -127,7 +127,7 @@ class LocalShardFiles:
         )
 
     def _unreadable(self, name: str, error: OSError) -> Exception:
-        """What to raise for a file that cannot be opened."""
+        """Return the error to raise for a file that cannot be opened."""
         if is_absent(error):
             return DamagedFileError(f"{self._folder / name} is missing, but the manifest lists it; {REPAIR}.")
         return error

@@ -17,7 +17,7 @@ _LARGEST_CHARACTER = 0x10FFFF
 
 
 class ShardIndex(NamedTuple):
-    """What training reads of the index."""
+    """Hold the parts of the index that training reads."""
 
     labels: NDArray[np.int64]  # [N]
     layouts: list[Layout]  # of each shard

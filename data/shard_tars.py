@@ -29,7 +29,7 @@ _CHUNK = 64  # samples whose values are in memory at a time
 
 
 class Layout(NamedTuple):
-    """Where the float16 values of a shard's samples lie, in bytes."""
+    """Locate the float16 values of a shard's samples: offset and stride in bytes."""
 
     offset: int
     stride: int
@@ -44,7 +44,7 @@ class Layout(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What a tar's own headers say of one sample."""
+    """Describe one sample by the tar's own headers."""
 
     key: str
     label: int
@@ -117,7 +117,7 @@ def values_of(tar: IO[bytes], sample: Sample, spec: LatentSpec, name: str) -> ND
 
 
 class ShardFacts(NamedTuple):
-    """What a shard's own bytes say of it."""
+    """Describe a shard by its own bytes."""
 
     labels: list[int]
     layout: Layout

@@ -32,7 +32,7 @@ class Member(NamedTuple):
 
 @dataclass
 class _Found:
-    """What the headers of a tar say, by the keys of samples."""
+    """Group the headers of a tar by the keys of samples."""
 
     places: dict[str, tuple[int, int]] = field(default_factory=dict)  # offset and size
     labels: dict[str, int] = field(default_factory=dict)

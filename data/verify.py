@@ -36,7 +36,7 @@ class Damage(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """What the index says of one shard."""
+    """Hold the index's entries of one shard."""
 
     labels: list[int]
     source_ids: list[str]
@@ -44,7 +44,7 @@ class _Rows(NamedTuple):
 
 
 class _Checked(NamedTuple):
-    """What was found in one shard and its sidecar, None where there is nothing sound."""
+    """Hold the findings on one shard and its sidecar; None where there is nothing sound."""
 
     damages: list[Damage]
     sums: ChannelSums | None
@@ -130,7 +130,7 @@ def _checked(folder: Path, manifest: Manifest, shard: ShardEntry, rows: _Rows | 
 
 
 def _facts(folder: Path, manifest: Manifest, shard: ShardEntry) -> ShardFacts:
-    """What a shard's bytes say. Raises OSError and ValueError where they are not those of the manifest."""
+    """Read a shard's bytes. Raises OSError and ValueError where they are not those of the manifest."""
     path = inside(folder, shard.name, str(folder / MANIFEST_NAME))
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -175,7 +175,7 @@ def _statistics(manifest: Manifest, checked: Sequence[_Checked]) -> list[Damage]
 
 
 def _texts(folder: Path, manifest: Manifest, sidecars: Sequence[Sidecar | None]) -> list[Damage]:
-    """What is wrong with the files that are there for people."""
+    """Return the damage of the files that are there for people."""
     damages: list[Damage] = []
     known = [sidecar for sidecar in sidecars if sidecar is not None]
     skipped = [skip for sidecar in known for skip in sidecar.skipped] if len(known) == len(sidecars) else None

@@ -32,7 +32,7 @@ _MOST_BYTES = 2**30  # of its weights
 
 @dataclass(frozen=True)
 class _Facts:
-    """What a cached classifier is, in ``facts.json``."""
+    """Describe a cached classifier, in ``facts.json``."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 

@@ -64,7 +64,7 @@ class _ClassToken(nn.Module):
 
 @dataclass(frozen=True)
 class _Config:
-    """What decides features in ``config.json``; nothing else of it is used."""
+    """Hold the fields of ``config.json`` that decide features; no others are used."""
 
     hidden_size: Size
     num_hidden_layers: Annotated[int, Field(ge=1, le=1000)]

@@ -29,7 +29,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 @dataclass(frozen=True)
 class _Record:
-    """What a kept file is, in its record."""
+    """Describe a kept file, in its record."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 

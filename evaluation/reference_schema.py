@@ -1,4 +1,4 @@
-"""What a reference file may hold, checked before anything of it is used: the one place where that is said."""
+"""Check a reference file before anything of it is used; this is the one place that says what it may hold."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +32,7 @@ Title = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_pri
 
 
 class About(BaseModel):
-    """What our own file says of itself; one of ADM's says nothing."""
+    """Describe our own file; one of ADM's says nothing of itself."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 

@@ -88,7 +88,7 @@ def _exit_with(job: str, error: Exception, wants_traceback: bool) -> NoReturn:
 
 
 class _Task:
-    """What Hydra calls for each run, in this process or, in a sweep of trainings, in one of the run's own.
+    """Run the job each time that Hydra asks: in this process or, in a sweep of trainings, in one of the run's own.
 
     A single run keeps its exception in ``error``, past Hydra, which would print more than the sentence. A run of a
     sweep tells of it at once and raises it: the others go on, and the end names what failed.

@@ -27,7 +27,7 @@ Positive = Annotated[int, Field(ge=1, le=2**20)]
 
 @dataclass
 class TransformerConfig:
-    """What decides outputs in ``transformer/config.json``, with diffusers' defaults."""
+    """Hold the fields of ``transformer/config.json`` that decide outputs, with diffusers' defaults."""
 
     sample_size: Annotated[int, Field(ge=1, le=_LARGEST_SIDE)] = 32
     num_attention_heads: Positive = 16

@@ -31,7 +31,7 @@ ROUNDING = 1e-6  # up to which two ways of computing the fixed position embeddin
 
 @dataclass(frozen=True)
 class Facts:
-    """What weights of other programs do not say, or not for certain. None: what the file says, or what is usual."""
+    """Hold settings that weights of other programs leave open. None: the file's own, or the usual value."""
 
     num_heads: int | None = None
     num_classes: int | None = None

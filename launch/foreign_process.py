@@ -1,4 +1,4 @@
-"""What a file of another program says of the diffusion process that its network was trained with."""
+"""Read the diffusion process that a network of another program was trained with."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -17,7 +17,7 @@ from launch.diffusers_folder import read_json
 
 @dataclass
 class SchedulerConfig:
-    """What decides the process in ``scheduler_config.json``, with diffusers' defaults."""
+    """Hold the fields of ``scheduler_config.json`` that decide the process, with diffusers' defaults."""
 
     num_train_timesteps: Annotated[int, Field(ge=1, le=100_000)] = 1000
     beta_schedule: str = "linear"

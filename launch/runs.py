@@ -73,12 +73,12 @@ def pinned_sources(path: Path, weights: str) -> Iterator[Sequence[Path]]:
 
 
 def checkpoint_hash(path: Path) -> str:
-    """Of its ``state.json``, which holds the hashes of its other files."""
+    """Return the SHA-256 of its ``state.json``, which holds the hashes of its other files."""
     return sha256_of(path / STATE_FILE)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """What tells a folder from another one that takes its place, or None where there is none."""
+    """Return the identity of a folder, another in its place has another; None where there is none."""
     try:
         status = path.stat()
     except OSError:

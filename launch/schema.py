@@ -142,7 +142,7 @@ class VerifySchema(EncodeSchema):
 
 @dataclass
 class ForeignSchema:
-    """What weights of other programs do not say; null: what is usual."""
+    """Settings that weights of other programs leave open; null: the usual value."""
 
     num_heads: int | None = None  # of a released .pt of a width that is none of the paper's
     num_classes: int | None = None  # where the label table's last row may be a class or the null class

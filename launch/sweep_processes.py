@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 class SweepTask(Protocol):
-    """What is done for each run; its process shows progress in line ``row`` of the terminal."""
+    """Do the job of one run; its process shows progress in line ``row`` of the terminal."""
 
     job: str
     row: int

@@ -37,7 +37,7 @@ _REFUSED = (  # how PyTorch's restricted loader names what it does not load
 
 @dataclass(frozen=True)
 class WeightFile:
-    """What a file of weights holds: nested mappings with tensors in them, and what the trainer said of itself."""
+    """Hold the content of a file of weights: nested mappings of tensors, and the trainer's own arguments."""
 
     content: Mapping[str, Any]
     arguments: Mapping[str, Any]  # of the command line of its trainer, where it kept them

@@ -44,7 +44,7 @@ class Holder:
         return f"host {self.host}, process {self.pid}"
 
     def to_json(self) -> bytes:
-        """As `read_holder` reads it."""
+        """Return the fields that `read_holder` reads."""
         return json.dumps(seal(asdict(self))).encode()
 
     def is_gone(self) -> bool:

@@ -37,7 +37,7 @@ class Logger(Protocol):
 
     @property
     def description(self) -> str:
-        """Where it all goes, for people: "wandb offline"."""
+        """Return the destination in words: "wandb offline"."""
         ...
 
     def log(self, scalars: Mapping[str, Any]) -> None:

@@ -282,7 +282,7 @@ def _hashes_in(state: bytes, name: str) -> dict[str, str] | None:
 
 
 def _is_copy(path: Path, state: bytes, hashes: dict[str, str]) -> bool:
-    """Whether a folder holds a state file of this content, and the files that it names."""
+    """Return whether a folder holds a state file of this content, and the files that it names."""
     try:
         return read_regular(path / STATE_FILE, MAX_STATE_BYTES) == state and all(
             is_regular(path / name) and sha256_of(path / name) == value for name, value in hashes.items()

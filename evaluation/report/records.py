@@ -54,7 +54,7 @@ Settings = dict[Text, Annotated[JsonValue, AfterValidator(_plain)]]
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """What the report uses of a line. Fields without a default are in every line that this program writes."""
+    """Hold the fields of a line that the report uses. This program writes those without a default in every line."""
 
     step: Count
     images_seen: Count

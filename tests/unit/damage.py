@@ -1,4 +1,4 @@
-"""What can befall a file: every way that a reader has to find, and a guard against readers that wait for ever."""
+"""Damage files in every way that a reader has to find; guard against readers that wait for ever."""
 
 import os
 import shutil

@@ -39,7 +39,7 @@ def opened(folder: Path, **parts: Any) -> DiTPipeline:
 
 
 def pixels() -> SimpleNamespace:
-    """What stands in for the decoder of a network in pixel space, as docs/model.md has it."""
+    """Stand in for the decoder of a network in pixel space, as docs/model.md has it."""
     return SimpleNamespace(config=SimpleNamespace(scaling_factor=1.0), decode=lambda z: SimpleNamespace(sample=z))
 
 

@@ -277,7 +277,7 @@ def test_a_tar_that_the_manifest_vouches_for_is_still_checked(
 
 
 def test_a_tar_of_sound_samples_is_no_damage(folder: Path) -> None:
-    """What the tars above are made of."""
+    """Make the tars above."""
     path = folder / "shard-000003.tar"
     path.write_bytes(tar_of(GOOD))
     manifest = Manifest.load(folder)

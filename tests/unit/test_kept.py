@@ -83,7 +83,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def numbers_of(reference: Path, cache: Path) -> tuple[float, bytes]:
-    """What a cache is used for: a distance, by way of a root, and features of images."""
+    """Use a cache: a distance, by way of a root, and features of images."""
     read = read_reference(reference, Projected(), cache, silent_progress)
     real = np.random.default_rng(0).normal(size=(30, 6)).astype(np.float32)
     return frechet_distance(read.statistics, FeatureStatistics.of(real)), read.vectors().tobytes()

@@ -71,7 +71,7 @@ def test_a_lease_whose_holder_is_dead_is_taken_over_and_he_notices_if_he_was_not
 
 @pytest.fixture
 def url() -> Iterator[str]:
-    """Of a lock."""
+    """Yield the URL of a lock in a bucket."""
     with gcs_server():
         yield f"gs://{BUCKET}/run/lock.json"
 

@@ -109,7 +109,7 @@ def test_where_a_file_system_has_no_locks_a_reader_takes_the_next_checkpoint(
     steps = []
 
     def read(path: Path) -> int:
-        """What a reader does who is twice as slow as the run."""
+        """Read as one who is twice as slow as the run."""
         step = int(read_state_file(path)["step"])
         steps.append(step)
         if step < 8:

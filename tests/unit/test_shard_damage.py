@@ -94,7 +94,7 @@ def folder(sound: Path, tmp_path: Path) -> Path:
 
 
 def in_time(action: Callable[[], Any]) -> Any:
-    """What ``action`` returns, or its ValueError; any other exception, and a hang, fail the test."""
+    """Return what ``action`` returns, or its ValueError; any other exception, and a hang, fail the test."""
     found: list[Any] = []
 
     def work() -> None:

@@ -35,7 +35,7 @@ assert _start_method() == "spawn"
 
 
 def shown_by(program: str) -> str:
-    """What a fresh interpreter prints, whose libraries use as many threads as they like."""
+    """Return the output of a fresh interpreter, whose libraries use as many threads as they like."""
     env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     return subprocess.run(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True, env=env

@@ -81,7 +81,7 @@ def test_a_zip_file_in_a_store_is_read(tmp_path: Path) -> None:
 
 
 def numbered(labels: object, count: int = 4) -> dict[str, bytes]:
-    """What NVlabs' dataset_tool.py packs: folders that only number the images."""
+    """Pack as NVlabs' dataset_tool.py does: folders that only number the images."""
     images = {f"{number // 2:05d}/img{number:08d}.png": encoded(photo(number), "PNG") for number in range(count)}
     return {**images, "dataset.json": json.dumps({"labels": labels}).encode()}
 
