@@ -3,6 +3,7 @@
 import atexit
 import functools
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from data.sources import DigitsSource, Example
 from model.autoencoder import IdentityAutoencoder
 
 GOLDEN = Path(__file__).parent / "golden"
+FULL_ERROR = "HYDRA_FULL_ERROR"
 
 # The demo's recipe on a network that a step takes milliseconds of.
 TINY_RUN = [
@@ -45,6 +47,19 @@ TINY_RUN = [
     "train/logger=none",
     "optimizer.eps=1.0e-6",  # the default turns rounding of gradients that are zero into steps of their own
 ]
+
+
+@pytest.fixture(autouse=True)
+def process_as_it_was() -> Iterator[None]:
+    """Take back what the command leaves in its process: Hydra's handlers (their streams end here), and a variable."""
+    handlers, level, variable = list(logging.root.handlers), logging.root.level, os.environ.get(FULL_ERROR)
+    yield
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+    if variable is None:
+        os.environ.pop(FULL_ERROR, None)
+    else:
+        os.environ[FULL_ERROR] = variable
 
 
 class _Silent:
@@ -173,13 +188,13 @@ class InProcess:
         from launch import cli
 
         self._monkeypatch.setattr(sys, "argv", ["ditscale", *arguments])
-        self._monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        self._monkeypatch.setenv(FULL_ERROR, "0")
         code = 0
         try:
             cli.main()
         except SystemExit as stopped:
             code = int(stopped.code or 0)
-        self._monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the command set it; later subprocesses would inherit it
+        self._monkeypatch.setenv(FULL_ERROR, "0")  # the command set it; later subprocesses would inherit it
         shown = self._capfd.readouterr()
         assert code == expect, shown.out + shown.err
         return shown.out + shown.err

@@ -92,7 +92,10 @@ def torchscript(path: Path) -> TorchScriptFeatures:
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_torchscript_file_damaged_in_any_way_is_refused_by_name(tmp_path: Path, kind: str) -> None:
     path = script(Linear(), tmp_path / "net.pt")
-    DAMAGES[kind](path)
+    if kind == "flipped bit":  # of a weight: the middle may be padding, which nobody reads
+        flip(path, 8 * path.read_bytes().index(np.full(3 * 4, 0.5, np.float32).tobytes()) + 3)
+    else:
+        DAMAGES[kind](path)
     if kind == "longer":  # of an archive the end is looked for
         torchscript(path)
     else:

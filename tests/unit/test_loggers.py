@@ -4,6 +4,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import wandb
 
 from evaluation.report.study import MEASURES
 from train.loggers import OVER_IMAGES_SEEN, WandbLogger
@@ -34,6 +35,7 @@ def test_a_machine_that_cannot_reach_wandb_is_told_of_the_offline_mode(
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
         monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+        wandb.teardown()  # a test before this one may have read the environment already
         with pytest.raises(
             ValueError,
             match=r"with WANDB_MODE=offline .which `wandb sync` sends later., or train/logger=none, the same",
