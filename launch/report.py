@@ -11,6 +11,7 @@ import numpy as np
 from data.atomic import write_bytes
 from data.locks import locked
 from data.progress import ProgressBar
+from data.reading import is_regular
 from evaluation.evaluate import distance_records
 from evaluation.generate import balanced_labels
 from evaluation.report.figures import SampleGrid, figure_8
@@ -22,6 +23,7 @@ from launch.build import LoadedCheckpoint
 from launch.components import build
 from launch.logger_settings import settle_reports_logger
 from runtime.protocol import Runtime
+from train.lines import is_cut
 from train.loggers import Logger
 from train.runfolder import RunFolder
 
@@ -32,6 +34,8 @@ def report_job(config: dict[str, Any], progress: ProgressBar) -> None:
     """Write figures, table and page, log them to the sweep's wandb group, print the rows."""
     sweep, out = Path(config["sweep"]), Path(config["out"])
     study = read_study(sweep)
+    for name in sorted({*study.records, *study.unevaluated}):
+        _warn_of_a_cut_line(RunFolder(sweep / name))
     report = write_report(study, out, _samples(config, study, progress))
     with _group_logger(config["logger"], group_of(study), out, config) as logger:
         _log_curve(logger, study)
@@ -39,6 +43,15 @@ def report_job(config: dict[str, Any], progress: ProgressBar) -> None:
         for number, picture in report.pictures.items():
             logger.log_image(f"figure_{number}", picture, step)
     print(_text(report))
+
+
+def _warn_of_a_cut_line(folder: RunFolder) -> None:
+    if is_regular(folder.evaluations) and is_cut(folder.evaluations):
+        print(
+            f"warning: {folder.evaluations} ends in the middle of a line, which the report leaves out; measure again "
+            "what it held.",
+            file=sys.stderr,
+        )
 
 
 def update_group(config: Mapping[str, Any]) -> None:

@@ -63,7 +63,7 @@ def parse_lines(content: bytes, name: str, whole: bool = False) -> list[Line]:
     return lines
 
 
-def ends_in_a_line(file: Path) -> bool:
+def is_cut(file: Path) -> bool:
     """Return whether the last line of a file was cut: by a crash, or otherwise."""
     last = read_regular(file, MAX_BYTES).rpartition(b"\n")[2]
     try:

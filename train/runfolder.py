@@ -14,7 +14,7 @@ from data.atomic import write_bytes
 from data.locks import HeldError, acquired
 from data.reading import DamagedFileError, is_regular, read_regular, read_text, reason
 from train.checkpoint import read_state_file
-from train.lines import MAX_BYTES, Line, append_record, ends_in_a_line, lines_of, parse_lines, read_lines
+from train.lines import MAX_BYTES, Line, append_record, is_cut, lines_of, parse_lines, read_lines
 from train.stores import CheckpointStore, FolderStore
 
 _CONFIG_HEAD = "# The resolved config of a run; the last line has its hash.\n"
@@ -174,7 +174,7 @@ class RunFolder:
                 "again."
             )
         notes = []
-        if is_regular(self.evaluations) and ends_in_a_line(self.evaluations):
+        if is_regular(self.evaluations) and is_cut(self.evaluations):
             notes.append(
                 f"{self.evaluations} ended in the middle of a line, which is taken away; measure again what it held."
             )

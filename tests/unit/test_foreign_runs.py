@@ -157,6 +157,8 @@ def test_a_run_folder_damaged_in_any_way_gives_a_report_or_a_sentence(
     with within(60):
         shown = in_process("report", "sweep=sweep", "out=report", "train/logger=none", expect=0 if fine else 2)
     assert ("Not evaluated, so not in the curve: a" in shown) == unevaluated
+    if name == "evaluations.jsonl" and kind == "cut":
+        assert f"warning: sweep/a/{name} ends in the middle of a line, which the report leaves out" in shown
     assert "Traceback" not in shown
     assert (tmp_path / "report/report.html").exists() == fine
     if not fine:
