@@ -3,7 +3,6 @@
 import errno
 import os
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -54,8 +53,7 @@ def run(job: str, function: JobFunction, settle: Settle | None = None) -> None:
     if any(word in HELP for word in sys.argv[1:]):
         from launch.help import help_of
 
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
-        return print(help_of(job))
+        return _print_to_its_reader(help_of(job))
     sys.argv[1:] = prepared(sys.argv[1:])
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves the reporting to us
@@ -76,6 +74,14 @@ def run(job: str, function: JobFunction, settle: Settle | None = None) -> None:
         except Exception as error:
             with secrets_hidden(task.settings):
                 _exit_with(job, error, wants_traceback)
+
+
+def _print_to_its_reader(text: str) -> None:
+    """Print a long text, of which ``| head`` may take the beginning alone."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it ends
 
 
 def _exit_with(job: str, error: Exception, wants_traceback: bool) -> NoReturn:

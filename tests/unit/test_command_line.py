@@ -1,13 +1,14 @@
 """The command line takes paths as they are, says what there is, and refuses what it would get wrong."""
 
 import re
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import TINY_RUN, InProcess
+from conftest import TINY_RUN, InProcess, command
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -85,6 +86,19 @@ def test_m_may_stand_anywhere(in_process: InProcess) -> None:
         )
         assert "Gflops" in shown
     assert in_process("plan", "model.patch_size=8,4", "--multirun", "model/size=b").count("d768") == 2
+
+
+def test_help_whose_reader_leaves_ends_without_a_word_and_leaves_signals_alone(in_process: InProcess) -> None:
+    """A process that takes the default of SIGPIPE dies when whoever it serves a file leaves early."""
+    before = signal.getsignal(signal.SIGPIPE)
+    in_process("train", "--help")
+    assert signal.getsignal(signal.SIGPIPE) == before
+    with subprocess.Popen(command("train", "--help"), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as job:
+        assert job.stdout is not None
+        job.stdout.close()
+        assert job.stderr is not None
+        assert job.stderr.read() == b""
+    assert job.returncode == 0
 
 
 def test_a_comma_in_a_path_that_exists_is_no_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
