@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data.conditions import ConditionSource, with_dropped
 from data.order import Order, positions_of_step
 from data.prefetch import DEPTH
 from data.shards import MappedShards
@@ -29,6 +30,7 @@ class TrainingBatches:
         shards: MappedShards,
         order: Order,
         autoencoder: Autoencoder,
+        conditions: ConditionSource,
         *,
         seed: int,
         batch_size: int,
@@ -43,6 +45,7 @@ class TrainingBatches:
         self.shards = shards
         self.order = order
         self.autoencoder = autoencoder
+        self.conditions = conditions
         self.seed = seed
         self.batch_size = batch_size
         self.num_timesteps = num_timesteps
@@ -65,12 +68,12 @@ class TrainingBatches:
         rows = self.order.rows_at(positions)
         draws = training_draws(self._philox, positions, shape, self.num_timesteps, self.class_dropout, self.flip)
         moments = self._moments(positions, rows, draws.flip)
-        labels = np.where(draws.drop_label, spec.num_classes, self.shards.labels[rows])
+        condition = self.conditions.of_samples(self.shards.labels[rows])
         return Batch(
-            latent=self._latents(torch.from_numpy(moments), torch.from_numpy(draws.posterior)),
-            label=torch.from_numpy(labels),
-            t=torch.from_numpy(draws.t),
+            x_0=self._latents(torch.from_numpy(moments), torch.from_numpy(draws.posterior)),
             noise=torch.from_numpy(draws.noise),
+            t=torch.from_numpy(draws.t),
+            condition=with_dropped(self.conditions, condition, draws.drop_label),
         )
 
     def _moments(

@@ -5,13 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion.batch import Condition
 from diffusion.process import GaussianDiffusion
 from diffusion.protocol import Denoiser
 from diffusion.samplers import Noise
 
 
 def dpm_solver_pp(
-    denoiser: Denoiser, process: GaussianDiffusion, noise: Noise, label: Tensor, steps: int = 25, order: int = 2
+    denoiser: Denoiser, process: GaussianDiffusion, noise: Noise, condition: Condition, steps: int = 25, order: int = 2
 ) -> Tensor:
     """DPM-Solver++ multistep (Lu et al. 2022, algorithm 2): one call of the network a step; [B, c, h, w].
 
@@ -24,26 +25,26 @@ def dpm_solver_pp(
     scheduler = DPMSolverMultistepScheduler(
         trained_betas=process.tables.betas, algorithm_type="dpmsolver++", solver_order=order
     )
-    return _run(scheduler, denoiser, process, noise, label, steps)
+    return _run(scheduler, denoiser, process, noise, condition, steps)
 
 
-def heun(denoiser: Denoiser, process: GaussianDiffusion, noise: Noise, label: Tensor, steps: int = 25) -> Tensor:
+def heun(denoiser: Denoiser, process: GaussianDiffusion, noise: Noise, condition: Condition, steps: int = 25) -> Tensor:
     """Heun's second-order method (Karras et al. 2022, algorithm 1): two calls of the network a step; [B, c, h, w]."""
     from diffusers import HeunDiscreteScheduler
 
     scheduler = HeunDiscreteScheduler(trained_betas=process.tables.betas)
-    return _run(scheduler, denoiser, process, noise, label, steps)
+    return _run(scheduler, denoiser, process, noise, condition, steps)
 
 
 def _run(
-    scheduler: Any, denoiser: Denoiser, process: GaussianDiffusion, noise: Noise, label: Tensor, steps: int
+    scheduler: Any, denoiser: Denoiser, process: GaussianDiffusion, noise: Noise, condition: Condition, steps: int
 ) -> Tensor:
     """Drive a scheduler of diffusers. Its timesteps stay on the host, so nothing is read from the device."""
     scheduler.set_timesteps(steps)
     x = noise(0) * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
-        network_t = torch.full(label.shape, float(t), device=label.device)
-        output = denoiser(scheduler.scale_model_input(x, t), network_t, label).float()
+        network_t = torch.full((len(x),), float(t), device=x.device)
+        output = denoiser(scheduler.scale_model_input(x, t), network_t, condition).float()
         predicted, _ = process.variance.split(output, x.shape[1])
         x = scheduler.step(predicted, t, x).prev_sample
     return x

@@ -1,16 +1,19 @@
 """Guidance wraps a denoiser and is itself one."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from diffusion.batch import Condition
 from diffusion.protocol import Denoiser
 
 Channels = int | Literal["all"]
+Null = Callable[[Condition], Condition]  # the dropped condition, of as many rows on the same device
 
 
-def unguided(denoiser: Denoiser, num_classes: int, latent_channels: int) -> Denoiser:
+def unguided(denoiser: Denoiser, null: Null, latent_channels: int) -> Denoiser:
     """No guidance: the denoiser itself, at half the cost of scale 1."""
     return denoiser
 
@@ -29,7 +32,7 @@ class ClassifierFreeGuidance:
     def __init__(
         self,
         denoiser: Denoiser,
-        num_classes: int,
+        null: Null,
         latent_channels: int,
         scale: float = 1.0,
         channels: Channels = "all",
@@ -39,16 +42,17 @@ class ClassifierFreeGuidance:
         if t_max is not None and t_max < t_min:
             raise ValueError(f"guidance.t_max {t_max} is below guidance.t_min {t_min}; no step would be guided.")
         self.denoiser = denoiser
-        self.null_class = num_classes
+        self.null = null
         self.scale = scale
         self.num_guided = _num_guided(scale, channels, latent_channels)
         self.t_min = t_min
         self.t_max = t_max
 
-    def __call__(self, x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        """[B, c, h, w], [B], [B] int64 -> [B, 2c or c, h, w], as the denoiser's."""
-        null = torch.full_like(label, self.null_class)
-        both = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([label, null]))
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """[B, c, h, w], [B], a condition of B rows -> [B, 2c or c, h, w], as the denoiser's."""
+        null = self.null(condition)
+        twice = {name: torch.cat([value, null[name]]) for name, value in condition.items()}
+        both = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), twice)
         conditional, unconditional = both.float().chunk(2)
         return _extrapolated(conditional, unconditional, self._scale_at(t), self.num_guided)
 
@@ -61,7 +65,7 @@ class ClassifierFreeGuidance:
 
 
 class Autoguidance:
-    """Guidance by a worse version of the model: eps = eps_guide + scale (eps - eps_guide), both with the label.
+    """Guidance by a worse version of the model: eps = eps_guide + scale (eps - eps_guide), both with the condition.
 
     Source: Karras et al. 2024, "Guiding a diffusion model with a bad version of itself", equation 2.
     ``guide`` is another denoiser of the same latents: a smaller model, or one trained for less.
@@ -70,7 +74,7 @@ class Autoguidance:
     def __init__(
         self,
         denoiser: Denoiser,
-        num_classes: int,
+        null: Null,
         latent_channels: int,
         guide: Denoiser,
         scale: float = 1.0,
@@ -81,11 +85,11 @@ class Autoguidance:
         self.scale = scale
         self.num_guided = _num_guided(scale, channels, latent_channels)
 
-    def __call__(self, x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        """[B, c, h, w], [B], [B] int64 -> [B, 2c or c, h, w], as the denoiser's."""
-        good = self.denoiser(x_t, t, label).float()
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """[B, c, h, w], [B], a condition of B rows -> [B, 2c or c, h, w], as the denoiser's."""
+        good = self.denoiser(x_t, t, condition).float()
         scale = torch.full((len(t), 1, 1, 1), self.scale, device=t.device)
-        return _extrapolated(good, self.guide(x_t, t, label).float(), scale, self.num_guided)
+        return _extrapolated(good, self.guide(x_t, t, condition).float(), scale, self.num_guided)
 
 
 def _num_guided(scale: float, channels: Channels, latent_channels: int) -> int:

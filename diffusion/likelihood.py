@@ -5,14 +5,15 @@ import math
 import torch
 from torch import Tensor
 
+from diffusion.batch import Condition
 from diffusion.losses import gaussian_kl, vlb_term
 from diffusion.process import Gaussian, GaussianDiffusion
 from diffusion.protocol import Denoiser
-from diffusion.samplers import Noise
+from diffusion.samplers import Noise, step_of_rows
 
 
 def bits_per_dimension(
-    denoiser: Denoiser, process: GaussianDiffusion, x_0: Tensor, label: Tensor, noise: Noise
+    denoiser: Denoiser, process: GaussianDiffusion, x_0: Tensor, condition: Condition, noise: Noise
 ) -> Tensor:
     """Upper bound on the negative log-likelihood of x_0 [B, c, h, w]: [B] bits per dimension.
 
@@ -21,9 +22,9 @@ def bits_per_dimension(
     """
     total = prior_bits(process, x_0)
     for step in reversed(range(process.num_steps)):
-        t = torch.full_like(label, step)
+        t = step_of_rows(x_0, step)
         x_t = process.q_sample(x_0, t, noise(step))
-        total = total + vlb_term(process, denoiser(x_t, process.timesteps[t], label), x_0, x_t, t)
+        total = total + vlb_term(process, denoiser(x_t, process.timesteps[t], condition), x_0, x_t, t)
     return total
 
 

@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from diffusion.batch import Condition
 from diffusion.process import GaussianDiffusion
 from diffusion.protocol import Denoiser
 from diffusion.respacing import Steps, kept_steps
@@ -21,16 +22,21 @@ class Noise(Protocol):
 class Sampler(Protocol):
     """Takes noise to samples."""
 
-    def __call__(self, denoiser: Denoiser, process: GaussianDiffusion, noise: Noise, label: Tensor) -> Tensor:
-        """[B] int64 labels -> [B, c, h, w] float32 samples of x_0."""
+    def __call__(self, denoiser: Denoiser, process: GaussianDiffusion, noise: Noise, condition: Condition) -> Tensor:
+        """Return [B, c, h, w] float32 samples of x_0; the noise has the number of rows, the condition as many."""
         ...
+
+
+def step_of_rows(x: Tensor, step: int) -> Tensor:
+    """Return a step as the t of every row of x: [B] int64."""
+    return torch.full((len(x),), step, dtype=torch.int64, device=x.device)
 
 
 def ddpm(
     denoiser: Denoiser,
     process: GaussianDiffusion,
     noise: Noise,
-    label: Tensor,
+    condition: Condition,
     steps: Steps = 250,
 ) -> Tensor:
     """Ancestral sampling over respaced ``steps`` (Ho et al. 2020, algorithm 2): [B, c, h, w].
@@ -40,8 +46,8 @@ def ddpm(
     respaced = process.respace(kept_steps(process.num_steps, steps))
     x = noise(0)
     for draw, step in enumerate(reversed(range(respaced.num_steps)), start=1):
-        t = torch.full_like(label, step)
-        reverse = respaced.p_reverse(denoiser(x, respaced.timesteps[t], label), x, t)
+        t = step_of_rows(x, step)
+        reverse = respaced.p_reverse(denoiser(x, respaced.timesteps[t], condition), x, t)
         x = reverse.mean
         if step > 0:  # the last step returns the mean
             x = x + torch.exp(0.5 * reverse.log_variance) * noise(draw)
@@ -52,7 +58,7 @@ def ddim(
     denoiser: Denoiser,
     process: GaussianDiffusion,
     noise: Noise,
-    label: Tensor,
+    condition: Condition,
     steps: Steps = 50,
     eta: float = 0.0,
 ) -> Tensor:
@@ -65,8 +71,8 @@ def ddim(
     respaced = process.respace(kept_steps(process.num_steps, steps))
     x = noise(0)
     for draw, step in enumerate(reversed(range(respaced.num_steps)), start=1):
-        t = torch.full_like(label, step)
-        output = denoiser(x, respaced.timesteps[t], label).float()
+        t = step_of_rows(x, step)
+        output = denoiser(x, respaced.timesteps[t], condition).float()
         predicted, _ = respaced.variance.split(output, x.shape[1])
         alpha, previous = respaced.table("alphas_cumprod", t), respaced.table("alphas_cumprod_prev", t)
         sigma = eta * torch.sqrt((1 - previous) / (1 - alpha)) * torch.sqrt(1 - alpha / previous)

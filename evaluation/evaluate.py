@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from data.conditions import ConditionSource
 from data.progress import ProgressBar
+from diffusion.batch import Condition
 from evaluation.chunks import Chunk, ChunkStore, chunks_of
 from evaluation.collectors import Collects, start_all
 from evaluation.features import FeatureExtractor, Features, require_finite
 from evaluation.frechet import FrechetDistance
-from evaluation.generate import Generator, balanced_labels, random_labels
+from evaluation.generate import Generator
 from evaluation.image_files import ImageFiles, NoFiles
 from evaluation.metrics import Metric
 from evaluation.references import Reference
@@ -41,11 +43,11 @@ class MeasurementProtocol:
                 f"evaluation.num_images is {self.num_images}, but a covariance needs at least 2; set it higher."
             )
 
-    def labels_of(self, num_classes: int) -> NDArray[np.int64]:
-        """Label of each image, [num_images]."""
+    def condition_of(self, conditions: ConditionSource) -> Condition:
+        """Return the condition of all images."""
         if self.labels == "balanced":
-            return balanced_labels(self.num_images, num_classes)
-        return random_labels(self.num_images, num_classes, self.sampling_seed)
+            return conditions.in_turn(self.num_images)
+        return conditions.random(self.num_images, self.sampling_seed)
 
 
 @dataclass(frozen=True)
@@ -80,23 +82,25 @@ class Evaluator:
         protocol, runtime = self.protocol, generator.runtime
         runtime.require_same({"feature extractor": self.extractor.hash, "reference": self.reference.hash})
         store, files = store or ChunkStore(), files or NoFiles()
-        labels = protocol.labels_of(generator.spec.num_classes)
+        condition = protocol.condition_of(generator.conditions)
+        classes = generator.conditions.classes(condition)
         collectors = start_all([metric.collects for metric in self.metrics.values()], protocol.num_images)
         recognition = _Recognition()
         files.start(store.plan, runtime.is_main)
         runtime.wait()
         with progress("evaluate", 0, protocol.num_images, "img") as bar:
             for chunk in self._rounds(runtime.data_rank, runtime.data_world):
-                features = self._features_of(chunk, generator, labels, store, files)
+                features = self._features_of(chunk, generator, condition, store, files)
                 if chunk is None or features is None:
                     continue
                 for collector in collectors.values():
                     collector.add(chunk.indices, features)
-                recognition.add(labels[chunk.indices], features)
+                if classes is not None:
+                    recognition.add(classes[chunk.indices], features)
                 bar.update((chunk.last - chunk.first) * runtime.data_world)
         runtime.wait()  # until the files of all processes are there
         if runtime.is_main:
-            files.finish(chunks_of(protocol.num_images, self.batch_size, 0, 1), labels)
+            files.finish(chunks_of(protocol.num_images, self.batch_size, 0, 1), classes)
         collected = {kind: collector.merged(runtime.gather) for kind, collector in collectors.items()}
         numbers = _shared(
             lambda: self._numbers(collected, exact_device(runtime.device)), runtime.is_main, runtime.gather
@@ -115,7 +119,7 @@ class Evaluator:
         self,
         chunk: Chunk | None,
         generator: Generator,
-        labels: NDArray[np.int64],
+        condition: Condition,
         store: ChunkStore,
         files: ImageFiles,
     ) -> Features | None:
@@ -130,7 +134,7 @@ class Evaluator:
             return kept
         indices = chunk.indices if chunk is not None else np.empty(0, np.int64)
         at_most = min(self.batch_size, self.protocol.num_images)
-        images = generator.images_in_step(indices, labels[indices], at_most)
+        images = generator.images_in_step(indices, condition, at_most)
         if chunk is None or not wants:
             return kept
         features = require_finite(self.extractor(images), self.extractor)

@@ -8,7 +8,7 @@ import numpy as np
 
 from data.reading import is_regular
 from evaluation.chunks import ChunkStore, TrainingChunks
-from evaluation.generate import Generator, balanced_labels
+from evaluation.generate import Generator
 from evaluation.grid import save_grid
 from runtime.protocol import Metrics, Runtime
 from train.hooks import due
@@ -75,7 +75,8 @@ class SampleGridHook(_CatchingUpHook):
 
     def act(self, state: TrainState) -> None:
         """Draw on all processes, write on the main one."""
-        images = self._generator.all_images(balanced_labels(self._count, self._columns), self._count)
+        condition = self._generator.conditions.in_turn(self._count, self._columns)
+        images = self._generator.all_images(condition, self._count, self._count)
         if not self._runtime.is_main:
             return
         path = self._folder.grid(state.step)

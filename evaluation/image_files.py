@@ -48,8 +48,8 @@ class ImageFiles(Protocol):
         """Images [n, H, W, C] of a chunk."""
         ...
 
-    def finish(self, chunks: list[Chunk], labels: NDArray[np.int64]) -> None:
-        """All chunks are written. Called on the main process only."""
+    def finish(self, chunks: list[Chunk], classes: NDArray[np.int64] | None) -> None:
+        """All chunks are written, of images of these classes. Called on the main process only."""
         ...
 
 
@@ -66,12 +66,12 @@ class NoFiles:
     def write(self, chunk: Chunk, images: NDArray[np.uint8]) -> None:
         """Do nothing."""
 
-    def finish(self, chunks: list[Chunk], labels: NDArray[np.int64]) -> None:
+    def finish(self, chunks: list[Chunk], classes: NDArray[np.int64] | None) -> None:
         """Do nothing."""
 
 
 class NpzFile:
-    """``arr_0`` uint8 [N, H, W, C] and ``arr_1`` int64 labels [N], as ADM's evaluator reads.
+    """``arr_0`` uint8 [N, H, W, C] and ``arr_1`` int64 labels [N], where there are some, as ADM's evaluator reads.
 
     Chunks wait in ``{path}.parts``, each with a record of its hash; a damaged one is generated again.
     """
@@ -110,12 +110,13 @@ class NpzFile:
         """Write one part."""
         write_kept(self._part(chunk), npy_of(images), self._identity(chunk))
 
-    def finish(self, chunks: list[Chunk], labels: NDArray[np.int64]) -> None:
+    def finish(self, chunks: list[Chunk], classes: NDArray[np.int64] | None) -> None:
         """Put the parts together and delete them. Raises ValueError where one was damaged since it was written."""
         first = self._last_read(chunks[0])
         others = (self._last_read(chunk) for chunk in chunks[1:])
-        images = Blocks((len(labels), *first.shape[1:]), np.dtype(np.uint8), itertools.chain([first], others))
-        write_npz(self._path, {"arr_0": images, "arr_1": labels})
+        images = Blocks((chunks[-1].last, *first.shape[1:]), np.dtype(np.uint8), itertools.chain([first], others))
+        labels = {} if classes is None else {"arr_1": classes}
+        write_npz(self._path, {"arr_0": images, **labels})
         rmtree(self._parts)
 
     def _last_read(self, chunk: Chunk) -> NDArray[np.uint8]:
@@ -199,5 +200,5 @@ class PngFiles:
         record = asdict(_Pictures(self._plan, chunk.first, chunk.last, tuple(hashes)))
         write_bytes(self._record(chunk), json.dumps(seal(record)).encode())
 
-    def finish(self, chunks: list[Chunk], labels: NDArray[np.int64]) -> None:
+    def finish(self, chunks: list[Chunk], classes: NDArray[np.int64] | None) -> None:
         """Do nothing: the pictures are there already."""

@@ -7,6 +7,7 @@ import torch
 
 from data.progress import ProgressBar
 from data.shards import MappedShards
+from diffusion.batch import mapped
 from diffusion.draws import Philox, Purpose, draw_noise
 from diffusion.likelihood import bits_per_dimension
 from evaluation.generate import Generator, equal_rounds
@@ -53,7 +54,7 @@ def _bits_of(generator: Generator, shards: MappedShards, rows: np.ndarray) -> np
     posterior = torch.from_numpy(draw_noise(philox, rows, 0, shape, Purpose.POSTERIOR))
     moments = torch.from_numpy(shards.gather(rows, np.zeros(len(rows), dtype=bool)))
     x_0 = runtime.put(generator.autoencoder.draw(moments, posterior))
-    label = runtime.put(torch.from_numpy(shards.labels[rows]))
+    condition = mapped(generator.conditions.of_samples(shards.labels[rows]), runtime.put)
     with runtime.autocast():
-        bits = bits_per_dimension(runtime.inference(generator.denoiser), generator.process, x_0, label, noise)
+        bits = bits_per_dimension(runtime.inference(generator.denoiser), generator.process, x_0, condition, noise)
     return runtime.rows(bits).double().numpy()

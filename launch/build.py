@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from data.cache import Cache
+from data.conditions import ConditionSource
 from data.images import Preparation
 from data.manifest import LatentSpec, Manifest
 from data.plan import latent_spec
@@ -40,14 +41,12 @@ from train.stores import STATE_FILE
 
 CHUNKS = "chunks"  # folder in a run's, of what a killed evaluation had finished
 _OF_THE_RUN = ("batch_size", "class_dropout", "seed")  # settings that its evaluations tell of
-_FROM_MANIFEST = {"latent_size": "latent_size", "channels": "channels", "num_classes": "num_classes"}
 
 
-def fill_model(model: Mapping[str, Any], spec: LatentSpec) -> dict[str, Any]:
+def fill_model(model: Mapping[str, Any], spec: LatentSpec, conditions: ConditionSource) -> dict[str, Any]:
     """The model's section with what the manifest decides. ValueError where the config says otherwise."""
     filled = dict(model)
-    for key, field in _FROM_MANIFEST.items():
-        found = getattr(spec, field)
+    for key, found in _facts_of_data(spec, conditions).items():
         if filled.get(key) not in (None, found):
             raise ValueError(
                 f"model.{key} is {filled[key]}, but the shards have {found}; leave model.{key} out, or point "
@@ -55,6 +54,17 @@ def fill_model(model: Mapping[str, Any], spec: LatentSpec) -> dict[str, Any]:
             )
         filled[key] = found
     return filled
+
+
+def _facts_of_data(spec: LatentSpec, conditions: ConditionSource) -> dict[str, int]:
+    """Return what of a model's section follows from the data."""
+    return {"latent_size": spec.latent_size, "channels": spec.channels, "num_classes": conditions.num_classes}
+
+
+def condition_source(section: Mapping[str, Any], spec: LatentSpec) -> ConditionSource:
+    """Return what makes the conditions of data, by the ``condition`` of a config."""
+    source: ConditionSource = build(section)(num_classes=spec.num_classes)
+    return source
 
 
 def expected_spec(data: Mapping[str, Any], manifest: Manifest) -> tuple[Autoencoder, LatentSpec]:
@@ -124,6 +134,7 @@ def build_generator(
     process: GaussianDiffusion,
     autoencoder: Autoencoder,
     spec: LatentSpec,
+    conditions: ConditionSource,
     seed: int,
     runtime: Runtime,
     class_dropout: float,
@@ -140,9 +151,9 @@ def build_generator(
         )
     section = dict(config["guidance"])
     others = {"guide": runtime.place(load_model(section.pop("guide"), "ema")).eval()} if "guide" in section else {}
-    denoiser = build(section)(model, num_classes=spec.num_classes, latent_channels=spec.channels, **others)
+    denoiser = build(section)(model, null=conditions.null, latent_channels=spec.channels, **others)
     sampler = build(config["sampler"])
-    return Generator(denoiser, process, autoencoder.to(runtime.device), sampler, spec, seed, runtime)
+    return Generator(denoiser, process, autoencoder.to(runtime.device), sampler, spec, conditions, seed, runtime)
 
 
 def build_extractor(section: Mapping[str, Any], runtime: Runtime) -> FeatureExtractor:
@@ -270,6 +281,7 @@ class LoadedCheckpoint:
     step: int
     images_seen: int
     spec: LatentSpec
+    conditions: ConditionSource
     model: DiT
     process: GaussianDiffusion
     autoencoder: Autoencoder
@@ -304,7 +316,10 @@ class LoadedCheckpoint:
         autoencoder: Autoencoder = build_saved(component(config, "data.autoencoder", said_by), said_by)
         _require_autoencoder(path, spec, autoencoder)
         process: GaussianDiffusion = build_saved(component(config, "diffusion", said_by), said_by)
-        _require_model_of(spec, component(config, "model", said_by), said_by)
+        conditions: ConditionSource = build_saved(component(config, "condition", said_by), said_by)(
+            num_classes=spec.num_classes
+        )
+        _require_model_of(spec, conditions, component(config, "model", said_by), said_by)
         batch_size, class_dropout, seed = (setting(config, name, said_by) for name in _OF_THE_RUN)
         model = _model_at(sources, weights)
         return cls(
@@ -313,6 +328,7 @@ class LoadedCheckpoint:
             step=state["step"],
             images_seen=state["step"] * batch_size,
             spec=spec,
+            conditions=conditions,
             model=runtime.place(model).eval().requires_grad_(False),
             process=runtime.place(process),
             autoencoder=autoencoder.to(runtime.device),
@@ -327,7 +343,15 @@ class LoadedCheckpoint:
     def generator(self, config: Mapping[str, Any], seed: int, runtime: Runtime) -> Generator:
         """Images of this checkpoint with the job's sampler and guidance."""
         return build_generator(
-            config, self.model, self.process, self.autoencoder, self.spec, seed, runtime, self.class_dropout
+            config,
+            self.model,
+            self.process,
+            self.autoencoder,
+            self.spec,
+            self.conditions,
+            seed,
+            runtime,
+            self.class_dropout,
         )
 
 
@@ -343,9 +367,9 @@ def _require_autoencoder(path: Path, spec: LatentSpec, autoencoder: Autoencoder)
         )
 
 
-def _require_model_of(spec: LatentSpec, section: Mapping[str, Any], said_by: str) -> None:
-    for key, field in _FROM_MANIFEST.items():
-        theirs, ours = section.get(key), getattr(spec, field)
+def _require_model_of(spec: LatentSpec, conditions: ConditionSource, section: Mapping[str, Any], said_by: str) -> None:
+    for key, ours in _facts_of_data(spec, conditions).items():
+        theirs = section.get(key)
         if theirs != ours:
             raise ValueError(f"{said_by} is not loaded: its model.{key} is {theirs!r}, but its latents have {ours}.")
 

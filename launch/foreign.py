@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from data.conditions import ClassLabels
 from data.images import ExactSize, Preparation
 from data.plan import latent_spec
 from data.remote import is_remote
@@ -117,6 +118,7 @@ def load_foreign(config: Mapping[str, Any], runtime: Runtime) -> LoadedCheckpoin
         step=0,
         images_seen=0,
         spec=latent_spec(Path(where).name, model.config.num_classes, autoencoder, preparation, flip=False),
+        conditions=ClassLabels(model.config.num_classes),
         model=runtime.place(model).eval().requires_grad_(False),
         process=runtime.place(process),
         autoencoder=autoencoder.to(runtime.device),

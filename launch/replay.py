@@ -12,13 +12,14 @@ import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from numpy.typing import NDArray
 
+from data.conditions import ConditionSource
 from data.manifest import Manifest
 from data.order import positions_of_step
 from data.prefetch import prefetch
 from data.progress import ProgressBar
 from data.shards import MappedShards
 from diffusion.batch import Batch
-from launch.build import build_shards, expected_spec
+from launch.build import build_shards, condition_source, expected_spec
 from launch.check import check_targets
 from launch.components import build
 from launch.data_settings import require_shards
@@ -49,16 +50,17 @@ def replay_job(config: dict[str, Any]) -> None:
             f"The run of {dump.path} trained on shards with manifest {dump.data_manifest_hash[:12]}, but "
             f"{settings['data']['shards']} has {manifest.hash[:12]}; give data.shards=... where the old ones are."
         )
+    conditions = condition_source(settings["condition"], manifest.spec)
     runtime: Runtime = build(settings["runtime"], precision=settings["precision"])
     runtime.require_same(facts_of_process(settings))
     runtime.require_batch(settings["batch_size"])
     shards, progress = build_shards(settings["data"]), make_progress(settings["name"], enabled=runtime.is_main)
     try:
         with runtime.together():
-            found, whole = _replayed(dump, settings, manifest, shards, runtime, progress)
+            found, whole = _replayed(dump, settings, manifest, conditions, shards, runtime, progress)
         if runtime.is_main:
             rows = build(settings["data"]["order"])(settings["seed"], shards.counts).rows_at(_positions(dump))
-            print("\n".join(_report(dump, found, whole, shards, rows.tolist())))
+            print("\n".join(_report(dump, found, whole, conditions, shards, rows.tolist())))
     finally:
         shards.close()
     if not found.not_finite:
@@ -93,6 +95,7 @@ def _replayed(
     dump: Dump,
     settings: Mapping[str, Any],
     manifest: Manifest,
+    conditions: ConditionSource,
     shards: MappedShards,
     runtime: Runtime,
     progress: ProgressBar,
@@ -111,13 +114,13 @@ def _replayed(
     step = runtime.step(
         make_step(model, state.optimizer, state.ema, process, runtime, settings["max_grad_norm"], guard)
     )
-    mine = training_batches(settings, shards, autoencoder, process, runtime.data_rank, runtime.data_world)
+    mine = training_batches(settings, shards, autoencoder, conditions, process, runtime.data_rank, runtime.data_world)
     follow = FollowHook(settings["log_every"], dump.step - 1, runtime, guard, progress)
     try:
         train(state, step, prefetch(mine.from_step(state.step, dump.step - 1)), runtime, [follow])
     except DivergedError as error:
         raise FloatingPointError(_unlike(dump, str(error), settings, runtime)) from error
-    whole = training_batches(settings, shards, autoencoder, process, rank=0, world=1).batch(dump.step - 1)
+    whole = training_batches(settings, shards, autoencoder, conditions, process, rank=0, world=1).batch(dump.step - 1)
     findings = Replay(model, state, step, process, runtime).examine(mine.batch(dump.step - 1), whole, progress)
     return findings, whole
 
@@ -137,14 +140,16 @@ def _unlike(dump: Dump, what: str, settings: Mapping[str, Any], runtime: Runtime
     )
 
 
-def _report(dump: Dump, found: Findings, whole: Batch, shards: MappedShards, rows: list[int]) -> list[str]:
+def _report(
+    dump: Dump, found: Findings, whole: Batch, conditions: ConditionSource, shards: MappedShards, rows: list[int]
+) -> list[str]:
     """The findings in lines; ``rows`` of the shards are the batch ``whole``."""
     positions = _positions(dump)
     metrics = {name: value for name, value in found.metrics.items() if "/" not in name}
     return [
         f"{dump.path}: step {dump.step}, the positions {positions[0]} to {positions[-1]}",
         "  " + ", ".join(f"{name} {value:.6g}" for name, value in metrics.items()),
-        *_samples(found, whole, shards, rows, positions.tolist()),
+        *_samples(found, whole, conditions, shards, rows, positions.tolist()),
         _first("outputs of modules", found.passes.activations, "in the order of the forward pass"),
         _first("norms of gradients", found.passes.gradients, "from the loss backwards"),
         _first("norms of weights after the update", found.weights, "in the order of the model"),
@@ -152,7 +157,12 @@ def _report(dump: Dump, found: Findings, whole: Batch, shards: MappedShards, row
 
 
 def _samples(
-    found: Findings, whole: Batch, shards: MappedShards, rows: list[int], positions: list[int]
+    found: Findings,
+    whole: Batch,
+    conditions: ConditionSource,
+    shards: MappedShards,
+    rows: list[int],
+    positions: list[int],
 ) -> Iterator[str]:
     """Those at fault, with what the step saw of them."""
     what = "loss" if not np.isfinite(found.passes.losses).all() else "gradient of its own"
@@ -160,13 +170,14 @@ def _samples(
         yield f"samples: no sample alone has a loss or gradient that is not finite ({len(rows)} looked at)"
         return
     yield f"samples: {len(found.samples)} of {len(rows)} with a {what} that is not finite"
-    names, null_class = shards.source_ids, shards.manifest.spec.num_classes
+    names, null = shards.source_ids, conditions.null(whole.condition)
     for index in found.samples[:MAX_NAMED]:
-        label, dropped = shards.labels[rows[index]], " (dropped)" if whole["label"][index] == null_class else ""
+        dropped = null and all(value[index].equal(null[name][index]) for name, value in whole.condition.items())
+        label = f"{shards.labels[rows[index]]}{' (dropped)' if dropped else ''}"
         yield (
-            f"  position {positions[index]}: image {names[rows[index]]}, label {label}{dropped}, "
-            f"t {whole['t'][index]}, loss {found.passes.losses[index]:.6g}, "
-            f"largest |x_0| {whole['latent'][index].abs().max():.6g}"
+            f"  position {positions[index]}: image {names[rows[index]]}, label {label}, "
+            f"t {whole.t[index]}, loss {found.passes.losses[index]:.6g}, "
+            f"largest |x_0| {whole.x_0[index].abs().max():.6g}"
         )
     if len(found.samples) > MAX_NAMED:
         yield f"  and {len(found.samples) - MAX_NAMED} more"

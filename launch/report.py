@@ -13,7 +13,6 @@ from data.locks import locked
 from data.progress import ProgressBar
 from data.reading import is_regular
 from evaluation.evaluate import distance_records
-from evaluation.generate import balanced_labels
 from evaluation.report.figures import SampleGrid, figure_8
 from evaluation.report.study import Study, read_study
 from evaluation.report.style import block_name, content_of, styled
@@ -130,7 +129,7 @@ def _samples(config: Mapping[str, Any], study: Study, progress: ProgressBar) -> 
             except ValueError as error:
                 return f"{error}"
             generator = checkpoint.generator(config, config["seed"], runtime)
-            rows.append(generator.all_images(balanced_labels(count, checkpoint.spec.num_classes), count))
+            rows.append(generator.all_images(generator.conditions.in_turn(count), count, count))
             names.append(name)
             bar.update(1)
     if len({images.shape for images in rows}) > 1:

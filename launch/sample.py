@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from data.atomic import atomic_file
+from data.conditions import ClassLabels
 from data.progress import ProgressBar
-from evaluation.generate import balanced_labels, given_labels
+from diffusion.batch import Condition
 from evaluation.grid import save_grid
 from launch.app import run
 from launch.build import LoadedCheckpoint
@@ -23,38 +24,44 @@ GRID_IMAGES = 100  # a picture with more is no longer looked at
 
 
 def sample_job(config: dict[str, Any], progress: ProgressBar) -> None:
-    """Write ``{out}.png`` and ``{out}.npz`` (``arr_0`` uint8 [N, H, W, C], ``arr_1`` int64 labels [N])."""
+    """Write ``{out}.png`` and ``{out}.npz`` (``arr_0`` uint8 [N, H, W, C], ``arr_1`` int64 [N] labels, if any)."""
     runtime: Runtime = build(config["runtime"], precision=config["precision"])
     if is_foreign(config["checkpoint"]):
         checkpoint = load_foreign(config, runtime)
     else:
         checkpoint = LoadedCheckpoint.load(config["checkpoint"], config["weights"], runtime)
-    count, num_classes = config["num_images"], checkpoint.spec.num_classes
-    if config["labels"] is None:
-        labels = balanced_labels(count, num_classes)
-    else:
-        numbers = [class_number(label, checkpoint.class_names) for label in config["labels"]]
-        labels = given_labels(numbers, count, num_classes)
-        _require_known(numbers, checkpoint)
+    count, conditions = config["num_images"], checkpoint.conditions
+    condition = conditions.in_turn(count) if config["labels"] is None else _given(config["labels"], count, checkpoint)
     if checkpoint.note is not None and runtime.is_main:
         print(f"note: {checkpoint.note}", file=sys.stderr)
     generator = checkpoint.generator(config, config["seed"], runtime)
     parts = []
     with progress("sample", 0, count, "img") as bar:
-        for indices, images in generator.batches(labels, config["batch_size"]):
+        for indices, images in generator.batches(condition, count, config["batch_size"]):
             parts.append(images)
             bar.update(len(indices) * runtime.data_world)
     images = runtime.gather(_concatenate(parts, checkpoint))
     if not runtime.is_main:
         return
     out = Path(config["out"] or checkpoint.run_dir / "samples" / _name(config, checkpoint))
+    classes = conditions.classes(condition)
     with atomic_file(out.with_name(out.name + ".npz")) as file:
-        np.savez(file, images, labels)  # numpy names them arr_0 and arr_1, as ADM's evaluator expects
+        # numpy names them arr_0 and arr_1, as ADM's evaluator expects
+        np.savez(file, images, *([] if classes is None else [classes]))
     shown = images[:GRID_IMAGES]
-    columns = min(num_classes if config["labels"] is None else 10, 10, len(shown))
+    columns = min(conditions.num_classes if config["labels"] is None and conditions.num_classes else 10, 10, len(shown))
     save_grid(out.with_name(out.name + ".png"), shown, columns)
     which = f" ({config['weights']} weights)" if checkpoint.step else ""
     print(f"{count} images of {checkpoint.path}{which}: {out}.npz and {out}.png")
+
+
+def _given(labels: Sequence[Any], count: int, checkpoint: LoadedCheckpoint) -> Condition:
+    """Return the condition of given classes. Raises ValueError for one that the network does not know."""
+    if not isinstance(checkpoint.conditions, ClassLabels):
+        raise ValueError(f"labels is given, but {checkpoint.path} was trained without classes; leave it out.")
+    numbers = [class_number(label, checkpoint.class_names) for label in labels]
+    _require_known(numbers, checkpoint)
+    return checkpoint.conditions.given(numbers, count)
 
 
 def class_number(label: Any, class_names: Sequence[str]) -> int:

@@ -12,8 +12,12 @@ from launch.schema import TrainSchema
 
 # Components that the replay of a step builds out of a dump's config.
 REPLAYED = frozenset(
-    {"model", "diffusion", "optimizer", "ema", "runtime", "data.autoencoder", "data.crop", "data.order"}
+    {"condition", "model", "diffusion", "optimizer", "ema", "runtime", "data.autoencoder", "data.crop", "data.order"}
 )
+
+
+# Sections that earlier versions did not write, as they were understood then.
+EARLIER: dict[str, Any] = {"condition": {"_target_": "data.conditions.ClassLabels", "_partial_": True}}
 
 
 def setting(config: Mapping[str, Any], name: str, said_by: str) -> Any:
@@ -26,7 +30,7 @@ def setting(config: Mapping[str, Any], name: str, said_by: str) -> Any:
 
 def component(config: Mapping[str, Any], place: str, said_by: str) -> dict[str, Any]:
     """Return the section of a component, such as ``data.autoencoder``. Raises ValueError; see `from_file`."""
-    section: Any = config
+    section: Any = {**EARLIER, **config}
     for key in place.split("."):
         section = section.get(key) if isinstance(section, Mapping) else None
     return from_file(section, place, said_by)
@@ -37,7 +41,7 @@ def whole_config(config: Mapping[str, Any], said_by: str, built: Collection[str]
 
     Raises ValueError that names the file and the setting.
     """
-    return _section(config, TrainSchema, "", said_by, built)
+    return _section({**EARLIER, **config}, TrainSchema, "", said_by, built)
 
 
 def _section(

@@ -79,6 +79,7 @@ class TrainSchema:
     """``ditscale train``. The defaults are the paper's recipe."""
 
     data: DataSchema = field(default_factory=DataSchema)
+    condition: Any = MISSING  # what samples are conditioned on
     model: Any = MISSING
     diffusion: Any = MISSING
     optimizer: Any = MISSING

@@ -19,13 +19,23 @@ from evaluation.evaluate import distance_records
 from evaluation.generate import Generator
 from evaluation.hooks import EvaluationHook, SampleGridHook
 from launch.app import run
-from launch.build import CHUNKS, build_evaluator, build_generator, build_shards, expected_spec, fill_model, model_facts
+from launch.build import (
+    CHUNKS,
+    build_evaluator,
+    build_generator,
+    build_shards,
+    condition_source,
+    expected_spec,
+    fill_model,
+    model_facts,
+)
 from launch.check import check_readers, check_train_scalars
 from launch.components import build
 from launch.data_settings import require_shards, settle_by_shards
 from launch.facts import facts_of_process
 from launch.logger_settings import settle_logger
 from launch.replay import replay_job
+from launch.saved_configs import EARLIER
 from launch.training import new_state, spike_guard, training_batches
 from model.checkpointing import checkpoint_blocks
 from model.dit import DiT
@@ -56,7 +66,8 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
     manifest = Manifest.load(config["data"]["shards"])
     autoencoder, spec = expected_spec(config["data"], manifest)
     require_shards(manifest, spec, config["data"]["shards"])
-    config["model"] = fill_model(config["model"], spec)
+    conditions = condition_source(config["condition"], spec)
+    config["model"] = fill_model(config["model"], spec, conditions)
 
     runtime: Runtime = build(config["runtime"], precision=config["precision"])
     runtime.require_same(facts_of_process(config))
@@ -71,12 +82,13 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
         process,
         autoencoder,
         spec,
+        conditions,
         config["evaluation"]["seed"],
         runtime,
         config["class_dropout"],
     )
     shards = build_shards(config["data"])
-    batches = training_batches(config, shards, autoencoder, process, runtime.data_rank, runtime.data_world)
+    batches = training_batches(config, shards, autoencoder, conditions, process, runtime.data_rank, runtime.data_world)
     stopped = False
     with runtime.together(), folder.locked() if runtime.is_main else nullcontext(), StopSignals() as signals:
         kept = redacted_config(config)  # no file of the run gets to see more
@@ -131,7 +143,7 @@ def _leave_for_requeue(folder: RunFolder, state: TrainState, runtime: Runtime) -
 def _require_this_run(folder: RunFolder, config: Mapping[str, Any], runtime: Runtime) -> None:
     """The main process finds that the folder is this run's, or nobody's."""
     if runtime.is_main:
-        folder.require(config, config["resume"]["allow"])
+        folder.require(config, config["resume"]["allow"], EARLIER)
     runtime.wait()
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data.batches import TrainingBatches
+from data.conditions import ConditionSource
 from data.shards import MappedShards
 from diffusion.process import GaussianDiffusion
 from launch.build import require_variance
@@ -21,6 +22,7 @@ def training_batches(
     config: Mapping[str, Any],
     shards: MappedShards,
     autoencoder: Autoencoder,
+    conditions: ConditionSource,
     process: GaussianDiffusion,
     rank: int,
     world: int,
@@ -30,6 +32,7 @@ def training_batches(
         shards,
         build(config["data"]["order"])(config["seed"], shards.counts),
         autoencoder,
+        conditions,
         seed=config["seed"],
         batch_size=config["batch_size"],
         num_timesteps=process.num_steps,

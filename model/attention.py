@@ -26,11 +26,6 @@ class SelfAttention(nn.Module):
         """[B, heads, N, d / heads] queries and keys as they enter the scores; the paper's are as they are."""
         return query, key
 
-    def multiply_adds(self, num_tokens: int) -> int:
-        """Projections 4 N d^2, scores and weighted values 2 N^2 d."""
-        width = self.projection.in_features
-        return 4 * num_tokens * width**2 + 2 * num_tokens**2 * width
-
 
 class QKNormSelfAttention(SelfAttention):
     """Queries and keys normalized per head (Dehghani et al. 2023, section 2).
@@ -70,11 +65,6 @@ class CrossAttention(nn.Module):
         """[B, L, d] -> [B, heads, L, d / heads]."""
         batch, length, width = vectors.shape
         return vectors.view(batch, length, self.num_heads, width // self.num_heads).transpose(1, 2)
-
-    def multiply_adds(self, num_tokens: int, context_length: int) -> int:
-        """Queries and projection 2 N d^2, keys and values 2 M d^2, scores and weighted values 2 N M d."""
-        width = self.projection.in_features
-        return 2 * (num_tokens + context_length) * width**2 + 2 * num_tokens * context_length * width
 
 
 def initialize_linears(module: nn.Module, generator: torch.Generator) -> None:

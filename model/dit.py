@@ -1,6 +1,6 @@
 """The Diffusion Transformer (Peebles & Xie, arXiv 2212.09748, section 3.2)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -36,7 +36,7 @@ class DiTConfig:
     width: int  # d, channels of a token
     depth: int  # N, number of blocks
     num_heads: int
-    num_classes: int  # without the null class, which has index num_classes
+    num_classes: int  # without the null class, which has index num_classes; 0: unconditional
     block: BlockFactory = AdaLNZeroBlock
     learn_sigma: bool = True  # 2c output channels: noise, then variance logits
     frequency_shift: int = 0  # of the timestep's frequencies: 0 as released, 1 as in diffusers
@@ -47,8 +47,10 @@ class DiTConfig:
                 raise ValueError(
                     f"model.{name} is {getattr(self, name)!r}, but it must be one whole number: latents are square."
                 )
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}, but it must be at least 1; set it higher.")
+            if getattr(self, name) < (least := 0 if name == "num_classes" else 1):
+                raise ValueError(
+                    f"model.{name} is {getattr(self, name)}, but it must be at least {least}; set it higher."
+                )
         for name, most in _MOST.items():
             if getattr(self, name) > most:
                 raise ValueError(f"model.{name} is {getattr(self, name)}, but at most {most} are built; set it lower.")
@@ -113,7 +115,7 @@ class DiT(nn.Module):
         )
         self.patch_embedding = nn.Linear(channels * patch_size**2, width)
         self.timestep_embedding = TimestepEmbedding(width, frequency_shift)
-        self.label_embedding = nn.Embedding(num_classes + 1, width)
+        self.label_embedding = nn.Embedding(num_classes + 1, width) if num_classes else None
         positions = position_embedding_2d(width, latent_size // patch_size)
         self.register_buffer("position_embedding", positions, persistent=False)
         self.blocks = nn.ModuleList([block(width, num_heads) for _ in range(depth)])
@@ -123,10 +125,11 @@ class DiT(nn.Module):
     @property
     def has_null_class(self) -> bool:
         """Return whether the label table has a row for "no label", as every model has that is made here."""
-        return self.label_embedding.num_embeddings > self.config.num_classes
+        return self.label_embedding is None or self.label_embedding.num_embeddings > self.config.num_classes
 
     def remove_null_class(self) -> None:
         """Take the null class's row away: weights of other programs, trained without label dropout, have none."""
+        assert self.label_embedding is not None
         rows = self.label_embedding.weight[: self.config.num_classes].detach()
         self.label_embedding = nn.Embedding.from_pretrained(rows.clone(), freeze=False)
 
@@ -150,30 +153,44 @@ class DiT(nn.Module):
         if self.patch_embedding.weight.is_meta:  # shapes only: nothing to draw
             return
         initialize_linears(self, generator)
-        for table in (
-            self.label_embedding.weight,
-            self.timestep_embedding.input.weight,
-            self.timestep_embedding.output.weight,
-        ):
+        tables = [self.timestep_embedding.input.weight, self.timestep_embedding.output.weight]
+        if self.label_embedding is not None:
+            tables.insert(0, self.label_embedding.weight)
+        for table in tables:
             nn.init.normal_(table, std=0.02, generator=generator)
         for block in self.block_list:
             block.initialize()
         self.final_layer.initialize()
 
-    def forward(self, x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         """Predict the noise, and the variance logits where they are learned.
 
-        [B, c, h, w] float, [B] int64 or float, [B] int64 in [0, num_classes] -> [B, 2c or c, h, w].
+        [B, c, h, w] float, [B] int64 or float, {"label": [B] int64 in [0, num_classes]} or, of an unconditional
+        network, {} -> [B, 2c or c, h, w].
         Raises ValueError for latents of another shape than the config's.
         """
         self._require_shape(x_t)
         tokens = self.patch_embedding(self._patchify(x_t)) + self.position_embedding
-        condition = torch.stack([self.timestep_embedding(t), self.label_embedding(label)], dim=1)
-        tokens = self.block_list[0].enter(tokens, condition)
+        embedded = self._embedded(t, condition)
+        tokens = self.block_list[0].enter(tokens, embedded)
         for block in self.blocks:
-            tokens = block(tokens, condition)
-        tokens = self.block_list[-1].leave(tokens)
-        return self._unpatchify(self.final_layer(tokens, condition))
+            tokens = block(tokens, embedded)
+        tokens = self.block_list[-1].leave(tokens, embedded)
+        return self._unpatchify(self.final_layer(tokens, embedded))
+
+    def _embedded(self, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+        """Return what blocks are conditioned on, [B, M, d]: the timestep's embedding, then the label's."""
+        parts = [self.timestep_embedding(t)]
+        if self.label_embedding is not None:
+            parts.append(self.label_embedding(condition["label"]))
+        return torch.stack(parts, dim=1)
+
+    def example_inputs(self, batch: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return zeros of the shapes that the network takes, for ``batch`` images, on its device."""
+        device, config = self.patch_embedding.weight.device, self.config
+        x_t = torch.zeros(batch, config.channels, config.latent_size, config.latent_size, device=device)
+        t = torch.zeros(batch, dtype=torch.int64, device=device)
+        return x_t, t, {"label": t.clone()} if config.num_classes else {}
 
     def _require_shape(self, latent: Tensor) -> None:
         expected = (self.config.channels, self.config.latent_size, self.config.latent_size)

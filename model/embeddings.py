@@ -58,7 +58,3 @@ class TimestepEmbedding(nn.Module):
         angles = t.float().unsqueeze(1) * self.frequencies
         features = torch.cat([angles.cos(), angles.sin()], dim=1)
         return self.output(nn.functional.silu(self.input(features)))
-
-    def multiply_adds(self) -> int:
-        """Multiply-adds of one image's embedding."""
-        return self.num_features * self.input.out_features + self.output.in_features**2

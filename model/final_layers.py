@@ -24,12 +24,8 @@ class FinalLayer(nn.Module):
         nn.init.zeros_(self.decoder.bias)
 
     def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        """[B, N, d], [B, 2, d] -> [B, N, patch_values]."""
+        """[B, N, d], [B, M, d] -> [B, N, patch_values]."""
         return self.decoder(self.norm(tokens))
-
-    def multiply_adds(self, num_tokens: int) -> int:
-        """The decoder once per token."""
-        return num_tokens * self.decoder.in_features * self.decoder.out_features
 
 
 class AdaptiveFinalLayer(FinalLayer):
@@ -48,10 +44,6 @@ class AdaptiveFinalLayer(FinalLayer):
         nn.init.zeros_(self.modulation.bias)
 
     def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        """[B, N, d], [B, 2, d] -> [B, N, patch_values]."""
+        """[B, N, d], [B, M, d] -> [B, N, patch_values]."""
         shift, scale = self.modulation(nn.functional.silu(condition.sum(dim=1))).chunk(2, dim=1)
         return self.decoder(modulate(self.norm(tokens), shift, scale))
-
-    def multiply_adds(self, num_tokens: int) -> int:
-        """The modulation once per image, the decoder once per token."""
-        return super().multiply_adds(num_tokens) + 2 * self.modulation.in_features**2

@@ -1,14 +1,15 @@
 """Compute and size of a DiT from its config alone.
 
 The paper's "Gflops" are giga multiply-adds (GMACs) of one forward pass of one image without guidance; true
-FLOPs are twice that. Counted: patch embedding, timestep MLP, attention with scores and values, MLP,
-modulation, final layer. Not counted: additions of biases and residuals, norms, activations, look-ups.
+FLOPs are twice that. They are counted in one forward pass without memory: every matrix product, attention with scores
+and values. Not counted: additions of biases and residuals, norms, activations, look-ups.
 """
 
 from dataclasses import fields
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from model.dit import DiT, DiTConfig
 
@@ -30,10 +31,9 @@ def _shape_only(config: DiTConfig) -> DiT:
 def multiply_adds(config: DiTConfig) -> int:
     """Multiply-adds (MACs) of one image's forward pass without guidance."""
     model = _shape_only(config)
-    tokens = config.num_tokens
-    patch_embedding = tokens * model.patch_embedding.in_features * config.width
-    blocks = sum(block.multiply_adds(tokens) for block in model.block_list)
-    return patch_embedding + model.timestep_embedding.multiply_adds() + blocks + model.final_layer.multiply_adds(tokens)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(*model.example_inputs(1))
+    return int(counter.get_total_flops()) // 2
 
 
 def num_parameters(config: DiTConfig) -> int:

@@ -30,14 +30,12 @@ def _saved_bytes(config: DiTConfig, bf16: bool, batch_size: int) -> int:
 
     with FakeTensorMode():
         model = DiT(**constructor_arguments(config))
-        side = config.latent_size
-        latent = torch.empty(batch_size, config.channels, side, side)
-        index = torch.zeros(batch_size, dtype=torch.int64)
+        inputs = model.example_inputs(batch_size)
         with (
             torch.autocast("cpu", torch.bfloat16, enabled=bf16),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         ):
-            output = model(latent, index, index)  # kept alive: a freed storage's address may be used again
+            output = model(*inputs)  # kept alive: a freed storage's address may be used again
         total = sum(storages.values())
         del output
     return total

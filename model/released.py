@@ -132,6 +132,8 @@ def replace_label_table(model: DiT, num_classes: int) -> DiT:
 def add_null_class(model: DiT) -> DiT:
     """Return the same network with a row for the null class, drawn anew from the seed 0, behind its classes' rows."""
     completed = replace_label_table(model, model.config.num_classes)
+    assert completed.label_embedding is not None
+    assert model.label_embedding is not None
     completed.label_embedding.weight[:-1] = model.label_embedding.weight
     return completed
 

@@ -22,7 +22,7 @@ import torch_xla.runtime as xr
 from torch import Tensor, nn
 from torch_xla.utils.checkpoint import checkpoint
 
-from diffusion.batch import Batch, mapped, micro_batches_of
+from diffusion.batch import Batch, Condition, mapped, micro_batches_of
 from diffusion.protocol import Denoiser
 from runtime.agreement import require_same
 from runtime.hosts import Hosts
@@ -209,9 +209,9 @@ class XlaRuntime:
     def inference(self, denoiser: Denoiser) -> Denoiser:
         """A graph of its own for the network, the same at every step of a sampler."""
 
-        def run(x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        def run(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
             torch_xla.sync()
-            output = denoiser(x_t, t, label)
+            output = denoiser(x_t, t, condition)
             torch_xla.sync()
             return output
 

@@ -110,7 +110,7 @@ class Replay:
         passes = self.passes(batch)
         samples: list[int] = np.flatnonzero(~np.isfinite(passes.losses)).tolist()
         if passes.gradients and not samples:
-            samples = self._one_by_one(whole, len(batch["label"]), progress)
+            samples = self._one_by_one(whole, len(batch.t), progress)
         metrics = self._fetch(self._step(self._on_device(batch)))
         norms = {name: self._runtime.norm([weight.detach()]) for name, weight in self._state.model.named_parameters()}
         weights = [name for name, norm in self._fetch(norms).items() if not math.isfinite(norm)]
@@ -143,7 +143,7 @@ class Replay:
     def _one_by_one(self, whole: Batch, rows: int, progress: ProgressBar) -> list[int]:
         """Rows whose own gradient is not finite: the batch filled with one sample, which any runtime can split."""
         found: list[int] = []
-        count = len(whole["label"])
+        count = len(whole.t)
         with progress("each sample's gradient", 0, count, "img") as bar:
             for row in range(count):
                 same = torch.full((rows,), row)

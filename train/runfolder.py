@@ -100,15 +100,18 @@ class RunFolder:
     def check(self) -> None:
         """Raise where this folder is no longer this job's."""
 
-    def require(self, config: Mapping[str, Any], allowed: Iterable[str] = ()) -> None:
+    def require(
+        self, config: Mapping[str, Any], allowed: Iterable[str] = (), earlier: Mapping[str, Any] | None = None
+    ) -> None:
         """Raise ValueError where a folder with checkpoints holds another config, but for free settings.
 
-        ``allowed`` names further settings that may change; ``batch_size`` never may.
+        ``allowed`` names further settings that may change; ``batch_size`` never may. ``earlier`` are settings
+        that earlier versions did not write.
         """
         if self.store.steps():
             before = self.read_config() if self.config.exists() else _config_of(self.store)
             _require_same_batch(before.get("batch_size"), config.get("batch_size"), self.path)
-            differences = _differences(before, config, FREE_SETTINGS | set(allowed))
+            differences = _differences({**(earlier or {}), **before}, config, FREE_SETTINGS | set(allowed))
             if differences:
                 raise ValueError(
                     f"The run folder {self.path} already holds another config: {'; '.join(differences)}; give this "

@@ -23,7 +23,7 @@ def make_step(
     max_grad_norm: float | None = None,
     guard: SpikeGuard | None = None,
 ) -> Step:
-    """The step over a device batch {latent, label, t, noise} in equal micro-batches; returns scalars [] float32.
+    """The step over a device batch in equal micro-batches; returns scalars [] float32.
 
     ``model`` and ``optimizer`` are the runtime's prepared ones. Gradients are cleared at the end, so that no
     runtime keeps them as outputs of the step. ``max_grad_norm`` None measures the norm and clips nothing.
@@ -33,7 +33,7 @@ def make_step(
     def losses(batch: Batch) -> Metrics:
         found = sample_losses(model, batch, process, runtime)
         means = {"loss": found.total.mean(), "mse": found.mse.mean(), "vlb": found.vlb.mean()}
-        return {**means, **by_quarter(found.total.detach(), batch["t"], process.num_steps)}
+        return {**means, **by_quarter(found.total.detach(), batch.t, process.num_steps)}
 
     def step(micro_batches: Sequence[Batch]) -> Metrics:
         parts: list[Metrics] = []
@@ -65,11 +65,10 @@ def make_step(
 
 def sample_losses(model: nn.Module, batch: Batch, process: GaussianDiffusion, runtime: Runtime) -> Losses:
     """The forward pass: losses [B] of a device batch."""
-    x_0, t, noise = batch["latent"], batch["t"], batch["noise"]
-    x_t = process.q_sample(x_0, t, noise)
+    x_t = process.q_sample(batch.x_0, batch.t, batch.noise)
     with runtime.autocast():
-        output = model(x_t, t, batch["label"])
-    return diffusion_losses(process, output, x_0, x_t, t, noise)
+        output = model(x_t, batch.t, batch.condition)
+    return diffusion_losses(process, output, batch.x_0, x_t, batch.t, batch.noise)
 
 
 def by_quarter(losses: Tensor, t: Tensor, num_steps: int) -> Metrics:
