@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.commit import current_commit
+from data.conditions import ClassLabels
 from data.manifest import LatentSpec
 from diffusion.guidance import ClassifierFreeGuidance
 from diffusion.process import GaussianDiffusion
@@ -30,7 +31,7 @@ from diffusion.samplers import ddpm
 from diffusion.schedules import LinearSchedule
 from diffusion.variances import LearnedRangeVariance
 from evaluation.features import Features
-from evaluation.generate import Generator, balanced_labels
+from evaluation.generate import Generator
 from evaluation.inception import Inception2015
 from evaluation.inception_features import InceptionFeatures
 from evaluation.manifolds import PrecisionRecall
@@ -191,7 +192,7 @@ def _plain_loop(model: DiT, process: GaussianDiffusion, of: Sampled) -> np.ndarr
     x = torch.randn(of.plain_batch, 4, 32, 32).to(DEVICE)
     for step in reversed(range(of.steps)):
         t = torch.full_like(label, step)
-        with_label, without = (model(x, respaced.timesteps[t], given) for given in (label, null))
+        with_label, without = (model(x, respaced.timesteps[t], {"label": given}) for given in (label, null))
         guided = without[:, :4] + 1.5 * (with_label[:, :4] - without[:, :4])
         reverse = respaced.p_reverse(torch.cat([guided, with_label[:, 4:]], dim=1), x, t)
         x = reverse.mean + torch.exp(0.5 * reverse.log_variance) * torch.randn(x.shape).to(DEVICE)
@@ -204,15 +205,15 @@ def _seconds_of_ours(model: DiT, process: GaussianDiffusion, of: Sampled, batch:
 
 
 def _ours(model: DiT, process: GaussianDiffusion, of: Sampled, batch: int) -> np.ndarray:
-    runtime = AccelerateRuntime(of.precision)
+    runtime, labels = AccelerateRuntime(of.precision), ClassLabels(1000)
     spec = LatentSpec("random", 32, "identity", "1", 1.0, 1, 4, "float16", False, 1000)
-    guided = ClassifierFreeGuidance(model, 1000, 4, scale=1.5)
+    guided = ClassifierFreeGuidance(model, labels.null, 4, scale=1.5)
 
     def few_steps(*inputs: Any) -> Tensor:
         return ddpm(*inputs, steps=of.steps)
 
-    generator = Generator(guided, process, IdentityAutoencoder(4), few_steps, spec, 0, runtime)
-    return generator.images(np.arange(batch), balanced_labels(batch, 1000))
+    generator = Generator(guided, process, IdentityAutoencoder(4), few_steps, spec, labels, 0, runtime)
+    return generator.images(np.arange(batch), labels.in_turn(batch))
 
 
 def manifold() -> dict[str, Any]:

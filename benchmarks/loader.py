@@ -24,6 +24,7 @@ from torch import Tensor
 
 from benchmarks.commit import current_commit
 from data.batches import TrainingBatches
+from data.conditions import ClassLabels
 from data.encode import encode
 from data.encodings import EncodeImages
 from data.images import ExactSize, Preparation
@@ -94,7 +95,7 @@ def write_shards(folder: Path) -> None:
 
 def batches_of(shards: MappedShards, order: Order, autoencoder: Autoencoder) -> TrainingBatches:
     settings = {"seed": 0, "batch_size": BATCH_SIZE, "num_timesteps": 1000, "class_dropout": 0.1, "flip": True}
-    return TrainingBatches(shards, order, autoencoder, **settings)  # type: ignore[arg-type]
+    return TrainingBatches(shards, order, autoencoder, ClassLabels(1000), **settings)  # type: ignore[arg-type]
 
 
 def mapped(shards: MappedShards, order: Order) -> Iterator[int]:
@@ -158,7 +159,7 @@ def measure(folder: Path) -> dict[str, Any]:
     for name, order in ORDERS.items():
         batches = batches_of(shards, order(shards.counts), autoencoder)
         with closing(prefetch(batches.from_step(RESUMED_STEP, 10**9))) as host_batches:
-            ours[name] = rates(len(batch["latent"]) for batch in host_batches)
+            ours[name] = rates(len(batch.x_0) for batch in host_batches)
     reading = rates(mapped(shards, GlobalOrder(0, shards.counts)))
     theirs = rates(streamed(folder))
     return {

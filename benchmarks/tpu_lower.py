@@ -73,7 +73,7 @@ def host_batch(model: DiT, batch_size: int) -> Batch:
     """Of zeros: only shapes matter."""
     latent = torch.zeros(batch_size, model.config.channels, model.config.latent_size, model.config.latent_size)
     index = torch.zeros(batch_size, dtype=torch.int64)
-    return Batch(latent=latent, label=index, t=index.clone(), noise=latent.clone())
+    return Batch(x_0=latent, noise=latent.clone(), t=index, condition={"label": index.clone()})
 
 
 def facts(config: dict[str, Any], runtime: TracingRuntime) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.commit import current_commit
 from data.prefetch import prefetch
-from diffusion.batch import Batch
+from diffusion.batch import Batch, mapped
 from diffusion.draws import Philox, training_draws
 from diffusion.losses import diffusion_losses
 from diffusion.process import GaussianDiffusion
@@ -68,10 +68,10 @@ def host_batches(batch_size: int) -> Iterator[Batch]:
         position += batch_size
         draws = training_draws(philox, positions, shape, 1000, 0.1, True)
         yield Batch(
-            latent=torch.from_numpy(draws.posterior),
-            label=labels,
-            t=torch.from_numpy(draws.t),
+            x_0=torch.from_numpy(draws.posterior),
             noise=torch.from_numpy(draws.noise),
+            t=torch.from_numpy(draws.t),
+            condition={"label": labels},
         )
 
 
@@ -102,15 +102,15 @@ def baseline(size: str, batch_size: int, precision: str) -> RunStep:
     model, average = new_model(size).to(device), new_model(size).to(device).requires_grad_(False)
     process = diffusion().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
-    batch = {name: value.to(device) for name, value in next(host_batches(batch_size)).items()}  # type: ignore[attr-defined]
+    batch = mapped(next(host_batches(batch_size)), lambda value: value.to(device))
 
     def run() -> float:
         t = torch.randint(0, 1000, (batch_size,), device=device)
-        noise = torch.randn_like(batch["latent"])
-        x_t = process.q_sample(batch["latent"], t, noise)
+        noise = torch.randn_like(batch.x_0)
+        x_t = process.q_sample(batch.x_0, t, noise)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            output = model(x_t, t, batch["label"])
-        loss = diffusion_losses(process, output.float(), batch["latent"], x_t, t, noise).total.mean()
+            output = model(x_t, t, batch.condition)
+        loss = diffusion_losses(process, output.float(), batch.x_0, x_t, t, noise).total.mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -21,7 +21,7 @@ def main() -> None:
     torch.nn.init.normal_(model.final_layer.decoder.weight, std=0.02)
     started = time.perf_counter()
     with torch.autocast("cpu", torch.bfloat16):
-        output = model(torch.randn(1, 4, 32, 32), torch.tensor([500]), torch.tensor([3]))
+        output = model(torch.randn(1, 4, 32, 32), torch.tensor([500]), {"label": torch.tensor([3])})
     forward_sec = time.perf_counter() - started
     output.float().square().mean().backward()
     gradients = [parameter.grad for parameter in model.parameters()]

@@ -16,11 +16,12 @@ from tiny_run import Case, diffusion
 from tiny_samples import SAMPLERS
 from torch import Tensor
 
+from data.conditions import ClassLabels, rows_of
 from data.encodings import EncodeImages
 from data.images import CenterCrop, Preparation
 from data.manifest import LatentSpec
 from diffusion.guidance import ClassifierFreeGuidance, unguided
-from evaluation.generate import Generator, balanced_labels
+from evaluation.generate import Generator
 from evaluation.inception_features import InceptionFeatures
 from evaluation.kernel import KernelDistance
 from evaluation.manifolds import PrecisionRecall
@@ -34,6 +35,7 @@ from runtime.accelerate import AccelerateRuntime
 
 FLOAT32 = 1e-4  # relative, of the norm of a difference
 CPU = torch.device("cpu")
+LABELS = ClassLabels(10)
 
 
 class Watched:
@@ -58,19 +60,19 @@ class Watched:
 def generator_on(runtime: AccelerateRuntime, sampler: str) -> Generator:
     model = runtime.place(Case("x", "accelerate").model().eval().requires_grad_(False))
     guidance: Any = ClassifierFreeGuidance if sampler == "guided" else unguided
-    denoiser = guidance(model, num_classes=10, latent_channels=4)
+    denoiser = guidance(model, null=LABELS.null, latent_channels=4)
     spec = LatentSpec("golden", 8, "identity", "1", 1.0, 1, 4, "float16", False, 10)
     process = runtime.place(diffusion())
-    return Generator(denoiser, process, IdentityAutoencoder(4), SAMPLERS[sampler], spec, 0, runtime)
+    return Generator(denoiser, process, IdentityAutoencoder(4), SAMPLERS[sampler], spec, LABELS, 0, runtime)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_image_i_is_the_cpus_in_a_batch_of_any_size(sampler: str) -> None:
-    labels = balanced_labels(12, 10)
+    condition = LABELS.in_turn(12)
     expected, found = (generator_on(runtime, sampler) for runtime in (make_runtime(device="cpu"), make_runtime()))
-    one = expected.images(np.arange(12), labels).astype(int)
+    one = expected.images(np.arange(12), condition).astype(int)
     for first, last in ((0, 12), (3, 8)):
-        other = found.images(np.arange(first, last), labels[first:last]).astype(int)
+        other = found.images(np.arange(first, last), rows_of(condition, np.arange(first, last))).astype(int)
         assert np.abs(one[first:last] - other).max() <= 1  # a rounding boundary may be crossed, not more
         assert (one[first:last] != other).mean() < 0.01
 
@@ -80,11 +82,11 @@ def test_image_i_is_the_cpus_in_a_batch_of_any_size(sampler: str) -> None:
 def test_no_step_of_a_sampler_makes_the_host_wait(sampler: str, precision: str) -> None:
     runtime = make_runtime(precision)
     generator = generator_on(runtime, sampler)
-    generator.images(np.arange(4), balanced_labels(4, 10))  # libraries are loaded
+    generator.images(np.arange(4), LABELS.in_turn(4))  # libraries are loaded
     watched = Watched(generator.denoiser)
     try:
         with torch.no_grad():
-            latents = replace(generator, denoiser=watched)._latents(np.arange(4), balanced_labels(4, 10))
+            latents = replace(generator, denoiser=watched)._latents(np.arange(4), LABELS.in_turn(4))
     finally:
         watched.finish()
     assert latents.isfinite().all()

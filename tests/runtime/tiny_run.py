@@ -85,11 +85,14 @@ class Case:
         for step in range(self.steps):
             generator = torch.Generator().manual_seed(step)
             size = (self.batch_size, 4, 8, 8)
+            x_0 = torch.randn(size, generator=generator)
+            label = torch.randint(0, NUM_CLASSES + 1, size[:1], generator=generator)
+            t = torch.randint(0, 1000, size[:1], generator=generator)
             yield Batch(
-                latent=torch.randn(size, generator=generator)[mine],
-                label=torch.randint(0, NUM_CLASSES + 1, size[:1], generator=generator)[mine],
-                t=torch.randint(0, 1000, size[:1], generator=generator)[mine],
+                x_0=x_0[mine],
                 noise=torch.randn(size, generator=generator)[mine],
+                t=t[mine],
+                condition={"label": label[mine]},
             )
 
 
@@ -108,9 +111,9 @@ def plain(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for number, batch in enumerate(case.batches(0, 1)):
         for group in optimizer.param_groups:
             group["lr"] = case.learning_rates[number] if case.learning_rates else group["lr"]
-        x_t = process.q_sample(batch["latent"], batch["t"], batch["noise"])
-        output = model(x_t, batch["t"], batch["label"])
-        loss = diffusion_losses(process, output, batch["latent"], x_t, batch["t"], batch["noise"]).total.mean()
+        x_t = process.q_sample(batch.x_0, batch.t, batch.noise)
+        output = model(x_t, batch.t, batch.condition)
+        loss = diffusion_losses(process, output, batch.x_0, x_t, batch.t, batch.noise).total.mean()
         optimizer.zero_grad()
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), case.max_grad_norm or float("inf")).item()

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from tiny_run import Case, Counters, diffusion, make_runtime
 
+from data.conditions import ClassLabels
 from data.manifest import LatentSpec
 from diffusion.diffusers_samplers import dpm_solver_pp, heun
 from diffusion.guidance import ClassifierFreeGuidance, unguided
 from diffusion.samplers import ddim, ddpm
-from evaluation.generate import Generator, balanced_labels
+from evaluation.generate import Generator
 from model.autoencoder import IdentityAutoencoder
 
 STEPS = 12
@@ -36,14 +37,14 @@ def main() -> None:
     runtime, model = make_runtime(case), case.model().eval().requires_grad_(False)
     model, process = runtime.place(model), runtime.place(diffusion())
     spec = LatentSpec("golden", 8, "identity", "1", 1.0, 1, 4, "float16", False, 10)
-    images, counts = {}, {}
+    images, counts, labels = {}, {}, ClassLabels(10)
     for kind, sampler in SAMPLERS.items():
         guidance = ClassifierFreeGuidance if kind == "guided" else unguided
-        denoiser = guidance(model, num_classes=10, latent_channels=4)
-        generator = Generator(denoiser, process, IdentityAutoencoder(4), sampler, spec, 0, runtime)
+        denoiser = guidance(model, null=labels.null, latent_channels=4)
+        generator = Generator(denoiser, process, IdentityAutoencoder(4), sampler, spec, labels, 0, runtime)
         counters, read = Counters(name), []
         parts = []
-        for _, part in generator.batches(balanced_labels(14, 10), 8):  # two rounds of eight rows, two of them spare
+        for _, part in generator.batches(labels.in_turn(14), 14, 8):  # two rounds of eight rows, two of them spare
             parts.append(part)
             read.append(counters.read().get("compilations", 0))
         images[kind] = np.concatenate(parts)

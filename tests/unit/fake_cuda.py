@@ -21,7 +21,9 @@ from test_training import FACTS, batch_of, everything, new_state, step_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from data.conditions import ClassLabels
 from data.encodings import EncodeImages
 from data.images import CenterCrop, ExactSize, Preparation, to_uint8
 from data.manifest import LatentSpec
@@ -34,7 +36,7 @@ from diffusion.process import GaussianDiffusion
 from diffusion.samplers import ddim, ddpm
 from diffusion.schedules import LinearSchedule
 from diffusion.variances import FixedLargeVariance, LearnedRangeVariance
-from evaluation.generate import Generator, balanced_labels
+from evaluation.generate import Generator
 from evaluation.inception import Inception2015
 from evaluation.kernel import squared_mmd
 from evaluation.manifolds import PrecisionRecall
@@ -130,10 +132,10 @@ def diffusion() -> GaussianDiffusion:
 def host_batch(rows: int = 8) -> Batch:
     size = (rows, 4, 8, 8)
     return Batch(
-        latent=torch.ones(size),
-        label=torch.ones(rows, dtype=torch.int64),
-        t=torch.ones(rows, dtype=torch.int64),
+        x_0=torch.ones(size),
         noise=torch.ones(size),
+        t=torch.ones(rows, dtype=torch.int64),
+        condition={"label": torch.ones(rows, dtype=torch.int64)},
     )
 
 
@@ -233,14 +235,14 @@ def waits_of_sampling(watch: Watch, sampler: str, guidance: str, steps: int) -> 
     runtime = AccelerateRuntime("bf16")
     model, process = runtime.place(dit().eval().requires_grad_(False)), runtime.place(diffusion())
     more = {"guide": model} if guidance == "autoguidance" else {}
-    denoiser = GUIDANCE[guidance](model, num_classes=10, latent_channels=4, **more)
+    denoiser = GUIDANCE[guidance](model, null=ClassLabels(10).null, latent_channels=4, **more)
     spec = LatentSpec("fake", 8, "identity", "1", 1.0, 1, 4, "float16", False, 10)
     chosen = partial(SAMPLERS[sampler], steps=steps)
-    generator = Generator(denoiser, process, IdentityAutoencoder(4), chosen, spec, 0, runtime)
+    generator = Generator(denoiser, process, IdentityAutoencoder(4), chosen, spec, ClassLabels(10), 0, runtime)
     watch.waits.clear()
     watch.dtypes.clear()
     with torch.no_grad():
-        latent = generator._latents(np.arange(6), balanced_labels(6, 10))
+        latent = generator._latents(np.arange(6), ClassLabels(10).in_turn(6))
     assert (latent.device, latent.dtype, latent.shape) == (CUDA, torch.float32, (6, 4, 8, 8))
     assert torch.float64 not in watch.dtypes
     assert "aten.addmm.default" in watch.dtypes[torch.bfloat16]
@@ -262,10 +264,10 @@ def test_bits_per_dimension_read_nothing(watch: Watch) -> None:
     with unset_fake_temporarily():
         process = GaussianDiffusion(LinearSchedule(num_steps=4), LearnedRangeVariance())
     process = runtime.place(process)
-    x_0, label = runtime.put(torch.ones(3, 4, 8, 8)), runtime.put(torch.ones(3, dtype=torch.int64))
+    x_0, condition = runtime.put(torch.ones(3, 4, 8, 8)), {"label": runtime.put(torch.ones(3, dtype=torch.int64))}
     watch.waits.clear()
     with torch.no_grad(), runtime.autocast():
-        bits = bits_per_dimension(model, process, x_0, label, lambda _: runtime.put(torch.ones(3, 4, 8, 8)))
+        bits = bits_per_dimension(model, process, x_0, condition, lambda _: runtime.put(torch.ones(3, 4, 8, 8)))
     assert (bits.device, bits.dtype, bits.shape) == (CUDA, torch.float32, (3,))
     assert watch.waits == []
 
@@ -274,8 +276,8 @@ def test_a_fixed_variance_stays_on_the_gpu(watch: Watch) -> None:
     with unset_fake_temporarily():
         process = GaussianDiffusion(LinearSchedule(), FixedLargeVariance())
     process, model = process.to(CUDA), dit(learn_sigma=False).to(CUDA)
-    x, label = torch.ones(2, 4, 8, 8).to(CUDA), torch.ones(2, dtype=torch.int64).to(CUDA)
-    assert ddpm(model, process, lambda _: x, label, steps=3).device == CUDA
+    x, condition = torch.ones(2, 4, 8, 8).to(CUDA), {"label": torch.ones(2, dtype=torch.int64).to(CUDA)}
+    assert ddpm(model, process, lambda _: x, condition, steps=3).device == CUDA
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -344,10 +346,9 @@ def test_batches_arrive_whole_however_late_they_are_copied() -> None:
     fed = [batch for (batch,) in runtime.feed(host)]
     torch.cuda.synchronize()
     for step, batch in enumerate(fed):
-        for name, value in batch_of(step).items():
-            found = batch[name]  # type: ignore[literal-required]
+        for found, value in zip(tree_leaves(batch), tree_leaves(batch_of(step)), strict=True):
             assert found.device.type == "cuda"
-            assert torch.equal(found.cpu(), value), (step, name)
+            assert torch.equal(found.cpu(), value), step
 
 
 def on_gpu(runtime: AccelerateRuntime, seed: int) -> tuple[TrainState, dict[str, Tensor]]:

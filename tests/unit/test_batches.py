@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import PatternSource, encode_pattern
+from torch.utils._pytree import tree_leaves
 
 from data.batches import TrainingBatches
+from data.conditions import ClassLabels
 from data.images import to_unit_range
 from data.order import GlobalOrder
 from data.prefetch import prefetch
@@ -31,6 +33,7 @@ def make(shards: MappedShards, rank: int = 0, world: int = 1, flip: bool = True)
         shards,
         GlobalOrder(0, shards.counts),
         IdentityAutoencoder(1),
+        ClassLabels(5),
         seed=0,
         batch_size=12,
         num_timesteps=1000,
@@ -43,10 +46,10 @@ def make(shards: MappedShards, rank: int = 0, world: int = 1, flip: bool = True)
 
 def test_shapes_and_types_are_those_of_the_design(shards: MappedShards) -> None:
     batch = make(shards).batch(0)
-    assert batch["latent"].shape == batch["noise"].shape == (12, 1, 8, 8)
-    assert batch["label"].shape == batch["t"].shape == (12,)
-    assert batch["latent"].dtype == batch["noise"].dtype == torch.float32
-    assert batch["label"].dtype == batch["t"].dtype == torch.int64
+    assert batch.x_0.shape == batch.noise.shape == (12, 1, 8, 8)
+    assert batch.condition["label"].shape == batch.t.shape == (12,)
+    assert batch.x_0.dtype == batch.noise.dtype == torch.float32
+    assert batch.condition["label"].dtype == batch.t.dtype == torch.int64
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -54,21 +57,21 @@ def test_batches_do_not_depend_on_the_number_of_processes(shards: MappedShards, 
     for step in (0, 3, 1000):
         whole = make(shards).batch(step)
         parts = [make(shards, rank, world).batch(step) for rank in range(world)]
-        for key in ("latent", "label", "t", "noise"):
-            assert torch.equal(torch.cat([part[key] for part in parts]), whole[key])  # type: ignore[literal-required]
+        for found, *shares in zip(*map(tree_leaves, (whole, *parts)), strict=True):
+            assert torch.equal(torch.cat(shares), found)
 
 
 def test_a_batch_needs_nothing_but_its_step(shards: MappedShards) -> None:
     walked = list(make(shards).from_step(0, 6))[5]
     jumped = make(shards).batch(5)
-    assert all(torch.equal(walked[key], jumped[key]) for key in walked)  # type: ignore[literal-required]
+    assert all(map(torch.equal, tree_leaves(walked), tree_leaves(jumped)))
 
 
 def test_every_image_is_seen_once_an_epoch_and_flipped_about_half_the_time(shards: MappedShards) -> None:
     source = PatternSource()
     images = torch.cat([to_unit_range(source[i].content[np.newaxis]) for i in range(50)]).half().float()
     both = {False: images, True: images.flip(3)}
-    latents = torch.cat([batch["latent"] for batch in make(shards).from_step(0, 25)])[:300]
+    latents = torch.cat([batch.x_0 for batch in make(shards).from_step(0, 25)])[:300]
     found = []
     for latent in latents:
         matches = [(i, flip) for flip, stack in both.items() for i in range(50) if torch.equal(stack[i], latent)]
@@ -80,7 +83,7 @@ def test_every_image_is_seen_once_an_epoch_and_flipped_about_half_the_time(shard
 
 
 def test_labels_are_the_shards_or_the_null_class(shards: MappedShards) -> None:
-    labels = torch.cat([batch["label"] for batch in make(shards).from_step(0, 300)])
+    labels = torch.cat([batch.condition["label"] for batch in make(shards).from_step(0, 300)])
     assert set(labels.tolist()) == {0, 1, 2, 3, 4, 5}
     assert 0.07 < (labels == 5).double().mean() < 0.13
 
@@ -88,10 +91,10 @@ def test_labels_are_the_shards_or_the_null_class(shards: MappedShards) -> None:
 def test_nothing_is_flipped_where_the_config_says_so(shards: MappedShards) -> None:
     """Against the same positions with flips: same rows, never mirrored."""
     plain, flipped = make(shards, flip=False).batch(0), make(shards, flip=True).batch(0)
-    mirrored = torch.stack([latent.flip(2) for latent in flipped["latent"]])
-    for one, other, turned in zip(plain["latent"], flipped["latent"], mirrored, strict=True):
+    mirrored = torch.stack([latent.flip(2) for latent in flipped.x_0])
+    for one, other, turned in zip(plain.x_0, flipped.x_0, mirrored, strict=True):
         assert torch.equal(one, other) or torch.equal(one, turned)
-    assert not torch.equal(plain["latent"], flipped["latent"])
+    assert not torch.equal(plain.x_0, flipped.x_0)
 
 
 def test_a_batch_that_does_not_divide_is_refused(shards: MappedShards) -> None:

@@ -7,7 +7,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from foreign_files import assert_same_weights, random_model, released_weights
 from safetensors.torch import load_file, save_file
-from test_model import golden_model, inputs, tiny
+from test_model import forward_inputs, golden_model, inputs, tiny
 
 from launch.diffusers_folder import read_diffusers_folder
 from launch.starting_weights import load_starting_weights
@@ -18,6 +18,12 @@ from model.dit import DiT
 from model.released import add_null_class, from_reference, replace_label_table, to_reference
 
 
+def in_diffusers(theirs: DiTTransformer2DModel) -> torch.Tensor:
+    x_t, t, condition = inputs()
+    output: torch.Tensor = theirs(x_t, t, condition["label"]).sample
+    return output
+
+
 def from_diffusers(folder: Path, frequency_shift: int = 1) -> DiT:
     return read_diffusers_folder(folder, frequency_shift)[0]
 
@@ -26,7 +32,7 @@ def test_released_weights_come_in_and_go_out_bit_for_bit() -> None:
     weights = released_weights()
     model = from_reference(weights, num_heads=4)
     golden = golden_model()[1]
-    output = model(golden["forward/x"], golden["forward/t"], golden["forward/y"])
+    output = model(*forward_inputs(golden))
     assert (output - golden["forward/out"]).abs().max() / golden["forward/out"].abs().max() < 1e-5
     back = to_reference(model)
     assert back.keys() == weights.keys()
@@ -59,7 +65,7 @@ def test_diffusers_computes_the_same_where_the_frequencies_are_its_own(tmp_path:
     to_diffusers(model, tmp_path)
     theirs = DiTTransformer2DModel.from_pretrained(tmp_path / "transformer").eval()
     with torch.no_grad():
-        ours, output = model(*inputs()), theirs(*inputs()).sample
+        ours, output = model(*inputs()), in_diffusers(theirs)
         again = from_diffusers(tmp_path)(*inputs())
     assert (output - ours).abs().max() / ours.abs().max() < 1e-5
     assert torch.equal(again, ours)
@@ -72,7 +78,7 @@ def test_nothing_but_the_frequencies_separates_diffusers_from_the_released_code(
     for block in theirs.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
     with torch.no_grad():
-        ours, output = model(*inputs()), theirs(*inputs()).sample
+        ours, output = model(*inputs()), in_diffusers(theirs)
     assert (output - ours).abs().max() / ours.abs().max() < 1e-5
 
 
@@ -111,7 +117,9 @@ def test_the_golden_output_needs_the_position_embedding_that_it_was_computed_wit
     shift = torch.randn(48, generator=torch.Generator().manual_seed(1)) * 1e-3
     weights["pos_embed"] = weights["pos_embed"] + shift
     weights["x_embedder.proj.bias"] = weights["x_embedder.proj.bias"] - shift
-    output = from_reference(weights, num_heads=4)(golden["forward/x"], golden["forward/t"], golden["forward/y"])
+    output = from_reference(weights, num_heads=4)(
+        golden["forward/x"], golden["forward/t"], {"label": golden["forward/y"]}
+    )
     assert (output - golden["forward/out"]).abs().max() / golden["forward/out"].abs().max() < 1e-5
 
 
@@ -218,7 +226,7 @@ def test_every_size_is_the_same_network_in_all_three_programs(
     to_diffusers(model, tmp_path)
     theirs = DiTTransformer2DModel.from_pretrained(tmp_path / "transformer").eval()
     with torch.no_grad():
-        ours, output = model(*inputs()), theirs(*inputs()).sample
+        ours, output = model(*inputs()), in_diffusers(theirs)
     assert (output - ours).abs().max() / ours.abs().max() < 1e-5
     assert_same_weights(from_diffusers(tmp_path), model)
     assert_same_weights(from_reference(to_reference(from_diffusers(tmp_path))), model)

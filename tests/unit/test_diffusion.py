@@ -8,6 +8,8 @@ import torch
 from test_model import golden_model, tiny, trained
 from torch import Tensor
 
+from data.conditions import ClassLabels
+from diffusion.batch import Condition
 from diffusion.diffusers_samplers import dpm_solver_pp, heun
 from diffusion.guidance import Autoguidance, ClassifierFreeGuidance, unguided
 from diffusion.likelihood import bits_per_dimension, prior_bits
@@ -20,6 +22,8 @@ from diffusion.schedules import CosineSchedule, LinearSchedule, ScaledLinearSche
 from diffusion.variances import FixedLargeVariance, FixedSmallVariance, LearnedRangeVariance, Variance
 from model.blocks import AdaLNZeroBlock
 from model.released import from_reference, to_reference
+
+NULL = ClassLabels(10).null
 
 
 @pytest.fixture
@@ -39,7 +43,7 @@ def test_losses_equal_the_released_implementation(process: GaussianDiffusion) ->
     x_0, noise, t, label = (golden[f"loss/{name}"] for name in ("x0", "noise", "t", "y"))
     x_t = process.q_sample(x_0, t, noise)
     torch.testing.assert_close(x_t, golden["loss/x_t"], rtol=1e-6, atol=1e-6)
-    losses = diffusion_losses(process, model(x_t, t, label), x_0, x_t, t, noise)
+    losses = diffusion_losses(process, model(x_t, t, {"label": label}), x_0, x_t, t, noise)
     torch.testing.assert_close(losses.mse, golden["loss/mse"], rtol=1e-5, atol=0)
     torch.testing.assert_close(losses.vlb, golden["loss/vb"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(losses.total, golden["loss/total"], rtol=1e-5, atol=0)
@@ -51,7 +55,7 @@ def test_gradients_equal_the_released_implementation(process: GaussianDiffusion)
     model = from_reference(weights, num_heads=4)
     x_0, noise, t, label = (golden[f"loss/{name}"] for name in ("x0", "noise", "t", "y"))
     x_t = process.q_sample(x_0, t, noise)
-    diffusion_losses(process, model(x_t, t, label), x_0, x_t, t, noise).total.mean().backward()
+    diffusion_losses(process, model(x_t, t, {"label": label}), x_0, x_t, t, noise).total.mean().backward()
     for parameter in model.parameters():
         assert parameter.grad is not None
         parameter.data = parameter.grad  # so that to_reference gives gradients under the released names
@@ -65,8 +69,8 @@ def exact_reverse(process: GaussianDiffusion, mean: float, std: float) -> Denois
     """`perfect_denoiser` with the reverse process's true variance, beta~ + coef1^2 Var(x_0 | x_t), as logits."""
     noise_of = perfect_denoiser(process, mean, std)
 
-    def denoiser(x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        noise = noise_of(x_t, t, label)[:, :1]
+    def denoiser(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        noise = noise_of(x_t, t, condition)[:, :1]
         signal, spread = process.table("sqrt_alphas_cumprod", t), process.table("sqrt_one_minus_alphas_cumprod", t)
         uncertainty = (std * spread) ** 2 / ((signal * std) ** 2 + spread**2)
         beta_tilde = torch.from_numpy(process.tables.posterior_variance)[t].float().view(-1, 1, 1, 1)
@@ -83,16 +87,15 @@ def test_the_bound_of_the_exact_model_is_the_entropy_of_the_data(process: Gaussi
     mean, std = 0.1, 0.2
     generator = torch.Generator().manual_seed(0)
     x_0 = mean + std * torch.randn(256, 1, 8, 8, generator=generator)
-    label = torch.zeros(256, dtype=torch.int64)
 
     def noise(draw: int) -> Tensor:
         return torch.randn(x_0.shape, generator=generator)
 
-    bits = bits_per_dimension(exact_reverse(process, mean, std), process, x_0, label, noise)
+    bits = bits_per_dimension(exact_reverse(process, mean, std), process, x_0, {}, noise)
     entropy = 0.5 * np.log(2 * np.pi * np.e * std**2) / np.log(2) - np.log2(2 / 255)
     assert bits.shape == (256,)
     assert bits.mean().item() == pytest.approx(entropy, abs=0.03)
-    worse = bits_per_dimension(perfect_denoiser(process, mean, std), process, x_0, label, noise)
+    worse = bits_per_dimension(perfect_denoiser(process, mean, std), process, x_0, {}, noise)
     assert worse.mean() > bits.mean() + 0.1  # the right mean with too small a variance
 
 
@@ -111,7 +114,7 @@ def test_ddpm_trajectory_equals_the_released_implementation(process: GaussianDif
         return start if draw == 0 else noises[draw - 1]
 
     with torch.no_grad():
-        sample = ddpm(model, process, noise, golden["sample/10/y"], steps=10)
+        sample = ddpm(model, process, noise, {"label": golden["sample/10/y"]}, steps=10)
     final = golden["sample/10/final"]
     assert (sample - final).abs().max() / final.abs().max() < 1e-4
 
@@ -119,26 +122,26 @@ def test_ddpm_trajectory_equals_the_released_implementation(process: GaussianDif
 def test_guidance_of_three_channels_equals_the_released_implementation() -> None:
     model, golden = golden_model()
     half = len(golden["cfg/x"]) // 2  # the released code takes both halves of the batch from outside
-    guided = ClassifierFreeGuidance(model, 10, 4, scale=float(golden["cfg/scale"]), channels=3)
+    guided = ClassifierFreeGuidance(model, NULL, 4, scale=float(golden["cfg/scale"]), channels=3)
     with torch.no_grad():
-        output = guided(golden["cfg/x"][:half], golden["cfg/t"][:half], golden["cfg/y"][:half])
+        output = guided(golden["cfg/x"][:half], golden["cfg/t"][:half], {"label": golden["cfg/y"][:half]})
     torch.testing.assert_close(output, golden["cfg/out_three_channels"][:half], rtol=1e-5, atol=1e-5)
 
 
 def test_guidance_of_scale_one_is_no_guidance() -> None:
     model, golden = golden_model()
-    inputs = golden["forward/x"], golden["forward/t"], golden["forward/y"]
-    guided = ClassifierFreeGuidance(model, 10, 4, scale=1.0)
-    plain = unguided(model, num_classes=10, latent_channels=4)
+    inputs = golden["forward/x"], golden["forward/t"], {"label": golden["forward/y"]}
+    guided = ClassifierFreeGuidance(model, NULL, 4, scale=1.0)
+    plain = unguided(model, null=NULL, latent_channels=4)
     with torch.no_grad():
         torch.testing.assert_close(guided(*inputs), plain(*inputs), rtol=1e-5, atol=1e-5)
 
 
 def test_guidance_changes_the_noise_and_keeps_the_variance() -> None:
     model, golden = golden_model()
-    inputs = golden["forward/x"], golden["forward/t"], golden["forward/y"] % 10
+    inputs = golden["forward/x"], golden["forward/t"], {"label": golden["forward/y"] % 10}
     with torch.no_grad():
-        plain, guided = model(*inputs), ClassifierFreeGuidance(model, 10, 4, scale=3.0)(*inputs)
+        plain, guided = model(*inputs), ClassifierFreeGuidance(model, NULL, 4, scale=3.0)(*inputs)
     assert not torch.allclose(guided[:, :4], plain[:, :4], atol=1e-3)
     torch.testing.assert_close(guided[:, 4:], plain[:, 4:], rtol=1e-5, atol=1e-5)
 
@@ -146,7 +149,7 @@ def test_guidance_changes_the_noise_and_keeps_the_variance() -> None:
 @pytest.mark.parametrize(("settings", "words"), [({"scale": -1.0}, "scale is -1"), ({"channels": 5}, "channels is 5")])
 def test_impossible_guidance_is_refused(settings: dict[str, float], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        ClassifierFreeGuidance(golden_model()[0], 10, 4, **settings)  # type: ignore[arg-type]
+        ClassifierFreeGuidance(golden_model()[0], NULL, 4, **settings)  # type: ignore[arg-type]
 
 
 def test_predicting_x_0_inverts_q_sample(process: GaussianDiffusion) -> None:
@@ -198,7 +201,7 @@ def test_vlb_sends_no_gradient_to_the_noise_prediction(process: GaussianDiffusio
 def perfect_denoiser(process: GaussianDiffusion, mean: float, std: float) -> Denoiser:
     """For x_0 ~ N(mean, std^2) the best noise prediction is known in closed form."""
 
-    def denoiser(x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
+    def denoiser(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         signal, spread = process.table("sqrt_alphas_cumprod", t), process.table("sqrt_one_minus_alphas_cumprod", t)
         noise = spread * (x_t - signal * mean) / (signal**2 * std**2 + spread**2)
         return torch.cat([noise, -torch.ones_like(noise)], dim=1)
@@ -211,12 +214,11 @@ def perfect_denoiser(process: GaussianDiffusion, mean: float, std: float) -> Den
 )
 def test_samplers_give_a_gaussian_its_mean_and_variance(process: GaussianDiffusion, sampler: Sampler) -> None:
     generator = torch.Generator().manual_seed(0)
-    label = torch.zeros(4000, dtype=torch.int64)
 
     def noise(draw: int) -> Tensor:
         return torch.randn(4000, 1, 1, 1, generator=generator)
 
-    sample = sampler(perfect_denoiser(process, 0.4, 0.5), process, noise, label)
+    sample = sampler(perfect_denoiser(process, 0.4, 0.5), process, noise, {})
     assert sample.mean().item() == pytest.approx(0.4, abs=0.03)
     assert sample.std().item() == pytest.approx(0.5, rel=0.05)
 
@@ -226,7 +228,7 @@ def continuous_denoiser(process: GaussianDiffusion, mean: float, std: float) -> 
     steps, alphas = np.arange(1000), process.tables.alphas_cumprod
     sigmas = np.sqrt((1 - alphas) / alphas)
 
-    def denoiser(x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
+    def denoiser(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         sigma = torch.from_numpy(np.interp(t.numpy(), steps, sigmas)).float().view(-1, 1, 1, 1)
         signal, spread = 1 / torch.sqrt(1 + sigma**2), sigma / torch.sqrt(1 + sigma**2)
         noise = spread * (x_t - signal * mean) / (signal**2 * std**2 + spread**2)
@@ -253,9 +255,8 @@ def test_deterministic_samplers_converge_to_the_exact_solution_with_their_order(
     exact = mean + (start - np.sqrt(last) * mean) * std / np.sqrt(last * std**2 + 1 - last)
     errors = []
     for steps in (10, 20, 40, 80):
-        label = torch.zeros(9, dtype=torch.int64)
         noise = start / np.sqrt(1 - last) if sampler is heun else start  # Heun's starts at pure noise, not at x_T
-        found = sampler(continuous_denoiser(process, mean, std), process, lambda _, x=noise: x, label, steps=steps)
+        found = sampler(continuous_denoiser(process, mean, std), process, lambda _, x=noise: x, {}, steps=steps)
         errors.append((found - exact).abs().max().item())
     assert errors[-1] < last_error
     assert np.log2(errors[0] / errors[-1]) / 3 > order - 0.15
@@ -265,56 +266,58 @@ def test_deterministic_samplers_converge_to_the_exact_solution_with_their_order(
 def test_sampling_reads_nothing_back_from_the_device(process: GaussianDiffusion, sampler: Sampler) -> None:
     """On the meta device there is nothing to read: a value that is asked for raises."""
     model = tiny().to("meta")
-    guided = ClassifierFreeGuidance(model, 10, 4, scale=2.0, t_min=100, t_max=900)
-    label = torch.zeros(2, dtype=torch.int64, device="meta")
+    guided = ClassifierFreeGuidance(model, NULL, 4, scale=2.0, t_min=100, t_max=900)
+    condition = {"label": torch.zeros(2, dtype=torch.int64, device="meta")}
 
     def noise(draw: int) -> Tensor:
         return torch.empty(2, 4, 8, 8, device="meta")
 
-    sample = sampler(guided, process.to("meta"), noise, label, steps=4)
+    sample = sampler(guided, process.to("meta"), noise, condition, steps=4)
     assert sample.shape == (2, 4, 8, 8)
     assert sample.is_meta
 
 
 def test_an_order_that_the_solver_has_not_is_refused(process: GaussianDiffusion) -> None:
     with pytest.raises(ValueError, match=r"sampler.order is 4"):
-        dpm_solver_pp(golden_model()[0], process, torch.zeros, torch.zeros(1, dtype=torch.int64), order=4)
+        dpm_solver_pp(golden_model()[0], process, torch.zeros, {}, order=4)
 
 
 def test_ddim_trajectory_equals_the_released_implementation(process: GaussianDiffusion) -> None:
     model, golden = golden_model()
     with torch.no_grad():
-        sample = ddim(model, process, lambda _: golden["sample/ddim10/z"], golden["sample/ddim10/y"], steps="ddim10")
+        sample = ddim(
+            model, process, lambda _: golden["sample/ddim10/z"], {"label": golden["sample/ddim10/y"]}, steps="ddim10"
+        )
     final = golden["sample/ddim10/final"]
     assert (sample - final).abs().max() / final.abs().max() < 1e-4
 
 
 def test_an_eta_outside_its_range_is_refused(process: GaussianDiffusion) -> None:
     with pytest.raises(ValueError, match=r"sampler.eta is 2"):
-        ddim(golden_model()[0], process, lambda _: torch.zeros(1, 4, 8, 8), torch.zeros(1, dtype=torch.int64), eta=2)
+        ddim(golden_model()[0], process, lambda _: torch.zeros(1, 4, 8, 8), {}, eta=2)
 
 
 def test_a_limited_interval_guides_inside_it_only() -> None:
     model, golden = golden_model()
-    x_t, label = golden["forward/x"], golden["forward/y"] % 10
+    x_t, condition = golden["forward/x"], {"label": golden["forward/y"] % 10}
     t = torch.tensor([0, 99, 500, 900])
     with torch.no_grad():
-        plain = model(x_t, t, label)
-        everywhere = ClassifierFreeGuidance(model, 10, 4, scale=3.0)(x_t, t, label)
-        limited = ClassifierFreeGuidance(model, 10, 4, scale=3.0, t_min=100, t_max=600)(x_t, t, label)
+        plain = model(x_t, t, condition)
+        everywhere = ClassifierFreeGuidance(model, NULL, 4, scale=3.0)(x_t, t, condition)
+        limited = ClassifierFreeGuidance(model, NULL, 4, scale=3.0, t_min=100, t_max=600)(x_t, t, condition)
     torch.testing.assert_close(limited[[0, 1, 3]], plain[[0, 1, 3]], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(limited[2], everywhere[2], rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match=r"t_max 1 is below guidance.t_min 2"):
-        ClassifierFreeGuidance(model, 10, 4, t_min=2, t_max=1)
+        ClassifierFreeGuidance(model, NULL, 4, t_min=2, t_max=1)
 
 
 def test_autoguidance_extrapolates_from_the_worse_model() -> None:
     good, golden = golden_model()
     bad = trained(AdaLNZeroBlock, seed=1)
-    inputs = golden["forward/x"], golden["forward/t"], golden["forward/y"]
+    inputs = golden["forward/x"], golden["forward/t"], {"label": golden["forward/y"]}
     with torch.no_grad():
-        by_one = Autoguidance(good, 10, 4, guide=bad, scale=1.0)(*inputs)
-        by_two = Autoguidance(good, 10, 4, guide=bad, scale=2.0)(*inputs)
+        by_one = Autoguidance(good, NULL, 4, guide=bad, scale=1.0)(*inputs)
+        by_two = Autoguidance(good, NULL, 4, guide=bad, scale=2.0)(*inputs)
         torch.testing.assert_close(by_one, good(*inputs), rtol=1e-4, atol=1e-4)
         expected = 2 * good(*inputs)[:, :4] - bad(*inputs)[:, :4]
     torch.testing.assert_close(by_two[:, :4], expected, rtol=1e-4, atol=1e-4)

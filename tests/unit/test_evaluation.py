@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_model import golden_model
 
+from data.conditions import ClassLabels
 from data.images import CenterCrop
 from data.manifest import LatentSpec
 from data.sources import DigitsSource, load_images
@@ -25,7 +26,7 @@ from evaluation.chunks import ChunkStore, TrainingChunks
 from evaluation.classifier import ClassifierFeatures
 from evaluation.evaluate import Evaluator, MeasurementProtocol
 from evaluation.features import Features
-from evaluation.generate import Generator, balanced_labels, given_labels
+from evaluation.generate import Generator
 from evaluation.grid import save_grid
 from evaluation.hooks import EvaluationHook
 from evaluation.references import make_reference
@@ -135,13 +136,16 @@ def generator() -> Generator:
         return ddpm(*inputs, steps=10)
 
     runtime = AccelerateRuntime("fp32", device="cpu")
-    return Generator(golden_model()[0].eval(), process, IdentityAutoencoder(4), ten_steps, spec, 0, runtime)
+    return Generator(
+        golden_model()[0].eval(), process, IdentityAutoencoder(4), ten_steps, spec, ClassLabels(10), 0, runtime
+    )
 
 
 def test_an_image_does_not_depend_on_the_batch_it_is_made_in() -> None:
-    make, labels = generator(), balanced_labels(12, 10)
+    make, condition = generator(), ClassLabels(10).in_turn(12)
     batches = {
-        size: np.concatenate([images for _, images in make.batches(labels, size)]).astype(int) for size in (1, 5, 12)
+        size: np.concatenate([images for _, images in make.batches(condition, 12, size)]).astype(int)
+        for size in (1, 5, 12)
     }
     assert batches[12].shape == (12, 8, 8, 4)
     assert batches[12].std() > 10
@@ -156,22 +160,22 @@ def test_images_are_rounded_as_in_the_released_sampling_code() -> None:
     given = torch.from_numpy((levels - 128) / 127.5).float().reshape(2, 4, 8, 8)
     make = replace(generator(), sampler=lambda *_: given)
     expected = np.floor(levels).clip(0, 255).reshape(2, 4, 8, 8).transpose(0, 2, 3, 1)
-    np.testing.assert_array_equal(make.images(np.arange(2), np.zeros(2, np.int64)), expected)
+    np.testing.assert_array_equal(make.images(np.arange(2), {}), expected)
 
 
 def test_another_index_or_seed_gives_another_image() -> None:
     make = generator()
-    labels = np.zeros(2, dtype=np.int64)
-    first, second = make.images(np.array([0, 1]), labels)
+    condition = ClassLabels(10).given([0], 2)
+    first, second = make.images(np.array([0, 1]), condition)
     assert not np.array_equal(first, second)
-    other = Generator(**{**vars(make), "seed": 1}).images(np.array([0, 1]), labels)
+    other = Generator(**{**vars(make), "seed": 1}).images(np.array([0, 1]), condition)
     assert not np.array_equal(first, other[0])
 
 
 def test_labels_outside_the_classes_are_refused() -> None:
-    assert given_labels([3, 10], 4, 10).tolist() == [3, 10, 3, 10]
+    assert ClassLabels(10).given([3, 10], 4)["label"].tolist() == [3, 10, 3, 10]
     with pytest.raises(ValueError, match="labels has 11, but this model knows the classes 0 to 9"):
-        given_labels([3, 11], 4, 10)
+        ClassLabels(10).given([3, 11], 4)
 
 
 def test_the_digit_classifier_is_accurate_and_trained_once(tmp_path: Path) -> None:
@@ -213,8 +217,9 @@ def test_evaluation_records_its_protocol_and_recounts(tmp_path: Path) -> None:
     extractor = PixelFeatures()
     reference = make_reference(PatternSource(), 8, extractor)
     # The pattern has one channel, the golden network four: compare with the generator's own images instead.
-    labels = balanced_labels(30, 10)
-    own = np.concatenate([images for _, images in make.batches(labels, 30)])
+    condition = ClassLabels(10).in_turn(30)
+    labels = condition["label"].numpy()
+    own = make.all_images(condition, 30, 30)
     found = extractor(own)
     reference = type(reference)("own", "hash", FeatureStatistics.of(found.vectors), 0.0)
     protocol = MeasurementProtocol({"name": "ddpm", "steps": 10}, {"name": "unguided"}, 30, 0, "fp32")

@@ -55,7 +55,7 @@ def of_ours(
 ) -> Tensor:
     noise = torch.randn(len(labels), 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        latents = sampler(model, process, lambda draw: noise, torch.tensor(labels), **how)
+        latents = sampler(model, process, lambda draw: noise, {"label": torch.tensor(labels)}, **how)
     return (latents / 2 + 0.5).clamp(0, 1)
 
 

@@ -21,11 +21,13 @@ from test_metrics import in_parallel
 from test_model import golden_model
 from test_references import write
 
+from data.conditions import ClassLabels
+from diffusion.batch import Condition
 from evaluation.chunks import Chunk, ChunkStore, TrainingChunks, chunks_of, discard, discard_training
 from evaluation.evaluate import Evaluator, MeasurementProtocol
 from evaluation.features import Features
 from evaluation.frechet import FrechetDistance, FrechetInceptionDistance
-from evaluation.generate import Generator, balanced_labels, random_labels
+from evaluation.generate import Generator
 from evaluation.hooks import EVALUATED_BY_TRAINING, EvaluationHook
 from evaluation.image_files import NpzFile, PngFiles
 from evaluation.image_sets import SourceImages
@@ -43,9 +45,9 @@ from train.state import TrainState
 
 
 def test_random_labels_depend_on_seed_and_index_alone() -> None:
-    labels = random_labels(2000, 10, seed=3)
-    assert labels.tolist()[:50] == random_labels(50, 10, seed=3).tolist()
-    assert labels.tolist() != random_labels(2000, 10, seed=4).tolist()
+    labels = ClassLabels(10).random(2000, seed=3)["label"].numpy()
+    assert labels.tolist()[:50] == ClassLabels(10).random(50, seed=3)["label"].tolist()
+    assert labels.tolist() != ClassLabels(10).random(2000, seed=4)["label"].tolist()
     assert 130 < np.bincount(labels, minlength=10).min() <= np.bincount(labels, minlength=10).max() < 270
 
 
@@ -62,11 +64,11 @@ class CountingGenerator(Generator):
     made: list[int]
     fail_at: int | None
 
-    def images_in_step(self, indices: np.ndarray, labels: np.ndarray, at_most: int) -> np.ndarray:
+    def images_in_step(self, indices: np.ndarray, condition: Condition, at_most: int) -> np.ndarray:
         if self.fail_at in indices:
             raise KeyboardInterrupt
         self.made.extend(indices.tolist())
-        return super().images_in_step(indices, labels, at_most)
+        return super().images_in_step(indices, condition, at_most)
 
 
 def counting(fail_at: int | None = None, **changes: Any) -> CountingGenerator:
@@ -207,7 +209,7 @@ def test_processes_that_see_images_differently_are_refused() -> None:
 
 
 def test_the_images_are_kept_in_adms_format_or_as_pngs(tmp_path: Path) -> None:
-    expected = np.concatenate([images for _, images in generator().batches(balanced_labels(30, 10), 7)])
+    expected = generator().all_images(ClassLabels(10).in_turn(30), 30, 7)
     npz = NpzFile(str(tmp_path / "images.npz"))
     with pytest.raises(KeyboardInterrupt):
         evaluator().evaluate(counting(fail_at=15), silent_progress, ChunkStore(tmp_path / "chunks", {}), npz)
@@ -216,7 +218,7 @@ def test_the_images_are_kept_in_adms_format_or_as_pngs(tmp_path: Path) -> None:
     assert again.made == list(range(14, 30))
     with np.load(tmp_path / "images.npz", allow_pickle=False) as file:
         np.testing.assert_array_equal(file["arr_0"], expected)
-        np.testing.assert_array_equal(file["arr_1"], balanced_labels(30, 10))
+        np.testing.assert_array_equal(file["arr_1"], np.arange(30) % 10)
     assert not (tmp_path / "images.npz.parts").exists()
     png = PngFiles(str(tmp_path / "pngs"))
     chunk, images = Chunk(0, 4, 7), expected[4:7, :, :, :3]
@@ -245,9 +247,9 @@ def test_parts_of_a_file_from_another_evaluation_are_thrown_away(tmp_path: Path)
 
 
 def test_images_that_are_not_finite_are_refused() -> None:
-    def diverged(x_t: torch.Tensor, t: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    def diverged(x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
         output = x_t.repeat(1, 2, 1, 1)
-        output[label == 2] = torch.nan
+        output[condition["label"] == 2] = torch.nan
         return output
 
     with pytest.raises(
@@ -288,7 +290,7 @@ def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 def test_a_protocol_of_fewer_images_than_a_batch_generates_no_more(tmp_path: Path) -> None:
     sizes = []
 
-    def seen(x_t: torch.Tensor, t: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    def seen(x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
         sizes.append(len(x_t))
         return x_t.repeat(1, 2, 1, 1)
 

@@ -64,7 +64,7 @@ def golden_model() -> tuple[DiT, dict[str, torch.Tensor]]:
 
 def test_forward_equals_the_released_implementation() -> None:
     model, golden = golden_model()
-    output = model(golden["forward/x"], golden["forward/t"], golden["forward/y"])
+    output = model(*forward_inputs(golden))
     scale = golden["forward/out"].abs().max()
     assert (output - golden["forward/out"]).abs().max() / scale < 1e-5
 
@@ -82,9 +82,13 @@ def trained(block: Any, seed: int = 0) -> DiT:
     return model
 
 
-def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(3, 4, 8, 8, generator=generator), torch.tensor([0, 500, 999]), torch.tensor([0, 9, 10])
+def forward_inputs(golden: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    return golden["forward/x"], golden["forward/t"], {"label": golden["forward/y"]}
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    x_t = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    return x_t, torch.tensor([0, 500, 999]), {"label": torch.tensor([0, 9, 10])}
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -103,17 +107,17 @@ def test_untrained_adaln_zero_block_is_the_identity_and_no_other_is() -> None:
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_every_block_sees_timestep_and_label(block: type[Block]) -> None:
-    model, (x_t, t, label) = trained(block), inputs()
-    output = model(x_t, t, label)
-    assert (model(x_t, t + 1, label) - output).abs().max() > 1e-4
-    assert (model(x_t, t, (label + 1) % 10) - output).abs().max() > 1e-4
+    model, (x_t, t, condition) = trained(block), inputs()
+    output = model(x_t, t, condition)
+    assert (model(x_t, t + 1, condition) - output).abs().max() > 1e-4
+    assert (model(x_t, t, {"label": (condition["label"] + 1) % 10}) - output).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("block", [*BLOCKS, partial(AdaLNZeroBlock, attention=QKNormSelfAttention)])
 def test_images_of_a_batch_do_not_touch_each_other(block: Any) -> None:
-    model, (x_t, t, label), order = trained(block), inputs(), [2, 0, 1]
-    shuffled = model(x_t[order], t[order], label[order])
-    torch.testing.assert_close(shuffled, model(x_t, t, label)[order], rtol=1e-4, atol=1e-5)
+    model, (x_t, t, condition), order = trained(block), inputs(), [2, 0, 1]
+    shuffled = model(x_t[order], t[order], {"label": condition["label"][order]})
+    torch.testing.assert_close(shuffled, model(x_t, t, condition)[order], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -159,10 +163,10 @@ def test_normalized_queries_and_keys_bound_the_scores() -> None:
 
 
 def test_latents_of_another_shape_are_refused() -> None:
-    _, t, label = inputs()
+    _, t, condition = inputs()
     for shape in ((3, 4, 8, 16), (3, 4, 16, 16), (3, 3, 8, 8)):
         with pytest.raises(ValueError, match=r"but this model was built for \(4, 8, 8\)"):
-            tiny()(torch.zeros(shape), t, label)
+            tiny()(torch.zeros(shape), t, condition)
     with pytest.raises(ValueError, match="latents are square"):
         tiny(latent_size=(8, 16))
 
@@ -215,7 +219,7 @@ def test_compute_at_512_pixels_equals_the_papers_text() -> None:
 def test_multiply_adds_equal_a_counted_forward_pass(block: type[Block], patch_size: int) -> None:
     model, math_only = tiny(block=block, patch_size=patch_size), torch.nn.attention.SDPBackend.MATH
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(math_only):
-        model(torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.tensor([1]))
+        model(torch.randn(1, 4, 8, 8), torch.tensor([5]), {"label": torch.tensor([1])})
     assert counter.get_total_flops() == 2 * multiply_adds(model.config)
 
 
@@ -267,6 +271,6 @@ def test_planned_activation_memory_is_what_a_real_pass_saves(block: type[Block],
             torch.autocast("cpu", torch.bfloat16, enabled=bf16),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         ):
-            model(torch.randn(batch_size, 4, 8, 8), index, index)
+            model(torch.randn(batch_size, 4, 8, 8), index, {"label": index})
         saved.append(sum(storages.values()))
     assert activation_bytes_per_image(model.config, bf16) == pytest.approx(saved[1] - saved[0], rel=0.02)

@@ -23,6 +23,7 @@ from data import remote
 from data.atomic import write_bytes
 from data.batches import TrainingBatches
 from data.cache import Cache, CachedFile
+from data.conditions import ClassLabels
 from data.order import GlobalOrder, Order, WindowedOrder
 from data.prefetch import prefetch
 from data.reading import sha256_of
@@ -83,6 +84,7 @@ def make_with(shards: MappedShards, order: Order, batch_size: int, rank: int, wo
         shards,
         order,
         IdentityAutoencoder(1),
+        ClassLabels(5),
         seed=0,
         batch_size=batch_size,
         num_timesteps=1000,
@@ -322,8 +324,10 @@ READER = """
 import sys
 from pathlib import Path
 import torch
+from torch.utils._pytree import tree_leaves
 from data.batches import TrainingBatches
 from data.cache import Cache
+from data.conditions import ClassLabels
 from data.order import WindowedOrder
 from data.prefetch import prefetch
 from data.shards import MappedShards
@@ -331,8 +335,9 @@ from model.autoencoder import IdentityAutoencoder
 url, cache, limit_bytes, steps, out = sys.argv[1:]
 shards = MappedShards(url, cache=Cache(Path(cache), int(limit_bytes), patience_sec=30))
 settings = dict(seed=0, batch_size=12, num_timesteps=1000, class_dropout=0.1, flip=True)
-batches = TrainingBatches(shards, WindowedOrder(0, shards.counts, 2), IdentityAutoencoder(1), **settings)
-torch.save(list(prefetch(batches.from_step(0, int(steps)))), out)
+order, labels = WindowedOrder(0, shards.counts, 2), ClassLabels(5)
+batches = TrainingBatches(shards, order, IdentityAutoencoder(1), labels, **settings)
+torch.save([tree_leaves(batch) for batch in prefetch(batches.from_step(0, int(steps)))], out)
 """
 
 

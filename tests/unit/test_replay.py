@@ -13,6 +13,7 @@ from poisoned_shards import poisoned
 from test_training import RUNTIME, batch_of, everything, new_state, save, step_of
 from torch import Tensor, nn
 
+from diffusion.batch import Condition
 from diffusion.process import GaussianDiffusion
 from diffusion.schedules import LinearSchedule
 from diffusion.variances import LearnedRangeVariance
@@ -162,9 +163,9 @@ class RootOfLabels(nn.Module):
         self.inner = inner
         self.scale = nn.Parameter(torch.ones(()))
 
-    def forward(self, x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        output: Tensor = self.inner(x_t, t, label)
-        return output + torch.sqrt((label != 2) * self.scale).view(-1, 1, 1, 1)
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        output: Tensor = self.inner(x_t, t, condition)
+        return output + torch.sqrt((condition["label"] != 2) * self.scale).view(-1, 1, 1, 1)
 
 
 def test_a_sample_whose_gradient_alone_is_not_finite_is_found_among_sound_losses() -> None:

@@ -47,7 +47,7 @@ def batch_of(step: int, value: float = 1.0) -> Batch:
     generator = torch.Generator().manual_seed(step)
     latent = torch.randn(4, 4, 8, 8, generator=generator) * value
     noise = torch.randn(4, 4, 8, 8, generator=generator)
-    return Batch(latent=latent, noise=noise, t=torch.tensor([1, 100, 500, 999]), label=torch.tensor([0, 1, 2, 10]))
+    return Batch(latent, noise, torch.tensor([1, 100, 500, 999]), {"label": torch.tensor([0, 1, 2, 10])})
 
 
 def step_of(state: TrainState, **options: Any) -> Any:
