@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data.atomic import atomic_file
+from data.npz import write_npz
 from data.progress import ProgressBar
 from evaluation.generate import balanced_labels, given_labels
 from evaluation.grid import save_grid
@@ -48,8 +48,8 @@ def sample_job(config: dict[str, Any], progress: ProgressBar) -> None:
     if not runtime.is_main:
         return
     out = Path(config["out"] or checkpoint.run_dir / "samples" / _name(config, checkpoint))
-    with atomic_file(out.with_name(out.name + ".npz")) as file:
-        np.savez(file, images, labels)  # numpy names them arr_0 and arr_1, as ADM's evaluator expects
+    # Names as ADM's evaluator expects.
+    write_npz(out.with_name(out.name + ".npz"), {"arr_0": images, "arr_1": labels}, zip64=True)
     shown = images[:GRID_IMAGES]
     columns = min(num_classes if config["labels"] is None else 10, 10, len(shown))
     save_grid(out.with_name(out.name + ".png"), shown, columns)
