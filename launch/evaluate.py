@@ -15,8 +15,9 @@ from omegaconf import DictConfig
 from data.manifest import Manifest
 from data.progress import ProgressBar
 from data.reading import DamagedFileError
+from data.records import canonical_hash
 from data.shards import MappedShards
-from evaluation.chunks import EVALUATING, TRAINING, ChunkStore, digest, discard
+from evaluation.chunks import EVALUATING, TRAINING, ChunkStore, discard
 from evaluation.evaluate import Evaluator
 from evaluation.generate import Generator
 from evaluation.likelihood import measure_likelihood
@@ -146,12 +147,13 @@ class EvaluationChunks:
             "protocol": asdict(evaluator.protocol),
             "feature_extractor": evaluator.extractor.hash,
         }
-        self._label = f"{self._label_of(checkpoint.hash)}{digest(way)[:16]}"
+        self._label = f"{self._label_of(checkpoint.hash)}{canonical_hash(way, spaced=True)[:16]}"
         self._identity = {**self._code, **way, "batch_size": evaluator.batch_size}
 
     def _label_of(self, hash_: str) -> str:
-        """How the labels of a checkpoint's evaluations by this program begin."""
-        return f"{EVALUATING}{digest({**self._code, 'checkpoint': hash_})[:16]}-"
+        """Return how the labels of a checkpoint's evaluations by this program begin."""
+        mine = {**self._code, "checkpoint": hash_}
+        return f"{EVALUATING}{canonical_hash(mine, spaced=True)[:16]}-"
 
     @property
     def store(self) -> ChunkStore:
