@@ -8,12 +8,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.images import Preparation
-from data.manifest import FORMAT_VERSION, LatentSpec
+from data.manifest import FORMAT_VERSION, AutoencoderIdentity, LatentSpec
 from data.records import canonical_hash
 from data.sources import Source
 from data.unread import LeftOut
 from diffusion.draws import Philox, Purpose, permutation
 from model.autoencoder import Autoencoder
+
+
+def identity_of(autoencoder: Autoencoder) -> AutoencoderIdentity:
+    """Return what latents of this autoencoder have in their spec."""
+    return AutoencoderIdentity(*(getattr(autoencoder, name) for name in AutoencoderIdentity._fields))
 
 
 def latent_spec(

@@ -1,4 +1,4 @@
-"""What a training step eats."""
+"""What a training step eats, and how a global batch divides."""
 
 from collections.abc import Callable
 from operator import itemgetter
@@ -24,6 +24,17 @@ def mapped(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
         t=function(batch["t"]),
         noise=function(batch["noise"]),
     )
+
+
+def require_divisible(batch_size: int, num_members: int, members: str, micro_batches: int = 1) -> None:
+    """Raise ValueError where a batch does not divide into micro-batches of ``num_members`` equal shares."""
+    parts = num_members * micro_batches
+    if batch_size % parts == 0:
+        return
+    each = f" x {micro_batches} micro-batches" if micro_batches > 1 else ""
+    below = batch_size - batch_size % parts
+    choices = f"{below} or {below + parts}" if below else f"{parts}"
+    raise ValueError(f"batch_size {batch_size} does not divide by {num_members} {members}{each}; use {choices}.")
 
 
 def micro_batches_of(batch: Batch, count: int) -> list[Batch]:
