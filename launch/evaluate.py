@@ -21,7 +21,7 @@ from evaluation.chunks import EVALUATING, TRAINING, ChunkStore, discard
 from evaluation.evaluate import Evaluator
 from evaluation.generate import Generator
 from evaluation.likelihood import measure_likelihood
-from launch.app import CONF, run
+from launch.app import CONF
 from launch.build import (
     CHUNKS,
     LoadedCheckpoint,
@@ -34,6 +34,7 @@ from launch.check import closest
 from launch.components import build
 from launch.data_settings import settle_by, settle_by_shards
 from launch.facts import facts_of_process, source_hash
+from launch.jobs import start
 from launch.runs import checkpoint_hash, read_checkpoint
 from model.dit import DiT
 from runtime.protocol import Runtime
@@ -81,7 +82,7 @@ def evaluate_job(config: dict[str, Any], progress: ProgressBar) -> None:
         chunks.discard()
 
 
-def _settle(config: DictConfig, words: list[str]) -> None:
+def settle_evaluation(config: DictConfig, words: list[str]) -> None:
     """Take ``data`` from the checkpoint, or from the shards where they are given."""
     path, state = read_checkpoint(config.checkpoint, lambda path: (path, read_state_file(path)))
     data = state["config"].get("data")
@@ -175,10 +176,5 @@ def _shards_of(checkpoint: LoadedCheckpoint, data: Mapping[str, Any]) -> MappedS
     return build_shards(data)
 
 
-def main() -> None:
-    """Entry point."""
-    run("evaluate", evaluate_job, _settle)
-
-
 if __name__ == "__main__":
-    main()
+    start("evaluate")

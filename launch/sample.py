@@ -12,11 +12,11 @@ from data.npz import write_npz
 from data.progress import ProgressBar
 from evaluation.generate import balanced_labels, given_labels
 from evaluation.grid import save_grid
-from launch.app import run
 from launch.build import LoadedCheckpoint
 from launch.check import closest
 from launch.components import build
 from launch.foreign import is_foreign, load_foreign
+from launch.jobs import start
 from runtime.protocol import Runtime
 
 GRID_IMAGES = 100  # a picture with more is no longer looked at
@@ -103,10 +103,5 @@ def _concatenate(parts: list[np.ndarray], checkpoint: LoadedCheckpoint) -> np.nd
     return np.concatenate(parts) if parts else np.empty((0, side, side, channels), np.uint8)
 
 
-def main() -> None:
-    """Entry point."""
-    run("sample", sample_job)
-
-
 if __name__ == "__main__":
-    main()
+    start("sample")
