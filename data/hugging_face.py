@@ -1,6 +1,5 @@
 """Images in Hugging Face's formats: parquet files as on its hub, and datasets saved to disk."""
 
-import hashlib
 import json
 import threading
 from bisect import bisect_right
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 from data.files import Files, given
 from data.images import UnreadableImageError
 from data.named_files import named_files
+from data.records import canonical_hash
 from data.sources import Example
 
 Result = TypeVar("Result")
@@ -207,4 +207,4 @@ def _described_classes(schema: Any, label_column: str) -> list[str] | None:
 
 def _fingerprint(files: Files, names: list[str], columns: list[str]) -> str:
     listing = [(name, files.sizes[name]) for name in names]
-    return hashlib.sha256(json.dumps([listing, columns]).encode()).hexdigest()
+    return canonical_hash([listing, columns], spaced=True)

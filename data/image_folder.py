@@ -1,14 +1,12 @@
 """A folder with one folder of images per class, as ImageNet comes; or a zip file of one."""
 
-import hashlib
-import json
-
 from data.class_folders import classes_of_folders
 from data.files import Files, Listing, given
 from data.images import UnreadableImageError
 from data.label_file import labels_of_file
 from data.left_out import instead, left_out_images
 from data.reading import DamagedFileError
+from data.records import canonical_hash
 from data.sources import Example
 from data.unread import image_suffixes
 from data.zip_files import ZipFiles, is_zip
@@ -41,7 +39,7 @@ class ImageFolder:
         self.left_out = [*left_out, *labelled.left_out]
         listing = [(path, self._files.sizes[path]) for path in self._paths]
         content = listing if labelled.identity is None else [listing, labelled.identity]
-        self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        self.fingerprint = canonical_hash(content, spaced=True)
 
     def __len__(self) -> int:
         return len(self._paths)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field
 
@@ -32,6 +32,25 @@ _REMOTE_REMEDY = "copy it there again from the folder of `ditscale encode`"
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-]+\.tar")
 
 
+class AutoencoderIdentity(NamedTuple):
+    """Which autoencoder latents are of, and how it scales them."""
+
+    name: str
+    revision: str
+    downscale: int
+    channels: int
+    scale: float | list[float]
+    shift: float | list[float]
+
+    @property
+    def weights(self) -> str:
+        """Name and revision."""
+        return f"{self.name} {self.revision}"
+
+    def __str__(self) -> str:
+        return f"{self.weights} ({', '.join(map(str, self[2:]))})"
+
+
 @dataclass(frozen=True)
 class LatentSpec:
     """What latents mean. Shards are refused where it disagrees with the config, naming both."""
@@ -52,6 +71,13 @@ class LatentSpec:
     precision: Text = "fp32"  # of the autoencoder's network
     crop: Text = "none"  # `name` of the crop
     apply_exif: bool = False  # whether images were turned as their camera says
+
+    @property
+    def made_by(self) -> AutoencoderIdentity:
+        """The autoencoder of these latents."""
+        return AutoencoderIdentity(
+            self.autoencoder, self.autoencoder_revision, self.downscale, self.channels, self.scale, self.shift
+        )
 
     @property
     def latent_size(self) -> int:

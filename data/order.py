@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from diffusion.batch import require_divisible
 from diffusion.draws import Philox, Purpose, permutation
 
 
@@ -138,11 +139,7 @@ def positions_of_step(step: int, batch_size: int, rank: int, world: int) -> NDAr
 
     Raises ValueError where the batch does not divide.
     """
-    if batch_size % world:
-        raise ValueError(
-            f"batch_size {batch_size} does not divide by the {world} processes; "
-            f"use {batch_size - batch_size % world or world} or {batch_size + world - batch_size % world}."
-        )
+    require_divisible(batch_size, world, "processes")
     share = batch_size // world
     first = step * batch_size + rank * share
     return np.arange(first, first + share, dtype=np.int64)

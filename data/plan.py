@@ -1,7 +1,5 @@
 """What goes into which shard, decided before anything is encoded."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -10,11 +8,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.images import Preparation
-from data.manifest import FORMAT_VERSION, LatentSpec
+from data.manifest import FORMAT_VERSION, AutoencoderIdentity, LatentSpec
+from data.records import canonical_hash
 from data.sources import Source
 from data.unread import LeftOut
 from diffusion.draws import Philox, Purpose, permutation
 from model.autoencoder import Autoencoder
+
+
+def identity_of(autoencoder: Autoencoder) -> AutoencoderIdentity:
+    """Return what latents of this autoencoder have in their spec."""
+    return AutoencoderIdentity(*(getattr(autoencoder, name) for name in AutoencoderIdentity._fields))
 
 
 def latent_spec(
@@ -72,7 +76,7 @@ class Plan:
         """Identity of the plan; a shard made by another plan is never reused."""
         content = {"version": FORMAT_VERSION, "spec": asdict(self.spec), "seed": self.seed}
         content |= {"source": self.source_fingerprint, "samples_per_shard": self.samples_per_shard}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return canonical_hash(content, spaced=True)
 
     @cached_property
     def num_images_left_out(self) -> int:

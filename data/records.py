@@ -7,7 +7,7 @@ says which file and what. Anything that a stranger may have written is parsed he
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,10 +21,17 @@ SEAL = "record_sha256"
 _LONGEST_PLACE = 100  # letters of a field's name in an error: keys are a stranger's too
 
 
-def canonical_hash(content: Any) -> str:
-    """Return the SHA-256 of JSON values, whatever the order of keys: 64 hexadecimal digits."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+def canonical_hash(content: Any, *, spaced: bool = False, then: Iterable[bytes] = ()) -> str:
+    """Return the SHA-256 of JSON values, whatever the order of keys, and of bytes that come after: 64 digits.
+
+    ``spaced`` puts a space after each comma and colon: identities of plans, sources and kept results are hashes of
+    such a text, and stay what they are; seals are hashes of the other.
+    """
+    text = json.dumps(content, sort_keys=True, separators=(", ", ": ") if spaced else (",", ":"))
+    digest = hashlib.sha256(text.encode())
+    for more in then:
+        digest.update(more)
+    return digest.hexdigest()
 
 
 def seal(content: Mapping[str, Any]) -> dict[str, Any]:

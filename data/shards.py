@@ -111,6 +111,12 @@ class MappedShards:
         return _strided(mapped, count, layout, spec)
 
 
+def open_shards(place: str, verify_checksums: bool, cache: str, cache_bytes: int) -> MappedShards:
+    """Return the shards of a folder, or those of a URL by way of up to ``cache_bytes`` in the folder ``cache``."""
+    kept = Cache(Path(cache), cache_bytes) if is_remote(place) else None
+    return MappedShards(place, verify_checksums, kept)
+
+
 def _shard_files(place: Path | str, verify_checksums: bool, cache: Cache | None, retry: Retry) -> ShardFiles:
     if not is_remote(place):
         return LocalShardFiles(Path(place), verify_checksums)

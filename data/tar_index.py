@@ -1,13 +1,12 @@
 """Samples of webdataset tars: where they lie, by one pass over the headers, then any of them by its offset."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from data.files import MAX_FILE_BYTES, given
 from data.images import UnreadableImageError
 from data.named_files import named_files
+from data.records import canonical_hash
 from data.sources import Example
 from data.tar_members import Member, read_tar
 from data.unread import LeftOut
@@ -38,7 +37,7 @@ class TarIndex:
                 f"There are no samples ({', '.join(suffixes)}) in the {len(names)} tars of {tars}{''.join(why[:1])}."
             )
         listing = [(name, self._files.sizes[name]) for name in names]
-        self.fingerprint = hashlib.sha256(json.dumps([listing, list(suffixes)]).encode()).hexdigest()
+        self.fingerprint = canonical_hash([listing, list(suffixes)], spaced=True)
 
     @property
     def num_classes(self) -> int:

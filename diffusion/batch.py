@@ -1,4 +1,4 @@
-"""What a training step eats, and what a network is conditioned on: trees of tensors whose rows are samples."""
+"""What a training step eats, what a network is conditioned on, and how a global batch divides: trees of tensors."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeVar, cast
@@ -29,6 +29,17 @@ def mapped(tree: Tree, function: Callable[[Tensor], Tensor]) -> Tree:
 def rows_of(batch: Batch, rows: slice) -> Batch:
     """Return some rows of a batch."""
     return mapped(batch, lambda tensor: tensor[rows])
+
+
+def require_divisible(batch_size: int, num_members: int, members: str, micro_batches: int = 1) -> None:
+    """Raise ValueError where a batch does not divide into micro-batches of ``num_members`` equal shares."""
+    parts = num_members * micro_batches
+    if batch_size % parts == 0:
+        return
+    each = f" x {micro_batches} micro-batches" if micro_batches > 1 else ""
+    below = batch_size - batch_size % parts
+    choices = f"{below} or {below + parts}" if below else f"{parts}"
+    raise ValueError(f"batch_size {batch_size} does not divide by {num_members} {members}{each}; use {choices}.")
 
 
 def micro_batches_of(batch: Batch, count: int) -> list[Batch]:

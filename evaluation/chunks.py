@@ -1,7 +1,5 @@
 """Images in chunks: the unit of work that is divided over processes and that a killed evaluation keeps."""
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from safetensors.numpy import load, save
 from data.atomic import make_folder
 from data.locks import own, share
 from data.reading import DamagedFileError, require_own_file
+from data.records import canonical_hash
 from evaluation.features import Features
 from evaluation.kept import read_kept, unless_damaged, write_kept
 
@@ -47,11 +46,6 @@ TRAINING, EVALUATING = "train-", "evaluate-"  # how labels of the two jobs begin
 LOCK_NAME = ".lock"  # shared by the processes that use the chunks beside it; dies with them
 
 
-def digest(identity: Mapping[str, Any]) -> str:
-    """What a content is called: 64 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()
-
-
 class ChunkStore:
     """Features of finished chunks in a folder named by what they are features of: ``label``, then a hash of it all.
 
@@ -61,7 +55,7 @@ class ChunkStore:
     def __init__(
         self, folder: Path | None = None, identity: Mapping[str, Any] | None = None, label: str = "chunks"
     ) -> None:
-        self.plan = digest(identity or {})
+        self.plan = canonical_hash(dict(identity or {}), spaced=True)
         self._folder = None if folder is None else folder / f"{label}-{self.plan[:16]}"
 
     @contextmanager
@@ -126,7 +120,7 @@ class TrainingChunks:
 
     def __init__(self, folder: Path, origin: Mapping[str, Any]) -> None:
         self._folder, self._origin = folder, dict(origin)
-        self._label = f"{TRAINING}{digest(origin)[:16]}-step_"
+        self._label = f"{TRAINING}{canonical_hash(dict(origin), spaced=True)[:16]}-step_"
 
     def of_step(self, step: int) -> ChunkStore:
         """Those of the weights after ``step`` steps."""

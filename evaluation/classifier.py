@@ -18,7 +18,7 @@ from data.atomic import atomic_folder, write_bytes
 from data.images import Crop, to_unit_range
 from data.locks import locked
 from data.reading import DamagedFileError, is_regular, read_regular
-from data.records import read_record, seal
+from data.records import canonical_hash, read_record, seal
 from data.sources import Source, load_images
 from diffusion.draws import Philox, Purpose, permutation
 from evaluation.features import Features
@@ -88,10 +88,8 @@ class ClassifierFeatures:
         images, labels = load_images(source, image_size, crop, apply_exif)
         num_classes = len(source.class_names)
         options = {"num_features": num_features, "epochs": epochs, "batch_size": batch_size, "lr": lr}
-        digest = hashlib.sha256(json.dumps([_FORMAT, options, seed, num_classes], sort_keys=True).encode())
-        digest.update(images.tobytes())
-        digest.update(labels.tobytes())
-        identity = digest.hexdigest()
+        settings, content = [_FORMAT, options, seed, num_classes], (images.tobytes(), labels.tobytes())
+        identity = canonical_hash(settings, spaced=True, then=content)
         self._network = SmallClassifier(image_size, images.shape[3], num_classes, num_features)
         self._channels = images.shape[3]
         folder = Path(cache) / f"classifier-{identity[:16]}"

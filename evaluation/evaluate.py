@@ -167,7 +167,7 @@ class Evaluator:
             "reference": self.reference.name,
             "reference_images": self.reference.statistics.count,
             "frechet_distance_of_real_resample": self.reference.floor,
-            "decoder": f"{generator.spec.autoencoder} {generator.spec.autoencoder_revision}",
+            "decoder": generator.spec.made_by.weights,
             **self.identity,
         }
 

@@ -15,11 +15,11 @@ from PIL import Image
 from pydantic import ConfigDict
 
 from data.atomic import require_no_folder, write_bytes
+from data.npz import Blocks, write_npz
 from data.reading import DamagedFileError, read_text, sha256_of
 from data.records import read_record, seal
 from evaluation.chunks import Chunk
 from evaluation.kept import Sha256, npy_of, parse_npy, read_kept, unless_damaged, write_kept
-from evaluation.npz import Blocks, write_npz
 
 PLAN_NAME = ".plan"  # which evaluation the images in a folder are of
 _LONGEST_PLAN = 1000
@@ -116,7 +116,7 @@ class NpzFile:
         others = (self._last_read(chunk) for chunk in chunks[1:])
         images = Blocks((chunks[-1].last, *first.shape[1:]), np.dtype(np.uint8), itertools.chain([first], others))
         labels = {} if classes is None else {"arr_1": classes}
-        write_npz(self._path, {"arr_0": images, **labels})
+        write_npz(self._path, {"arr_0": images, **labels}, zip64=True)
         rmtree(self._parts)
 
     def _last_read(self, chunk: Chunk) -> NDArray[np.uint8]:

@@ -2,17 +2,15 @@
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.cache import Cache
 from data.images import Crop, ExactSize, Preparation, UnreadableImageError, to_uint8
-from data.remote import is_remote
-from data.shards import MappedShards
+from data.plan import identity_of
+from data.shards import open_shards
 from data.sources import Source, prepared, require_nothing_left_out, unwanted
 from model.autoencoder import Autoencoder
 from model.precision import exact_device
@@ -86,17 +84,16 @@ class ShardImages:
     def __init__(
         self, shards: str, autoencoder: Autoencoder, verify_checksums: bool, cache: str, cache_bytes: int
     ) -> None:
-        kept = Cache(Path(cache), cache_bytes) if is_remote(shards) else None
-        self._shards, self._autoencoder = MappedShards(shards, verify_checksums, kept), autoencoder
+        self._shards, self._autoencoder = open_shards(shards, verify_checksums, cache, cache_bytes), autoencoder
         manifest, spec = self._shards.manifest, self._shards.manifest.spec
-        theirs, ours = (spec.autoencoder, spec.autoencoder_revision), (autoencoder.name, autoencoder.revision)
+        theirs, ours = spec.made_by.weights, identity_of(autoencoder).weights
         if theirs != ours:
             raise ValueError(
-                f"The shards in {shards} were made by the autoencoder {' '.join(theirs)}, but the config has "
-                f"{' '.join(ours)}; choose the same data.autoencoder."
+                f"The shards in {shards} were made by the autoencoder {theirs}, but the config has "
+                f"{ours}; choose the same data.autoencoder."
             )
         self._device = torch.device("cpu")
-        self.name = f"{spec.source} decoded by {' '.join(ours)}"
+        self.name = f"{spec.source} decoded by {ours}"
         self.fingerprint = hashlib.sha256(f"{manifest.hash} decoded".encode()).hexdigest()
         self.image_size, self.num_classes = spec.image_size, spec.num_classes
 

@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data.archives import opened, require_sound
 from data.locks import locked
 from data.reading import read_regular, require_regular
-from evaluation.archives import opened, require_sound
 from evaluation.features import Features
 from evaluation.inception import Inception2015
 from model.precision import exact_device, exact_float32

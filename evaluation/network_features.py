@@ -1,7 +1,5 @@
 """Features of a network that sees normalised images: what TorchScript files and DINOv2 share."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from data.records import canonical_hash
 from evaluation.features import Features
 from model.precision import exact_device, exact_float32
 
@@ -40,7 +39,7 @@ class NetworkFeatures:
             )
         self._network, self.title, self._place = network.eval(), title, place
         identity = [weights_hash, image_size, [float(value) for value in mean], [float(value) for value in std]]
-        self.hash = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        self.hash = canonical_hash(identity, spaced=True)
         self.facts: dict[str, float] = {}
         self._image_size, self._batch_size = image_size, batch_size
         self._mean, self._std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data.npz import Blocks, write_npz
 from data.prefetch import prefetch
 from data.progress import ProgressBar
 from diffusion.draws import Philox, Purpose, permutation
 from evaluation.collectors import StatisticsCollector
 from evaluation.features import FeatureExtractor, require_finite
 from evaluation.image_sets import ImageSet
-from evaluation.npz import Blocks, write_npz
 from runtime.protocol import Runtime
 
 
@@ -51,7 +51,7 @@ def write_reference(
     for suffix, found in statistics.items():
         arrays |= {f"mu{suffix}": found.mean, f"sigma{suffix}": found.covariance}
     arrays["arr_0"] = _chosen_images(images, num_kept, seed, batch_size)
-    write_npz(path, arrays)
+    write_npz(path, arrays, zip64=True)
 
 
 def _collect(

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from data.npy import Header
+from data.npz import headers_of, read_array
 from data.reading import DamagedFileError
 from data.records import parse_object
-from evaluation.npz import Header, headers_of, read_array
 
 IMAGES, ABOUT = "arr_0", "about"
 BATCH = 250  # images whose features are computed at once
@@ -90,7 +91,7 @@ def _require_images(path: Path, header: Header) -> None:
             f"The reference {path} has arr_0 of {header.dtype} {shape}, but images are uint8 [N, size, size, "
             "channels]; fetch or make it again, or leave arr_0 out where no metric needs images."
         )
-    if (size := BATCH * header.num_bytes // shape[0]) > _MOST_BYTES_OF_BATCH:
+    if (size := BATCH * header.num_value_bytes // shape[0]) > _MOST_BYTES_OF_BATCH:
         raise ValueError(
             f"The reference {path} has images of {shape[1]}x{shape[2]}x{shape[3]}, of which {BATCH} take {size} bytes, "
             f"but at most {_MOST_BYTES_OF_BATCH} are read at once; make it of smaller ones."

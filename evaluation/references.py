@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from data.images import Crop
 from data.locks import locked
+from data.npy import Header
+from data.npz import rows_of
 from data.progress import ProgressBar
 from data.reading import DamagedFileError, sha256_of
 from data.sources import Source, load_images
@@ -24,7 +26,6 @@ from evaluation.features import FeatureExtractor, require_finite
 from evaluation.inception import NUM_FEATURES, NUM_SPATIAL
 from evaluation.inception_features import InceptionFeatures
 from evaluation.kept import npy_of, parse_npy, read_kept, unless_damaged, write_kept
-from evaluation.npz import Header, rows_of
 from evaluation.reference_schema import BATCH, IMAGES, About, read_about, read_gaussian, read_headers
 from evaluation.statistics import FeatureStatistics, Gaussian, Moments, frechet_distance
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from data.archives import members_of, opened, require_sound
 from data.reading import DamagedFileError, sha256_of
-from evaluation.archives import members_of, opened, require_sound
 from evaluation.network_features import NetworkFeatures
 
 _MOST_BYTES = 2**36  # of all that it holds

@@ -8,15 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data.cache import Cache
 from data.conditions import ConditionSource
 from data.images import Preparation
 from data.manifest import LatentSpec, Manifest
-from data.plan import latent_spec
+from data.plan import identity_of, latent_spec
 from data.progress import ProgressBar
 from data.records import validate
-from data.remote import is_remote
-from data.shards import MappedShards
+from data.shards import MappedShards, open_shards
 from data.urls import redacted_config
 from diffusion.process import GaussianDiffusion
 from diffusion.protocol import Denoiser
@@ -80,9 +78,8 @@ def build_preparation(data: Mapping[str, Any]) -> Preparation:
 
 
 def build_shards(data: Mapping[str, Any]) -> MappedShards:
-    """The shards of the config, ready to be read; those behind a URL by way of its cache."""
-    cache = Cache(Path(data["cache"]), data["cache_bytes"]) if is_remote(data["shards"]) else None
-    return MappedShards(data["shards"], data["verify_checksums"], cache)
+    """Return the shards of the config, ready to be read."""
+    return open_shards(data["shards"], data["verify_checksums"], data["cache"], data["cache_bytes"])
 
 
 def require_variance(model: DiT, process: GaussianDiffusion, of: str | None = None) -> None:
@@ -357,13 +354,11 @@ class LoadedCheckpoint:
 
 def _require_autoencoder(path: Path, spec: LatentSpec, autoencoder: Autoencoder) -> None:
     """Raise ValueError where the autoencoder's weights are no longer those of the latents trained on."""
-    names = ("name", "revision", "downscale", "channels", "scale", "shift")
-    theirs = (spec.autoencoder, spec.autoencoder_revision, spec.downscale, spec.channels, spec.scale, spec.shift)
-    ours = tuple(getattr(autoencoder, name) for name in names)
+    theirs, ours = spec.made_by, identity_of(autoencoder)
     if theirs != ours:
         raise ValueError(
-            f"The checkpoint {path} was trained on latents of the autoencoder {_words(theirs)}, but where its config "
-            f"points there is {_words(ours)} now; put the former one back."
+            f"The checkpoint {path} was trained on latents of the autoencoder {theirs}, but where its config "
+            f"points there is {ours} now; put the former one back."
         )
 
 
@@ -380,8 +375,3 @@ def _average_note(config: Mapping[str, Any], weights: str, step: int, said_by: s
         return None
     averages: Averages = build_saved(component(config, "ema", said_by), said_by)(nn.Linear(1, 1))
     return initial_share_note(averages.by_name[MAIN], MAIN, step)
-
-
-def _words(values: Sequence[Any]) -> str:
-    """Return name and revision, and the numbers after them in brackets."""
-    return f"{values[0]} {values[1]} ({', '.join(map(str, values[2:]))})"

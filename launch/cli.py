@@ -1,19 +1,18 @@
 """``ditscale JOB ...overrides``: finds the job and hands it the rest of the command line."""
 
-import importlib
 import platform
 import sys
 from importlib.metadata import version
 
 from data.urls import redacted
 from launch.check import closest
-from launch.jobs import JOBS
+from launch.jobs import JOBS, start
 from launch.words import MULTIRUN
 
 
 def _help() -> str:
     lines = ["usage: ditscale JOB [NAME=VALUE ...]", ""]
-    lines += [f"  {job:10s} {line}" for job, line in JOBS.items()]
+    lines += [f"  {name:10s} {job.summary}" for name, job in JOBS.items()]
     lines += [
         "",
         "ditscale JOB --help shows a job's settings; ditscale completion bash prints completions for a shell.",
@@ -57,7 +56,7 @@ def main() -> None:
         print(redacted(f"ditscale: error: There is no job {job!r}{closest(job, JOBS)}"), file=sys.stderr)
         sys.exit(2)
     sys.argv = [f"ditscale {job}", *arguments[1:]]
-    importlib.import_module(f"launch.{job}").main()
+    start(job)
 
 
 if __name__ == "__main__":

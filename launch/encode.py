@@ -12,10 +12,10 @@ from data.manifest import Manifest
 from data.progress import ProgressBar
 from data.remote import is_remote
 from data.sources import Source
-from launch.app import run
 from launch.build import build_preparation
 from launch.components import build
 from launch.data_settings import write_record
+from launch.jobs import start
 from launch.workers import worker_device, workers_from_environment
 
 
@@ -99,10 +99,5 @@ def require_own_scale(autoencoder: Any, words: Iterable[str]) -> None:
             )
 
 
-def main() -> None:
-    """Entry point."""
-    run("encode", encode_job)
-
-
 if __name__ == "__main__":
-    main()
+    start("encode")

@@ -15,12 +15,13 @@ from omegaconf import DictConfig
 from data.manifest import Manifest
 from data.progress import ProgressBar
 from data.reading import DamagedFileError
+from data.records import canonical_hash
 from data.shards import MappedShards
-from evaluation.chunks import EVALUATING, TRAINING, ChunkStore, digest, discard
+from evaluation.chunks import EVALUATING, TRAINING, ChunkStore, discard
 from evaluation.evaluate import Evaluator
 from evaluation.generate import Generator
 from evaluation.likelihood import measure_likelihood
-from launch.app import CONF, run
+from launch.app import CONF
 from launch.build import (
     CHUNKS,
     LoadedCheckpoint,
@@ -33,6 +34,7 @@ from launch.check import closest
 from launch.components import build
 from launch.data_settings import settle_by, settle_by_shards
 from launch.facts import facts_of_process, source_hash
+from launch.jobs import start
 from launch.runs import checkpoint_hash, read_checkpoint
 from model.dit import DiT
 from runtime.protocol import Runtime
@@ -80,7 +82,7 @@ def evaluate_job(config: dict[str, Any], progress: ProgressBar) -> None:
         chunks.discard()
 
 
-def _settle(config: DictConfig, words: list[str]) -> None:
+def settle_evaluation(config: DictConfig, words: list[str]) -> None:
     """Take ``data`` from the checkpoint, or from the shards where they are given."""
     path, state = read_checkpoint(config.checkpoint, lambda path: (path, read_state_file(path)))
     data = state["config"].get("data")
@@ -146,12 +148,13 @@ class EvaluationChunks:
             "protocol": asdict(evaluator.protocol),
             "feature_extractor": evaluator.extractor.hash,
         }
-        self._label = f"{self._label_of(checkpoint.hash)}{digest(way)[:16]}"
+        self._label = f"{self._label_of(checkpoint.hash)}{canonical_hash(way, spaced=True)[:16]}"
         self._identity = {**self._code, **way, "batch_size": evaluator.batch_size}
 
     def _label_of(self, hash_: str) -> str:
-        """How the labels of a checkpoint's evaluations by this program begin."""
-        return f"{EVALUATING}{digest({**self._code, 'checkpoint': hash_})[:16]}-"
+        """Return how the labels of a checkpoint's evaluations by this program begin."""
+        mine = {**self._code, "checkpoint": hash_}
+        return f"{EVALUATING}{canonical_hash(mine, spaced=True)[:16]}-"
 
     @property
     def store(self) -> ChunkStore:
@@ -173,10 +176,5 @@ def _shards_of(checkpoint: LoadedCheckpoint, data: Mapping[str, Any]) -> MappedS
     return build_shards(data)
 
 
-def main() -> None:
-    """Entry point."""
-    run("evaluate", evaluate_job, _settle)
-
-
 if __name__ == "__main__":
-    main()
+    start("evaluate")

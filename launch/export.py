@@ -12,10 +12,10 @@ from data.manifest import LatentSpec
 from data.progress import ProgressBar
 from data.records import validate
 from diffusion.process import GaussianDiffusion
-from launch.app import run
 from launch.build import model_at
 from launch.components import build, build_saved
 from launch.foreign import Facts, is_foreign, notes_on_positions, read_foreign
+from launch.jobs import start
 from launch.runs import read_checkpoint
 from launch.saved_configs import component
 from model.diffusers_weights import NULL_CLASS, to_diffusers
@@ -114,10 +114,5 @@ def _notes_on_pipeline(source: Source) -> list[str]:
     return notes
 
 
-def main() -> None:
-    """Entry point."""
-    run("export", export_job)
-
-
 if __name__ == "__main__":
-    main()
+    start("export")

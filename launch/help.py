@@ -34,7 +34,7 @@ def help_of(job: str) -> str:
     groups = {group: choice for group, choice in sorted(choices.items()) if not group.startswith("hydra/")}
     plain: Any = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
     comments = comments_of(job, groups)
-    lines = [f"ditscale {job}: {JOBS[job]}", "", f"usage: ditscale {job} [NAME=VALUE ...]", ""]
+    lines = [f"ditscale {job}: {JOBS[job].summary}", "", f"usage: ditscale {job} [NAME=VALUE ...]", ""]
     lines += ["Choices (NAME=OPTION; * is the default):", *_choices(groups), "", "Settings (NAME=VALUE):"]
     lines += [
         _row(name, value, comments.get(name, "")) for name, value in _leaves(plain) if not name.startswith("hydra.")

@@ -9,8 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from data.manifest import Manifest
 from data.progress import ProgressBar
 from data.shard_tars import shard_bytes_per_sample
-from launch.app import run
 from launch.components import build
+from launch.jobs import start
 from model.dit import DiTConfig
 from model.flops import TRAINING_FACTOR, multiply_adds, num_parameters
 from model.memory import STATE_BYTES_PER_PARAMETER, activation_bytes_per_image
@@ -106,10 +106,5 @@ def _width(layout: str) -> int:
     return int(layout.split(".")[0].rstrip("s"))
 
 
-def main() -> None:
-    """Entry point."""
-    run("plan", plan_job, settle_by_data)
-
-
 if __name__ == "__main__":
-    main()
+    start("plan")

@@ -8,11 +8,10 @@ from data.progress import ProgressBar
 from data.reading import sha256_of
 from evaluation.image_sets import ImageSet
 from evaluation.reference_file import write_reference
-from launch.app import run
 from launch.build import build_extractor
 from launch.components import build
-from launch.data_settings import settle_by_shards
 from launch.facts import facts_of_process
+from launch.jobs import start
 from runtime.protocol import Runtime
 
 
@@ -43,10 +42,5 @@ def reference_job(config: dict[str, Any], progress: ProgressBar) -> None:
         print(f"{len(images)} images of {images.name} in {extractor.title}: {out}, sha256 {sha256_of(out)}")
 
 
-def main() -> None:
-    """Entry point."""
-    run("reference", reference_job, settle_by_shards)
-
-
 if __name__ == "__main__":
-    main()
+    start("reference")

@@ -17,10 +17,9 @@ from evaluation.report.figures import SampleGrid, figure_8
 from evaluation.report.study import Study, read_study
 from evaluation.report.style import block_name, content_of, styled
 from evaluation.report.write import Report, write_report
-from launch.app import run
 from launch.build import LoadedCheckpoint
 from launch.components import build
-from launch.logger_settings import settle_reports_logger
+from launch.jobs import start
 from runtime.protocol import Runtime
 from train.lines import is_cut
 from train.loggers import Logger
@@ -166,10 +165,5 @@ def _percent(fraction: float | None) -> str:
     return f"{'-':>10s}" if fraction is None else f"{100 * fraction:9.1f}%"
 
 
-def main() -> None:
-    """Entry point."""
-    run("report", report_job, settle_reports_logger)
-
-
 if __name__ == "__main__":
-    main()
+    start("report")

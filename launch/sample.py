@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from data.atomic import atomic_file
 from data.conditions import ClassLabels
+from data.npz import write_npz
 from data.progress import ProgressBar
 from diffusion.batch import Condition
 from evaluation.grid import save_grid
-from launch.app import run
 from launch.build import LoadedCheckpoint
 from launch.check import closest
 from launch.components import build
 from launch.foreign import is_foreign, load_foreign
+from launch.jobs import start
 from runtime.protocol import Runtime
 
 GRID_IMAGES = 100  # a picture with more is no longer looked at
@@ -45,9 +45,9 @@ def sample_job(config: dict[str, Any], progress: ProgressBar) -> None:
         return
     out = Path(config["out"] or checkpoint.run_dir / "samples" / _name(config, checkpoint))
     classes = conditions.classes(condition)
-    with atomic_file(out.with_name(out.name + ".npz")) as file:
-        # numpy names them arr_0 and arr_1, as ADM's evaluator expects
-        np.savez(file, images, *([] if classes is None else [classes]))
+    labels = {} if classes is None else {"arr_1": classes}
+    # Names as ADM's evaluator expects.
+    write_npz(out.with_name(out.name + ".npz"), {"arr_0": images, **labels}, zip64=True)
     shown = images[:GRID_IMAGES]
     columns = min(conditions.num_classes if config["labels"] is None and conditions.num_classes else 10, 10, len(shown))
     save_grid(out.with_name(out.name + ".png"), shown, columns)
@@ -110,10 +110,5 @@ def _concatenate(parts: list[np.ndarray], checkpoint: LoadedCheckpoint) -> np.nd
     return np.concatenate(parts) if parts else np.empty((0, side, side, channels), np.uint8)
 
 
-def main() -> None:
-    """Entry point."""
-    run("sample", sample_job)
-
-
 if __name__ == "__main__":
-    main()
+    start("sample")

@@ -18,7 +18,6 @@ from evaluation.chunks import ChunkStore, TrainingChunks, discard_training
 from evaluation.evaluate import distance_records
 from evaluation.generate import Generator
 from evaluation.hooks import EvaluationHook, SampleGridHook
-from launch.app import run
 from launch.build import (
     CHUNKS,
     build_evaluator,
@@ -33,6 +32,7 @@ from launch.check import check_readers, check_train_scalars
 from launch.components import build
 from launch.data_settings import require_shards, settle_by_shards
 from launch.facts import facts_of_process
+from launch.jobs import start
 from launch.logger_settings import settle_logger
 from launch.replay import replay_job
 from launch.saved_configs import EARLIER
@@ -314,15 +314,11 @@ def _summary(folder: RunFolder, state: TrainState) -> str:
     return ", ".join(parts)
 
 
-def _settle(config: DictConfig, words: list[str]) -> None:
+def settle_training(config: DictConfig, words: list[str]) -> None:
+    """Settle the logger, and take ``data`` from the shards."""
     settle_logger(config)
     settle_by_shards(config, words)
 
 
-def main() -> None:
-    """Entry point."""
-    run("train", train_job, _settle)
-
-
 if __name__ == "__main__":
-    main()
+    start("train")

@@ -7,9 +7,8 @@ from data.manifest import Manifest
 from data.progress import ProgressBar
 from data.remote import is_remote
 from data.verify import files_of, verify
-from launch.app import run
-from launch.data_settings import settle_by_shards
 from launch.encode import encode_shards
+from launch.jobs import start
 from launch.workers import workers_from_environment
 
 
@@ -49,10 +48,5 @@ def _require_same_data(before: Manifest, after: Manifest) -> None:
         )
 
 
-def main() -> None:
-    """Entry point."""
-    run("verify", verify_job, settle_by_shards)
-
-
 if __name__ == "__main__":
-    main()
+    start("verify")

@@ -23,12 +23,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from diffusion.batch import Batch, mapped, micro_batches_of
+from diffusion.batch import Batch, mapped, micro_batches_of, require_divisible
 from diffusion.protocol import Denoiser
 from model.precision import allow_tf32
 from runtime.agreement import require_same
 from runtime.launched import require_sound_environment
-from runtime.parts import require_divisible
 from runtime.protocol import Metrics, ModuleT, Precision, Step
 
 

@@ -22,11 +22,10 @@ import torch_xla.runtime as xr
 from torch import Tensor, nn
 from torch_xla.utils.checkpoint import checkpoint
 
-from diffusion.batch import Batch, Condition, mapped, micro_batches_of
+from diffusion.batch import Batch, Condition, mapped, micro_batches_of, require_divisible
 from diffusion.protocol import Denoiser
 from runtime.agreement import require_same
 from runtime.hosts import Hosts
-from runtime.parts import require_divisible
 from runtime.protocol import Metrics, Mode, ModuleT, Precision, Step
 from runtime.sharding import SHARDED, Axes, sharding_of
 

@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -104,6 +105,22 @@ def encode_pattern(folder: Path, source: Any = None, **changes: Any) -> Any:
     settings = {"name": "pattern", "samples_per_shard": 16, "batch_size": 7, "seed": 0} | changes
     encoding = image_encoding(**of_encoding)
     return encode(source or PatternSource(), encoding, folder, progress=silent_progress, **settings)
+
+
+@pytest.fixture(scope="session")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shards of `encode_pattern` as a stranger gives them: without our sidecars. Tests change copies."""
+    folder = tmp_path_factory.mktemp("sound")
+    encode_pattern(folder)
+    for path in folder.glob("shard-*.json"):
+        path.unlink()
+    return folder
+
+
+@pytest.fixture
+def folder(sound: Path, tmp_path: Path) -> Path:
+    """A copy of the sound shards, to be damaged."""
+    return Path(shutil.copytree(sound, tmp_path / "shards"))
 
 
 def image_encoding(autoencoder: Any, image_size: int, flip: bool, crop: Any) -> EncodeImages:

@@ -120,7 +120,7 @@ def test_the_version_names_the_program_and_pytorch(in_process: InProcess) -> Non
 @pytest.mark.parametrize("job", JOBS)
 def test_help_shows_every_setting_with_its_default_and_every_choice_with_what_it_does(job: str) -> None:
     shown = help_of(job)
-    assert shown.startswith(f"ditscale {job}: {JOBS[job]}\n")
+    assert shown.startswith(f"ditscale {job}: {JOBS[job].summary}\n")
     assert "_target_" not in shown
     if job == "train":
         assert re.search(r"batch_size=256 +global, over all processes", shown)

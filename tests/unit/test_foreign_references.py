@@ -16,9 +16,9 @@ from conftest import silent_progress
 from damage import DAMAGES, within
 from test_references import Projected, write
 
-from evaluation.archives import PIECE_BYTES
+from data.archives import PIECE_BYTES
+from data.npz import headers_of, read_array, rows_of, write_npz
 from evaluation.frechet import FrechetDistance, SpatialFrechetInceptionDistance
-from evaluation.npz import headers_of, read_array, rows_of, write_npz
 from evaluation.references import Reference, read_reference
 from evaluation.statistics import FeatureStatistics
 

@@ -2,7 +2,6 @@
 
 import io
 import os
-import shutil
 import tarfile
 import tracemalloc
 import zipfile
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import encode_pattern, silent_progress
+from conftest import silent_progress
 
 from data.manifest import Manifest
 from data.npy import parse_header
@@ -23,20 +22,6 @@ from data.shards import MappedShards
 from data.verify import verify
 
 ENDLESS = 10**12
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sound")
-    encode_pattern(folder)
-    for path in folder.glob("shard-*.json"):
-        path.unlink()
-    return folder
-
-
-@pytest.fixture
-def folder(sound: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(sound, tmp_path / "shards"))
 
 
 def with_index(folder: Path, make: Callable[[Path, dict[str, np.ndarray]], object]) -> None:

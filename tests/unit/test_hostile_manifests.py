@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import encode_pattern, silent_progress
+from conftest import silent_progress
 from faulty_server import FaultyServer
 
 from data.atomic import write_bytes
@@ -24,20 +24,6 @@ from data.verify import verify
 
 QUICK = Retry(attempts=1, timeout_sec=5)
 ENDLESS = 10**12
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sound")
-    encode_pattern(folder)
-    for path in folder.glob("shard-*.json"):
-        path.unlink()
-    return folder
-
-
-@pytest.fixture
-def folder(sound: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(sound, tmp_path / "shards"))
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:

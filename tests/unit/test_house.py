@@ -1,6 +1,7 @@
 """The rules of the house: which room may import which, and that every config builds something."""
 
 import ast
+import pkgutil
 import re
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from omegaconf import OmegaConf
 
 from launch.app import CONF
 from launch.check import check_targets
+from launch.jobs import JOBS
 from launch.schema import register
 
 ROOT = CONF.parent
@@ -132,12 +134,17 @@ def test_every_config_file_builds_what_exists_with_settings_that_it_has(override
     check_targets(composed(job, override, *more))
 
 
-JOBS = ["encode", "verify", "train", "sample", "evaluate", "export", "plan", "reference", "report"]
-
-
 @pytest.mark.parametrize("job", JOBS)
 def test_every_job_composes(job: str) -> None:
     check_targets(composed(job))
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_job_has_its_function_and_a_module_that_starts_it(job: str) -> None:
+    assert callable(pkgutil.resolve_name(f"launch.{job}:{job}_job"))
+    settle = JOBS[job].settle
+    assert settle is None or callable(pkgutil.resolve_name(settle))
+    assert (ROOT / f"launch/{job}.py").read_text().endswith(f'if __name__ == "__main__":\n    start("{job}")\n')
 
 
 def test_a_groups_path_is_the_module_path_of_what_it_builds() -> None:

@@ -1,5 +1,6 @@
 """Files, names and records of strangers are read safely, or refused in one sentence that names them."""
 
+import hashlib
 import json
 import os
 import socket
@@ -20,7 +21,7 @@ from data.reading import (
     require_regular,
     sha256_of,
 )
-from data.records import check, parse_json, read_record, seal
+from data.records import canonical_hash, check, parse_json, read_record, seal
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "device", "socket", "link to a device", "link to itself"])
@@ -267,3 +268,13 @@ def test_a_file_that_is_written_in_place_is_no_link(tmp_path: Path) -> None:
     for name, kind in (("lock", "a link"), ("pipe", "a named pipe")):
         with pytest.raises(DamagedFileError, match=f"{name} is {kind}, but it must be a file; remove it"):
             require_own_file(tmp_path / name)
+
+
+def test_the_hash_of_values_is_that_of_their_text_as_earlier_versions_wrote_it() -> None:
+    """Seals go by the dense text; identities of plans, sources and kept results by the spaced one."""
+    content = {"b": [1.5, "é", None], "a": {"d": 1, "c": True}}
+    dense = r'{"a":{"c":true,"d":1},"b":[1.5,"\u00e9",null]}'
+    spaced = r'{"a": {"c": true, "d": 1}, "b": [1.5, "\u00e9", null]}'
+    assert canonical_hash(content) == hashlib.sha256(dense.encode()).hexdigest()
+    assert canonical_hash(content, spaced=True) == hashlib.sha256(spaced.encode()).hexdigest()
+    assert canonical_hash(content, spaced=True, then=[b"x", b"y"]) == hashlib.sha256(f"{spaced}xy".encode()).hexdigest()

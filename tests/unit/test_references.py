@@ -13,13 +13,13 @@ from conftest import PatternSource, encode_pattern, silent_progress
 from inception_weights import random_weights
 from test_metrics import in_parallel
 
+from data.npz import headers_of
 from data.sources import Example
 from evaluation import references
 from evaluation.features import Features
 from evaluation.frechet import FrechetDistance, SpatialFrechetInceptionDistance
 from evaluation.image_sets import ShardImages, SourceImages
 from evaluation.inception_features import InceptionFeatures
-from evaluation.npz import headers_of
 from evaluation.reference_file import write_reference
 from evaluation.references import make_reference, read_reference
 from evaluation.statistics import FeatureStatistics, frechet_distance

@@ -88,11 +88,6 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def folder(sound: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(sound, tmp_path / "shards"))
-
-
 def in_time(action: Callable[[], Any]) -> Any:
     """Return what ``action`` returns, or its ValueError; any other exception, and a hang, fail the test."""
     found: list[Any] = []

@@ -5,6 +5,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from data.names import plain_name
 from data.reading import DamagedFileError, open_regular
@@ -28,13 +29,14 @@ class _InPieces(io.BufferedReader):
 
 
 @contextmanager
-def opened(path: Path, sentence: Callable[[str], str]) -> Iterator[zipfile.ZipFile]:
-    """Open an archive, to be read in the block.
+def opened(source: Path | bytes, sentence: Callable[[str], str]) -> Iterator[zipfile.ZipFile]:
+    """Open an archive, a file or the content of one, to be read in the block.
 
     Raises OSError as `open` does, and DamagedFileError for what is no archive, or is damaged where the block meets it;
     ``sentence`` makes one of what was wrong.
     """
-    with _InPieces(open_regular(path).detach()) as pieces:
+    raw: Any = io.BytesIO(source) if isinstance(source, bytes) else open_regular(source).detach()
+    with _InPieces(raw) as pieces:
         try:
             with zipfile.ZipFile(pieces) as archive:
                 yield archive
@@ -44,7 +46,7 @@ def opened(path: Path, sentence: Callable[[str], str]) -> Iterator[zipfile.ZipFi
             raise DamagedFileError(sentence(one_line(error))) from None
 
 
-def members_of(archive: zipfile.ZipFile, path: Path, plain_names: bool) -> dict[str, zipfile.ZipInfo]:
+def members_of(archive: zipfile.ZipFile, path: Path | str, plain_names: bool) -> dict[str, zipfile.ZipInfo]:
     """Return the members of an archive by their names.
 
     Raises DamagedFileError for a name that comes twice, an encrypted member, a rare kind of compression, and, with
