@@ -2,7 +2,7 @@
 
 A source makes conditions: trees of host tensors, of samples of the shards and of images that are to be generated. All
 else passes them through unseen. Adding a kind of condition is a class here, an embedding in ``model/`` that reads it, a
-YAML in ``conf/condition`` and a test.
+YAML in ``conf/data/condition`` and a test.
 """
 
 from collections.abc import Sequence

@@ -64,7 +64,7 @@ def test_a_sampler_takes_the_number_of_images_from_the_noise() -> None:
 def test_unconditional_training_resumes_samples_and_evaluates(
     digits: Path, tmp_path: Path, in_process: InProcess
 ) -> None:
-    words = [*WORDS, f"data.shards={digits}", "condition=none", "sample_every=4"]
+    words = [*WORDS, f"data.shards={digits}", "data/condition=none", "sample_every=4"]
     in_process("train", *words)
     in_process("train", *[word.replace("run_dir=run", "run_dir=two") for word in words], "total_steps=4")
     in_process("train", *[word.replace("run_dir=run", "run_dir=two") for word in words], "resume.allow=[total_steps]")
@@ -94,5 +94,5 @@ def test_a_run_of_an_earlier_version_had_class_labels(digits: Path, tmp_path: Pa
     resealed(state, config=config)
     in_process("sample", "checkpoint=run", "num_images=4", "labels=[3]", "sampler.steps=2", "out=x")
     assert "continues from step 4" in in_process("train", *words, "resume.allow=[total_steps]")
-    shown = in_process("train", *words, "condition=none", "total_steps=8", expect=2)
+    shown = in_process("train", *words, "data/condition=none", "total_steps=8", expect=2)
     assert "condition" in shown

@@ -15,6 +15,7 @@ from pictures import make_autoencoder, make_image_folder
 from test_foreign_jobs import train
 from torch import Tensor
 
+from data.conditions import ClassLabels
 from diffusion.diffusers_samplers import dpm_solver_pp
 from diffusion.guidance import ClassifierFreeGuidance
 from diffusion.process import GaussianDiffusion
@@ -90,7 +91,7 @@ def test_guidance_of_the_pipeline_is_right_for_a_thousand_classes(tmp_path: Path
     to_diffusers(model, tmp_path)
     pipeline = opened(tmp_path, vae=None)
     pipeline.vae = pixels()
-    guided = ClassifierFreeGuidance(model, 1000, 4, scale=4.0)
+    guided = ClassifierFreeGuidance(model, ClassLabels(1000).null, 4, scale=4.0)
     ours = of_ours(guided, [3, 7], ddim, steps="ddim10")
     torch.testing.assert_close(of_pipeline(pipeline, [3, 7], 10, guidance=4.0), ours, rtol=0, atol=1e-3)
 

@@ -18,6 +18,7 @@ from conftest import encode_pattern
 from faulty_server import FaultyServer
 from gcs_server import gcs_server
 from s3_server import BUCKET, s3_server, upload
+from torch.utils._pytree import tree_leaves
 
 from data import remote
 from data.atomic import write_bytes
@@ -104,7 +105,7 @@ def remote_shards(
 def assert_equal(one: list[Batch], two: list[Batch]) -> None:
     assert len(one) == len(two) > 0
     for left, right in zip(one, two, strict=True):
-        assert all(torch.equal(left[key], right[key]) for key in left)  # type: ignore[literal-required]
+        assert all(map(torch.equal, tree_leaves(left), tree_leaves(right)))
 
 
 def cached_bytes(cache: Path) -> int:
@@ -141,9 +142,8 @@ def test_batches_from_http_are_those_of_the_folder_whatever_the_processes(
         parts.append(list(make(shards, rank=rank, world=3).from_step(0, 9)))
         shards.close()
     for step, whole in enumerate(local):
-        for key in whole:
-            joined = torch.cat([part[step][key] for part in parts])  # type: ignore[literal-required]
-            assert torch.equal(joined, whole[key])  # type: ignore[literal-required]
+        for found, *shares in zip(tree_leaves(whole), *(tree_leaves(part[step]) for part in parts), strict=True):
+            assert torch.equal(torch.cat(shares), found)
     assert {web.gets[f"shard-{number:06d}.tar"] for number in range(SHARDS)} == {1}
 
 
