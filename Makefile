@@ -3,17 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 AOT_STAMP := .venv-aot/.installed
+NEWEST := .venv-newest/bin
 DEMO := runs/demo
 STUDY := runs/digits-study
 # Small models on a CPU are fastest with one thread each and the models in parallel.
 export OMP_NUM_THREADS ?= 1
 BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
 
-.PHONY: demo study test test-gpu browser lint format bench soak aot clean
+.PHONY: demo study test test-newest test-gpu browser lint format bench soak aot clean
 
 $(STAMP): setup.cfg constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	$(BIN)/pip install --quiet --editable '.[dev,pinned]' --constraint constraints.txt
 	touch $@
 
 demo: $(STAMP)
@@ -33,6 +34,16 @@ study: $(STAMP)
 test: $(STAMP) browser lint
 	$(BIN)/pytest tests/unit -n auto
 	$(BIN)/pytest tests/runtime tests/smoke -n 2 --dist loadfile
+
+# The unit layer on the newest release of everything, without constraints.txt. Tests of what holds torch back (the extra
+# pinned) are skipped and say so. Each call takes what has been released since.
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	$(NEWEST)/pip install --quiet --upgrade pip
+	$(NEWEST)/pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'
+	$(NEWEST)/pip freeze --exclude-editable > .venv-newest/versions.txt
+	@grep -E '^(accelerate|diffusers|numpy|torch|transformers)==' .venv-newest/versions.txt
+	$(NEWEST)/pytest tests/unit -n auto -rs
 
 # On a machine with a GPU; elsewhere they are skipped. DITSCALE_GPU_TESTS_ON=cpu runs their bodies on the CPU.
 test-gpu: $(STAMP)
@@ -78,4 +89,4 @@ aot: $(STAMP) $(AOT_STAMP)
 
 # Runs and shards of the demo go; other runs and shards are yours to delete.
 clean:
-	rm -rf .venv .venv-aot runs/demo runs/digits-study shards/digits .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-aot .venv-newest runs/demo runs/digits-study shards/digits .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -12,6 +12,7 @@ from runtime.protocol import Mode, Precision, Runtime
 # Of Google's accelerators on the PCI bus; its network cards have the same vendor.
 _TPU_VENDOR = "0x1ae0"
 _TPU_DEVICES = {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}  # v2 and v3, v4, v5, v6, v7
+_LAST_TORCH_XLA = "2.9.0"  # the one of torch 2.9.0; no later torch has one
 _LOWERED_PRECISION = ("XLA_USE_BF16", "XLA_DOWNCAST_BF16", "XLA_USE_FP16", "XLA_DOWNCAST_FP16")
 
 
@@ -63,15 +64,20 @@ def xla(
 
 
 def require_torch_xla() -> None:
-    """Raise ValueError with the command that installs it where torch_xla is missing or of another version."""
-    needed = torch.__version__.split("+")[0]
-    command = f"pip install torch=={needed} 'torch_xla[tpu]=={needed}'"
+    """Raise ValueError with the command that installs both where torch_xla is missing or not of torch's version."""
+    ours = torch.__version__.split("+")[0]
+    command = f"pip install torch=={_LAST_TORCH_XLA} 'torch_xla[tpu]=={_LAST_TORCH_XLA}'"
     try:
-        found = version("torch_xla")
-    except PackageNotFoundError as error:
-        raise ValueError(f"runtime=xla needs torch_xla {needed}, which is not installed; run: {command}") from error
-    if found.split("+")[0] != needed:
-        raise ValueError(f"torch_xla is {found}, but torch is {needed} and needs the same; run: {command}")
+        found: str | None = version("torch_xla").split("+")[0]
+    except PackageNotFoundError:
+        found = None
+    if found == ours:
+        return
+    here = f"torch_xla is {found}" if found else "torch_xla is not installed"
+    raise ValueError(
+        f"runtime=xla needs torch and torch_xla of one version, and {_LAST_TORCH_XLA} is torch_xla's last release, "
+        f"but here torch is {ours} and {here}; run: {command}"
+    )
 
 
 def has_tpu(devices: Path = Path("/sys/bus/pci/devices")) -> bool:

@@ -29,9 +29,22 @@ from data.images import ExactSize, Preparation
 from data.records import SEAL, seal
 from data.sources import DigitsSource, Example
 from model.autoencoder import IdentityAutoencoder
+from runtime.choice import require_torch_xla
+
+
+def _has_torch_xla() -> bool:
+    try:
+        require_torch_xla()
+    except ValueError:
+        return False
+    return True
+
 
 GOLDEN = Path(__file__).parent / "golden"
 FULL_ERROR = "HYDRA_FULL_ERROR"
+needs_torch_xla = pytest.mark.skipif(
+    not _has_torch_xla(), reason="needs torch 2.9.0 and torch_xla 2.9.0: the extra `pinned`, which make test installs"
+)
 
 # The demo's recipe on a network that a step takes milliseconds of.
 TINY_RUN = [
@@ -48,6 +61,12 @@ TINY_RUN = [
     "train/logger=none",
     "optimizer.eps=1.0e-6",  # the default turns rounding of gradients that are zero into steps of their own
 ]
+
+
+def torch_fidelity(part: str) -> Any:
+    """Import a module of torch-fidelity, or skip the test that asks for it."""
+    why = "needs torch-fidelity (and so torchvision, of torch's version): the extra `pinned`, which make test installs"
+    return pytest.importorskip(f"torch_fidelity.{part}", reason=why)
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,9 @@
 // A CUDA runtime for a machine without a GPU: enough of it that PyTorch believes in two, on which no kernel runs.
 //
-// Preloaded, it stands in for these functions of libcudart, and by its soname for the driver's library. Memory of the
-// GPUs is the host's. A copy between it and pinned memory is made when somebody waits for that GPU, as late as CUDA may
-// make it: who reads sooner, or gives its source away sooner, gets wrong bytes. Calls that are not here fail for want of
-// a driver.
+// Preloaded, it stands in for these functions of libcudart, CUDA 12's and CUDA 13's, and by its soname for the driver's
+// library. Memory of the GPUs is the host's. A copy between it and pinned memory is made when somebody waits for that
+// GPU, as late as CUDA may make it: who reads sooner, or gives its source away sooner, gets wrong bytes. Calls that are
+// not here fail for want of a driver.
 
 #include <pthread.h>
 #include <stdlib.h>
@@ -90,6 +90,8 @@ int cudaEventRecordWithFlags(int *event) { *event = current; return SUCCESS; }
 int cudaEventSynchronize(int *event) { return finish(*event); }
 int cudaEventQuery(int *event) { return is_pending(*event); }
 int cudaLaunchKernel() { return last_error = NOT_SUPPORTED; }
+int __cudaLaunchKernel() { return last_error = NOT_SUPPORTED; }  // what code of CUDA 13's nvcc calls
+int __cudaGetKernel(void **kernel, void *function) { *kernel = function; return SUCCESS; }  // and asks for first
 int cudaPeekAtLastError(void) { return last_error; }
 
 int cudaGetLastError(void) {
@@ -107,14 +109,17 @@ int cudaPointerGetAttributes(struct Attributes *found, const void *address) {
   return SUCCESS;
 }
 
-int cudaGetDeviceProperties_v2(char *properties, int device) {
-  memset(properties, 0, 1024);
+static int describe(char *properties, size_t bytes, int at_multiprocessors) {
+  memset(properties, 0, bytes);
   strcpy(properties, "no GPU");
   *(int *)(properties + 360) = 9;  // compute capability 9.0
-  *(int *)(properties + 388) = 132;  // multiprocessors
+  *(int *)(properties + at_multiprocessors) = 132;
   return SUCCESS;
 }
 
+// CUDA 12's structure has fields that CUDA 13's has not, one of them before the number of multiprocessors.
+int cudaGetDeviceProperties_v2(char *properties) { return describe(properties, 1032, 388); }
+int cudaGetDeviceProperties(char *properties) { return describe(properties, 1008, 384); }
 int cudaGetDeviceCount(int *count) { *count = GPUS; return SUCCESS; }
 int cudaGetDevice(int *device) { *device = current; return SUCCESS; }
 int cudaSetDevice(int device) { current = device; return SUCCESS; }
@@ -123,7 +128,8 @@ int cudaDeviceGetStreamPriorityRange(int *least, int *most) { *least = *most = 0
 int cudaDeviceCanAccessPeer(int *can) { *can = 0; return SUCCESS; }
 int cudaMemGetInfo(size_t *free, size_t *total) { *free = *total = 1ul << 37; return SUCCESS; }
 int cudaStreamIsCapturing(void *stream, int *is) { *is = 0; return SUCCESS; }
-int cudaStreamGetCaptureInfo_v2(void *stream, int *is) { *is = 0; return SUCCESS; }
+int cudaStreamGetCaptureInfo_v2(void *stream, int *is) { *is = 0; return SUCCESS; }  // CUDA 12's
+int cudaStreamGetCaptureInfo(void *stream, int *is) { *is = 0; return SUCCESS; }  // CUDA 13's
 int cudaStreamCreateWithPriority(void **stream) { *stream = malloc(1); return SUCCESS; }
 int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *active = 1; return SUCCESS; }
 

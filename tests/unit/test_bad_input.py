@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_RUN, InProcess
+from conftest import TINY_RUN, InProcess, needs_torch_xla
 from faulty_server import FaultyServer
 
 from launch import cli
@@ -68,7 +68,11 @@ def fails(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.C
         (["report", "sweep=nowhere"], "no sweep folder nowhere"),
         (["encode", "data.image_size=16", "data.shards=new"], "is 8x8, but data.image_size is 16"),
         (["train", "runtime.device=cuda"], "PyTorch sees 0 GPUs"),
-        (["train", "runtime=xla", "runtime.device=tpu"], "runtime.device is tpu, but this machine has 0 TPUs"),
+        pytest.param(
+            ["train", "runtime=xla", "runtime.device=tpu"],
+            "runtime.device is tpu, but this machine has 0 TPUs",
+            marks=needs_torch_xla,
+        ),
         (["train", "runtime=xla", "runtime.mode=zero2"], "runtime.mode is 'zero2', but input should be 'replicated'"),
         (["train", "runtime.mode=zero1"], "runtime.mode is 'zero1', but input should be 'replicated' or 'fsdp'"),
         (["train", "runtime=acelerate"], "no 'acelerate' in runtime; did you mean 'accelerate'?"),

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import torch_fidelity
 from inception_weights import PREFIX, random_weights
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from data.reading import sha256_of
 from evaluation.inception import Inception2015, resize_like_tensorflow
@@ -33,7 +33,8 @@ def random_images(count: int, size: int, channels: int = 3) -> np.ndarray:
 
 
 def test_the_network_is_torch_fidelitys_bit_for_bit(weights: Path) -> None:
-    theirs = FeatureExtractorInceptionV3(
+    extractors = torch_fidelity("feature_extractor_inceptionv3")
+    theirs = extractors.FeatureExtractorInceptionV3(
         "theirs", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)
     )
     ours = load_inception(weights)
@@ -55,7 +56,8 @@ def test_the_network_is_torch_fidelitys_bit_for_bit(weights: Path) -> None:
 
 
 def test_the_parameters_have_the_public_names(weights: Path) -> None:
-    theirs = FeatureExtractorInceptionV3("theirs", ["2048"], feature_extractor_weights_path=str(weights))
+    extractors = torch_fidelity("feature_extractor_inceptionv3")
+    theirs = extractors.FeatureExtractorInceptionV3("theirs", ["2048"], feature_extractor_weights_path=str(weights))
     shapes = {name: value.shape for name, value in theirs.state_dict().items()}
     assert {name: value.shape for name, value in Inception2015().state_dict().items()} == shapes
     assert sum(parameter.numel() for parameter in Inception2015().parameters()) == 23_850_960

@@ -8,10 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-from torch_fidelity.metric_isc import isc_features_to_metric
-from torch_fidelity.metric_kid import kid_features_to_metric
-from torch_fidelity.metric_prc import calculate_precision_recall_full
+from conftest import torch_fidelity
 
 from evaluation import manifolds
 from evaluation.chunks import chunks_of
@@ -89,7 +86,7 @@ def test_statistics_of_1_2_and_7_processes_are_those_of_all_images(world: int) -
 @pytest.mark.parametrize("world", [1, 2, 7])
 def test_the_inception_score_is_that_of_torch_fidelity_for_any_number_of_processes(world: int) -> None:
     logits = 3 * rows(120, 12, 2)
-    expected = isc_features_to_metric(torch.from_numpy(logits), splits=4, shuffle=False)
+    expected = torch_fidelity("metric_isc").isc_features_to_metric(torch.from_numpy(logits), splits=4, shuffle=False)
     metric = InceptionScore(split_size=30)
     for merged in collected(metric.collects, Features(logits, logits=logits), world):
         found = metric.compute(merged, reference_of(logits), CPU)
@@ -120,8 +117,9 @@ def test_certain_and_varied_classes_score_their_number() -> None:
 
 def test_the_frechet_distance_is_that_of_torch_fidelity() -> None:
     real, fake = rows(400, 32, 1), rows(300, 32, 2, shift=0.2)
-    both = [fid_features_to_statistics(torch.from_numpy(part.astype(np.float64))) for part in (fake, real)]
-    expected = fid_statistics_to_metric(*both, verbose=False)["frechet_inception_distance"]
+    theirs = torch_fidelity("metric_fid")
+    both = [theirs.fid_features_to_statistics(torch.from_numpy(part.astype(np.float64))) for part in (fake, real)]
+    expected = theirs.fid_statistics_to_metric(*both, verbose=False)["frechet_inception_distance"]
     merged = collected(StatisticsOf("vectors"), Features(fake))[0]
     found = FrechetDistance().compute(merged, reference_of(real), CPU)
     assert found["frechet_distance"] == pytest.approx(expected, rel=1e-8)
@@ -178,7 +176,9 @@ def test_a_shifted_gaussian_is_its_squared_shift_away_however_the_images_are_div
 
 def test_precision_and_recall_are_those_of_torch_fidelity_in_blocks_of_any_size() -> None:
     real, fake = rows(150, 6, 1), 0.7 * rows(200, 6, 2, shift=0.3)
-    expected = calculate_precision_recall_full(torch.from_numpy(fake), torch.from_numpy(real), neighborhood=3)
+    expected = torch_fidelity("metric_prc").calculate_precision_recall_full(
+        torch.from_numpy(fake), torch.from_numpy(real), neighborhood=3
+    )
     assert 0.2 < min(expected) < max(expected) < 0.98
     for block in (7, 64, 10_000):
         found = PrecisionRecall(block=block).compute(fake, reference_of(real), CPU)
@@ -247,7 +247,7 @@ def test_an_image_on_the_border_of_a_ball_is_inside() -> None:
 
 def test_the_kernel_distance_over_all_images_is_that_of_torch_fidelity() -> None:
     real, fake = rows(90, 10, 1), rows(90, 10, 2, shift=0.5)
-    expected = kid_features_to_metric(
+    expected = torch_fidelity("metric_kid").kid_features_to_metric(
         torch.from_numpy(fake), torch.from_numpy(real), kid_subsets=1, kid_subset_size=90, verbose=False
     )
     found = KernelDistance(subsets=1, subset_size=90).compute(fake, reference_of(real), CPU)

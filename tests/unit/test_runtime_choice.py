@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_process
+from conftest import needs_torch_xla, run_process
 
 from launch.app import CONF
 from launch.facts import ROOMS, facts_of_process, source_hash
@@ -40,6 +40,7 @@ def test_auto_without_a_tpu_is_accelerate_on_the_gpu_or_the_cpu() -> None:
     assert runtime.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@needs_torch_xla
 def test_accelerate_takes_no_xla_device_though_torch_xla_is_installed(tmp_path: Path) -> None:
     assert find_spec("torch_xla") is not None
     script = """
@@ -58,29 +59,43 @@ def test_state_is_not_spread_over_processes_that_nobody_launched() -> None:
         AccelerateRuntime("fp32", "cpu", mode="fsdp")
 
 
+@needs_torch_xla
 @pytest.mark.skipif(choice.has_tpu(), reason="there is a TPU")
 def test_a_tpu_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match="this machine has 0 TPUs"):
         choice.xla("fp32", "tpu")
 
 
-def test_torch_xla_that_is_missing_or_of_another_version_is_answered_with_the_command(
+@pytest.mark.parametrize("found", [None, "2.8.1", "2.9.0"])
+@pytest.mark.parametrize("ours", ["2.15.0+cu130", "2.9.1", "2.9.0"])
+def test_torch_without_a_torch_xla_of_its_version_is_answered_with_the_last_release_and_the_torch_it_needs(
+    ours: str, found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version_of(name: str) -> str:
+        if found is None:
+            raise PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(torch, "__version__", ours)
+    monkeypatch.setattr(choice, "version", version_of)
+    if ours == found:
+        choice.require_torch_xla()
+        return
+    here = f"torch is {ours.split('+')[0]} and torch_xla is {found or 'not installed'}"
+    with pytest.raises(ValueError, match=f"2.9.0 is torch_xla's last release, but here {here}; run: ") as refused:
+        choice.require_torch_xla()
+    assert str(refused.value).endswith("run: pip install torch==2.9.0 'torch_xla[tpu]==2.9.0'")
+
+
+def test_a_torch_xla_that_is_released_later_is_taken_with_the_torch_of_its_version(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    torch_version = torch.__version__.split("+")[0]
-    command = rf"run: pip install torch=={torch_version} 'torch_xla\[tpu\]=={torch_version}'"
-    monkeypatch.setattr(choice, "version", lambda name: "2.8.1")
-    with pytest.raises(ValueError, match=rf"torch_xla is 2.8.1, but torch is {torch_version} .*{command}"):
-        choice.require_torch_xla()
-
-    def missing(name: str) -> str:
-        raise PackageNotFoundError(name)
-
-    monkeypatch.setattr(choice, "version", missing)
-    with pytest.raises(ValueError, match=rf"needs torch_xla {torch_version}, which is not installed; {command}"):
-        choice.require_torch_xla()
+    monkeypatch.setattr(torch, "__version__", "2.16.0+cpu")
+    monkeypatch.setattr(choice, "version", lambda name: "2.16.0")
+    choice.require_torch_xla()
 
 
+@needs_torch_xla
 def test_variables_that_lower_the_weights_precision_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     before = dict(os.environ)
     monkeypatch.setenv("XLA_USE_BF16", "1")
