@@ -1,4 +1,4 @@
-"""What samples are conditioned on, on the host: class labels, or nothing.
+"""Make the conditions of samples on the host: class labels, or nothing.
 
 A source makes conditions: trees of host tensors, of samples of the shards and of images that are to be generated. All
 else passes them through unseen. Adding a kind of condition is a class here, an embedding in ``model/`` that reads it, a
@@ -18,7 +18,7 @@ from diffusion.draws import Philox, Purpose
 
 
 class ConditionSource(Protocol):
-    """Makes the conditions of one data set."""
+    """Make the conditions of one data set."""
 
     num_classes: int  # rows of the network's label table, without the null class; 0 where it has none
 

@@ -33,7 +33,7 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9_-]+\.tar")
 
 
 class AutoencoderIdentity(NamedTuple):
-    """Which autoencoder latents are of, and how it scales them."""
+    """Name the autoencoder that made latents, and say how it scales them."""
 
     name: str
     revision: str
@@ -44,7 +44,7 @@ class AutoencoderIdentity(NamedTuple):
 
     @property
     def weights(self) -> str:
-        """Name and revision."""
+        """Return name and revision."""
         return f"{self.name} {self.revision}"
 
     def __str__(self) -> str:
@@ -74,7 +74,7 @@ class LatentSpec:
 
     @property
     def made_by(self) -> AutoencoderIdentity:
-        """The autoencoder of these latents."""
+        """Return the autoencoder of these latents."""
         return AutoencoderIdentity(
             self.autoencoder, self.autoencoder_revision, self.downscale, self.channels, self.scale, self.shift
         )

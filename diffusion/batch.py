@@ -1,6 +1,7 @@
-"""What a training step eats, what a network is conditioned on, and how a global batch divides: trees of tensors."""
+"""Define the input of a training step and a condition, as trees of tensors, and divide a global batch."""
 
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import NamedTuple, TypeVar, cast
 
 from torch import Tensor
@@ -26,11 +27,6 @@ def mapped(tree: Tree, function: Callable[[Tensor], Tensor]) -> Tree:
     return cast(Tree, tree_map(function, tree))
 
 
-def rows_of(batch: Batch, rows: slice) -> Batch:
-    """Return some rows of a batch."""
-    return mapped(batch, lambda tensor: tensor[rows])
-
-
 def require_divisible(batch_size: int, num_members: int, members: str, micro_batches: int = 1) -> None:
     """Raise ValueError where a batch does not divide into micro-batches of ``num_members`` equal shares."""
     parts = num_members * micro_batches
@@ -46,4 +42,5 @@ def micro_batches_of(batch: Batch, count: int) -> list[Batch]:
     """Return ``count`` equal parts, in order. The rows must divide."""
     rows = len(batch.noise) // count
     assert rows * count == len(batch.noise)
-    return [rows_of(batch, slice(first, first + rows)) for first in range(0, rows * count, rows)]
+    parts = [slice(first, first + rows) for first in range(0, rows * count, rows)]
+    return [mapped(batch, itemgetter(part)) for part in parts]

@@ -23,7 +23,7 @@ DECODED_AT_ONCE = 32  # images: an autoencoder takes far more memory for one tha
 
 @dataclass(frozen=True)
 class Generator:
-    """Everything that turns an image index and a condition into an image."""
+    """Turn an image's index and condition into an image."""
 
     denoiser: Denoiser  # guided or not
     process: GaussianDiffusion
@@ -36,7 +36,7 @@ class Generator:
 
     @torch.no_grad()
     def images(self, indices: NDArray[np.int64], condition: Condition) -> NDArray[np.uint8]:
-        """Images [B, H, W, C] uint8 of the given indices [B] and their condition, on the host.
+        """Return images [B, H, W, C] uint8 of the given indices [B] and their condition, on the host.
 
         B is a multiple of the runtime's devices. Every process must call it, with as many.
         """
@@ -58,7 +58,7 @@ class Generator:
             return self.sampler(denoiser, self.process, noise, mapped(condition, runtime.put))
 
     def images_in_step(self, indices: NDArray[np.int64], condition: Condition, at_most: int) -> NDArray[np.uint8]:
-        """As `images` of these rows of all images' condition, for any number of indices up to ``at_most``, or none.
+        """Return `images` of these rows of all images' condition, for any number of indices up to ``at_most``, or none.
 
         The network always sees as many. Every process must call it with the same ``at_most``.
         """
@@ -79,7 +79,7 @@ class Generator:
                 yield indices[:count], images[:count]
 
     def all_images(self, condition: Condition, num_images: int, batch_size: int) -> NDArray[np.uint8]:
-        """Images 0 .. num_images - 1 of a condition, on every process. Every process must call it."""
+        """Return images 0 .. num_images - 1 of a condition, on every process. Every process must call it."""
         parts = [images for _, images in self.batches(condition, num_images, batch_size)]
         side, channels = self.spec.image_size, self.spec.channels
         empty = np.empty((0, side, side, channels), np.uint8)  # a process may get no share

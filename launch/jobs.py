@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 
 class Job(NamedTuple):
-    """What a job's help says of it, and what settles its composed config, as ``module:function``."""
+    """Hold what a job's help says of it, and what settles its composed config, as ``module:function``."""
 
     summary: str
     settle: str | None = None

@@ -23,7 +23,7 @@ def make_step(
     max_grad_norm: float | None = None,
     guard: SpikeGuard | None = None,
 ) -> Step:
-    """The step over a device batch in equal micro-batches; returns scalars [] float32.
+    """Return the step over a device batch in equal micro-batches, which gives scalars [] float32.
 
     ``model`` and ``optimizer`` are the runtime's prepared ones. Gradients are cleared at the end, so that no
     runtime keeps them as outputs of the step. ``max_grad_norm`` None measures the norm and clips nothing.
