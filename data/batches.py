@@ -14,6 +14,7 @@ from data.prefetch import DEPTH
 from data.shards import MappedShards
 from diffusion.batch import Batch
 from diffusion.draws import Philox, training_draws
+from diffusion.times import Times
 from model.autoencoder import Autoencoder
 
 CHUNK = 32  # samples that the autoencoder draws at once: what it computes on the way stays in the processor's cache
@@ -34,7 +35,7 @@ class TrainingBatches:
         *,
         seed: int,
         batch_size: int,
-        num_timesteps: int,
+        times: Times,
         class_dropout: float,
         flip: bool,
         rank: int = 0,
@@ -48,7 +49,7 @@ class TrainingBatches:
         self.conditions = conditions
         self.seed = seed
         self.batch_size = batch_size
-        self.num_timesteps = num_timesteps
+        self.times = times
         self.class_dropout = class_dropout
         self.flip = flip
         self.rank = rank
@@ -66,7 +67,7 @@ class TrainingBatches:
         shape = (spec.channels, spec.latent_size, spec.latent_size)
         positions = positions_of_step(step, self.batch_size, self.rank, self.world)
         rows = self.order.rows_at(positions)
-        draws = training_draws(self._philox, positions, shape, self.num_timesteps, self.class_dropout, self.flip)
+        draws = training_draws(self._philox, positions, shape, self.times, self.class_dropout, self.flip)
         moments = self._moments(positions, rows, draws.flip)
         condition = self.conditions.of_samples(self.shards.labels[rows])
         return Batch(

@@ -18,7 +18,7 @@ class Batch(NamedTuple):
 
     x_0: Tensor  # [B, c, h, w] float32, the latent, scaled by the autoencoder's factor
     noise: Tensor  # [B, c, h, w] float32
-    t: Tensor  # [B] int64
+    t: Tensor  # [B] int64 steps or float32 times, by the objective
     condition: Condition  # already the null condition where it was dropped
 
 

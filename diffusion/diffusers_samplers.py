@@ -1,39 +1,75 @@
 """Samplers of the diffusers library, behind our interface. Their solvers are used as they are."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from diffusion.batch import Condition
-from diffusion.process import GaussianDiffusion
+from diffusion.objective import Objective
+from diffusion.process import GaussianDiffusion, require_gaussian
 from diffusion.protocol import Denoiser
+from diffusion.respacing import kept_steps
 from diffusion.samplers import Noise
 
 
-def dpm_solver_pp(
-    denoiser: Denoiser, process: GaussianDiffusion, noise: Noise, condition: Condition, steps: int = 25, order: int = 2
-) -> Tensor:
-    """DPM-Solver++ multistep (Lu et al. 2022, algorithm 2): one call of the network a step; [B, c, h, w].
+@dataclass(frozen=True)
+class DPMSolverPP:
+    """DPM-Solver++ multistep (Lu et al. 2022, algorithm 2): one call of the network a step.
 
     Raises ValueError for an order that is not 1, 2 or 3.
     """
-    from diffusers import DPMSolverMultistepScheduler
 
-    if order not in (1, 2, 3):
-        raise ValueError(f"sampler.order is {order}, but DPM-Solver++ has 1, 2 and 3; 2 is the usual one.")
-    scheduler = DPMSolverMultistepScheduler(
-        trained_betas=process.tables.betas, algorithm_type="dpmsolver++", solver_order=order
-    )
-    return _run(scheduler, denoiser, process, noise, condition, steps)
+    name: ClassVar[str] = "dpm_solver_pp"
+    steps: int = 25
+    order: int = 2
+
+    def __post_init__(self) -> None:
+        if self.order not in (1, 2, 3):
+            raise ValueError(f"sampler.order is {self.order}, but DPM-Solver++ has 1, 2 and 3; 2 is the usual one.")
+
+    def require(self, objective: Objective) -> None:
+        """Raise ValueError for another objective than the Gaussian one, or for more steps than it has."""
+        kept_steps(require_gaussian(objective, f"sampler {self.name}").num_steps, self.steps)
+
+    def calls(self) -> int:
+        """Return the number of steps."""
+        return self.steps
+
+    def __call__(self, denoiser: Denoiser, objective: Objective, noise: Noise, condition: Condition) -> Tensor:
+        """Return samples [B, c, h, w]."""
+        from diffusers import DPMSolverMultistepScheduler
+
+        process = require_gaussian(objective, f"sampler {self.name}")
+        scheduler = DPMSolverMultistepScheduler(
+            trained_betas=process.tables.betas, algorithm_type="dpmsolver++", solver_order=self.order
+        )
+        return _run(scheduler, denoiser, process, noise, condition, self.steps)
 
 
-def heun(denoiser: Denoiser, process: GaussianDiffusion, noise: Noise, condition: Condition, steps: int = 25) -> Tensor:
-    """Heun's second-order method (Karras et al. 2022, algorithm 1): two calls of the network a step; [B, c, h, w]."""
-    from diffusers import HeunDiscreteScheduler
+@dataclass(frozen=True)
+class Heun:
+    """Heun's second-order method (Karras et al. 2022, algorithm 1): two calls a step, but for the last."""
 
-    scheduler = HeunDiscreteScheduler(trained_betas=process.tables.betas)
-    return _run(scheduler, denoiser, process, noise, condition, steps)
+    name: ClassVar[str] = "heun"
+    steps: int = 25
+
+    def require(self, objective: Objective) -> None:
+        """Raise ValueError for another objective than the Gaussian one, or for more steps than it has."""
+        kept_steps(require_gaussian(objective, f"sampler {self.name}").num_steps, self.steps)
+
+    def calls(self) -> int:
+        """Return two calls a step, but one for the last."""
+        return 2 * self.steps - 1
+
+    def __call__(self, denoiser: Denoiser, objective: Objective, noise: Noise, condition: Condition) -> Tensor:
+        """Return samples [B, c, h, w]."""
+        from diffusers import HeunDiscreteScheduler
+
+        process = require_gaussian(objective, f"sampler {self.name}")
+        scheduler = HeunDiscreteScheduler(trained_betas=process.tables.betas)
+        return _run(scheduler, denoiser, process, noise, condition, self.steps)
 
 
 def _run(

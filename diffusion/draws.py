@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from diffusion.times import Times
+
 
 class Purpose(IntEnum):
     """What a stream is for. The numbers are part of the format of a run: never change or reuse one."""
@@ -35,7 +37,7 @@ class Draws(NamedTuple):
 
     posterior: NDArray[np.float32]  # [B, c, h, w] standard normal
     noise: NDArray[np.float32]  # [B, c, h, w] standard normal
-    t: NDArray[np.int64]  # [B] in [0, num_timesteps)
+    t: NDArray[np.generic]  # [B] of the objective's dtype
     drop_label: NDArray[np.bool_]  # [B]
     flip: NDArray[np.bool_]  # [B]
 
@@ -63,7 +65,7 @@ def training_draws(
     philox: Philox,
     positions: NDArray[np.int64],
     shape: tuple[int, ...],
-    num_timesteps: int,
+    times: Times,
     class_dropout: float,
     flip: bool,
 ) -> Draws:
@@ -71,10 +73,10 @@ def training_draws(
 
     ``shape`` is the latent's [c, h, w]; ``flip`` says whether the data may be mirrored at all.
     """
-    t = np.empty(len(positions), dtype=np.int64)
+    t = np.empty(len(positions), dtype=times.dtype)
     uniform = np.empty((2, len(positions)))
     for i, position in enumerate(positions.tolist()):
-        t[i] = philox.at(position, Purpose.TIMESTEP).integers(num_timesteps)
+        t[i] = times.draw(philox.at(position, Purpose.TIMESTEP))
         uniform[0, i] = philox.at(position, Purpose.DROP_LABEL).random()
         if flip:
             uniform[1, i] = philox.at(position, Purpose.FLIP).random()

@@ -1,7 +1,7 @@
-"""Guidance wraps a denoiser and is itself one."""
+"""Guidance wraps a denoiser and is itself one, which says what it costs."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -13,9 +13,36 @@ Channels = int | Literal["all"]
 Null = Callable[[Condition], Condition]  # the dropped condition, of as many rows on the same device
 
 
-def unguided(denoiser: Denoiser, null: Null, latent_channels: int) -> Denoiser:
-    """No guidance: the denoiser itself, at half the cost of scale 1."""
-    return denoiser
+Cost = Callable[[Denoiser], int]  # multiply-adds of one call of a network for an image
+
+
+class Guided(Denoiser, Protocol):
+    """A denoiser under guidance. Made by a class that takes (denoiser, null, latent_channels) and its settings."""
+
+    name: ClassVar[str]  # in records
+    needs_null: ClassVar[bool]  # whether the network must have been trained with the null condition
+
+    def cost(self, cost_of: Cost) -> int:
+        """Return the multiply-adds of one call for an image, where ``cost_of`` gives those of a network."""
+        ...
+
+
+class Unguided:
+    """No guidance: the denoiser itself, at half the cost of classifier-free guidance of scale 1."""
+
+    name: ClassVar[str] = "unguided"
+    needs_null: ClassVar[bool] = False
+
+    def __init__(self, denoiser: Denoiser, null: Null, latent_channels: int) -> None:
+        self.denoiser = denoiser
+
+    def cost(self, cost_of: Cost) -> int:
+        """Return one call of the network."""
+        return cost_of(self.denoiser)
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Return the denoiser's output."""
+        return self.denoiser(x_t, t, condition)
 
 
 class ClassifierFreeGuidance:
@@ -28,6 +55,9 @@ class ClassifierFreeGuidance:
 
     Raises ValueError for a negative scale, too many channels, or an empty interval.
     """
+
+    name: ClassVar[str] = "ClassifierFreeGuidance"
+    needs_null: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -47,6 +77,10 @@ class ClassifierFreeGuidance:
         self.num_guided = _num_guided(scale, channels, latent_channels)
         self.t_min = t_min
         self.t_max = t_max
+
+    def cost(self, cost_of: Cost) -> int:
+        """Return two calls of the network, also outside the interval."""
+        return 2 * cost_of(self.denoiser)
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """[B, c, h, w], [B], a condition of B rows -> [B, 2c or c, h, w], as the denoiser's."""
@@ -71,6 +105,9 @@ class Autoguidance:
     ``guide`` is another denoiser of the same latents: a smaller model, or one trained for less.
     """
 
+    name: ClassVar[str] = "Autoguidance"
+    needs_null: ClassVar[bool] = False
+
     def __init__(
         self,
         denoiser: Denoiser,
@@ -84,6 +121,10 @@ class Autoguidance:
         self.guide = guide
         self.scale = scale
         self.num_guided = _num_guided(scale, channels, latent_channels)
+
+    def cost(self, cost_of: Cost) -> int:
+        """Return a call of each network."""
+        return cost_of(self.denoiser) + cost_of(self.guide)
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """[B, c, h, w], [B], a condition of B rows -> [B, 2c or c, h, w], as the denoiser's."""

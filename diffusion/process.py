@@ -4,22 +4,20 @@ Equation numbers are those of Ho et al. 2020 (arXiv 2006.11239), unless noted. A
 so t here is the papers' t - 1. Tables are computed in float64 and used in float32.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
+from diffusion.batch import Batch
+from diffusion.gaussians import Gaussian, discretized_log_likelihood, gaussian_kl
+from diffusion.objective import LOSS, Objective, Prediction, mean_per_sample
 from diffusion.schedules import Schedule
+from diffusion.times import UniformSteps
 from diffusion.variances import Variance
-
-
-class Gaussian(NamedTuple):
-    """A diagonal Gaussian. Both broadcast to [B, c, h, w] float32."""
-
-    mean: Tensor
-    log_variance: Tensor
 
 
 class Tables(NamedTuple):
@@ -76,13 +74,15 @@ def make_tables(betas: NDArray[np.float64]) -> Tables:
     )
 
 
-class GaussianDiffusion(nn.Module):
+class GaussianDiffusion(Objective):
     """The process over the steps of ``schedule``, or over a subset of them (see `respace`).
 
-    ``timesteps`` [S] int64 maps a step of this process to the t that the network was trained with.
-    It is a module only so that its float32 tables move with `.to(device)`; it has no parameters or state.
+    The network predicts the noise and, where ``variance`` is learned, its logits; L_simple + L_vlb is minimized (paper,
+    section 3.1; Nichol & Dhariwal 2021). ``timesteps`` [S] int64 maps a step of this process to the t that the network
+    was trained with.
     """
 
+    name = "gaussian"
     timesteps: Tensor
 
     def __init__(self, schedule: Schedule, variance: Variance, kept_steps: NDArray[np.int64] | None = None) -> None:
@@ -95,6 +95,8 @@ class GaussianDiffusion(nn.Module):
         else:
             betas = _betas_of_subset(betas, kept_steps)
         self.tables = make_tables(betas)
+        self.times = UniformSteps(self.num_steps)
+        self.outputs_per_channel = variance.outputs_per_channel
         self.register_buffer("timesteps", torch.from_numpy(kept_steps.astype(np.int64)), persistent=False)
         for name in _TABLES_ON_DEVICE:
             table = torch.from_numpy(getattr(self.tables, name)).float()
@@ -102,40 +104,86 @@ class GaussianDiffusion(nn.Module):
 
     @property
     def num_steps(self) -> int:
-        """S, steps of this process."""
+        """Return S, the number of steps of this process."""
         return len(self.tables.betas)
 
     def respace(self, kept_steps: NDArray[np.int64]) -> "GaussianDiffusion":
-        """The process that visits only ``kept_steps`` of the schedule (Nichol & Dhariwal 2021, section 4)."""
+        """Return the process that visits only ``kept_steps`` of the schedule (Nichol & Dhariwal 2021, section 4)."""
         assert self.num_steps == len(self.schedule.betas()), "a respaced process is not respaced again"
         respaced = GaussianDiffusion(self.schedule, self.variance, kept_steps)
         return respaced.to(self.timesteps.device)
 
     def table(self, name: str, t: Tensor) -> Tensor:
-        """Values of a table at steps [B] int64: [B, 1, 1, 1] float32."""
+        """Return the values of a table at steps [B] int64: [B, 1, 1, 1] float32."""
         return getattr(self, f"_{name}")[t].view(-1, 1, 1, 1)
 
-    def q_sample(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Draw x_t given x_0 with the given noise (equation 4): [B, c, h, w]."""
-        return self.table("sqrt_alphas_cumprod", t) * x_0 + self.table("sqrt_one_minus_alphas_cumprod", t) * noise
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod) at steps [B] int64 (equation 4)."""
+        return self.table("sqrt_alphas_cumprod", t), self.table("sqrt_one_minus_alphas_cumprod", t)
+
+    def inputs(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x_t as it is, and the trained steps of the steps t [B] int64."""
+        return x_t, self.timesteps[t]
+
+    def level(self, t: Tensor) -> Tensor:
+        """Return t / S of steps t [B]: [B] float32 in [0, 1)."""
+        return t / self.num_steps
 
     def predict_x_0(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Invert `q_sample`: the x_0 that x_t and a noise prediction imply, [B, c, h, w]."""
+        """Return the x_0 that x_t and a noise prediction imply, [B, c, h, w]."""
         return self.table("sqrt_recip_alphas_cumprod", t) * x_t - self.table("sqrt_recipm1_alphas_cumprod", t) * noise
 
-    def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Gaussian:
-        """q(x_{t-1} | x_t, x_0) (equations 6 and 7), its log-variance clipped at the first step."""
-        mean = self.table("posterior_mean_coef1", t) * x_0 + self.table("posterior_mean_coef2", t) * x_t
-        return Gaussian(mean, self.table("posterior_log_variance_clipped", t))
-
-    def p_reverse(self, output: Tensor, x_t: Tensor, t: Tensor) -> Gaussian:
-        """p(x_{t-1} | x_t) that a network's output implies (equation 11; variance by its class)."""
+    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
+        """Return what the network's output implies; the variance by its class."""
         noise, logits = self.variance.split(output.float(), x_t.shape[1])
-        mean = self.q_posterior(self.predict_x_0(x_t, t, noise), x_t, t).mean
         log_variance = self.variance.log_variance(
             logits, self.table("posterior_log_variance_clipped", t), self.table("log_betas", t), t
         )
-        return Gaussian(mean, log_variance)
+        return Prediction(self.predict_x_0(x_t, t, noise), noise, log_variance)
+
+    def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Gaussian:
+        """Return q(x_{t-1} | x_t, x_0) (equations 6 and 7), its log-variance clipped at the first step."""
+        mean = self.table("posterior_mean_coef1", t) * x_0 + self.table("posterior_mean_coef2", t) * x_t
+        return Gaussian(mean, self.table("posterior_log_variance_clipped", t))
+
+    def p_reverse(self, predicted: Prediction, x_t: Tensor, t: Tensor) -> Gaussian:
+        """Return p(x_{t-1} | x_t) that a prediction implies (equation 11)."""
+        assert predicted.log_variance is not None
+        return Gaussian(self.q_posterior(predicted.x_0, x_t, t).mean, predicted.log_variance)
+
+    def losses(self, output: Tensor, batch: Batch, x_t: Tensor) -> dict[str, Tensor]:
+        """Return L_simple (``mse``), L_vlb (``vlb``, in bits; 0 with a fixed variance) and their sum, [B] each.
+
+        L_vlb sees the mean through a stopped gradient, so it trains only the variance.
+        """
+        predicted, logits = self.variance.split(output.float(), x_t.shape[1])
+        mse = mean_per_sample((batch.noise - predicted) ** 2)
+        if logits is None:
+            return {LOSS: mse, "mse": mse, "vlb": torch.zeros_like(mse)}
+        frozen_mean = torch.cat([predicted.detach(), logits], dim=1)
+        vlb = self.vlb_term(self.prediction(frozen_mean, x_t, batch.t), batch.x_0, x_t, batch.t)
+        return {LOSS: mse + vlb, "mse": mse, "vlb": vlb}
+
+    def vlb_term(self, predicted: Prediction, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return one term of the variational bound, [B] bits per dimension (equations 5 and 13).
+
+        KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 0, and -log p(x_0 | x_1) by the discretized decoder
+        at t = 0.
+        """
+        true, model = self.q_posterior(x_0, x_t, t), self.p_reverse(predicted, x_t, t)
+        divergence = mean_per_sample(gaussian_kl(true, model))
+        decoder = -mean_per_sample(discretized_log_likelihood(x_0, model))
+        return torch.where(t == 0, decoder, divergence) / math.log(2.0)
+
+
+def require_gaussian(objective: Objective, who: str) -> GaussianDiffusion:
+    """Return the objective. Raises ValueError where it is not the Gaussian process, which ``who`` needs."""
+    if not isinstance(objective, GaussianDiffusion):
+        raise ValueError(
+            f"{who} needs diffusion=gaussian, but the objective is diffusion={objective.name}; leave it out, or use one "
+            "that fits."
+        )
+    return objective
 
 
 def _betas_of_subset(betas: NDArray[np.float64], kept_steps: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -8,8 +8,15 @@ from numpy.typing import NDArray
 Steps = int | str | Sequence[int]  # 250, "250", "ddim50", "10,15,20" or [10, 15, 20]
 
 
+def number_of(steps: Steps) -> int:
+    """Return how many steps ``steps`` asks for. Raises ValueError for a text that asks for none."""
+    if isinstance(steps, str) and steps.startswith("ddim"):
+        return _whole_number(steps.removeprefix("ddim"), steps)
+    return sum(_sections(steps))
+
+
 def kept_steps(num_trained: int, steps: Steps) -> NDArray[np.int64]:
-    """The trained steps that ``steps`` asks for, ascending (ADM's respacing; Nichol & Dhariwal 2021, section 4).
+    """Return the trained steps that ``steps`` asks for, ascending (ADM's respacing; Nichol & Dhariwal 2021, section 4).
 
     A number spaces so many steps evenly, both ends included; "ddimN" takes N steps at a constant whole stride
     from 0 (Song et al. 2020); several numbers split the process into equal sections and space each one's evenly.
@@ -17,9 +24,7 @@ def kept_steps(num_trained: int, steps: Steps) -> NDArray[np.int64]:
     """
     if isinstance(steps, str) and steps.startswith("ddim"):
         return _constant_stride(num_trained, _whole_number(steps.removeprefix("ddim"), steps))
-    if isinstance(steps, str):
-        steps = [_whole_number(part, steps) for part in steps.split(",")]
-    counts = [steps] if isinstance(steps, int) else list(steps)
+    counts = _sections(steps)
     if sum(counts) < 2 or min(counts) < 1:
         raise ValueError(
             f"sampler.steps is {steps}, but a sampler needs at least 2 steps; choose between 2 and {num_trained}."
@@ -28,6 +33,13 @@ def kept_steps(num_trained: int, steps: Steps) -> NDArray[np.int64]:
     starts = np.cumsum([0, *sizes[:-1]])
     parts = [start + _evenly_spaced(size, count) for start, size, count in zip(starts, sizes, counts, strict=True)]
     return np.concatenate(parts).astype(np.int64)
+
+
+def _sections(steps: Steps) -> list[int]:
+    """Return the number of steps of each section."""
+    if isinstance(steps, str):
+        return [_whole_number(part, steps) for part in steps.split(",")]
+    return [steps] if isinstance(steps, int) else list(steps)
 
 
 def _whole_number(text: str, steps: Steps) -> int:

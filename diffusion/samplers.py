@@ -1,28 +1,45 @@
-"""Samplers: free functions over any denoiser. All noise is given to them; they read nothing back."""
+"""Samplers take noise to samples with any denoiser. All noise is given to them; they read nothing back.
 
-from typing import Protocol
+A sampler is its settings: a frozen dataclass, which a YAML in ``conf/diffusion/sampler`` names. Adding one is such a
+class, its YAML and a test.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from diffusion.batch import Condition
-from diffusion.process import GaussianDiffusion
+from diffusion.flow import Flow
+from diffusion.objective import Objective, predict
+from diffusion.process import require_gaussian
 from diffusion.protocol import Denoiser
-from diffusion.respacing import Steps, kept_steps
+from diffusion.respacing import Steps, kept_steps, number_of
 
 
 class Noise(Protocol):
     """Standard normals of a batch of images, one tensor a draw."""
 
     def __call__(self, draw: int) -> Tensor:
-        """The draw'th tensor [B, c, h, w] float32; draw 0 is the start x_T, draw i the i-th step's."""
+        """Return the draw'th tensor [B, c, h, w] float32; draw 0 is the start x_T, draw i the i-th step's."""
         ...
 
 
 class Sampler(Protocol):
     """Takes noise to samples."""
 
-    def __call__(self, denoiser: Denoiser, process: GaussianDiffusion, noise: Noise, condition: Condition) -> Tensor:
+    name: ClassVar[str]  # in records and file names
+
+    def require(self, objective: Objective) -> None:
+        """Raise ValueError where this sampler cannot sample from the objective's networks with its settings."""
+        ...
+
+    def calls(self) -> int:
+        """Return how often the denoiser is called for an image."""
+        ...
+
+    def __call__(self, denoiser: Denoiser, objective: Objective, noise: Noise, condition: Condition) -> Tensor:
         """Return [B, c, h, w] float32 samples of x_0; the noise has the number of rows, the condition as many."""
         ...
 
@@ -32,52 +49,106 @@ def step_of_rows(x: Tensor, step: int) -> Tensor:
     return torch.full((len(x),), step, dtype=torch.int64, device=x.device)
 
 
-def ddpm(
-    denoiser: Denoiser,
-    process: GaussianDiffusion,
-    noise: Noise,
-    condition: Condition,
-    steps: Steps = 250,
-) -> Tensor:
-    """Ancestral sampling over respaced ``steps`` (Ho et al. 2020, algorithm 2): [B, c, h, w].
+@dataclass(frozen=True)
+class DDPM:
+    """Ancestral sampling over respaced steps (Ho et al. 2020, algorithm 2)."""
 
-    Raises ValueError for ``steps`` that the trained process does not have (see `kept_steps`).
+    name: ClassVar[str] = "ddpm"
+    steps: Steps = 250
+
+    def require(self, objective: Objective) -> None:
+        """Raise ValueError for another objective, or for steps that its process does not have (see `kept_steps`)."""
+        kept_steps(require_gaussian(objective, f"sampler {self.name}").num_steps, self.steps)
+
+    def calls(self) -> int:
+        """Return the number of steps."""
+        return number_of(self.steps)
+
+    def __call__(self, denoiser: Denoiser, objective: Objective, noise: Noise, condition: Condition) -> Tensor:
+        """Return samples [B, c, h, w]."""
+        process = require_gaussian(objective, f"sampler {self.name}")
+        respaced = process.respace(kept_steps(process.num_steps, self.steps))
+        x = noise(0)
+        for draw, step in enumerate(reversed(range(respaced.num_steps)), start=1):
+            t = step_of_rows(x, step)
+            reverse = respaced.p_reverse(predict(denoiser, respaced, x, t, condition), x, t)
+            x = reverse.mean
+            if step > 0:  # the last step returns the mean
+                x = x + torch.exp(0.5 * reverse.log_variance) * noise(draw)
+        return x
+
+
+@dataclass(frozen=True)
+class DDIM:
+    """Implicit sampling (Song et al. 2020, equation 12); ``eta`` 0 is deterministic, 1 is ancestral.
+
+    Raises ValueError for an ``eta`` outside [0, 1].
     """
-    respaced = process.respace(kept_steps(process.num_steps, steps))
-    x = noise(0)
-    for draw, step in enumerate(reversed(range(respaced.num_steps)), start=1):
-        t = step_of_rows(x, step)
-        reverse = respaced.p_reverse(denoiser(x, respaced.timesteps[t], condition), x, t)
-        x = reverse.mean
-        if step > 0:  # the last step returns the mean
-            x = x + torch.exp(0.5 * reverse.log_variance) * noise(draw)
-    return x
+
+    name: ClassVar[str] = "ddim"
+    steps: Steps = 50
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"sampler.eta is {self.eta}, but it must be between 0 (deterministic) and 1 (ancestral).")
+
+    def require(self, objective: Objective) -> None:
+        """Raise ValueError for another objective, or for steps that its process does not have (see `kept_steps`)."""
+        kept_steps(require_gaussian(objective, f"sampler {self.name}").num_steps, self.steps)
+
+    def calls(self) -> int:
+        """Return the number of steps."""
+        return number_of(self.steps)
+
+    def __call__(self, denoiser: Denoiser, objective: Objective, noise: Noise, condition: Condition) -> Tensor:
+        """Return samples [B, c, h, w]."""
+        process = require_gaussian(objective, f"sampler {self.name}")
+        respaced = process.respace(kept_steps(process.num_steps, self.steps))
+        x = noise(0)
+        for draw, step in enumerate(reversed(range(respaced.num_steps)), start=1):
+            t = step_of_rows(x, step)
+            predicted = predict(denoiser, respaced, x, t, condition)
+            alpha, previous = respaced.table("alphas_cumprod", t), respaced.table("alphas_cumprod_prev", t)
+            sigma = self.eta * torch.sqrt((1 - previous) / (1 - alpha)) * torch.sqrt(1 - alpha / previous)
+            x = torch.sqrt(previous) * predicted.x_0 + torch.sqrt(1 - previous - sigma**2) * predicted.noise
+            if self.eta > 0 and step > 0:
+                x = x + sigma * noise(draw)
+        return x
 
 
-def ddim(
-    denoiser: Denoiser,
-    process: GaussianDiffusion,
-    noise: Noise,
-    condition: Condition,
-    steps: Steps = 50,
-    eta: float = 0.0,
-) -> Tensor:
-    """Implicit sampling (Song et al. 2020, equation 12): [B, c, h, w]; ``eta`` 0 is deterministic, 1 is ancestral.
+@dataclass(frozen=True)
+class Euler:
+    """Euler's method on dx / dt = velocity from t = 1 to 0, at a constant step size: one call of the network a step.
 
-    Raises ValueError for ``steps`` that the trained process does not have, or an ``eta`` outside [0, 1].
+    Raises ValueError for fewer than one step.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"sampler.eta is {eta}, but it must be between 0 (deterministic) and 1 (ancestral).")
-    respaced = process.respace(kept_steps(process.num_steps, steps))
-    x = noise(0)
-    for draw, step in enumerate(reversed(range(respaced.num_steps)), start=1):
-        t = step_of_rows(x, step)
-        output = denoiser(x, respaced.timesteps[t], condition).float()
-        predicted, _ = respaced.variance.split(output, x.shape[1])
-        alpha, previous = respaced.table("alphas_cumprod", t), respaced.table("alphas_cumprod_prev", t)
-        sigma = eta * torch.sqrt((1 - previous) / (1 - alpha)) * torch.sqrt(1 - alpha / previous)
-        direction = torch.sqrt(1 - previous - sigma**2) * predicted
-        x = torch.sqrt(previous) * respaced.predict_x_0(x, t, predicted) + direction
-        if eta > 0 and step > 0:
-            x = x + sigma * noise(draw)
-    return x
+
+    name: ClassVar[str] = "euler"
+    steps: int = 50
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"sampler.steps is {self.steps}, but Euler's method needs at least 1 step; set it higher.")
+
+    def require(self, objective: Objective) -> None:
+        """Raise ValueError for an objective without a velocity."""
+        if not isinstance(objective, Flow):
+            raise ValueError(
+                f"sampler {self.name} needs an objective with a velocity, such as diffusion=flow, but the objective is "
+                f"diffusion={objective.name}; use diffusion/sampler=ddpm."
+            )
+
+    def calls(self) -> int:
+        """Return the number of steps."""
+        return self.steps
+
+    def __call__(self, denoiser: Denoiser, objective: Objective, noise: Noise, condition: Condition) -> Tensor:
+        """Return samples [B, c, h, w]."""
+        assert isinstance(objective, Flow), "require was called before"
+        x = noise(0)
+        for step in reversed(range(self.steps)):
+            t = torch.full((len(x),), (step + 1) / self.steps, device=x.device)
+            output = denoiser(*objective.inputs(x, t), condition)
+            x = x - objective.velocity(output, x, t) / self.steps
+        return x

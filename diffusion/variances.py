@@ -9,10 +9,10 @@ from torch import Tensor
 class Variance(Protocol):
     """Chooses log sigma_t^2 of p(x_{t-1} | x_t)."""
 
-    learned: bool
+    outputs_per_channel: int  # of the network: 2 where it predicts the variance, else 1
 
     def split(self, output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
-        """Network output -> (noise prediction [B, c, h, w], variance logits of that shape or None)."""
+        """Return the noise prediction [B, c, h, w] in a network's output, and variance logits of that shape or None."""
         ...
 
     def log_variance(self, logits: Tensor | None, log_beta_tilde: Tensor, log_beta: Tensor, t: Tensor) -> Tensor:
@@ -26,15 +26,11 @@ class LearnedRangeVariance:
     The logit v in [-1, 1] becomes the fraction (v + 1) / 2; the network is free to leave that range.
     """
 
-    learned = True
+    outputs_per_channel = 2
 
     def split(self, output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
-        """[B, 2c, h, w] -> noise and logits. ValueError where the network has other output channels."""
-        if output.shape[1] != 2 * channels:
-            raise ValueError(
-                f"A learned variance needs {2 * channels} output channels, but the network has "
-                f"{output.shape[1]}; set model.learn_sigma=true."
-            )
+        """[B, 2c, h, w] -> noise and logits."""
+        assert output.shape[1] == 2 * channels, "the network is built from the objective"
         noise, logits = output.split(channels, dim=1)
         return noise, logits
 
@@ -46,15 +42,11 @@ class LearnedRangeVariance:
 
 
 class _FixedVariance:
-    learned = False
+    outputs_per_channel = 1
 
     def split(self, output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
-        """[B, c, h, w] -> itself and no logits. ValueError where the network predicts a variance."""
-        if output.shape[1] != channels:
-            raise ValueError(
-                f"A fixed variance needs {channels} output channels, but the network has {output.shape[1]}; "
-                "set model.learn_sigma=false."
-            )
+        """[B, c, h, w] -> itself and no logits."""
+        assert output.shape[1] == channels, "the network is built from the objective"
         return output, None
 
 

@@ -12,8 +12,8 @@ from data.images import to_uint8
 from data.manifest import LatentSpec
 from diffusion.batch import Condition, mapped
 from diffusion.draws import Philox, Purpose, draw_noise
-from diffusion.process import GaussianDiffusion
-from diffusion.protocol import Denoiser
+from diffusion.guidance import Guided
+from diffusion.objective import Objective
 from diffusion.samplers import Sampler
 from model.autoencoder import Autoencoder
 from runtime.protocol import Runtime
@@ -25,8 +25,8 @@ DECODED_AT_ONCE = 32  # images: an autoencoder takes far more memory for one tha
 class Generator:
     """Turn an image's index and condition into an image."""
 
-    denoiser: Denoiser  # guided or not
-    process: GaussianDiffusion
+    denoiser: Guided
+    objective: Objective
     autoencoder: Autoencoder
     sampler: Sampler
     spec: LatentSpec
@@ -55,7 +55,7 @@ class Generator:
 
         with runtime.autocast():
             denoiser = runtime.inference(self.denoiser)
-            return self.sampler(denoiser, self.process, noise, mapped(condition, runtime.put))
+            return self.sampler(denoiser, self.objective, noise, mapped(condition, runtime.put))
 
     def images_in_step(self, indices: NDArray[np.int64], condition: Condition, at_most: int) -> NDArray[np.uint8]:
         """Return `images` of these rows of all images' condition, for any number of indices up to ``at_most``, or none.

@@ -10,6 +10,7 @@ from data.shards import MappedShards
 from diffusion.batch import mapped
 from diffusion.draws import Philox, Purpose, draw_noise
 from diffusion.likelihood import bits_per_dimension
+from diffusion.process import GaussianDiffusion, require_gaussian
 from evaluation.generate import Generator, equal_rounds
 
 
@@ -26,24 +27,25 @@ def measure_likelihood(
 
     Takes the generator's denoiser without its sampler. Every process must call it; each takes its share.
     """
+    process = require_gaussian(generator.objective, "metric bits_per_dimension")
     count = min(num_images, len(shards))
     bits = [np.zeros(0)]
     with progress("likelihood", 0, count, "img") as bar:
         for rows, counted in equal_rounds(count, batch_size, generator.runtime):
-            bits.append(_bits_of(generator, shards, rows)[:counted])
+            bits.append(_bits_of(generator, process, shards, rows)[:counted])
             bar.update(counted * generator.runtime.data_world)
     gathered = generator.runtime.gather(np.concatenate(bits))
     return {
         "bits_per_dimension": float(gathered.mean()),
         "likelihood_images": count,
-        "likelihood_steps": generator.process.num_steps,
+        "likelihood_steps": process.num_steps,
         "likelihood_seed": generator.seed,
         "likelihood_precision": network_precision,
         "likelihood_data_hash": shards.manifest.hash,
     }
 
 
-def _bits_of(generator: Generator, shards: MappedShards, rows: np.ndarray) -> np.ndarray:
+def _bits_of(generator: Generator, process: GaussianDiffusion, shards: MappedShards, rows: np.ndarray) -> np.ndarray:
     """[len(rows)] float64; a sample's noise depends on (seed, row, step) alone."""
     philox, runtime = Philox(generator.seed), generator.runtime
     shape = (generator.spec.channels, generator.spec.latent_size, generator.spec.latent_size)
@@ -56,5 +58,5 @@ def _bits_of(generator: Generator, shards: MappedShards, rows: np.ndarray) -> np
     x_0 = runtime.put(generator.autoencoder.draw(moments, posterior))
     condition = mapped(generator.conditions.of_samples(shards.labels[rows]), runtime.put)
     with runtime.autocast():
-        bits = bits_per_dimension(runtime.inference(generator.denoiser), generator.process, x_0, condition, noise)
+        bits = bits_per_dimension(runtime.inference(generator.denoiser), process, x_0, condition, noise)
     return runtime.rows(bits).double().numpy()

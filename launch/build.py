@@ -16,16 +16,17 @@ from data.progress import ProgressBar
 from data.records import validate
 from data.shards import MappedShards, open_shards
 from data.urls import redacted_config
-from diffusion.process import GaussianDiffusion
+from diffusion.guidance import Guided
+from diffusion.objective import Objective
 from diffusion.protocol import Denoiser
-from diffusion.respacing import kept_steps
+from diffusion.samplers import Sampler
 from evaluation.evaluate import Evaluator, MeasurementProtocol
 from evaluation.features import FeatureExtractor
 from evaluation.generate import Generator
 from evaluation.metrics import Metric
 from evaluation.references import make_reference, read_reference
 from launch.check import closest
-from launch.components import build, build_saved
+from launch.components import build, build_saved, target_of
 from launch.runs import checkpoint_hash, pinned_sources, read_checkpoint
 from launch.saved_configs import component, setting
 from model.autoencoder import Autoencoder
@@ -82,20 +83,19 @@ def build_shards(data: Mapping[str, Any]) -> MappedShards:
     return open_shards(data["shards"], data["verify_checksums"], data["cache"], data["cache_bytes"])
 
 
-def require_variance(model: DiT, process: GaussianDiffusion, of: str | None = None) -> None:
-    """Raise ValueError where the process wants a variance that the network does not predict, or the reverse.
+def require_outputs(model: DiT, objective: Objective, of: str | None = None) -> None:
+    """Raise ValueError where the network has other output channels than the objective wants.
 
-    ``of`` names a file that the network is from: what it predicts is then given, and the process has to follow.
+    ``of`` names a file that the network is from: what it predicts is then given, and the objective has to follow.
     """
-    if process.variance.learned == model.config.learn_sigma:
+    if objective.outputs_per_channel == (2 if model.config.learn_sigma else 1):
         return
-    needed = model.config.channels * (2 if process.variance.learned else 1)
+    needed = model.config.channels * objective.outputs_per_channel
     follow = "diffusion/variance=learned_range" if model.config.learn_sigma else "diffusion/variance=fixed_large"
     follow += "" if model.config.learn_sigma else " or fixed_small"
-    change = f"model.learn_sigma={str(process.variance.learned).lower()}, or {follow}" if of is None else follow
     raise ValueError(
-        f"{type(process.variance).__name__} needs {needed} output channels, but {of or 'the model'} has "
-        f"{model.config.out_channels}; set {change}."
+        f"diffusion={objective.name} needs {needed} output channels, but {of or 'the model'} has "
+        f"{model.config.out_channels}; set {follow}."
     )
 
 
@@ -116,9 +116,9 @@ def model_facts(model: DiT, images_seen: int, weights: str, training_seed: int) 
 
 
 def _named_settings(section: Mapping[str, Any]) -> dict[str, Any]:
-    """A built section as an evaluation record shows it: the last part of its target, and its settings."""
-    name = str(section["_target_"]).rsplit(".", 1)[-1]
-    settings = {"name": name, **{key: value for key, value in section.items() if not key.startswith("_")}}
+    """Return a built section as an evaluation record shows it: its name for itself, and its settings."""
+    own = {key: value for key, value in section.items() if not key.startswith("_")}
+    settings = {"name": target_of(section).name, **own}
     if "guide" in settings:  # a run is a path to its newest checkpoint, whichever that is
         settings["guide_hash"] = read_checkpoint(settings["guide"], checkpoint_hash)
     shown: dict[str, Any] = redacted_config(settings)
@@ -128,7 +128,7 @@ def _named_settings(section: Mapping[str, Any]) -> dict[str, Any]:
 def build_generator(
     config: Mapping[str, Any],
     model: Denoiser,
-    process: GaussianDiffusion,
+    objective: Objective,
     autoencoder: Autoencoder,
     spec: LatentSpec,
     conditions: ConditionSource,
@@ -136,21 +136,21 @@ def build_generator(
     runtime: Runtime,
     class_dropout: float,
 ) -> Generator:
-    """Images of a network with the ``sampler`` and ``guidance`` of a config.
+    """Return what makes images of a network with the ``sampler`` and ``guidance`` of a config.
 
     Raises ValueError for settings that do not fit, before anything is trained or generated.
     """
-    kept_steps(process.num_steps, config["sampler"]["steps"])  # refuses steps that there are not
-    if class_dropout == 0 and config["guidance"]["_target_"].endswith("ClassifierFreeGuidance"):
+    sampler: Sampler = build(config["sampler"])
+    sampler.require(objective)
+    if class_dropout == 0 and target_of(config["guidance"]).needs_null:
         raise ValueError(
             "Guidance needs the null class, but this model is trained with class_dropout 0 and never sees it; use "
             "diffusion/guidance=none, or train with class_dropout=0.1."
         )
     section = dict(config["guidance"])
     others = {"guide": runtime.place(load_model(section.pop("guide"), "ema")).eval()} if "guide" in section else {}
-    denoiser = build(section)(model, null=conditions.null, latent_channels=spec.channels, **others)
-    sampler = build(config["sampler"])
-    return Generator(denoiser, process, autoencoder.to(runtime.device), sampler, spec, conditions, seed, runtime)
+    guided: Guided = build(section)(model, null=conditions.null, latent_channels=spec.channels, **others)
+    return Generator(guided, objective, autoencoder.to(runtime.device), sampler, spec, conditions, seed, runtime)
 
 
 def build_extractor(section: Mapping[str, Any], runtime: Runtime) -> FeatureExtractor:
@@ -280,7 +280,7 @@ class LoadedCheckpoint:
     spec: LatentSpec
     conditions: ConditionSource
     model: DiT
-    process: GaussianDiffusion
+    objective: Objective
     autoencoder: Autoencoder
     class_dropout: float
     training_seed: int
@@ -312,7 +312,7 @@ class LoadedCheckpoint:
         spec = validate(LatentSpec, state["spec"], said_by)
         autoencoder: Autoencoder = build_saved(component(config, "data.autoencoder", said_by), said_by)
         _require_autoencoder(path, spec, autoencoder)
-        process: GaussianDiffusion = build_saved(component(config, "diffusion", said_by), said_by)
+        objective: Objective = build_saved(component(config, "diffusion", said_by), said_by)
         conditions: ConditionSource = build_saved(component(config, "condition", said_by), said_by)(
             num_classes=spec.num_classes
         )
@@ -327,7 +327,7 @@ class LoadedCheckpoint:
             spec=spec,
             conditions=conditions,
             model=runtime.place(model).eval().requires_grad_(False),
-            process=runtime.place(process),
+            objective=runtime.place(objective),
             autoencoder=autoencoder.to(runtime.device),
             class_dropout=class_dropout,
             training_seed=seed,
@@ -342,7 +342,7 @@ class LoadedCheckpoint:
         return build_generator(
             config,
             self.model,
-            self.process,
+            self.objective,
             self.autoencoder,
             self.spec,
             self.conditions,

@@ -22,13 +22,18 @@ _PACKAGE = re.compile(r"^# @package (\S+)", re.MULTILINE)
 _LONGEST_TEXT = 4096
 
 
+def target_of(section: Mapping[str, Any]) -> Any:
+    """Return the class or function that a section names, which says of itself what it needs."""
+    return get_object(section["_target_"])
+
+
 def build(section: Mapping[str, Any], **arguments: Any) -> Any:
     """Make what a section's ``_target_`` names, of its other keys and ``arguments``.
 
     Sections within it are made first. With ``_partial_: true`` returns a function that takes the missing arguments.
     Raises ValueError where an argument is missing, and what the component raises.
     """
-    target = get_object(section["_target_"])
+    target = target_of(section)
     given = {key: _made(value) for key, value in section.items() if not key.startswith("_")} | arguments
     if section.get("_partial_"):
         return functools.partial(target, **given)

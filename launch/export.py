@@ -11,7 +11,8 @@ from data.atomic import atomic_file, atomic_folder
 from data.manifest import LatentSpec
 from data.progress import ProgressBar
 from data.records import validate
-from diffusion.process import GaussianDiffusion
+from diffusion.objective import Objective
+from diffusion.process import require_gaussian
 from launch.build import model_at
 from launch.components import build, build_saved
 from launch.foreign import Facts, is_foreign, notes_on_positions, read_foreign
@@ -75,7 +76,8 @@ def _source_at(path: Path, weights: str, for_diffusers: bool) -> Source:
         return Source(model)
     state, said_by = read_state_file(path), str(path / STATE_FILE)
     spec = validate(LatentSpec, state["spec"], said_by)
-    process: GaussianDiffusion = build_saved(component(state["config"], "diffusion", said_by), said_by)
+    objective: Objective = build_saved(component(state["config"], "diffusion", said_by), said_by)
+    process = require_gaussian(objective, "to=diffusers")
     autoencoder, notes = _autoencoder(component(state["config"], "data.autoencoder", said_by), spec)
     names = tuple(state.get("class_names", []))  # earlier versions kept none
     if not names:

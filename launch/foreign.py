@@ -13,9 +13,9 @@ from data.conditions import ClassLabels
 from data.images import ExactSize, Preparation
 from data.plan import latent_spec
 from data.remote import is_remote
-from diffusion.process import GaussianDiffusion
-from launch.build import LoadedCheckpoint, require_variance
-from launch.components import build
+from diffusion.objective import Objective
+from launch.build import LoadedCheckpoint, require_outputs
+from launch.components import build, target_of
 from launch.diffusers_folder import WEIGHTS, is_diffusers_folder, read_class_names, read_diffusers_folder
 from launch.foreign_process import notes_on_process
 from launch.hub import fetch_from_hub, may_be_hub_name
@@ -98,8 +98,8 @@ def load_foreign(config: Mapping[str, Any], runtime: Runtime) -> LoadedCheckpoin
     where, settings = config["checkpoint"], config["foreign"]
     network = read_foreign(where, config["weights"], Facts(**settings))
     model = network.model
-    process: GaussianDiffusion = build(config["diffusion"])
-    require_variance(model, process, of=where)
+    objective: Objective = build(config["diffusion"])
+    require_outputs(model, objective, of=where)
     _require_null_class(model, where, config)
     autoencoder: Autoencoder = build(config["data"]["autoencoder"])
     if autoencoder.channels != model.config.channels:
@@ -107,7 +107,7 @@ def load_foreign(config: Mapping[str, Any], runtime: Runtime) -> LoadedCheckpoin
             f"The weights in {where} are for latents of {model.config.channels} channels, but the autoencoder "
             f"{autoencoder.name} has {autoencoder.channels}; choose another model/autoencoder."
         )
-    of_process = notes_on_process(network.path, network.arguments, process)
+    of_process = notes_on_process(network.path, network.arguments, objective)
     if runtime.is_main:
         for note in (*network.notes, *notes_on_positions(model, where), *of_process):
             print(f"note: {note}", file=sys.stderr)
@@ -120,7 +120,7 @@ def load_foreign(config: Mapping[str, Any], runtime: Runtime) -> LoadedCheckpoin
         spec=latent_spec(Path(where).name, model.config.num_classes, autoencoder, preparation, flip=False),
         conditions=ClassLabels(model.config.num_classes),
         model=runtime.place(model).eval().requires_grad_(False),
-        process=runtime.place(process),
+        objective=runtime.place(objective),
         autoencoder=autoencoder.to(runtime.device),
         class_dropout=0.1 if model.has_null_class else 0.0,  # both programs train with it
         training_seed=0,
@@ -186,7 +186,7 @@ def _likely_heads(tensors: Mapping[str, Tensor], facts: Facts) -> int | None:
 
 
 def _require_null_class(model: DiT, where: str, config: Mapping[str, Any]) -> None:
-    if not model.has_null_class and config["guidance"]["_target_"].endswith("ClassifierFreeGuidance"):
+    if not model.has_null_class and target_of(config["guidance"]).needs_null:
         raise ValueError(
             f"{where} has no null class (its label table has {model.config.num_classes} rows for as many classes), "
             "which guidance needs; use diffusion/guidance=none."

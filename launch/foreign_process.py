@@ -10,6 +10,7 @@ from pydantic import Field
 
 from data.reading import is_absent
 from data.records import validate
+from diffusion.objective import Objective
 from diffusion.process import GaussianDiffusion
 from diffusion.schedules import CosineSchedule, LinearSchedule, ScaledLinearSchedule
 from launch.diffusers_folder import read_json
@@ -30,13 +31,15 @@ class SchedulerConfig:
 _FIELDS = tuple(field.name for field in fields(SchedulerConfig))
 
 
-def notes_on_process(folder: Path, arguments: Mapping[str, Any], process: GaussianDiffusion) -> list[str]:
+def notes_on_process(folder: Path, arguments: Mapping[str, Any], objective: Objective) -> list[str]:
     """Return a sentence where weights say that they were trained with another process than the job's.
 
     ``folder`` may hold a scheduler of diffusers; ``arguments`` are those of the released trainer. Raises ValueError for
     a network that predicts anything but noise.
     """
-    steps = arguments.get("diffusion_steps")
+    steps, process = arguments.get("diffusion_steps"), objective
+    if not isinstance(process, GaussianDiffusion):
+        return [] if steps is None else [f"the weights were trained with diffusion=gaussian, not {objective.name}."]
     if isinstance(steps, int) and steps > 0 and steps != process.num_steps:
         start, end = 1e-4 * 1000 / steps, 2e-2 * 1000 / steps  # as the released code scales them
         return [

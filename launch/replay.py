@@ -103,25 +103,25 @@ def _replayed(
     """What happens in the step, and the batch of all processes."""
     autoencoder, spec = expected_spec(settings["data"], manifest)
     require_shards(manifest, spec, settings["data"]["shards"])
-    process = runtime.place(build(settings["diffusion"]))
+    objective = runtime.place(build(settings["diffusion"]))
     store = FolderStore(dump.checkpoints)
-    state = new_state(settings, process, runtime, starts_anew=not store.steps())
+    state = new_state(settings, objective, runtime, starts_anew=not store.steps())
     load_newest(store, state)
     if settings["activation_checkpointing"]:
         checkpoint_blocks(cast(DiT, state.model), runtime.checkpoint)
     model, state.optimizer = runtime.prepare(state.model, list(state.ema.modules.values()), state.optimizer)
     guard = spike_guard(settings, state, runtime)
     step = runtime.step(
-        make_step(model, state.optimizer, state.ema, process, runtime, settings["max_grad_norm"], guard)
+        make_step(model, state.optimizer, state.ema, objective, runtime, settings["max_grad_norm"], guard)
     )
-    mine = training_batches(settings, shards, autoencoder, conditions, process, runtime.data_rank, runtime.data_world)
+    mine = training_batches(settings, shards, autoencoder, conditions, objective, runtime.data_rank, runtime.data_world)
     follow = FollowHook(settings["log_every"], dump.step - 1, runtime, guard, progress)
     try:
         train(state, step, prefetch(mine.from_step(state.step, dump.step - 1)), runtime, [follow])
     except DivergedError as error:
         raise FloatingPointError(_unlike(dump, str(error), settings, runtime)) from error
-    whole = training_batches(settings, shards, autoencoder, conditions, process, rank=0, world=1).batch(dump.step - 1)
-    findings = Replay(model, state, step, process, runtime).examine(mine.batch(dump.step - 1), whole, progress)
+    whole = training_batches(settings, shards, autoencoder, conditions, objective, rank=0, world=1).batch(dump.step - 1)
+    findings = Replay(model, state, step, objective, runtime).examine(mine.batch(dump.step - 1), whole, progress)
     return findings, whole
 
 

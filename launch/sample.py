@@ -15,7 +15,7 @@ from diffusion.batch import Condition
 from evaluation.grid import save_grid
 from launch.build import LoadedCheckpoint
 from launch.check import closest
-from launch.components import build
+from launch.components import build, target_of
 from launch.foreign import is_foreign, load_foreign
 from launch.jobs import start
 from runtime.protocol import Runtime
@@ -86,7 +86,7 @@ def class_number(label: Any, class_names: Sequence[str]) -> int:
 def _name(config: dict[str, Any], checkpoint: LoadedCheckpoint) -> str:
     """A file name that says how the images were made."""
     source = [f"step_{checkpoint.step:08d}", config["weights"]] if checkpoint.step else [checkpoint.path.stem]
-    sampler = config["sampler"]["_target_"].rsplit(".", 1)[-1] + str(config["sampler"]["steps"])
+    sampler = f"{target_of(config['sampler']).name}{config['sampler']['steps']}"
     parts = [*source, f"seed{config['seed']}", sampler]
     if "scale" in config["guidance"]:
         parts.append(f"guidance{config['guidance']['scale']}")

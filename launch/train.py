@@ -73,13 +73,13 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
     runtime.require_same(facts_of_process(config))
     runtime.require_batch(config["batch_size"])
     check_readers(runtime.data_world, len(manifest.shards))
-    process = runtime.place(build(config["diffusion"]))
+    objective = runtime.place(build(config["diffusion"]))
     folder = _run_folder(config)
-    state = new_state(config, process, runtime, starts_anew=not folder.store.steps())
+    state = new_state(config, objective, runtime, starts_anew=not folder.store.steps())
     generator = build_generator(
         config,
         state.ema.module,
-        process,
+        objective,
         autoencoder,
         spec,
         conditions,
@@ -88,7 +88,9 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
         config["class_dropout"],
     )
     shards = build_shards(config["data"])
-    batches = training_batches(config, shards, autoencoder, conditions, process, runtime.data_rank, runtime.data_world)
+    batches = training_batches(
+        config, shards, autoencoder, conditions, objective, runtime.data_rank, runtime.data_world
+    )
     stopped = False
     with runtime.together(), folder.locked() if runtime.is_main else nullcontext(), StopSignals() as signals:
         kept = redacted_config(config)  # no file of the run gets to see more
@@ -100,7 +102,7 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
                 checkpoint_blocks(cast(DiT, state.model), runtime.checkpoint)
             model, state.optimizer = runtime.prepare(state.model, list(state.ema.modules.values()), state.optimizer)
             guard = spike_guard(config, state, runtime)
-            make = make_step(model, state.optimizer, state.ema, process, runtime, config["max_grad_norm"], guard)
+            make = make_step(model, state.optimizer, state.ema, objective, runtime, config["max_grad_norm"], guard)
             step = runtime.step(make)
             hooks = _hooks(config, state, generator, manifest, folder, logger, progress, signals, guard)
             if runtime.is_main:

@@ -6,8 +6,8 @@ from typing import Any
 from data.batches import TrainingBatches
 from data.conditions import ConditionSource
 from data.shards import MappedShards
-from diffusion.process import GaussianDiffusion
-from launch.build import require_variance
+from diffusion.objective import Objective
+from launch.build import require_outputs
 from launch.components import build
 from launch.starting_weights import load_starting_weights
 from model.autoencoder import Autoencoder
@@ -23,7 +23,7 @@ def training_batches(
     shards: MappedShards,
     autoencoder: Autoencoder,
     conditions: ConditionSource,
-    process: GaussianDiffusion,
+    objective: Objective,
     rank: int,
     world: int,
 ) -> TrainingBatches:
@@ -35,7 +35,7 @@ def training_batches(
         conditions,
         seed=config["seed"],
         batch_size=config["batch_size"],
-        num_timesteps=process.num_steps,
+        times=objective.times,
         class_dropout=config["class_dropout"],
         flip=config["data"]["flip"],
         rank=rank,
@@ -43,10 +43,10 @@ def training_batches(
     )
 
 
-def new_state(config: Mapping[str, Any], process: GaussianDiffusion, runtime: Runtime, starts_anew: bool) -> TrainState:
+def new_state(config: Mapping[str, Any], objective: Objective, runtime: Runtime, starts_anew: bool) -> TrainState:
     """State at step 0, on the host: weights from ``init_from`` or the seed, their average, the optimizer."""
     model: DiT = build(config["model"])
-    require_variance(model, process)
+    require_outputs(model, objective)
     model.initialize(config["seed"])
     if starts_anew and config["init_from"] is not None:
         for note in load_starting_weights(model, config["init_from"]):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from data.progress import ProgressBar
 from diffusion.batch import Batch, mapped
-from diffusion.process import GaussianDiffusion
+from diffusion.objective import LOSS, Objective
 from runtime.protocol import Metrics, Runtime, Step
 from train.dump import DivergedError
 from train.guards import SpikeGuard
@@ -96,13 +96,11 @@ class Replay:
     ``model`` and ``step`` are the runtime's; ``state`` stands before the step.
     """
 
-    def __init__(
-        self, model: nn.Module, state: TrainState, step: Step, process: GaussianDiffusion, runtime: Runtime
-    ) -> None:
+    def __init__(self, model: nn.Module, state: TrainState, step: Step, objective: Objective, runtime: Runtime) -> None:
         self._model = model
         self._state = state
         self._step = step
-        self._process = process
+        self._objective = objective
         self._runtime = runtime
 
     def examine(self, batch: Batch, whole: Batch, progress: ProgressBar) -> Findings:
@@ -125,9 +123,9 @@ class Replay:
             for number, part in enumerate(micro_batches, start=1):
                 with self._runtime.micro_step(self._model, is_last=number == len(micro_batches)):
                     with _watched(self._state.model, order):
-                        found = sample_losses(self._model, part, self._process, self._runtime)
-                    self._runtime.backward(found.total.mean() / len(micro_batches))
-                    losses.append(found.total.detach())
+                        found = sample_losses(self._model, part, self._objective, self._runtime)
+                    self._runtime.backward(found[LOSS].mean() / len(micro_batches))
+                    losses.append(found[LOSS].detach())
             gradients = [(name, weight.grad) for name, weight in self._state.model.named_parameters()]
             norms = {f"gradient {name}": self._runtime.norm([grad]) for name, grad in gradients if grad is not None}
             self._state.optimizer.zero_grad(set_to_none=True)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.batch import Batch
-from diffusion.losses import Losses, diffusion_losses
-from diffusion.process import GaussianDiffusion
+from diffusion.objective import LOSS, Objective, corrupt
 from runtime.protocol import Metrics, Runtime, Step
 from train.ema import Averages
 from train.guards import SpikeGuard
@@ -18,7 +17,7 @@ def make_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     ema: Averages,
-    process: GaussianDiffusion,
+    objective: Objective,
     runtime: Runtime,
     max_grad_norm: float | None = None,
     guard: SpikeGuard | None = None,
@@ -31,16 +30,16 @@ def make_step(
     """
 
     def losses(batch: Batch) -> Metrics:
-        found = sample_losses(model, batch, process, runtime)
-        means = {"loss": found.total.mean(), "mse": found.mse.mean(), "vlb": found.vlb.mean()}
-        return {**means, **by_quarter(found.total.detach(), batch.t, process.num_steps)}
+        found = sample_losses(model, batch, objective, runtime)
+        means = {name: values.mean() for name, values in found.items()}
+        return {**means, **by_quarter(found[LOSS].detach(), objective.level(batch.t))}
 
     def step(micro_batches: Sequence[Batch]) -> Metrics:
         parts: list[Metrics] = []
         for number, batch in enumerate(micro_batches, start=1):
             with runtime.micro_step(model, is_last=number == len(micro_batches)):
                 means = losses(batch)
-                runtime.backward(means["loss"] / len(micro_batches))
+                runtime.backward(means[LOSS] / len(micro_batches))
                 parts.append({name: value.detach() for name, value in means.items()})
         grad_norm = runtime.clip(model.parameters(), max_grad_norm)
         weights = [parameter.detach() for parameter in model.parameters()]
@@ -63,22 +62,22 @@ def make_step(
     return step
 
 
-def sample_losses(model: nn.Module, batch: Batch, process: GaussianDiffusion, runtime: Runtime) -> Losses:
-    """The forward pass: losses [B] of a device batch."""
-    x_t = process.q_sample(batch.x_0, batch.t, batch.noise)
+def sample_losses(model: nn.Module, batch: Batch, objective: Objective, runtime: Runtime) -> dict[str, Tensor]:
+    """Run the forward pass. Returns the objective's losses [B] of a device batch, by name."""
+    x_t = corrupt(objective, batch)
     with runtime.autocast():
-        output = model(x_t, batch.t, batch.condition)
-    return diffusion_losses(process, output, batch.x_0, x_t, batch.t, batch.noise)
+        output = model(*objective.inputs(x_t, batch.t), batch.condition)
+    return objective.losses(output, batch, x_t)
 
 
-def by_quarter(losses: Tensor, t: Tensor, num_steps: int) -> Metrics:
-    """Sums [] and counts [] of losses [B] whose t [B] is in the first, second, third, last quarter of the steps.
+def by_quarter(losses: Tensor, level: Tensor) -> Metrics:
+    """Return sums [] and counts [] of losses [B] whose noise level [B] in [0, 1] is in the first, ..., last quarter.
 
     Not means: a quarter may have no sample, and means of several devices would have unequal weights.
     """
-    found = {}
+    found, quarters = {}, (4 * level).long().clamp(max=3)
     for quarter in range(4):
-        inside = t * 4 // num_steps == quarter
+        inside = quarters == quarter
         found[f"loss_t_quarter_{quarter + 1}{SUM}"] = torch.where(inside, losses, 0.0).sum()
         found[f"loss_t_quarter_{quarter + 1}{COUNT}"] = inside.float().sum()
     return found

@@ -1,0 +1,70 @@
+"""Define what an objective is: how data are corrupted, what the network predicts of them, and what is minimized.
+
+Time runs with the noise: x_t = alpha x_0 + sigma noise is data at the smallest t and noise at the largest. An objective
+is a module only so that its tables move with `.to(device)`; it has no parameters and no state.
+"""
+
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from diffusion.batch import Batch, Condition
+from diffusion.protocol import Denoiser
+from diffusion.times import Times
+
+LOSS = "loss"  # the name of the loss that is minimized
+
+
+class Prediction(NamedTuple):
+    """What a network's output says of x_t."""
+
+    x_0: Tensor  # [B, c, h, w] float32
+    noise: Tensor  # [B, c, h, w] float32
+    log_variance: Tensor | None  # of the reverse step, broadcasts to [B, c, h, w]; None where the objective has none
+
+
+class Objective(nn.Module):
+    """One way to train a denoiser. Adding one is a class, a YAML in ``conf/diffusion`` and a test."""
+
+    name: ClassVar[str]  # the option of ``diffusion=``
+    outputs_per_channel: int  # of the network, for each channel of the latent; the network is built from it
+    times: Times  # how t is drawn in training
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the coefficients of x_t = alpha x_0 + sigma noise at t [B]: [B, 1, 1, 1] float32 each."""
+        raise NotImplementedError
+
+    def inputs(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the network sees of x_t [B, c, h, w] and t [B]: tensors of these shapes."""
+        raise NotImplementedError
+
+    def losses(self, output: Tensor, batch: Batch, x_t: Tensor) -> dict[str, Tensor]:
+        """Return losses by name, [B] float32 each, of the network's output at x_t. `LOSS` is minimized, all are logged.
+
+        The names are those of ``metrics.jsonl`` and the same at every step.
+        """
+        raise NotImplementedError
+
+    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
+        """Return what the network's output [B, outputs_per_channel c, h, w] at x_t says, in float32."""
+        raise NotImplementedError
+
+    def level(self, t: Tensor) -> Tensor:
+        """Return how far t [B] is from data (0) to noise (1): [B] float32, for the loss by quarters."""
+        raise NotImplementedError
+
+
+def corrupt(objective: Objective, batch: Batch) -> Tensor:
+    """Return x_t of a batch: [B, c, h, w]."""
+    alpha, sigma = objective.alpha_sigma(batch.t)
+    return alpha * batch.x_0 + sigma * batch.noise
+
+
+def predict(network: Denoiser, objective: Objective, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
+    """Return what the network says of x_t [B, c, h, w] at t [B]."""
+    return objective.prediction(network(*objective.inputs(x_t, t), condition), x_t, t)
+
+
+def mean_per_sample(values: Tensor) -> Tensor:
+    """[B, ...] -> [B]."""
+    return values.flatten(1).mean(dim=1)
