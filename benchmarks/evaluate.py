@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks.commit import current_commit
 from data.conditions import ClassLabels
@@ -27,7 +26,7 @@ from data.manifest import LatentSpec
 from diffusion.guidance import ClassifierFreeGuidance
 from diffusion.process import GaussianDiffusion
 from diffusion.respacing import kept_steps
-from diffusion.samplers import ddpm
+from diffusion.samplers import DDPM
 from diffusion.schedules import LinearSchedule
 from diffusion.variances import LearnedRangeVariance
 from evaluation.features import Features
@@ -194,7 +193,8 @@ def _plain_loop(model: DiT, process: GaussianDiffusion, of: Sampled) -> np.ndarr
         t = torch.full_like(label, step)
         with_label, without = (model(x, respaced.timesteps[t], {"label": given}) for given in (label, null))
         guided = without[:, :4] + 1.5 * (with_label[:, :4] - without[:, :4])
-        reverse = respaced.p_reverse(torch.cat([guided, with_label[:, 4:]], dim=1), x, t)
+        output = torch.cat([guided, with_label[:, 4:]], dim=1)
+        reverse = respaced.p_reverse(respaced.prediction(output, x, t), x, t)
         x = reverse.mean + torch.exp(0.5 * reverse.log_variance) * torch.randn(x.shape).to(DEVICE)
     return x.cpu().numpy()
 
@@ -208,11 +208,7 @@ def _ours(model: DiT, process: GaussianDiffusion, of: Sampled, batch: int) -> np
     runtime, labels = AccelerateRuntime(of.precision), ClassLabels(1000)
     spec = LatentSpec("random", 32, "identity", "1", 1.0, 1, 4, "float16", False, 1000)
     guided = ClassifierFreeGuidance(model, labels.null, 4, scale=1.5)
-
-    def few_steps(*inputs: Any) -> Tensor:
-        return ddpm(*inputs, steps=of.steps)
-
-    generator = Generator(guided, process, IdentityAutoencoder(4), few_steps, spec, labels, 0, runtime)
+    generator = Generator(guided, process, IdentityAutoencoder(4), DDPM(of.steps), spec, labels, 0, runtime)
     return generator.images(np.arange(batch), labels.in_turn(batch))
 
 

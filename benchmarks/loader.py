@@ -35,6 +35,7 @@ from data.reading import sha256_of
 from data.shard_index import INDEX_NAME
 from data.shards import MappedShards
 from data.sources import Example
+from diffusion.times import UniformSteps
 from model.autoencoder import Autoencoder, IdentityAutoencoder
 from model.autoencoder_kl import DiffusersAutoencoder
 
@@ -94,7 +95,7 @@ def write_shards(folder: Path) -> None:
 
 
 def batches_of(shards: MappedShards, order: Order, autoencoder: Autoencoder) -> TrainingBatches:
-    settings = {"seed": 0, "batch_size": BATCH_SIZE, "num_timesteps": 1000, "class_dropout": 0.1, "flip": True}
+    settings = {"seed": 0, "batch_size": BATCH_SIZE, "times": UniformSteps(1000), "class_dropout": 0.1, "flip": True}
     return TrainingBatches(shards, order, autoencoder, ClassLabels(1000), **settings)  # type: ignore[arg-type]
 
 

@@ -27,9 +27,10 @@ from benchmarks.commit import current_commit
 from data.prefetch import prefetch
 from diffusion.batch import Batch, mapped
 from diffusion.draws import Philox, training_draws
-from diffusion.losses import diffusion_losses
+from diffusion.objective import corrupt
 from diffusion.process import GaussianDiffusion
 from diffusion.schedules import LinearSchedule
+from diffusion.times import UniformSteps
 from diffusion.variances import LearnedRangeVariance
 from model.dit import DiT
 from model.flops import TRAINING_FACTOR, multiply_adds
@@ -66,7 +67,7 @@ def host_batches(batch_size: int) -> Iterator[Batch]:
     while True:
         positions = np.arange(position, position + batch_size)
         position += batch_size
-        draws = training_draws(philox, positions, shape, 1000, 0.1, True)
+        draws = training_draws(philox, positions, shape, UniformSteps(1000), 0.1, True)
         yield Batch(
             x_0=torch.from_numpy(draws.posterior),
             noise=torch.from_numpy(draws.noise),
@@ -107,10 +108,11 @@ def baseline(size: str, batch_size: int, precision: str) -> RunStep:
     def run() -> float:
         t = torch.randint(0, 1000, (batch_size,), device=device)
         noise = torch.randn_like(batch.x_0)
-        x_t = process.q_sample(batch.x_0, t, noise)
+        noisy = batch._replace(t=t, noise=noise)
+        x_t = corrupt(process, noisy)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             output = model(x_t, t, batch.condition)
-        loss = diffusion_losses(process, output.float(), batch.x_0, x_t, t, noise).total.mean()
+        loss = process.losses(output, noisy, x_t)["loss"].mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -180,8 +180,8 @@ def require_gaussian(objective: Objective, who: str) -> GaussianDiffusion:
     """Return the objective. Raises ValueError where it is not the Gaussian process, which ``who`` needs."""
     if not isinstance(objective, GaussianDiffusion):
         raise ValueError(
-            f"{who} needs diffusion=gaussian, but the objective is diffusion={objective.name}; leave it out, or use one "
-            "that fits."
+            f"{who} needs diffusion=gaussian, but the objective is diffusion={objective.name}; leave it out, or use "
+            "one that fits."
         )
     return objective
 

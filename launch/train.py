@@ -88,9 +88,8 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
         config["class_dropout"],
     )
     shards = build_shards(config["data"])
-    batches = training_batches(
-        config, shards, autoencoder, conditions, objective, runtime.data_rank, runtime.data_world
-    )
+    rank, world = runtime.data_rank, runtime.data_world
+    batches = training_batches(config, shards, autoencoder, conditions, objective, rank, world)
     stopped = False
     with runtime.together(), folder.locked() if runtime.is_main else nullcontext(), StopSignals() as signals:
         kept = redacted_config(config)  # no file of the run gets to see more

@@ -20,7 +20,7 @@ from data.conditions import ClassLabels, rows_of
 from data.encodings import EncodeImages
 from data.images import CenterCrop, Preparation
 from data.manifest import LatentSpec
-from diffusion.guidance import ClassifierFreeGuidance, unguided
+from diffusion.guidance import ClassifierFreeGuidance, Unguided
 from evaluation.generate import Generator
 from evaluation.inception_features import InceptionFeatures
 from evaluation.kernel import KernelDistance
@@ -59,7 +59,7 @@ class Watched:
 
 def generator_on(runtime: AccelerateRuntime, sampler: str) -> Generator:
     model = runtime.place(Case("x", "accelerate").model().eval().requires_grad_(False))
-    guidance: Any = ClassifierFreeGuidance if sampler == "guided" else unguided
+    guidance: Any = ClassifierFreeGuidance if sampler == "guided" else Unguided
     denoiser = guidance(model, null=LABELS.null, latent_channels=4)
     spec = LatentSpec("golden", 8, "identity", "1", 1.0, 1, 4, "float16", False, 10)
     process = runtime.place(diffusion())

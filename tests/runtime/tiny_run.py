@@ -21,7 +21,7 @@ from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from diffusion.batch import Batch
-from diffusion.losses import diffusion_losses
+from diffusion.objective import corrupt
 from diffusion.process import GaussianDiffusion
 from diffusion.schedules import LinearSchedule
 from diffusion.variances import LearnedRangeVariance
@@ -111,9 +111,9 @@ def plain(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for number, batch in enumerate(case.batches(0, 1)):
         for group in optimizer.param_groups:
             group["lr"] = case.learning_rates[number] if case.learning_rates else group["lr"]
-        x_t = process.q_sample(batch.x_0, batch.t, batch.noise)
+        x_t = corrupt(process, batch)
         output = model(x_t, batch.t, batch.condition)
-        loss = diffusion_losses(process, output, batch.x_0, x_t, batch.t, batch.noise).total.mean()
+        loss = process.losses(output, batch, x_t)["loss"].mean()
         optimizer.zero_grad()
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), case.max_grad_norm or float("inf")).item()

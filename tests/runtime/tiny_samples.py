@@ -6,28 +6,26 @@ for each sampler how many programs the first batch compiled, how many the second
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tiny_run import Case, Counters, diffusion, make_runtime
 
 from data.conditions import ClassLabels
 from data.manifest import LatentSpec
-from diffusion.diffusers_samplers import dpm_solver_pp, heun
-from diffusion.guidance import ClassifierFreeGuidance, unguided
-from diffusion.samplers import ddim, ddpm
+from diffusion.diffusers_samplers import DPMSolverPP, Heun
+from diffusion.guidance import ClassifierFreeGuidance, Unguided
+from diffusion.samplers import DDIM, DDPM, Sampler
 from evaluation.generate import Generator
 from model.autoencoder import IdentityAutoencoder
 
 STEPS = 12
-SAMPLERS: dict[str, Any] = {
-    "ddpm": partial(ddpm, steps=STEPS),
-    "ddim": partial(ddim, steps=STEPS, eta=0.5),
-    "dpm_solver_pp": partial(dpm_solver_pp, steps=STEPS),
-    "heun": partial(heun, steps=STEPS),
-    "guided": partial(ddpm, steps=STEPS),
+SAMPLERS: dict[str, Sampler] = {
+    "ddpm": DDPM(STEPS),
+    "ddim": DDIM(STEPS, eta=0.5),
+    "dpm_solver_pp": DPMSolverPP(STEPS),
+    "heun": Heun(STEPS),
+    "guided": DDPM(STEPS),
 }
 
 
@@ -39,7 +37,7 @@ def main() -> None:
     spec = LatentSpec("golden", 8, "identity", "1", 1.0, 1, 4, "float16", False, 10)
     images, counts, labels = {}, {}, ClassLabels(10)
     for kind, sampler in SAMPLERS.items():
-        guidance = ClassifierFreeGuidance if kind == "guided" else unguided
+        guidance = ClassifierFreeGuidance if kind == "guided" else Unguided
         denoiser = guidance(model, null=labels.null, latent_channels=4)
         generator = Generator(denoiser, process, IdentityAutoencoder(4), sampler, spec, labels, 0, runtime)
         counters, read = Counters(name), []

@@ -30,10 +30,10 @@ from data.manifest import LatentSpec
 from data.pipeline import encoded_batches
 from data.plan import Plan
 from diffusion.batch import Batch
-from diffusion.guidance import Autoguidance, ClassifierFreeGuidance, unguided
+from diffusion.guidance import Autoguidance, ClassifierFreeGuidance, Unguided
 from diffusion.likelihood import bits_per_dimension
 from diffusion.process import GaussianDiffusion
-from diffusion.samplers import ddim, ddpm
+from diffusion.samplers import DDIM, DDPM
 from diffusion.schedules import LinearSchedule
 from diffusion.variances import FixedLargeVariance, LearnedRangeVariance
 from evaluation.generate import Generator
@@ -219,13 +219,13 @@ def test_feeding_does_not_wait_and_fetching_does(watch: Watch) -> None:
 
 
 SAMPLERS = {
-    "ddpm": ddpm,
-    "ddim": ddim,
-    "ddim with noise": partial(ddim, eta=1.0),
-    "sections": lambda *given, steps: ddpm(*given, steps=f"{steps // 2},{steps - steps // 2}"),
+    "ddpm": DDPM,
+    "ddim": DDIM,
+    "ddim with noise": partial(DDIM, eta=1.0),
+    "sections": lambda steps: DDPM(f"{steps // 2},{steps - steps // 2}"),
 }
 GUIDANCE = {
-    "unguided": unguided,
+    "unguided": Unguided,
     "classifier-free": partial(ClassifierFreeGuidance, scale=4.0, t_min=100, t_max=900, channels=3),
     "autoguidance": partial(Autoguidance, scale=2.0),
 }
@@ -237,7 +237,7 @@ def waits_of_sampling(watch: Watch, sampler: str, guidance: str, steps: int) -> 
     more = {"guide": model} if guidance == "autoguidance" else {}
     denoiser = GUIDANCE[guidance](model, null=ClassLabels(10).null, latent_channels=4, **more)
     spec = LatentSpec("fake", 8, "identity", "1", 1.0, 1, 4, "float16", False, 10)
-    chosen = partial(SAMPLERS[sampler], steps=steps)
+    chosen = SAMPLERS[sampler](steps)
     generator = Generator(denoiser, process, IdentityAutoencoder(4), chosen, spec, ClassLabels(10), 0, runtime)
     watch.waits.clear()
     watch.dtypes.clear()
@@ -277,7 +277,7 @@ def test_a_fixed_variance_stays_on_the_gpu(watch: Watch) -> None:
         process = GaussianDiffusion(LinearSchedule(), FixedLargeVariance())
     process, model = process.to(CUDA), dit(learn_sigma=False).to(CUDA)
     x, condition = torch.ones(2, 4, 8, 8).to(CUDA), {"label": torch.ones(2, dtype=torch.int64).to(CUDA)}
-    assert ddpm(model, process, lambda _: x, condition, steps=3).device == CUDA
+    assert DDPM(3)(model, process, lambda _: x, condition).device == CUDA
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

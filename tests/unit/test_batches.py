@@ -18,6 +18,7 @@ from data.images import to_unit_range
 from data.order import GlobalOrder
 from data.prefetch import prefetch
 from data.shards import MappedShards
+from diffusion.times import UniformSteps
 from model.autoencoder import IdentityAutoencoder
 
 
@@ -36,7 +37,7 @@ def make(shards: MappedShards, rank: int = 0, world: int = 1, flip: bool = True)
         ClassLabels(5),
         seed=0,
         batch_size=12,
-        num_timesteps=1000,
+        times=UniformSteps(1000),
         class_dropout=0.1,
         flip=flip,
         rank=rank,

@@ -15,7 +15,7 @@ from data.conditions import ClassLabels, Unconditional, rows_of, with_dropped
 from diffusion.batch import Batch, mapped, micro_batches_of
 from diffusion.guidance import ClassifierFreeGuidance
 from diffusion.process import GaussianDiffusion
-from diffusion.samplers import ddpm
+from diffusion.samplers import DDPM
 from diffusion.schedules import LinearSchedule
 from diffusion.variances import LearnedRangeVariance
 from model.blocks import AdaLNZeroBlock, CrossAttentionBlock, InContextBlock
@@ -58,7 +58,7 @@ def test_a_sampler_takes_the_number_of_images_from_the_noise() -> None:
     guided = ClassifierFreeGuidance(model, Unconditional().null, 4, scale=2.0)
     process = GaussianDiffusion(LinearSchedule(), LearnedRangeVariance())
     with torch.no_grad():
-        assert ddpm(guided, process, lambda _: torch.ones(3, 4, 8, 8), {}, steps=2).shape == (3, 4, 8, 8)
+        assert DDPM(2)(guided, process, lambda _: torch.ones(3, 4, 8, 8), {}).shape == (3, 4, 8, 8)
 
 
 def test_unconditional_training_resumes_samples_and_evaluates(

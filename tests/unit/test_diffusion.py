@@ -1,5 +1,6 @@
 """The process against ADM's numbers and against closed forms."""
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -9,15 +10,16 @@ from test_model import golden_model, tiny, trained
 from torch import Tensor
 
 from data.conditions import ClassLabels
-from diffusion.batch import Condition
-from diffusion.diffusers_samplers import dpm_solver_pp, heun
-from diffusion.guidance import Autoguidance, ClassifierFreeGuidance, unguided
+from diffusion.batch import Batch, Condition
+from diffusion.diffusers_samplers import DPMSolverPP, Heun
+from diffusion.gaussians import Gaussian, gaussian_kl
+from diffusion.guidance import Autoguidance, ClassifierFreeGuidance, Unguided
 from diffusion.likelihood import bits_per_dimension, prior_bits
-from diffusion.losses import diffusion_losses, gaussian_kl, vlb_term
-from diffusion.process import Gaussian, GaussianDiffusion
+from diffusion.objective import corrupt
+from diffusion.process import GaussianDiffusion
 from diffusion.protocol import Denoiser
 from diffusion.respacing import Steps, kept_steps
-from diffusion.samplers import Sampler, ddim, ddpm
+from diffusion.samplers import DDIM, DDPM, Sampler
 from diffusion.schedules import CosineSchedule, LinearSchedule, ScaledLinearSchedule, Schedule
 from diffusion.variances import FixedLargeVariance, FixedSmallVariance, LearnedRangeVariance, Variance
 from model.blocks import AdaLNZeroBlock
@@ -41,12 +43,13 @@ def test_schedule_tables_equal_the_released_ones(process: GaussianDiffusion) -> 
 def test_losses_equal_the_released_implementation(process: GaussianDiffusion) -> None:
     model, golden = golden_model()
     x_0, noise, t, label = (golden[f"loss/{name}"] for name in ("x0", "noise", "t", "y"))
-    x_t = process.q_sample(x_0, t, noise)
+    batch = Batch(x_0, noise, t, {"label": label})
+    x_t = corrupt(process, batch)
     torch.testing.assert_close(x_t, golden["loss/x_t"], rtol=1e-6, atol=1e-6)
-    losses = diffusion_losses(process, model(x_t, t, {"label": label}), x_0, x_t, t, noise)
-    torch.testing.assert_close(losses.mse, golden["loss/mse"], rtol=1e-5, atol=0)
-    torch.testing.assert_close(losses.vlb, golden["loss/vb"], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(losses.total, golden["loss/total"], rtol=1e-5, atol=0)
+    losses = process.losses(model(*process.inputs(x_t, t), batch.condition), batch, x_t)
+    torch.testing.assert_close(losses["mse"], golden["loss/mse"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses["vlb"], golden["loss/vb"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(losses["loss"], golden["loss/total"], rtol=1e-5, atol=0)
 
 
 def test_gradients_equal_the_released_implementation(process: GaussianDiffusion) -> None:
@@ -54,8 +57,9 @@ def test_gradients_equal_the_released_implementation(process: GaussianDiffusion)
     weights = {name.removeprefix("weights/"): golden[name] for name in golden if name.startswith("weights/")}
     model = from_reference(weights, num_heads=4)
     x_0, noise, t, label = (golden[f"loss/{name}"] for name in ("x0", "noise", "t", "y"))
-    x_t = process.q_sample(x_0, t, noise)
-    diffusion_losses(process, model(x_t, t, {"label": label}), x_0, x_t, t, noise).total.mean().backward()
+    batch = Batch(x_0, noise, t, {"label": label})
+    x_t = corrupt(process, batch)
+    process.losses(model(x_t, t, batch.condition), batch, x_t)["loss"].mean().backward()
     for parameter in model.parameters():
         assert parameter.grad is not None
         parameter.data = parameter.grad  # so that to_reference gives gradients under the released names
@@ -114,7 +118,7 @@ def test_ddpm_trajectory_equals_the_released_implementation(process: GaussianDif
         return start if draw == 0 else noises[draw - 1]
 
     with torch.no_grad():
-        sample = ddpm(model, process, noise, {"label": golden["sample/10/y"]}, steps=10)
+        sample = DDPM(10)(model, process, noise, {"label": golden["sample/10/y"]})
     final = golden["sample/10/final"]
     assert (sample - final).abs().max() / final.abs().max() < 1e-4
 
@@ -132,7 +136,7 @@ def test_guidance_of_scale_one_is_no_guidance() -> None:
     model, golden = golden_model()
     inputs = golden["forward/x"], golden["forward/t"], {"label": golden["forward/y"]}
     guided = ClassifierFreeGuidance(model, NULL, 4, scale=1.0)
-    plain = unguided(model, null=NULL, latent_channels=4)
+    plain = Unguided(model, null=NULL, latent_channels=4)
     with torch.no_grad():
         torch.testing.assert_close(guided(*inputs), plain(*inputs), rtol=1e-5, atol=1e-5)
 
@@ -152,10 +156,10 @@ def test_impossible_guidance_is_refused(settings: dict[str, float], words: str) 
         ClassifierFreeGuidance(golden_model()[0], NULL, 4, **settings)  # type: ignore[arg-type]
 
 
-def test_predicting_x_0_inverts_q_sample(process: GaussianDiffusion) -> None:
+def test_predicting_x_0_inverts_the_corruption(process: GaussianDiffusion) -> None:
     t = torch.tensor([0, 1, 250, 600])
     x_0, noise = torch.randn(4, 2, 4, 4), torch.randn(4, 2, 4, 4)
-    x_t = process.q_sample(x_0, t, noise)
+    x_t = corrupt(process, Batch(x_0, noise, t, {}))
     torch.testing.assert_close(process.predict_x_0(x_t, t, noise), x_0, rtol=1e-3, atol=1e-4)
 
 
@@ -182,17 +186,18 @@ def test_vlb_vanishes_for_the_exact_posterior(process: GaussianDiffusion) -> Non
     """A network that predicts the true noise and the lower variance bound has KL 0 for t > 0."""
     t = torch.tensor([1, 10, 400, 999])
     x_0, noise = torch.rand(4, 1, 4, 4) * 2 - 1, torch.randn(4, 1, 4, 4)
-    x_t = process.q_sample(x_0, t, noise)
+    x_t = corrupt(process, Batch(x_0, noise, t, {}))
     exact = torch.cat([noise, -torch.ones_like(noise)], dim=1)
-    assert vlb_term(process, exact, x_0, x_t, t).abs().max() < 1e-4
+    assert process.vlb_term(process.prediction(exact, x_t, t), x_0, x_t, t).abs().max() < 1e-4
     worse = torch.cat([noise + 0.1, torch.ones_like(noise)], dim=1)
-    assert (vlb_term(process, worse, x_0, x_t, t) > 0).all()
+    assert (process.vlb_term(process.prediction(worse, x_t, t), x_0, x_t, t) > 0).all()
 
 
 def test_vlb_sends_no_gradient_to_the_noise_prediction(process: GaussianDiffusion) -> None:
     output = torch.randn(2, 2, 4, 4, requires_grad=True)
     x_0, noise, t = torch.rand(2, 1, 4, 4), torch.randn(2, 1, 4, 4), torch.tensor([5, 500])
-    diffusion_losses(process, output, x_0, process.q_sample(x_0, t, noise), t, noise).vlb.sum().backward()
+    batch = Batch(x_0, noise, t, {})
+    process.losses(output, batch, corrupt(process, batch))["vlb"].sum().backward()
     assert output.grad is not None
     assert (output.grad[:, :1] == 0).all()
     assert (output.grad[:, 1:] != 0).any()
@@ -209,9 +214,7 @@ def perfect_denoiser(process: GaussianDiffusion, mean: float, std: float) -> Den
     return denoiser
 
 
-@pytest.mark.parametrize(
-    "sampler", [partial(ddpm, steps=1000), partial(ddim, steps=250), partial(ddim, steps=1000, eta=1.0)]
-)
+@pytest.mark.parametrize("sampler", [DDPM(steps=1000), DDIM(steps=250), DDIM(steps=1000, eta=1.0)])
 def test_samplers_give_a_gaussian_its_mean_and_variance(process: GaussianDiffusion, sampler: Sampler) -> None:
     generator = torch.Generator().manual_seed(0)
 
@@ -240,14 +243,14 @@ def continuous_denoiser(process: GaussianDiffusion, mean: float, std: float) -> 
 @pytest.mark.parametrize(
     ("sampler", "order", "last_error"),
     [
-        (ddim, 1, 0.05),
-        (partial(dpm_solver_pp, order=1), 1, 0.05),
-        (dpm_solver_pp, 2, 0.003),
-        (heun, 2, 0.002),
+        (DDIM, 1, 0.05),
+        (partial(DPMSolverPP, order=1), 1, 0.05),
+        (DPMSolverPP, 2, 0.003),
+        (Heun, 2, 0.002),
     ],
 )
 def test_deterministic_samplers_converge_to_the_exact_solution_with_their_order(
-    process: GaussianDiffusion, sampler: Sampler, order: int, last_error: float
+    process: GaussianDiffusion, sampler: Callable[..., Sampler], order: int, last_error: float
 ) -> None:
     """The probability-flow ODE takes a Gaussian to a Gaussian: x_0 = m + (x_T - a m) s / sqrt(a^2 s^2 + b^2)."""
     mean, std, start = 0.4, 0.5, torch.linspace(-2, 2, 9).view(9, 1, 1, 1)
@@ -255,14 +258,14 @@ def test_deterministic_samplers_converge_to_the_exact_solution_with_their_order(
     exact = mean + (start - np.sqrt(last) * mean) * std / np.sqrt(last * std**2 + 1 - last)
     errors = []
     for steps in (10, 20, 40, 80):
-        noise = start / np.sqrt(1 - last) if sampler is heun else start  # Heun's starts at pure noise, not at x_T
-        found = sampler(continuous_denoiser(process, mean, std), process, lambda _, x=noise: x, {}, steps=steps)
+        noise = start / np.sqrt(1 - last) if sampler is Heun else start  # Heun's starts at pure noise, not at x_T
+        found = sampler(steps=steps)(continuous_denoiser(process, mean, std), process, lambda _, x=noise: x, {})
         errors.append((found - exact).abs().max().item())
     assert errors[-1] < last_error
     assert np.log2(errors[0] / errors[-1]) / 3 > order - 0.15
 
 
-@pytest.mark.parametrize("sampler", [ddpm, ddim, partial(ddim, eta=1.0), dpm_solver_pp, heun])
+@pytest.mark.parametrize("sampler", [DDPM(4), DDIM(4), DDIM(4, eta=1.0), DPMSolverPP(4), Heun(4)])
 def test_sampling_reads_nothing_back_from_the_device(process: GaussianDiffusion, sampler: Sampler) -> None:
     """On the meta device there is nothing to read: a value that is asked for raises."""
     model = tiny().to("meta")
@@ -272,29 +275,57 @@ def test_sampling_reads_nothing_back_from_the_device(process: GaussianDiffusion,
     def noise(draw: int) -> Tensor:
         return torch.empty(2, 4, 8, 8, device="meta")
 
-    sample = sampler(guided, process.to("meta"), noise, condition, steps=4)
+    sample = sampler(guided, process.to("meta"), noise, condition)
     assert sample.shape == (2, 4, 8, 8)
     assert sample.is_meta
 
 
-def test_an_order_that_the_solver_has_not_is_refused(process: GaussianDiffusion) -> None:
+def test_an_order_that_the_solver_has_not_is_refused() -> None:
     with pytest.raises(ValueError, match=r"sampler.order is 4"):
-        dpm_solver_pp(golden_model()[0], process, torch.zeros, {}, order=4)
+        DPMSolverPP(order=4)
 
 
 def test_ddim_trajectory_equals_the_released_implementation(process: GaussianDiffusion) -> None:
     model, golden = golden_model()
     with torch.no_grad():
-        sample = ddim(
-            model, process, lambda _: golden["sample/ddim10/z"], {"label": golden["sample/ddim10/y"]}, steps="ddim10"
+        sample = DDIM("ddim10")(
+            model, process, lambda _: golden["sample/ddim10/z"], {"label": golden["sample/ddim10/y"]}
         )
     final = golden["sample/ddim10/final"]
     assert (sample - final).abs().max() / final.abs().max() < 1e-4
 
 
-def test_an_eta_outside_its_range_is_refused(process: GaussianDiffusion) -> None:
+def test_an_eta_outside_its_range_is_refused() -> None:
     with pytest.raises(ValueError, match=r"sampler.eta is 2"):
-        ddim(golden_model()[0], process, lambda _: torch.zeros(1, 4, 8, 8), {}, eta=2)
+        DDIM(eta=2)
+
+
+@pytest.mark.parametrize("sampler", [DDPM(6), DDPM("2,3"), DDIM("ddim10"), DPMSolverPP(6), Heun(6)])
+def test_a_sampler_says_how_often_it_calls_the_network(process: GaussianDiffusion, sampler: Sampler) -> None:
+    calls = 0
+    known = perfect_denoiser(process, 0.4, 0.5)
+
+    def counted(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return known(x_t, t.long(), condition)
+
+    sampler.require(process)
+    sampler(counted, process, lambda _: torch.randn(2, 1, 4, 4), {})
+    assert calls == sampler.calls()
+
+
+def test_guidance_says_what_a_call_costs() -> None:
+    def network(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return x_t
+
+    def small(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return x_t
+
+    cost = {network: 100, small: 7}.__getitem__
+    assert Unguided(network, NULL, 4).cost(cost) == 100
+    assert ClassifierFreeGuidance(network, NULL, 4).cost(cost) == 200
+    assert Autoguidance(network, NULL, 4, guide=small).cost(cost) == 107
 
 
 def test_a_limited_interval_guides_inside_it_only() -> None:
@@ -343,15 +374,16 @@ def test_the_cosine_schedule_follows_its_equation() -> None:
 def test_fixed_variances_are_the_bounds(variance: Variance, table: str | None) -> None:
     process = GaussianDiffusion(LinearSchedule(), variance)
     t, x_t = torch.tensor([0, 400]), torch.randn(2, 1, 4, 4)
-    found = process.p_reverse(torch.randn(2, 1, 4, 4), x_t, t).log_variance.flatten()
+    found = process.prediction(torch.randn(2, 1, 4, 4), x_t, t).log_variance
+    assert found is not None
+    found = found.flatten()
     tables = process.tables
     assert found[0].item() == pytest.approx(np.log(tables.posterior_variance[1]), rel=1e-5)
     expected = tables.betas[400] if table else tables.posterior_variance[400]
     assert found[1].item() == pytest.approx(np.log(expected), rel=1e-5)
-    with pytest.raises(ValueError, match="needs 1 output channels, but the network has 2"):
-        process.p_reverse(torch.randn(2, 2, 4, 4), x_t, t)
-    losses = diffusion_losses(process, torch.randn(2, 1, 4, 4), x_t, x_t, t, x_t)
-    assert torch.equal(losses.total, losses.mse)
+    losses = process.losses(torch.randn(2, 1, 4, 4), Batch(x_t, x_t, t, {}), x_t)
+    assert torch.equal(losses["loss"], losses["mse"])
+    assert process.outputs_per_channel == 1
 
 
 def test_respacing_keeps_both_ends() -> None:
@@ -391,11 +423,6 @@ def test_respaced_process_keeps_the_noise_levels(process: GaussianDiffusion) -> 
     respaced = process.respace(kept)
     np.testing.assert_allclose(respaced.tables.alphas_cumprod, process.tables.alphas_cumprod[kept], rtol=1e-12)
     assert respaced.timesteps.tolist() == kept.tolist()
-
-
-def test_a_learned_variance_refuses_a_network_without_logits(process: GaussianDiffusion) -> None:
-    with pytest.raises(ValueError, match="needs 2 output channels, but the network has 1"):
-        process.variance.split(torch.zeros(1, 1, 4, 4), channels=1)
 
 
 def test_an_impossible_schedule_is_refused() -> None:

@@ -18,8 +18,9 @@ from data.conditions import ClassLabels
 from data.images import CenterCrop
 from data.manifest import LatentSpec
 from data.sources import DigitsSource, load_images
+from diffusion.guidance import Unguided
 from diffusion.process import GaussianDiffusion
-from diffusion.samplers import ddpm
+from diffusion.samplers import DDPM
 from diffusion.schedules import LinearSchedule
 from diffusion.variances import LearnedRangeVariance
 from evaluation.chunks import ChunkStore, TrainingChunks
@@ -131,14 +132,9 @@ def test_a_covariance_of_one_image_is_refused() -> None:
 def generator() -> Generator:
     spec = LatentSpec("golden", 8, "identity", "1", 1.0, 1, 4, "float16", False, 10)
     process = GaussianDiffusion(LinearSchedule(), LearnedRangeVariance())
-
-    def ten_steps(*inputs: Any) -> torch.Tensor:
-        return ddpm(*inputs, steps=10)
-
-    runtime = AccelerateRuntime("fp32", device="cpu")
-    return Generator(
-        golden_model()[0].eval(), process, IdentityAutoencoder(4), ten_steps, spec, ClassLabels(10), 0, runtime
-    )
+    runtime, labels = AccelerateRuntime("fp32", device="cpu"), ClassLabels(10)
+    network = Unguided(golden_model()[0].eval(), labels.null, 4)
+    return Generator(network, process, IdentityAutoencoder(4), DDPM(10), spec, labels, 0, runtime)
 
 
 def test_an_image_does_not_depend_on_the_batch_it_is_made_in() -> None:

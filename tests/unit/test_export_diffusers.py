@@ -16,10 +16,10 @@ from test_foreign_jobs import train
 from torch import Tensor
 
 from data.conditions import ClassLabels
-from diffusion.diffusers_samplers import dpm_solver_pp
+from diffusion.diffusers_samplers import DPMSolverPP
 from diffusion.guidance import ClassifierFreeGuidance
 from diffusion.process import GaussianDiffusion
-from diffusion.samplers import Sampler, ddim
+from diffusion.samplers import DDIM, Sampler
 from diffusion.schedules import CosineSchedule, LinearSchedule
 from diffusion.variances import LearnedRangeVariance
 from launch.app import CONF
@@ -51,12 +51,10 @@ def of_pipeline(pipeline: DiTPipeline, labels: list[int], steps: int, guidance: 
     ).images
 
 
-def of_ours(
-    model: Any, labels: list[int], sampler: Sampler, process: GaussianDiffusion = PROCESS, **how: Any
-) -> Tensor:
+def of_ours(model: Any, labels: list[int], sampler: Sampler, process: GaussianDiffusion = PROCESS) -> Tensor:
     noise = torch.randn(len(labels), 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        latents = sampler(model, process, lambda draw: noise, {"label": torch.tensor(labels)}, **how)
+        latents = sampler(model, process, lambda draw: noise, {"label": torch.tensor(labels)})
     return (latents / 2 + 0.5).clamp(0, 1)
 
 
@@ -65,9 +63,9 @@ def test_the_pipeline_makes_the_images_of_ddim_with_its_own_steps(tmp_path: Path
     to_diffusers(model, tmp_path)
     pipeline = opened(tmp_path, vae=None)
     pipeline.vae = pixels()
-    ours = of_ours(model, [3, 7], ddim, steps="ddim50")
+    ours = of_ours(model, [3, 7], DDIM("ddim50"))
     torch.testing.assert_close(of_pipeline(pipeline, [3, 7], 50), ours, rtol=0, atol=2e-4)
-    spaced_evenly = of_ours(model, [3, 7], ddim, steps=50)
+    spaced_evenly = of_ours(model, [3, 7], DDIM(50))
     assert (of_pipeline(pipeline, [3, 7], 50) - spaced_evenly).abs().max() > 1e-3  # other steps, other images
 
 
@@ -79,7 +77,7 @@ def test_a_scheduler_swapped_in_takes_its_own_steps_which_are_ours(tmp_path: Pat
     pipeline.vae = pixels()
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     assert pipeline.scheduler.config.timestep_spacing == "linspace"
-    ours = of_ours(model, [3, 7], dpm_solver_pp, steps=25)
+    ours = of_ours(model, [3, 7], DPMSolverPP(25))
     torch.testing.assert_close(of_pipeline(pipeline, [3, 7], 25), ours, rtol=0, atol=2e-4)
     ancestral = DDPMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="linspace")
     ancestral.set_timesteps(250)
@@ -92,7 +90,7 @@ def test_guidance_of_the_pipeline_is_right_for_a_thousand_classes(tmp_path: Path
     pipeline = opened(tmp_path, vae=None)
     pipeline.vae = pixels()
     guided = ClassifierFreeGuidance(model, ClassLabels(1000).null, 4, scale=4.0)
-    ours = of_ours(guided, [3, 7], ddim, steps="ddim10")
+    ours = of_ours(guided, [3, 7], DDIM("ddim10"))
     torch.testing.assert_close(of_pipeline(pipeline, [3, 7], 10, guidance=4.0), ours, rtol=0, atol=1e-3)
 
 
@@ -102,7 +100,7 @@ def test_the_pipeline_has_the_process_that_the_weights_were_trained_with(tmp_pat
     to_diffusers(model, tmp_path, betas=process.tables.betas.tolist())
     pipeline = opened(tmp_path, vae=None)
     pipeline.vae = pixels()
-    ours = of_ours(model, [3, 7], ddim, process, steps="ddim50")
+    ours = of_ours(model, [3, 7], DDIM("ddim50"), process)
     torch.testing.assert_close(of_pipeline(pipeline, [3, 7], 50), ours, rtol=0, atol=1e-3)
     to_diffusers(model, tmp_path / "paper", betas=PROCESS.tables.betas.tolist())
     scheduler = json.loads((tmp_path / "paper/scheduler/scheduler_config.json").read_text())

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from data.order import GlobalOrder, Order, WindowedOrder, positions_of_step
 from diffusion.draws import Philox, Purpose, draw_noise, permutation, training_draws
+from diffusion.times import UniformSteps
 
 PINNED_NOISE = [1.8699285984039307, 0.6554148197174072, 0.6459668278694153]
 PINNED_REST = (446, False, True)  # t, drop_label, flip
@@ -103,8 +104,8 @@ def test_a_stream_equals_a_fresh_philox_of_that_counter() -> None:
 
 def test_draws_are_these_numbers_for_ever() -> None:
     """Pinned bits: a run of an earlier version must continue with the same numbers."""
-    draws = training_draws(Philox(0), np.array([5]), (1, 1, 3), 1000, class_dropout=0.1, flip=True)
-    again = training_draws(Philox(0), np.array([4, 5]), (1, 1, 3), 1000, class_dropout=0.1, flip=True)
+    draws = training_draws(Philox(0), np.array([5]), (1, 1, 3), UniformSteps(1000), class_dropout=0.1, flip=True)
+    again = training_draws(Philox(0), np.array([4, 5]), (1, 1, 3), UniformSteps(1000), class_dropout=0.1, flip=True)
     for one, two in zip(draws, again, strict=True):
         np.testing.assert_array_equal(one[0], two[1])
     assert draws.noise.ravel().tolist() == pytest.approx(PINNED_NOISE, rel=1e-6)
@@ -116,14 +117,14 @@ def test_draws_are_these_numbers_for_ever() -> None:
 
 
 def test_draws_of_one_purpose_do_not_shift_another() -> None:
-    small = training_draws(Philox(0), np.arange(9), (1, 2, 2), 1000, 0.1, True)
-    large = training_draws(Philox(0), np.arange(9), (4, 8, 8), 1000, 0.1, True)
+    small = training_draws(Philox(0), np.arange(9), (1, 2, 2), UniformSteps(1000), 0.1, True)
+    large = training_draws(Philox(0), np.arange(9), (4, 8, 8), UniformSteps(1000), 0.1, True)
     for one, two in zip(small[2:], large[2:], strict=True):
         np.testing.assert_array_equal(one, two)
 
 
 def test_draws_have_the_distributions_that_they_should() -> None:
-    draws = training_draws(Philox(1), np.arange(4000), (1, 2, 2), 1000, 0.1, True)
+    draws = training_draws(Philox(1), np.arange(4000), (1, 2, 2), UniformSteps(1000), 0.1, True)
     assert abs(draws.noise.mean()) < 0.03
     assert abs(draws.noise.std() - 1) < 0.03
     assert abs(np.corrcoef(draws.noise.reshape(4000, -1).T) - np.eye(4)).max() < 0.06
@@ -134,7 +135,7 @@ def test_draws_have_the_distributions_that_they_should() -> None:
 
 
 def test_no_flip_where_the_data_forbids_it() -> None:
-    assert not training_draws(Philox(0), np.arange(50), (1, 1, 1), 1000, 0.1, False).flip.any()
+    assert not training_draws(Philox(0), np.arange(50), (1, 1, 1), UniformSteps(1000), 0.1, False).flip.any()
 
 
 def test_sampling_noise_of_an_image_does_not_depend_on_its_batch() -> None:

@@ -32,6 +32,7 @@ from data.remote import Retry
 from data.shard_files import FetchedAhead
 from data.shards import MappedShards
 from diffusion.batch import Batch
+from diffusion.times import UniformSteps
 from launch.app import CONF
 from model.autoencoder import IdentityAutoencoder
 
@@ -88,7 +89,7 @@ def make_with(shards: MappedShards, order: Order, batch_size: int, rank: int, wo
         ClassLabels(5),
         seed=0,
         batch_size=batch_size,
-        num_timesteps=1000,
+        times=UniformSteps(1000),
         class_dropout=0.1,
         flip=True,
         rank=rank,
@@ -331,10 +332,11 @@ from data.conditions import ClassLabels
 from data.order import WindowedOrder
 from data.prefetch import prefetch
 from data.shards import MappedShards
+from diffusion.times import UniformSteps
 from model.autoencoder import IdentityAutoencoder
 url, cache, limit_bytes, steps, out = sys.argv[1:]
 shards = MappedShards(url, cache=Cache(Path(cache), int(limit_bytes), patience_sec=30))
-settings = dict(seed=0, batch_size=12, num_timesteps=1000, class_dropout=0.1, flip=True)
+settings = dict(seed=0, batch_size=12, times=UniformSteps(1000), class_dropout=0.1, flip=True)
 order, labels = WindowedOrder(0, shards.counts, 2), ClassLabels(5)
 batches = TrainingBatches(shards, order, IdentityAutoencoder(1), labels, **settings)
 torch.save([tree_leaves(batch) for batch in prefetch(batches.from_step(0, int(steps)))], out)
