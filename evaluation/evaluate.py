@@ -168,6 +168,8 @@ class Evaluator:
             "reference_images": self.reference.statistics.count,
             "frechet_distance_of_real_resample": self.reference.floor,
             "decoder": generator.spec.made_by.weights,
+            "network_calls": generator.sampler.calls(),
+            "sampling_gmacs": generator.cost() / 1e9,
             **self.identity,
         }
 

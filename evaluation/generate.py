@@ -12,10 +12,11 @@ from data.images import to_uint8
 from data.manifest import LatentSpec
 from diffusion.batch import Condition, mapped
 from diffusion.draws import Philox, Purpose, draw_noise
-from diffusion.guidance import Guided
+from diffusion.guidance import Cost, Guided
 from diffusion.objective import Objective
 from diffusion.samplers import Sampler
 from model.autoencoder import Autoencoder
+from model.flops import cost_of_call
 from runtime.protocol import Runtime
 
 DECODED_AT_ONCE = 32  # images: an autoencoder takes far more memory for one than a sampler does
@@ -33,6 +34,11 @@ class Generator:
     conditions: ConditionSource
     seed: int
     runtime: Runtime
+    cost_of: Cost = cost_of_call  # multiply-adds of one call of a network for an image
+
+    def cost(self) -> int:
+        """Return the multiply-adds of an image, without its decoding."""
+        return self.sampler.calls() * self.denoiser.cost(self.cost_of)
 
     @torch.no_grad()
     def images(self, indices: NDArray[np.int64], condition: Condition) -> NDArray[np.uint8]:

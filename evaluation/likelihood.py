@@ -27,7 +27,7 @@ def measure_likelihood(
 
     Takes the generator's denoiser without its sampler. Every process must call it; each takes its share.
     """
-    process = require_gaussian(generator.objective, "metric bits_per_dimension")
+    process = require_gaussian(generator.objective, "metric nll")
     count = min(num_images, len(shards))
     bits = [np.zeros(0)]
     with progress("likelihood", 0, count, "img") as bar:

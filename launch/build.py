@@ -45,6 +45,8 @@ _OF_THE_RUN = ("batch_size", "class_dropout", "seed")  # settings that its evalu
 def fill_model(model: Mapping[str, Any], spec: LatentSpec, conditions: ConditionSource) -> dict[str, Any]:
     """The model's section with what the manifest decides. ValueError where the config says otherwise."""
     filled = dict(model)
+    if "outputs_per_channel" in filled:
+        raise ValueError("model.outputs_per_channel is given, but the objective decides it; choose diffusion=... .")
     for key, found in _facts_of_data(spec, conditions).items():
         if filled.get(key) not in (None, found):
             raise ValueError(
@@ -83,18 +85,14 @@ def build_shards(data: Mapping[str, Any]) -> MappedShards:
     return open_shards(data["shards"], data["verify_checksums"], data["cache"], data["cache_bytes"])
 
 
-def require_outputs(model: DiT, objective: Objective, of: str | None = None) -> None:
-    """Raise ValueError where the network has other output channels than the objective wants.
-
-    ``of`` names a file that the network is from: what it predicts is then given, and the objective has to follow.
-    """
-    if objective.outputs_per_channel == (2 if model.config.learn_sigma else 1):
+def require_outputs(model: DiT, outputs_per_channel: int, of: str) -> None:
+    """Raise ValueError where the network of the file ``of`` has other output channels than the objective wants."""
+    theirs = model.config.outputs_per_channel
+    if outputs_per_channel == theirs:
         return
-    needed = model.config.channels * objective.outputs_per_channel
-    follow = "diffusion/variance=learned_range" if model.config.learn_sigma else "diffusion/variance=fixed_large"
-    follow += "" if model.config.learn_sigma else " or fixed_small"
+    follow = "diffusion/variance=learned_range" if theirs == 2 else "diffusion/variance=fixed_large or fixed_small"
     raise ValueError(
-        f"diffusion={objective.name} needs {needed} output channels, but {of or 'the model'} has "
+        f"The objective needs {outputs_per_channel * model.config.channels} output channels, but {of} has "
         f"{model.config.out_channels}; set {follow}."
     )
 
@@ -224,7 +222,10 @@ def model_at(path: Path, weights: str) -> DiT:
 def _model_at(sources: Sequence[Path], weights: str) -> DiT:
     """The network of the last of the pinned checkpoints that its weights are made of."""
     path = sources[-1]
-    section = component(read_state_file(path)["config"], "model", str(path / STATE_FILE))
+    config, said_by = read_state_file(path)["config"], str(path / STATE_FILE)
+    section = component(config, "model", said_by)
+    objective: Objective = build_saved(component(config, "diffusion", said_by), said_by)
+    section["outputs_per_channel"] = objective.outputs_per_channel
     if weights.startswith(posthoc.PREFIX):
         return _model_of(path, section, posthoc.reconstruct(sources, _width(weights)))
     return _model_of(path, section, read_tensors(path, weights))

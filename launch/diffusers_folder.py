@@ -127,7 +127,7 @@ def _arguments(config: TransformerConfig, inner: Path, frequency_shift: int) -> 
         "depth": config.num_layers,
         "num_heads": config.num_attention_heads,
         "num_classes": config.num_embeds_ada_norm,
-        "learn_sigma": out_channels == 2 * config.in_channels,
+        "outputs_per_channel": out_channels // config.in_channels,
         "frequency_shift": frequency_shift,
     }
 

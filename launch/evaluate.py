@@ -17,6 +17,7 @@ from data.progress import ProgressBar
 from data.reading import DamagedFileError
 from data.records import canonical_hash
 from data.shards import MappedShards
+from diffusion.process import require_gaussian
 from evaluation.chunks import EVALUATING, TRAINING, ChunkStore, discard
 from evaluation.evaluate import Evaluator
 from evaluation.generate import Generator
@@ -67,6 +68,8 @@ def evaluate_job(config: dict[str, Any], progress: ProgressBar) -> None:
     if config["compile"]:
         compile_blocks(checkpoint.model, runtime.device)
     generator = checkpoint.generator(config, config["evaluation"]["seed"], runtime)
+    if LIKELIHOOD in config["metrics"]:
+        require_gaussian(checkpoint.objective, f"metric {LIKELIHOOD}")
     evaluator, chunks = None, None
     if names := [name for name in config["metrics"] if name != LIKELIHOOD]:
         evaluator = build_evaluator(config, runtime, progress, names)

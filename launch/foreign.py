@@ -99,7 +99,7 @@ def load_foreign(config: Mapping[str, Any], runtime: Runtime) -> LoadedCheckpoin
     network = read_foreign(where, config["weights"], Facts(**settings))
     model = network.model
     objective: Objective = build(config["diffusion"])
-    require_outputs(model, objective, of=where)
+    require_outputs(model, objective.outputs_per_channel, of=where)
     _require_null_class(model, where, config)
     autoencoder: Autoencoder = build(config["data"]["autoencoder"])
     if autoencoder.channels != model.config.channels:

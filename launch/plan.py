@@ -44,7 +44,8 @@ def plan_job(config: dict[str, Any], progress: ProgressBar) -> None:
 def plan_row(config: dict[str, Any]) -> dict[str, Any]:
     """All numbers of one model. Gflops and TMACs are multiply-adds as in the paper; EFLOPs are true FLOPs."""
     section = {key: value for key, value in config["model"].items() if key not in ("_target_", "block")}
-    model = DiTConfig(**section, block=build(config["model"]["block"]))
+    outputs = build(config["diffusion"]).outputs_per_channel
+    model = DiTConfig(**section, block=build(config["model"]["block"]), outputs_per_channel=outputs)
     macs, parameters = multiply_adds(model), num_parameters(model)
     images = config["total_steps"] * config["batch_size"]
     training_flops = 2 * TRAINING_FACTOR * macs * images

@@ -20,6 +20,17 @@ REPLAYED = frozenset(
 EARLIER: dict[str, Any] = {"condition": {"_target_": "data.conditions.ClassLabels", "_partial_": True}}
 
 
+def as_now(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a training config of any version as this one writes it.
+
+    Earlier versions wrote ``model.learn_sigma``, which had to agree with the objective, which now decides it alone.
+    """
+    now = {**EARLIER, **config}
+    if isinstance(model := now.get("model"), Mapping) and isinstance(model.get("learn_sigma"), bool):
+        now["model"] = {key: value for key, value in model.items() if key != "learn_sigma"}
+    return now
+
+
 def setting(config: Mapping[str, Any], name: str, said_by: str) -> Any:
     """Return one scalar of a training config, such as ``batch_size``, checked against `TrainSchema`.
 
@@ -30,7 +41,7 @@ def setting(config: Mapping[str, Any], name: str, said_by: str) -> Any:
 
 def component(config: Mapping[str, Any], place: str, said_by: str) -> dict[str, Any]:
     """Return the section of a component, such as ``data.autoencoder``. Raises ValueError; see `from_file`."""
-    section: Any = {**EARLIER, **config}
+    section: Any = as_now(config)
     for key in place.split("."):
         section = section.get(key) if isinstance(section, Mapping) else None
     return from_file(section, place, said_by)
@@ -41,7 +52,7 @@ def whole_config(config: Mapping[str, Any], said_by: str, built: Collection[str]
 
     Raises ValueError that names the file and the setting.
     """
-    return _section({**EARLIER, **config}, TrainSchema, "", said_by, built)
+    return _section(as_now(config), TrainSchema, "", said_by, built)
 
 
 def _section(

@@ -217,6 +217,7 @@ class PlanSchema:
 
     data: DataSchema = field(default_factory=DataSchema)
     model: Any = MISSING
+    diffusion: Any = MISSING
     name: str = "d${model.width}-n${model.depth}-p${model.patch_size}-${hydra:runtime.choices.model/block}"
     total_steps: int = 400_000
     batch_size: int = 256  # global

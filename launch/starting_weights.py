@@ -1,6 +1,6 @@
 """``init_from``: weights that a new run starts with, from any program."""
 
-from launch.build import load_model
+from launch.build import load_model, require_outputs
 from launch.foreign import ROUNDING, Facts, is_foreign, read_foreign
 from model.diffusers_weights import FIXED_WITHIN
 from model.dit import DiT
@@ -8,7 +8,7 @@ from model.released import add_null_class, replace_label_table
 
 # What must agree for weights to mean the same. Classes only renew the label table, and no weight knows of the
 # latent's size, since the position embedding of a run is the fixed one.
-_SHAPE = ("channels", "patch_size", "width", "depth", "num_heads", "learn_sigma", "frequency_shift")
+_SHAPE = ("channels", "patch_size", "width", "depth", "num_heads", "frequency_shift")
 
 
 def load_starting_weights(model: DiT, where: str) -> list[str]:
@@ -26,6 +26,7 @@ def load_starting_weights(model: DiT, where: str) -> list[str]:
         found, notes = network.model, list(network.notes)
     else:
         found, notes = load_model(where, "ema"), []
+    require_outputs(found, model.config.outputs_per_channel, of=where)
     _require_shape(model, found, where)
     notes += _require_fixed_positions(model, found, where)
     if found.config.num_classes != shape.num_classes:
@@ -48,10 +49,7 @@ def _require_shape(model: DiT, found: DiT, where: str) -> None:
     for name in _SHAPE:
         theirs, ours = getattr(found.config, name), getattr(model.config, name)
         if theirs != ours:
-            variance = " together with diffusion/variance" if name == "learn_sigma" else ""
-            raise ValueError(
-                f"init_from {where} has {name} {theirs}, but model.{name} is {ours}; set it to {theirs}{variance}."
-            )
+            raise ValueError(f"init_from {where} has {name} {theirs}, but model.{name} is {ours}; set it to {theirs}.")
 
 
 def _require_fixed_positions(model: DiT, found: DiT, where: str) -> list[str]:

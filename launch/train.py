@@ -35,7 +35,7 @@ from launch.facts import facts_of_process
 from launch.jobs import start
 from launch.logger_settings import settle_logger
 from launch.replay import replay_job
-from launch.saved_configs import EARLIER
+from launch.saved_configs import as_now
 from launch.training import new_state, spike_guard, training_batches
 from model.checkpointing import checkpoint_blocks
 from model.dit import DiT
@@ -144,7 +144,7 @@ def _leave_for_requeue(folder: RunFolder, state: TrainState, runtime: Runtime) -
 def _require_this_run(folder: RunFolder, config: Mapping[str, Any], runtime: Runtime) -> None:
     """The main process finds that the folder is this run's, or nobody's."""
     if runtime.is_main:
-        folder.require(config, config["resume"]["allow"], EARLIER)
+        folder.require(config, config["resume"]["allow"], as_now)
     runtime.wait()
 
 

@@ -7,7 +7,6 @@ from data.batches import TrainingBatches
 from data.conditions import ConditionSource
 from data.shards import MappedShards
 from diffusion.objective import Objective
-from launch.build import require_outputs
 from launch.components import build
 from launch.starting_weights import load_starting_weights
 from model.autoencoder import Autoencoder
@@ -45,8 +44,7 @@ def training_batches(
 
 def new_state(config: Mapping[str, Any], objective: Objective, runtime: Runtime, starts_anew: bool) -> TrainState:
     """State at step 0, on the host: weights from ``init_from`` or the seed, their average, the optimizer."""
-    model: DiT = build(config["model"])
-    require_outputs(model, objective)
+    model: DiT = build(config["model"], outputs_per_channel=objective.outputs_per_channel)
     model.initialize(config["seed"])
     if starts_anew and config["init_from"] is not None:
         for note in load_starting_weights(model, config["init_from"]):

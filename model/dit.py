@@ -38,7 +38,7 @@ class DiTConfig:
     num_heads: int
     num_classes: int  # without the null class, which has index num_classes; 0: unconditional
     block: BlockFactory = AdaLNZeroBlock
-    learn_sigma: bool = True  # 2c output channels: noise, then variance logits
+    outputs_per_channel: int = 2  # of the network, for each channel of the latent: the objective's
     frequency_shift: int = 0  # of the timestep's frequencies: 0 as released, 1 as in diffusers
 
     def __post_init__(self) -> None:
@@ -83,8 +83,8 @@ class DiTConfig:
 
     @property
     def out_channels(self) -> int:
-        """Channels of the network's output: 2c with a learned variance, else c."""
-        return self.channels * (2 if self.learn_sigma else 1)
+        """Return the number of channels of the network's output."""
+        return self.channels * self.outputs_per_channel
 
 
 class DiT(nn.Module):
@@ -106,12 +106,21 @@ class DiT(nn.Module):
         num_heads: int,
         num_classes: int,
         block: BlockFactory = AdaLNZeroBlock,
-        learn_sigma: bool = True,
+        outputs_per_channel: int = 2,
         frequency_shift: int = 0,
     ) -> None:
         super().__init__()
         self.config = config = DiTConfig(
-            latent_size, channels, patch_size, width, depth, num_heads, num_classes, block, learn_sigma, frequency_shift
+            latent_size,
+            channels,
+            patch_size,
+            width,
+            depth,
+            num_heads,
+            num_classes,
+            block,
+            outputs_per_channel,
+            frequency_shift,
         )
         self.patch_embedding = nn.Linear(channels * patch_size**2, width)
         self.timestep_embedding = TimestepEmbedding(width, frequency_shift)
@@ -163,10 +172,10 @@ class DiT(nn.Module):
         self.final_layer.initialize()
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
-        """Predict the noise, and the variance logits where they are learned.
+        """Predict what the objective asks for: [B, outputs_per_channel c, h, w].
 
-        [B, c, h, w] float, [B] int64 or float, {"label": [B] int64 in [0, num_classes]} or, of an unconditional
-        network, {} -> [B, 2c or c, h, w].
+        x_t is [B, c, h, w] float, t [B] int64 or float, the condition {"label": [B] int64 in [0, num_classes]} or, of
+        an unconditional network, {}.
         Raises ValueError for latents of another shape than the config's.
         """
         self._require_shape(x_t)

@@ -36,6 +36,11 @@ def multiply_adds(config: DiTConfig) -> int:
     return int(counter.get_total_flops()) // 2
 
 
+def cost_of_call(network: Any) -> int:
+    """Return the multiply-adds of one call of a network for an image."""
+    return multiply_adds(network.config)
+
+
 def num_parameters(config: DiTConfig) -> int:
     """Parameters as the paper counts them: the frozen position embedding is included."""
     model = _shape_only(config)

@@ -160,7 +160,7 @@ def _shape_of(state: Mapping[str, Tensor], num_heads: int | None, num_classes: i
         "depth": require_depth(state, r"blocks\.(\d{1,4})\."),
         "num_heads": _heads(width, num_heads),
         "num_classes": max(rows - 1, 1) if num_classes is None else num_classes,
-        "learn_sigma": state["final_layer.linear.weight"].shape[0] == 2 * channels * patch_size**2,
+        "outputs_per_channel": state["final_layer.linear.weight"].shape[0] // (channels * patch_size**2),
     }
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -101,17 +101,20 @@ class RunFolder:
         """Raise where this folder is no longer this job's."""
 
     def require(
-        self, config: Mapping[str, Any], allowed: Iterable[str] = (), earlier: Mapping[str, Any] | None = None
+        self,
+        config: Mapping[str, Any],
+        allowed: Iterable[str] = (),
+        as_now: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
     ) -> None:
         """Raise ValueError where a folder with checkpoints holds another config, but for free settings.
 
-        ``allowed`` names further settings that may change; ``batch_size`` never may. ``earlier`` are settings
-        that earlier versions did not write.
+        ``allowed`` names further settings that may change; ``batch_size`` never may. ``as_now`` brings the
+        config of an earlier version to today's form.
         """
         if self.store.steps():
             before = self.read_config() if self.config.exists() else _config_of(self.store)
             _require_same_batch(before.get("batch_size"), config.get("batch_size"), self.path)
-            differences = _differences({**(earlier or {}), **before}, config, FREE_SETTINGS | set(allowed))
+            differences = _differences(as_now(before), config, FREE_SETTINGS | set(allowed))
             if differences:
                 raise ValueError(
                     f"The run folder {self.path} already holds another config: {'; '.join(differences)}; give this "

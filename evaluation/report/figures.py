@@ -22,7 +22,6 @@ from evaluation.report.study import (
     distance_name,
     model_name,
     number_of,
-    sampling_gmacs,
     size_name,
 )
 from evaluation.report.style import GFLOPS, GREY, Palette, block_colour, block_name, legend_of_sizes, marker, new_figure
@@ -233,7 +232,7 @@ def figure_10(study: Study) -> Figure:
     figure = new_figure(6.8, 4.6)
     axes, palette = figure.subplots(), Palette(every)
     for name, records in curves.items():
-        x = [sampling_gmacs(record) or 0.0 for record in records]
+        x = [record["sampling_gmacs"] for record in records]
         block = study.chosen[name]["block"]
         solid = block == study.main_block
         axes.plot(x, _values(records), marker(records[0]) + ("-" if solid else ":"), color=palette(records[0]))

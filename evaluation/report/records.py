@@ -1,5 +1,7 @@
 """The lines of ``evaluations.jsonl`` that figures are drawn of: each field checked, what is no field left out."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any
 
@@ -14,6 +16,7 @@ Record = dict[str, Any]  # a line of evaluations.jsonl
 
 _MOST_VALUES = 100  # of a setting that is a list
 _MOST_STEPS = 10**6  # of a sampler
+_STEPS = re.compile("[1-9][0-9]{0,6}")  # one way to sample; "10,5" is another
 
 
 def _printable(text: str) -> str:
@@ -92,6 +95,7 @@ class EvaluationRecord:
     recall: Number | None = None
     kernel_distance: Number | None = None
     kid: Number | None = None
+    sampling_gmacs: Cost | None = None  # of an image; absent in lines of earlier versions
 
 
 _FIELDS = {field.name: field.default is MISSING for field in fields(EvaluationRecord)}  # whether it must be there
@@ -117,4 +121,23 @@ def _checked(record: Record, run: RunFolder) -> Record:
         validate(EvaluationRecord, known, name)
     except DamagedFileError as error:
         raise DamagedFileError(f"{str(error).rstrip('.')}; remove the line and {again}.") from None
+    known.setdefault("sampling_gmacs", _sampling_gmacs_of_earlier(known))
     return known
+
+
+def num_sampling_steps(record: Mapping[str, Any]) -> int | None:
+    """Return the sampler's steps, where its setting is one number: 50 for 50 and for "ddim50", else None."""
+    steps = str(record["sampler"].get("steps", "")).removeprefix("ddim")
+    return int(steps) if _STEPS.fullmatch(steps) else None
+
+
+def _sampling_gmacs_of_earlier(record: Mapping[str, Any]) -> float | None:
+    """Return what a line of an earlier version, which did not say it, cost by the names that it used; None if unknown.
+
+    A step of its Heun's method called the network twice, but for the last; all its guidance called it twice as often.
+    """
+    steps = num_sampling_steps(record)
+    if steps is None:
+        return None
+    calls = 2 * steps - 1 if record["sampler"]["name"] == "heun" else steps
+    return float(record["gmacs"]) * calls * (1 if record["guidance"].get("name") == "unguided" else 2)

@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 
 from evaluation.report.fit import PowerLaw, fit_power_law
 from evaluation.report.paper import SIZES
-from evaluation.report.records import Record, read_records
+from evaluation.report.records import Record, num_sampling_steps, read_records
 from train.runfolder import RunFolder
 
 # What must agree between points of one figure.
@@ -46,9 +45,6 @@ COLUMNS = (
     "frechet_distance",
     "recognized_fraction",
 )
-
-
-_STEPS = re.compile("[1-9][0-9]{0,6}")  # one way to sample; "10,5" is another
 
 
 @dataclass(frozen=True)
@@ -171,7 +167,7 @@ class Study:
         families: defaultdict[str, dict[tuple[str, int], Record]] = defaultdict(dict)
         for name, records in self.records.items():
             for record in records:
-                if (steps := num_sampling_steps(record)) is not None:
+                if (steps := num_sampling_steps(record)) is not None and record["sampling_gmacs"] is not None:
                     family = protocol_of(record, "", ("sampler",)) + json.dumps(record["sampler"]["name"])
                     families[family][name, steps] = record
         swept = {family: _with_several(points) for family, points in families.items()}
@@ -296,24 +292,6 @@ def _with_several(points: dict[tuple[str, int], Record]) -> dict[str, list[Recor
 
 def _newest(curves: dict[str, list[Record]]) -> int:
     return max((record["step"] for records in curves.values() for record in records), default=0)
-
-
-def num_sampling_steps(record: Mapping[str, Any]) -> int | None:
-    """Return the calls of the sampler's network, where its setting says so: 50 for 50 and for "ddim50", else None."""
-    steps = str(record["sampler"].get("steps", "")).removeprefix("ddim")
-    return int(steps) if _STEPS.fullmatch(steps) else None
-
-
-def sampling_gmacs(record: Mapping[str, Any]) -> float | None:
-    """Compute of one image in giga multiply-adds: steps x forward pass, twice with guidance. None where unknown.
-
-    A step of Heun's method calls the network twice, but for the last.
-    """
-    steps = num_sampling_steps(record)
-    if steps is None:
-        return None
-    calls = 2 * steps - 1 if record["sampler"].get("name") == "heun" else steps
-    return float(record["gmacs"]) * calls * (1 if record["guidance"].get("name") == "unguided" else 2)
 
 
 def distance_name(record: Mapping[str, Any]) -> str:

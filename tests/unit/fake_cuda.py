@@ -275,7 +275,7 @@ def test_bits_per_dimension_read_nothing(watch: Watch) -> None:
 def test_a_fixed_variance_stays_on_the_gpu(watch: Watch) -> None:
     with unset_fake_temporarily():
         process = GaussianDiffusion(LinearSchedule(), FixedLargeVariance())
-    process, model = process.to(CUDA), dit(learn_sigma=False).to(CUDA)
+    process, model = process.to(CUDA), dit(outputs_per_channel=1).to(CUDA)
     x, condition = torch.ones(2, 4, 8, 8).to(CUDA), {"label": torch.ones(2, dtype=torch.int64).to(CUDA)}
     assert DDPM(3)(model, process, lambda _: x, condition).device == CUDA
 

@@ -81,13 +81,12 @@ def test_sampling_computes_with_the_position_embedding_of_the_file(tmp_path: Pat
 def test_weights_without_a_learned_variance_name_the_setting_that_sampling_has(
     tmp_path: Path, in_process: InProcess
 ) -> None:
-    fixed = digits_model(channels=4, learn_sigma=False)
+    fixed = digits_model(channels=4, outputs_per_channel=1)
     saved(tmp_path / "fixed.pt", to_reference(fixed))
     words = [*SAMPLE, "foreign.num_heads=2", "checkpoint=fixed.pt", "out=x"]
     shown = in_process(*words, expect=2)
-    assert "LearnedRangeVariance needs 8 output channels, but fixed.pt has 4" in shown
+    assert "The objective needs 8 output channels, but fixed.pt has 4" in shown
     assert "set diffusion/variance=fixed_large or fixed_small." in shown
-    assert "learn_sigma" not in shown
     for variance in ("fixed_large", "fixed_small"):
         in_process(*words, f"diffusion/variance={variance}")
     saved(tmp_path / "learned.pt", GOLDEN)
@@ -206,17 +205,14 @@ def test_a_runs_classes_choose_the_reading_of_a_label_table(tmp_path: Path, said
     assert "label table" not in " ".join(load_starting_weights(model, str(saved(path, GOLDEN))))
 
 
-def test_a_run_of_another_variance_is_told_both_settings(digits: Path, tmp_path: Path, in_process: InProcess) -> None:
+def test_a_run_of_another_variance_is_told_the_setting(digits: Path, tmp_path: Path, in_process: InProcess) -> None:
     """Following the one sentence must not lead to another that takes it back."""
-    saved(tmp_path / "fixed.pt", to_reference(digits_model(learn_sigma=False)))
+    saved(tmp_path / "fixed.pt", to_reference(digits_model(outputs_per_channel=1)))
     words = ["init_from=fixed.pt", "run_dir=x"]
     shown = train(in_process, digits, *words, expect=2)
-    assert (
-        "has learn_sigma False, but model.learn_sigma is True; set it to False together with diffusion/varia" in shown
-    )
-    shown = train(in_process, digits, *words, "model.learn_sigma=false", expect=2)
-    assert "set model.learn_sigma=true, or diffusion/variance=fixed_large or fixed_small." in shown
-    train(in_process, digits, *words, "model.learn_sigma=false", "diffusion/variance=fixed_large")
+    assert "The objective needs 2 output channels, but fixed.pt has 1" in shown
+    assert "set diffusion/variance=fixed_large or fixed_small." in shown
+    train(in_process, digits, *words, "diffusion/variance=fixed_large")
 
 
 @pytest.mark.parametrize("job", ["sample", "export", "train"])

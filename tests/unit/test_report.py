@@ -24,9 +24,11 @@ from evaluation.inception_features import SHA256
 from evaluation.report import figures, paper
 from evaluation.report.bubbles import Bubble, draw_bubbles
 from evaluation.report.fit import fit_power_law
-from evaluation.report.study import Study, read_study, sampling_gmacs
+from evaluation.report.records import read_records
+from evaluation.report.study import Study, read_study
 from evaluation.report.write import Report, write_report
 from launch.report import group_of, update_group
+from train.runfolder import RunFolder
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")  # as in the Makefile
 CHROMIUM = next((path for name in BROWSERS if (path := shutil.which(name))), None)
@@ -188,11 +190,22 @@ def test_sampling_compute_is_compared_where_all_but_the_steps_is_equal(tmp_path:
     guided = swept(99, 1.0, guidance={"name": "ClassifierFreeGuidance", "scale": 2})
     write_run(tmp_path, "a", record_of(16, 40.0), swept(100, 30.0), swept(5, 90.0), guided, swept(9, 1.0, step=5))
     curves = read_study(tmp_path).over_sampling_steps()
-    assert [(sampling_gmacs(r), r["frechet_distance"]) for r in curves["a"]] == [
+    assert [(r["sampling_gmacs"], r["frechet_distance"]) for r in curves["a"]] == [
         (pytest.approx(steps * 256e-9), distance) for steps, distance in ((5, 90.0), (50, 40.0), (100, 30.0))
     ]
-    assert sampling_gmacs(guided) == pytest.approx(2 * 99 * 256e-9)
-    assert sampling_gmacs({**guided, "sampler": {"name": "ddpm", "steps": "10,5"}}) is None
+
+
+def test_a_record_says_what_sampling_cost_and_an_earlier_one_is_understood(tmp_path: Path) -> None:
+    guided = {"guidance": {"name": "ClassifierFreeGuidance", "scale": 2}}
+    heun = {"sampler": {"name": "heun", "steps": 10}}
+    lines = [
+        record_of(16, 1.0, **heun, **guided),
+        record_of(16, 1.0, sampler={"name": "ddpm", "steps": "10,5"}),
+        record_of(16, 1.0, **heun, **guided, sampling_gmacs=0.25),
+    ]
+    write_run(tmp_path, "a", *lines)
+    found = [record["sampling_gmacs"] for record in read_records(RunFolder(tmp_path / "a"))]
+    assert found == [pytest.approx(2 * 19 * 256e-9), None, 0.25]
 
 
 def test_the_fit_equals_its_closed_form() -> None:

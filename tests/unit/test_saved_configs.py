@@ -16,7 +16,7 @@ from launch.saved_configs import REPLAYED, component, setting, whole_config
 STATE = "run/checkpoints/step_00000002/state.json"
 SIZES = {"latent_size": 8, "channels": 1, "patch_size": 4, "width": 16, "depth": 2, "num_heads": 2, "num_classes": 10}
 BLOCK = {"_target_": "model.blocks.AdaLNZeroBlock", "_partial_": True, "mlp_ratio": 4.0}
-MODEL = {"_target_": "model.dit.DiT", **SIZES, "block": BLOCK, "learn_sigma": True}
+MODEL = {"_target_": "model.dit.DiT", **SIZES, "block": BLOCK}
 MAKES_A_FOLDER = "${oc.create:{_target_:os.mkdir,path:made}}"
 
 
