@@ -12,7 +12,7 @@ from launch.components import build
 from launch.starting_weights import load_starting_weights
 from model.autoencoder import Autoencoder
 from model.dit import DiT
-from runtime.protocol import Runtime
+from runtime.protocol import Devices, Processes
 from train.ema import Averages
 from train.guards import SpikeGuard
 from train.state import TrainState
@@ -43,7 +43,9 @@ def training_batches(
     )
 
 
-def new_state(config: Mapping[str, Any], process: GaussianDiffusion, runtime: Runtime, starts_anew: bool) -> TrainState:
+def new_state(
+    config: Mapping[str, Any], process: GaussianDiffusion, runtime: Processes, starts_anew: bool
+) -> TrainState:
     """State at step 0, on the host: weights from ``init_from`` or the seed, their average, the optimizer."""
     model: DiT = build(config["model"])
     require_variance(model, process)
@@ -57,7 +59,7 @@ def new_state(config: Mapping[str, Any], process: GaussianDiffusion, runtime: Ru
     return TrainState(model, ema, optimizer, config["batch_size"], config["total_steps"])
 
 
-def spike_guard(config: Mapping[str, Any], state: TrainState, runtime: Runtime) -> SpikeGuard | None:
+def spike_guard(config: Mapping[str, Any], state: TrainState, runtime: Devices) -> SpikeGuard | None:
     """What leaves out steps, if the config wants it."""
     factor = config["skip_grad_norm"]
     return None if factor is None else SpikeGuard(factor, state.optimizer, runtime)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from diffusion.batch import Batch
 from diffusion.losses import Losses, diffusion_losses
 from diffusion.process import GaussianDiffusion
-from runtime.protocol import Metrics, Runtime, Step
+from runtime.protocol import Devices, Metrics, Runtime, Step
 from train.ema import Averages
 from train.guards import SpikeGuard
 from train.summary import COUNT, SUM, TOTAL
@@ -63,7 +63,7 @@ def make_step(
     return step
 
 
-def sample_losses(model: nn.Module, batch: Batch, process: GaussianDiffusion, runtime: Runtime) -> Losses:
+def sample_losses(model: nn.Module, batch: Batch, process: GaussianDiffusion, runtime: Devices) -> Losses:
     """The forward pass: losses [B] of a device batch."""
     x_t = process.q_sample(batch.x_0, batch.t, batch.noise)
     with runtime.autocast():
