@@ -17,7 +17,7 @@ from diffusion.objective import Objective
 from diffusion.samplers import Sampler
 from model.autoencoder import Autoencoder
 from model.flops import cost_of_call
-from runtime.protocol import Runtime
+from runtime.protocol import Devices
 
 DECODED_AT_ONCE = 32  # images: an autoencoder takes far more memory for one than a sampler does
 
@@ -33,7 +33,7 @@ class Generator:
     spec: LatentSpec
     conditions: ConditionSource
     seed: int
-    runtime: Runtime
+    runtime: Devices
     cost_of: Cost = cost_of_call  # multiply-adds of one call of a network for an image
 
     def cost(self) -> int:
@@ -92,7 +92,7 @@ class Generator:
         return self.runtime.gather(np.concatenate(parts) if parts else empty)
 
 
-def equal_rounds(num_items: int, batch_size: int, runtime: Runtime) -> Iterator[tuple[NDArray[np.int64], int]]:
+def equal_rounds(num_items: int, batch_size: int, runtime: Devices) -> Iterator[tuple[NDArray[np.int64], int]]:
     """This process's share of range(num_items), in rounds of about ``batch_size``: indices, how many of them count.
 
     Rounds are as many and as large on every process, as devices that compute together need; what does not
@@ -114,7 +114,7 @@ def _filled(values: NDArray[np.int64], rows: int) -> NDArray[np.int64]:
     return np.resize(values if len(values) else np.zeros(1, np.int64), rows)
 
 
-def _require_finite(decoded: torch.Tensor, indices: NDArray[np.int64], runtime: Runtime) -> None:
+def _require_finite(decoded: torch.Tensor, indices: NDArray[np.int64], runtime: Devices) -> None:
     """Raise ValueError for images [B, C, H, W] that are not numbers, which would become black ones."""
     bad = indices[~decoded.isfinite().flatten(1).all(dim=1).numpy()]
     if len(bad):

@@ -10,7 +10,7 @@ from data.reading import is_regular
 from evaluation.chunks import ChunkStore, TrainingChunks
 from evaluation.generate import Generator
 from evaluation.grid import save_grid
-from runtime.protocol import Metrics, Runtime
+from runtime.protocol import Metrics, Processes
 from train.hooks import due
 from train.lines import read_lines
 from train.loggers import Logger
@@ -23,7 +23,7 @@ EVALUATED_BY_TRAINING = "train"  # in a record; the job `evaluate` writes its ow
 class _CatchingUpHook:
     """Acts each ``every`` steps and at the end, and once at the start where a killed run had not done so."""
 
-    def __init__(self, every: int | None, runtime: Runtime) -> None:
+    def __init__(self, every: int | None, runtime: Processes) -> None:
         self._every = every
         self._runtime = runtime
 
@@ -101,7 +101,7 @@ class EvaluationHook(_CatchingUpHook):
         identity: Mapping[str, Any],
         folder: RunFolder,
         logger: Logger,
-        runtime: Runtime,
+        runtime: Processes,
     ) -> None:
         super().__init__(every, runtime)
         self._evaluate = evaluate

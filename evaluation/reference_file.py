@@ -14,7 +14,7 @@ from diffusion.draws import Philox, Purpose, permutation
 from evaluation.collectors import StatisticsCollector
 from evaluation.features import FeatureExtractor, require_finite
 from evaluation.image_sets import ImageSet
-from runtime.protocol import Runtime
+from runtime.protocol import Processes
 
 
 def write_reference(
@@ -25,7 +25,7 @@ def write_reference(
     num_kept: int,
     seed: int,
     batch_size: int,
-    runtime: Runtime,
+    runtime: Processes,
     progress: ProgressBar,
 ) -> None:
     """Statistics of all images, and ``num_kept`` of them chosen by ``seed`` (all, where there are fewer).
@@ -55,7 +55,7 @@ def write_reference(
 
 
 def _collect(
-    images: ImageSet, extractor: FeatureExtractor, batch_size: int, runtime: Runtime, progress: ProgressBar
+    images: ImageSet, extractor: FeatureExtractor, batch_size: int, runtime: Processes, progress: ProgressBar
 ) -> tuple[StatisticsCollector, StatisticsCollector, bool]:
     """Sums of vectors and of spatial features over this process's share, and whether there are spatial ones."""
     vectors, spatial, has_spatial = StatisticsCollector("vectors"), StatisticsCollector("spatial"), False

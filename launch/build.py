@@ -32,7 +32,7 @@ from launch.saved_configs import component, setting
 from model.autoencoder import Autoencoder
 from model.dit import DiT
 from model.flops import multiply_adds, num_parameters, training_multiply_adds
-from runtime.protocol import Runtime
+from runtime.protocol import Devices, Processes
 from train import posthoc
 from train.checkpoint import fill, read_state_file, read_tensors
 from train.ema import MAIN, Averages, initial_share_note
@@ -131,7 +131,7 @@ def build_generator(
     spec: LatentSpec,
     conditions: ConditionSource,
     seed: int,
-    runtime: Runtime,
+    runtime: Devices,
     class_dropout: float,
 ) -> Generator:
     """Return what makes images of a network with the ``sampler`` and ``guidance`` of a config.
@@ -151,7 +151,7 @@ def build_generator(
     return Generator(guided, objective, autoencoder.to(runtime.device), sampler, spec, conditions, seed, runtime)
 
 
-def build_extractor(section: Mapping[str, Any], runtime: Runtime) -> FeatureExtractor:
+def build_extractor(section: Mapping[str, Any], runtime: Processes) -> FeatureExtractor:
     """The feature extractor, made or trained here, on the runtime's device."""
     extractor: FeatureExtractor = build(section)
     extractor.to(runtime.device)
@@ -165,7 +165,7 @@ def precision_of_products(precision: str, device: torch.device) -> str:
 
 
 def build_evaluator(
-    config: Mapping[str, Any], runtime: Runtime, progress: ProgressBar, names: Sequence[str] | None = None
+    config: Mapping[str, Any], runtime: Processes, progress: ProgressBar, names: Sequence[str] | None = None
 ) -> Evaluator:
     """What measures images by the ``evaluation`` of a config, with the metrics of its list or of ``names``.
 
@@ -291,7 +291,7 @@ class LoadedCheckpoint:
     note: str | None = None  # what to tell whoever samples from these weights
 
     @classmethod
-    def load(cls, where: str, weights: str, runtime: Runtime) -> "LoadedCheckpoint":
+    def load(cls, where: str, weights: str, runtime: Devices) -> "LoadedCheckpoint":
         """Load the weights of this name (see `load_model`) of a run's newest checkpoint, or of one checkpoint's folder.
 
         Raises ValueError for a missing or damaged checkpoint, or one that asks for foreign code.
@@ -306,7 +306,7 @@ class LoadedCheckpoint:
         return found
 
     @classmethod
-    def _of(cls, sources: Sequence[Path], weights: str, runtime: Runtime) -> "LoadedCheckpoint":
+    def _of(cls, sources: Sequence[Path], weights: str, runtime: Devices) -> "LoadedCheckpoint":
         path = sources[-1]
         state, said_by = read_state_file(path), str(path / STATE_FILE)
         config = state["config"]
@@ -338,7 +338,7 @@ class LoadedCheckpoint:
             note=_average_note(config, weights, state["step"], said_by),
         )
 
-    def generator(self, config: Mapping[str, Any], seed: int, runtime: Runtime) -> Generator:
+    def generator(self, config: Mapping[str, Any], seed: int, runtime: Devices) -> Generator:
         """Images of this checkpoint with the job's sampler and guidance."""
         return build_generator(
             config,

@@ -38,7 +38,7 @@ from launch.facts import facts_of_process, source_hash
 from launch.jobs import start
 from launch.runs import checkpoint_hash, read_checkpoint
 from model.dit import DiT
-from runtime.protocol import Runtime
+from runtime.protocol import Devices
 from train.checkpoint import code_version, read_state_file
 from train.runfolder import RunFolder
 from train.stores import STATE_FILE, list_checkpoints
@@ -54,7 +54,7 @@ def evaluate_job(config: dict[str, Any], progress: ProgressBar) -> None:
     for name in config["metrics"]:
         if name not in known:
             raise ValueError(f"There is no metric {name!r}{closest(name, known)} There are: {', '.join(known)}.")
-    runtime: Runtime = build(config["runtime"], precision=config["precision"])
+    runtime: Devices = build(config["runtime"], precision=config["precision"])
     runtime.require_same(facts_of_process(config))
     checkpoint = LoadedCheckpoint.load(config["checkpoint"], config["weights"], runtime)
     folder = RunFolder(checkpoint.run_dir)

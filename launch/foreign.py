@@ -24,7 +24,7 @@ from launch.weight_tables import EMA, choose_table
 from model.autoencoder import Autoencoder
 from model.dit import DiT
 from model.released import ANCHOR, from_reference, label_rows
-from runtime.protocol import Runtime
+from runtime.protocol import Devices
 
 _SUFFIXES = {".pt", ".pth", ".ckpt", ".bin", ".safetensors"}
 ROUNDING = 1e-6  # up to which two ways of computing the fixed position embedding differ
@@ -93,7 +93,7 @@ def notes_on_positions(model: DiT, where: str) -> list[str]:
     return [f"{where}: its position embedding is up to {drift:.2g} off the fixed one; its own is used."]
 
 
-def load_foreign(config: Mapping[str, Any], runtime: Runtime) -> LoadedCheckpoint:
+def load_foreign(config: Mapping[str, Any], runtime: Devices) -> LoadedCheckpoint:
     """Return a foreign network with the process and autoencoder of the job's config, which ours would carry itself."""
     where, settings = config["checkpoint"], config["foreign"]
     network = read_foreign(where, config["weights"], Facts(**settings))

@@ -12,7 +12,7 @@ from launch.build import build_extractor
 from launch.components import build
 from launch.facts import facts_of_process
 from launch.jobs import start
-from runtime.protocol import Runtime
+from runtime.protocol import Processes
 
 
 def reference_job(config: dict[str, Any], progress: ProgressBar) -> None:
@@ -22,7 +22,7 @@ def reference_job(config: dict[str, Any], progress: ProgressBar) -> None:
         raise ValueError(f"out is {out}, but a reference is an .npz; name it so.")
     require_no_folder(out)  # before hours of work
     make_folder(out.parent)
-    runtime: Runtime = build(config["runtime"], precision="fp32")
+    runtime: Processes = build(config["runtime"], precision="fp32")
     runtime.require_same(facts_of_process(config))
     images: ImageSet = build(config["images"])
     images.to(runtime.device)

@@ -29,7 +29,7 @@ from launch.saved_configs import whole_config
 from launch.training import new_state, spike_guard, training_batches
 from model.checkpointing import checkpoint_blocks
 from model.dit import DiT
-from runtime.protocol import Runtime
+from runtime.protocol import Processes, Runtime
 from train.checkpoint import code_version, load_newest
 from train.dump import FILE_NAME, DivergedError, Dump, read_dump
 from train.loop import train
@@ -129,7 +129,7 @@ def _positions(dump: Dump) -> NDArray[np.int64]:
     return positions_of_step(dump.step - 1, dump.config["batch_size"], rank=0, world=1)
 
 
-def _unlike(dump: Dump, what: str, settings: Mapping[str, Any], runtime: Runtime) -> str:
+def _unlike(dump: Dump, what: str, settings: Mapping[str, Any], runtime: Processes) -> str:
     """The run had it otherwise: say what may be the reason."""
     here = {**code_version(), "processes": str(runtime.data_world), "runtime": str(settings["runtime"])}
     there = {**dump.code, "processes": str(dump.processes), "runtime": str(dump.config["runtime"])}

@@ -20,7 +20,7 @@ from evaluation.report.write import Report, write_report
 from launch.build import LoadedCheckpoint
 from launch.components import build
 from launch.jobs import start
-from runtime.protocol import Runtime
+from runtime.protocol import Devices
 from train.lines import is_cut
 from train.loggers import Logger
 from train.runfolder import RunFolder
@@ -119,7 +119,7 @@ def _samples(config: Mapping[str, Any], study: Study, progress: ProgressBar) -> 
     count = config["samples"]
     if count < 1:
         return f"samples is {count}; set it higher."
-    runtime: Runtime = build(config["runtime"], precision=config["precision"])
+    runtime: Devices = build(config["runtime"], precision=config["precision"])
     names, rows = [], []
     with progress("samples", 0, len(study.scaling()), "model") as bar:
         for name in study.scaling():

@@ -18,14 +18,14 @@ from launch.check import closest
 from launch.components import build, target_of
 from launch.foreign import is_foreign, load_foreign
 from launch.jobs import start
-from runtime.protocol import Runtime
+from runtime.protocol import Devices
 
 GRID_IMAGES = 100  # a picture with more is no longer looked at
 
 
 def sample_job(config: dict[str, Any], progress: ProgressBar) -> None:
     """Write ``{out}.png`` and ``{out}.npz`` (``arr_0`` uint8 [N, H, W, C], ``arr_1`` int64 [N] labels, if any)."""
-    runtime: Runtime = build(config["runtime"], precision=config["precision"])
+    runtime: Devices = build(config["runtime"], precision=config["precision"])
     if is_foreign(config["checkpoint"]):
         checkpoint = load_foreign(config, runtime)
     else:

@@ -39,7 +39,7 @@ from launch.saved_configs import as_now
 from launch.training import new_state, spike_guard, training_batches
 from model.checkpointing import checkpoint_blocks
 from model.dit import DiT
-from runtime.protocol import Runtime
+from runtime.protocol import Processes, Runtime
 from train.checkpoint import code_version, load_newest, read_lines_copy, read_state_file
 from train.dump import DivergedError, write_dump
 from train.ema import MAIN, initial_share_note
@@ -103,7 +103,7 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
             guard = spike_guard(config, state, runtime)
             make = make_step(model, state.optimizer, state.ema, objective, runtime, config["max_grad_norm"], guard)
             step = runtime.step(make)
-            hooks = _hooks(config, state, generator, manifest, folder, logger, progress, signals, guard)
+            hooks = _hooks(config, state, runtime, generator, manifest, folder, logger, progress, signals, guard)
             if runtime.is_main:
                 folder.write_config(kept)  # now that nothing refuses it
                 _tell(folder, state, config, logger, runtime)
@@ -134,21 +134,23 @@ def _run_folder(config: Mapping[str, Any]) -> RunFolder:
     return RunFolder(path) if config["remote_dir"] is None else MirroredRunFolder(path, config["remote_dir"])
 
 
-def _leave_for_requeue(folder: RunFolder, state: TrainState, runtime: Runtime) -> NoReturn:
+def _leave_for_requeue(folder: RunFolder, state: TrainState, runtime: Processes) -> NoReturn:
     """Exit as one who wants to be started again."""
     if runtime.is_main:
         print(f"{folder.path}: stopped and saved at step {state.step}; the same command continues.", file=sys.stderr)
     sys.exit(EX_TEMPFAIL)
 
 
-def _require_this_run(folder: RunFolder, config: Mapping[str, Any], runtime: Runtime) -> None:
+def _require_this_run(folder: RunFolder, config: Mapping[str, Any], runtime: Processes) -> None:
     """The main process finds that the folder is this run's, or nobody's."""
     if runtime.is_main:
         folder.require(config, config["resume"]["allow"], as_now)
     runtime.wait()
 
 
-def _restore(folder: RunFolder, state: TrainState, manifest: Manifest, checkpoint_every: int, runtime: Runtime) -> None:
+def _restore(
+    folder: RunFolder, state: TrainState, manifest: Manifest, checkpoint_every: int, runtime: Processes
+) -> None:
     """Continue from the newest good checkpoint, and take back what was written after it."""
     path, complaints = load_newest(folder.store, state)
     if path is None:
@@ -173,7 +175,7 @@ def _restore(folder: RunFolder, state: TrainState, manifest: Manifest, checkpoin
     runtime.wait()
 
 
-def _logger(config: Mapping[str, Any], folder: RunFolder, runtime: Runtime) -> Logger:
+def _logger(config: Mapping[str, Any], folder: RunFolder, runtime: Processes) -> Logger:
     if not runtime.is_main:
         return NoLogger()
     logger: Logger = build(config["logger"])(
@@ -195,7 +197,7 @@ def _facts(config: Mapping[str, Any], spec: LatentSpec, manifest: Manifest) -> d
 
 
 def _keep_diverged(
-    error: DivergedError, folder: RunFolder, config: Mapping[str, Any], facts: Mapping[str, Any], runtime: Runtime
+    error: DivergedError, folder: RunFolder, config: Mapping[str, Any], facts: Mapping[str, Any], runtime: Processes
 ) -> NoReturn:
     """Raise the error again, after what its step can be looked at with was kept where the config wants it."""
     if not config["dump_nonfinite"]:
@@ -214,6 +216,7 @@ def _keep_diverged(
 def _hooks(
     config: Mapping[str, Any],
     state: TrainState,
+    runtime: Runtime,
     generator: Generator,
     manifest: Manifest,
     folder: RunFolder,
@@ -223,7 +226,7 @@ def _hooks(
     guard: SpikeGuard | None,
 ) -> list[Hook]:
     """Everything around the steps; an evaluation's extractor and reference are made before training starts."""
-    runtime, clock = generator.runtime, Clock()
+    clock = Clock()
     facts = _facts(config, generator.spec, manifest)
     log = LogHook(config["log_every"], folder, logger, runtime, clock, guard)
     checkpoints = CheckpointHook(
@@ -280,7 +283,7 @@ def _evaluation_hook(
     return hook
 
 
-def _tell(folder: RunFolder, state: TrainState, config: Mapping[str, Any], logger: Logger, runtime: Runtime) -> None:
+def _tell(folder: RunFolder, state: TrainState, config: Mapping[str, Any], logger: Logger, runtime: Processes) -> None:
     """Say on stderr what is about to be trained, and what of it the user may not want."""
     if state.finished:
         return

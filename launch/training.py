@@ -11,7 +11,7 @@ from launch.components import build
 from launch.starting_weights import load_starting_weights
 from model.autoencoder import Autoencoder
 from model.dit import DiT
-from runtime.protocol import Runtime
+from runtime.protocol import Devices, Processes
 from train.ema import Averages
 from train.guards import SpikeGuard
 from train.state import TrainState
@@ -42,7 +42,7 @@ def training_batches(
     )
 
 
-def new_state(config: Mapping[str, Any], objective: Objective, runtime: Runtime, starts_anew: bool) -> TrainState:
+def new_state(config: Mapping[str, Any], objective: Objective, runtime: Processes, starts_anew: bool) -> TrainState:
     """State at step 0, on the host: weights from ``init_from`` or the seed, their average, the optimizer."""
     model: DiT = build(config["model"], outputs_per_channel=objective.outputs_per_channel)
     model.initialize(config["seed"])
@@ -55,7 +55,7 @@ def new_state(config: Mapping[str, Any], objective: Objective, runtime: Runtime,
     return TrainState(model, ema, optimizer, config["batch_size"], config["total_steps"])
 
 
-def spike_guard(config: Mapping[str, Any], state: TrainState, runtime: Runtime) -> SpikeGuard | None:
+def spike_guard(config: Mapping[str, Any], state: TrainState, runtime: Devices) -> SpikeGuard | None:
     """What leaves out steps, if the config wants it."""
     factor = config["skip_grad_norm"]
     return None if factor is None else SpikeGuard(factor, state.optimizer, runtime)

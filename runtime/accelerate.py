@@ -1,20 +1,11 @@
 """CPU, one GPU, or data-parallel GPUs and nodes, through Hugging Face accelerate."""
 
-import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
 
-# accelerate picks XLA wherever torch_xla can be imported, even for cpu=True; it must not know of it.
-os.environ["USE_TORCH_XLA"] = "0"
-
-import accelerate
-import numpy as np
 import torch
-from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
 from torch.distributed import is_initialized
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,26 +15,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from diffusion.batch import Batch, mapped, micro_batches_of, require_divisible
-from diffusion.protocol import Denoiser
-from model.precision import allow_tf32
-from runtime.agreement import require_same
-from runtime.launched import require_sound_environment
-from runtime.protocol import Metrics, ModuleT, Precision, Step
+from runtime.accelerate_devices import AccelerateDevices
+from runtime.protocol import Metrics, Precision, Step
 
 
-class AccelerateRuntime:
-    """One process a device; several under ``torchrun`` or ``accelerate launch``.
+class AccelerateRuntime(AccelerateDevices):
+    """Training on `AccelerateDevices`, whose settings it takes too.
 
     ``mode`` replicated keeps the whole state on each (DistributedDataParallel); fsdp spreads weights,
     averages and optimizer over all of them (FSDP2). ``compile`` compiles one block, which all blocks share.
-    ``tf32`` lets GPUs multiply float32 matrices in TF32; ``deterministic`` keeps them to kernels that give the same
-    bits each time. A process that waits for another longer than ``timeout_sec`` stops.
 
-    Raises ValueError where the asked device is absent, the launched processes do not see each other, or state
-    cannot be spread because none were launched.
+    Raises ValueError as `AccelerateDevices` does, and where state cannot be spread because no processes were launched.
     """
-
-    num_local_devices = 1
 
     def __init__(
         self,
@@ -57,57 +40,17 @@ class AccelerateRuntime:
         deterministic: bool = False,
         timeout_sec: float = 600.0,
     ) -> None:
-        require_sound_environment()
-        has_cuda = torch.cuda.is_available()
-        if device == "cuda" and not has_cuda:
-            raise ValueError(
-                "runtime.device is cuda, but PyTorch sees 0 GPUs; install a driver or set runtime.device=auto."
-            )
-        AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier run in this process
-        on_cpu = device == "cpu" or not has_cuda
-        backend = "cuda:nccl,cpu:gloo" if "LOCAL_RANK" in os.environ and not on_cpu else None  # numpy goes over gloo
-        self._accelerator = accelerate.Accelerator(
-            cpu=on_cpu,
-            mixed_precision="no" if precision == "fp32" else precision,
-            kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=timeout_sec))],
-        )
-        if num_threads is not None:
-            torch.set_num_threads(num_threads)
-        if not on_cpu:
-            allow_tf32(tf32)
-            _set_deterministic(deterministic)
+        super().__init__(precision, device, num_threads, tf32, deterministic, timeout_sec)
         self._mode, self._micro_batches, self._compile = mode, micro_batches, compile
-        self.device = self._accelerator.device
-        self.is_main = self._accelerator.is_main_process
-        self.data_rank = self._accelerator.process_index
-        self.data_world = self._accelerator.num_processes
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if launched != self.data_world:
-            raise ValueError(
-                f"{launched} processes were launched, but accelerate sees {self.data_world}; "
-                "start them with torchrun or `accelerate launch`, one per GPU."
-            )
         if mode == "fsdp" and not is_initialized():
             raise ValueError(
                 "runtime.mode is fsdp, but 0 processes were launched to spread the state over; start with torchrun, or "
                 "set runtime.mode=replicated."
             )
 
-    def require_same(self, facts: Mapping[str, str]) -> None:
-        """Over the process group."""
-        require_same(facts, lambda mine: gather_object([mine]))
-
-    def together(self) -> AbstractContextManager[Any]:
-        """Nothing to do: the launcher ends all processes when one has ended with an error."""
-        return nullcontext()
-
     def require_batch(self, batch_size: int) -> None:
         """One row per process and micro-batch at least."""
         require_divisible(batch_size, self.data_world, "processes", self._micro_batches)
-
-    def place(self, module: ModuleT) -> ModuleT:
-        """Move to the device."""
-        return module.to(self.device)
 
     def prepare(
         self, model: nn.Module, averages: Sequence[nn.Module], optimizer: torch.optim.Optimizer
@@ -141,19 +84,6 @@ class AccelerateRuntime:
         for batch in host_batches:
             yield micro_batches_of(mapped(batch, self.put), self._micro_batches)
 
-    def put(self, rows: Tensor) -> Tensor:
-        """To the device, without waiting on CUDA."""
-        pinned = self.device.type == "cuda"
-        return (rows.pin_memory() if pinned else rows).to(self.device, non_blocking=pinned)
-
-    def rows(self, batch: Tensor) -> Tensor:
-        """To the host."""
-        return batch.cpu()
-
-    def parts(self, batch: Tensor, most: int) -> Sequence[Tensor]:
-        """Views."""
-        return batch.split(most)
-
     def step(self, function: Step) -> Step:
         """Itself: eager execution."""
         return function
@@ -166,11 +96,6 @@ class AccelerateRuntime:
             context: AbstractContextManager[Any] = model.no_sync()
             return context
         return nullcontext()
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """bf16 in the network where configured."""
-        context: AbstractContextManager[Any] = self._accelerator.autocast()
-        return context
 
     def backward(self, loss: Tensor) -> None:
         """Gradients, averaged over processes by DistributedDataParallel or FSDP."""
@@ -195,18 +120,6 @@ class AccelerateRuntime:
         means = self._accelerator.reduce(torch.stack(steps, dim=1), reduction="mean").tolist()
         return dict(zip(history[0], means, strict=True))
 
-    def inference(self, denoiser: Denoiser) -> Denoiser:
-        """Itself."""
-        return denoiser
-
-    def gather(self, rows: np.ndarray) -> np.ndarray:
-        """Concatenation over processes; they may have unequal numbers of rows."""
-        return np.concatenate(gather_object([rows]))
-
-    def wait(self) -> None:
-        """A barrier."""
-        self._accelerator.wait_for_everyone()
-
     def copy_to_host(self, tensors: Mapping[str, Tensor], wanted: Container[str], host: dict[str, Tensor]) -> None:
         """One tensor at a time, so that no process has to hold more than one whole; to pinned memory from a GPU."""
         pinned = self.device.type == "cuda"
@@ -218,15 +131,6 @@ class AccelerateRuntime:
                 host[name].copy_(whole, non_blocking=pinned)
         if pinned:
             torch.cuda.current_stream().synchronize()
-
-
-def _set_deterministic(is_deterministic: bool) -> None:
-    """Keep GPUs to kernels that give the same bits each time, or not."""
-    if is_deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it PyTorch refuses matrix products
-        settings: Any = torch.utils.deterministic
-        settings.fill_uninitialized_memory = False  # nothing here reads such memory
-    torch.use_deterministic_algorithms(is_deterministic)
 
 
 def _shard(module: nn.Module, device_type: str, world: int) -> None:

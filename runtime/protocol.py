@@ -1,4 +1,8 @@
-"""What the loop, the step and the evaluation ask of a machine."""
+"""What jobs ask of a machine, in three parts that build on each other: `Processes`, `Devices`, `Runtime`.
+
+Whoever takes a runtime names the smallest part that it needs, so a runtime that cannot train still makes references
+and samples.
+"""
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -18,17 +22,17 @@ Mode = Literal["replicated", "zero1", "fsdp"]  # spread over devices: nothing; o
 Step = Callable[[Sequence[Batch]], Metrics]  # the micro-batches of one optimizer step -> scalars on the device
 
 
-class Runtime(Protocol):
-    """One process of a job. ``data_rank`` of ``data_world`` processes read data; ``is_main`` writes files.
+class Processes(Protocol):
+    """The processes of a job, of which this is one. Enough for what each does alone and all merge: a reference.
 
-    "Every process" below means that one which does not call makes the others wait for it.
+    ``data_rank`` of ``data_world`` processes read data; ``is_main`` writes files. "Every process" below means that
+    one which does not call makes the others wait for it.
     """
 
-    device: torch.device
+    device: torch.device  # where this process computes what it shares with no other: features, say
     is_main: bool
     data_rank: int
     data_world: int
-    num_local_devices: int  # a process's rows of a batch are spread over so many devices
 
     def require_same(self, facts: Mapping[str, str]) -> None:
         """Raise ValueError where processes differ in a fact, naming it and both values. Every process must call it."""
@@ -38,12 +42,50 @@ class Runtime(Protocol):
         """In the block, an error or the death of one process stops the others within a minute, with its error."""
         ...
 
-    def require_batch(self, batch_size: int) -> None:
-        """Raise ValueError where a global batch does not divide into processes, devices and micro-batches."""
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """Rows of all processes, concatenated in rank order on every one. Every process must call it."""
         ...
+
+    def wait(self) -> None:
+        """Return when every process has arrived."""
+        ...
+
+
+class Devices(Processes, Protocol):
+    """Processes with places for tensors, which a network computes on together: enough for sampling and evaluation."""
+
+    num_local_devices: int  # a process's rows of a batch are spread over so many devices
 
     def place(self, module: ModuleT) -> ModuleT:
         """Bring parameters and buffers of what is not trained to the device, whole."""
+        ...
+
+    def put(self, rows: Tensor) -> Tensor:
+        """This process's rows of a batch, from the host to its devices. Every process must put as many."""
+        ...
+
+    def rows(self, batch: Tensor) -> Tensor:
+        """This process's rows of a batch, on the host: the inverse of `put`. Every process must call it."""
+        ...
+
+    def parts(self, batch: Tensor, most: int) -> Sequence[Tensor]:
+        """A batch on the devices in parts of ``most`` rows, each for `rows`; whole where devices share its rows."""
+        ...
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The network's precision."""
+        ...
+
+    def inference(self, denoiser: Denoiser) -> Denoiser:
+        """A denoiser as the runtime executes it inside a sampler."""
+        ...
+
+
+class Runtime(Devices, Protocol):
+    """Processes and devices that train: what the loop and the step ask for."""
+
+    def require_batch(self, batch_size: int) -> None:
+        """Raise ValueError where a global batch does not divide into processes, devices and micro-batches."""
         ...
 
     def prepare(
@@ -73,10 +115,6 @@ class Runtime(Protocol):
         """Around the forward and backward pass of a micro-batch; gradients need to agree after the last one only."""
         ...
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The network's precision."""
-        ...
-
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a scalar loss, averaged over replicas."""
         ...
@@ -91,30 +129,6 @@ class Runtime(Protocol):
 
     def fetch(self, history: Sequence[Metrics]) -> dict[str, list[float]]:
         """The only host read of training: each step's means over replicas. Every process must call it."""
-        ...
-
-    def inference(self, denoiser: Denoiser) -> Denoiser:
-        """A denoiser as the runtime executes it inside a sampler."""
-        ...
-
-    def put(self, rows: Tensor) -> Tensor:
-        """This process's rows of a batch, from the host to its devices. Every process must put as many."""
-        ...
-
-    def rows(self, batch: Tensor) -> Tensor:
-        """This process's rows of a batch, on the host: the inverse of `put`. Every process must call it."""
-        ...
-
-    def parts(self, batch: Tensor, most: int) -> Sequence[Tensor]:
-        """A batch on the devices in parts of ``most`` rows, each for `rows`; whole where devices share its rows."""
-        ...
-
-    def gather(self, rows: np.ndarray) -> np.ndarray:
-        """Rows of all processes, concatenated in rank order on every one. Every process must call it."""
-        ...
-
-    def wait(self) -> None:
-        """Return when every process has arrived."""
         ...
 
     def copy_to_host(self, tensors: Mapping[str, Tensor], wanted: Container[str], host: dict[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runtime.protocol import Runtime
+from runtime.protocol import Devices
 from train.state import TrainState
 
 WINDOW = 1000  # gradient norms that the median is of: those of the last log lines
@@ -25,7 +25,7 @@ class SpikeGuard(nn.Module):
 
     threshold: Tensor  # [] float32; infinite: nothing is skipped
 
-    def __init__(self, factor: float, optimizer: Any, runtime: Runtime) -> None:
+    def __init__(self, factor: float, optimizer: Any, runtime: Devices) -> None:
         super().__init__()
         if factor <= 1:
             raise ValueError(f"skip_grad_norm is {factor}, but it must exceed 1, the median itself; 10 is usual.")

@@ -14,7 +14,7 @@ import numpy as np
 from data.progress import Progress, ProgressBar
 
 if TYPE_CHECKING:  # PyTorch takes seconds, which showing help need not spend
-    from runtime.protocol import Runtime
+    from runtime.protocol import Processes
 
 EX_TEMPFAIL = 75  # sysexits.h: try again later; launchers requeue a job that exits with it
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -64,7 +64,7 @@ class StopSignals:
         elif now - self._since > ECHO_SEC:
             os._exit(128 + number)
 
-    def agreed(self, runtime: "Runtime") -> bool:
+    def agreed(self, runtime: "Processes") -> bool:
         """Whether any process was asked. Every process must call it."""
         if runtime.data_world == 1:
             return self.requested

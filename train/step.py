@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from diffusion.batch import Batch
 from diffusion.objective import LOSS, Objective, corrupt
-from runtime.protocol import Metrics, Runtime, Step
+from runtime.protocol import Devices, Metrics, Runtime, Step
 from train.ema import Averages
 from train.guards import SpikeGuard
 from train.summary import COUNT, SUM, TOTAL
@@ -62,7 +62,7 @@ def make_step(
     return step
 
 
-def sample_losses(model: nn.Module, batch: Batch, objective: Objective, runtime: Runtime) -> dict[str, Tensor]:
+def sample_losses(model: nn.Module, batch: Batch, objective: Objective, runtime: Devices) -> dict[str, Tensor]:
     """Run the forward pass. Returns the objective's losses [B] of a device batch, by name."""
     x_t = corrupt(objective, batch)
     with runtime.autocast():

@@ -67,8 +67,8 @@ def test_a_package_is_imported_in_its_home_only(package: str, homes: set[str]) -
 @pytest.mark.parametrize(
     ("package", "homes"),
     [
-        ("accelerate", {"runtime/accelerate.py"}),
-        ("torch_xla", {"runtime/xla.py", "runtime/lowering.py"}),
+        ("accelerate", {"runtime/accelerate_devices.py"}),
+        ("torch_xla", {f"runtime/{name}.py" for name in ("xla", "xla_devices", "xla_layers", "lowering")}),
         ("torch.distributed", {"runtime/accelerate.py", "runtime/hosts.py"}),
     ],
 )
