@@ -21,7 +21,7 @@ from benchmarks.commit import current_commit
 from diffusion.batch import Batch
 from launch.app import CONF
 from launch.build import build
-from launch.schema import register
+from launch.settings import register
 from model.checkpointing import checkpoint_blocks
 from model.dit import DiT
 from model.flops import num_parameters, training_multiply_adds

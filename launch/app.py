@@ -18,11 +18,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch import STARTED_BY
-from launch.check import check_known, check_positive, check_targets, closest
+from launch.check import check_known, check_targets, closest
 from launch.parallel import started_by_torchrun, stop_without
 from launch.progress import make_progress
 from launch.redaction import exit_with_traceback, redact_file, secrets_hidden
-from launch.schema import register
+from launch.settings import SETTINGS, register
 from launch.sweep_processes import SweepFailedError
 from launch.words import prepared
 
@@ -35,12 +35,12 @@ LESS_MEMORY = {  # of a GPU; roundings are all that changes
     "evaluate": "set a smaller evaluation.batch_size",
 }
 CONF = Path(__file__).resolve().parent.parent / "conf"
-JobFunction = Callable[..., None]  # (config, progress)
+JobFunction = Callable[..., None]  # (settings, progress)
 Settle = Callable[[DictConfig, list[str]], None]  # (config before anything is resolved, words of the command line)
 
 
 def run(job: str, function: JobFunction, settle: Settle | None = None) -> None:
-    """Compose ``conf/{job}.yaml`` with the command line's overrides and call ``function(config, progress)``.
+    """Compose ``conf/{job}.yaml`` with the command line's overrides and call ``function(settings, progress)``.
 
     ``settle`` may change the composed config before anything in it is resolved.
 
@@ -145,7 +145,7 @@ class _Task:
             self._settle(config, list(HydraConfig.get().overrides.task))
         plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True, enum_to_str=True)  # type: ignore[assignment]
         check_targets(plain)
-        check_positive(plain)
+        settings = SETTINGS[self.job].of(plain)
         hydra_config: Any = HydraConfig.get()
         if hydra_config.mode == RunMode.MULTIRUN:
             from launch.gpus import take_gpu  # which imports PyTorch; showing help need not
@@ -153,7 +153,7 @@ class _Task:
             redact_file(Path(hydra_config.sweep.dir) / "multirun.yaml", plain)
             take_gpu(plain, Path(hydra_config.sweep.dir))
         is_main = os.environ.get("RANK", "0") == "0"
-        self._function(plain, make_progress(plain.get("name", ""), self.row, is_main))
+        self._function(settings, make_progress(plain.get("name", ""), self.row, is_main))
 
 
 def _settings_of(config: DictConfig) -> Any:

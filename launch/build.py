@@ -14,6 +14,7 @@ from data.manifest import LatentSpec, Manifest
 from data.plan import identity_of, latent_spec
 from data.progress import ProgressBar
 from data.records import validate
+from data.settings import DataSettings
 from data.shards import MappedShards, open_shards
 from data.urls import redacted_config
 from diffusion.guidance import Guided
@@ -29,6 +30,7 @@ from launch.check import closest
 from launch.components import build, build_saved, target_of
 from launch.runs import checkpoint_hash, pinned_sources, read_checkpoint
 from launch.saved_configs import component, setting
+from launch.settings import EvaluateSettings, SamplingSettings, TrainSettings
 from model.autoencoder import Autoencoder
 from model.dit import DiT
 from model.flops import multiply_adds, num_parameters, training_multiply_adds
@@ -68,21 +70,21 @@ def condition_source(section: Mapping[str, Any], spec: LatentSpec) -> ConditionS
     return source
 
 
-def expected_spec(data: Mapping[str, Any], manifest: Manifest) -> tuple[Autoencoder, LatentSpec]:
+def expected_spec(data: DataSettings, manifest: Manifest) -> tuple[Autoencoder, LatentSpec]:
     """The autoencoder of the config, and the spec that shards must have to fit the config."""
-    autoencoder: Autoencoder = build(data["autoencoder"])
+    autoencoder: Autoencoder = build(data.autoencoder)
     preparation = build_preparation(data)
-    return autoencoder, latent_spec(data["name"], manifest.spec.num_classes, autoencoder, preparation, data["flip"])
+    return autoencoder, latent_spec(data.name, manifest.spec.num_classes, autoencoder, preparation, data.flip)
 
 
-def build_preparation(data: Mapping[str, Any]) -> Preparation:
+def build_preparation(data: DataSettings) -> Preparation:
     """How the images of a config's ``data`` are decoded and cropped."""
-    return Preparation(data["image_size"], build(data["crop"]), data["apply_exif"])
+    return Preparation(data.image_size, build(data.crop), data.apply_exif)
 
 
-def build_shards(data: Mapping[str, Any]) -> MappedShards:
+def build_shards(data: DataSettings) -> MappedShards:
     """Return the shards of the config, ready to be read."""
-    return open_shards(data["shards"], data["verify_checksums"], data["cache"], data["cache_bytes"])
+    return open_shards(data.shards, data.verify_checksums, data.cache, data.cache_bytes)
 
 
 def require_outputs(model: DiT, outputs_per_channel: int, of: str) -> None:
@@ -124,7 +126,7 @@ def _named_settings(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build_generator(
-    config: Mapping[str, Any],
+    config: SamplingSettings,
     model: Denoiser,
     objective: Objective,
     autoencoder: Autoencoder,
@@ -138,14 +140,14 @@ def build_generator(
 
     Raises ValueError for settings that do not fit, before anything is trained or generated.
     """
-    sampler: Sampler = build(config["sampler"])
+    sampler: Sampler = build(config.sampler)
     sampler.require(objective)
-    if class_dropout == 0 and target_of(config["guidance"]).needs_null:
+    if class_dropout == 0 and target_of(config.guidance).needs_null:
         raise ValueError(
             "Guidance needs the null class, but this model is trained with class_dropout 0 and never sees it; use "
             "diffusion/guidance=none, or train with class_dropout=0.1."
         )
-    section = dict(config["guidance"])
+    section = dict(config.guidance)
     others = {"guide": runtime.place(load_model(section.pop("guide"), "ema")).eval()} if "guide" in section else {}
     guided: Guided = build(section)(model, null=conditions.null, latent_channels=spec.channels, **others)
     return Generator(guided, objective, autoencoder.to(runtime.device), sampler, spec, conditions, seed, runtime)
@@ -165,41 +167,41 @@ def precision_of_products(precision: str, device: torch.device) -> str:
 
 
 def build_evaluator(
-    config: Mapping[str, Any], runtime: Processes, progress: ProgressBar, names: Sequence[str] | None = None
+    config: TrainSettings | EvaluateSettings,
+    runtime: Processes,
+    progress: ProgressBar,
+    names: Sequence[str] | None = None,
 ) -> Evaluator:
     """What measures images by the ``evaluation`` of a config, with the metrics of its list or of ``names``.
 
     Raises ValueError for a metric that there is not.
     """
-    settings, data = config["evaluation"], config["data"]
-    names = settings["metrics"] if names is None else names
+    settings, data = config.evaluation, config.data
+    names = settings.metrics if names is None else names
     if not names:
         raise ValueError(
-            f"evaluation.metrics is empty; choose among {', '.join(settings['metric'])}, or set evaluate_every=null."
+            f"evaluation.metrics is empty; choose among {', '.join(settings.metric)}, or set evaluate_every=null."
         )
     for name in names:
-        if name not in settings["metric"]:
+        if name not in settings.metric:
             raise ValueError(
-                f"There is no metric {name!r}{closest(name, settings['metric'])} There are: "
-                f"{', '.join(settings['metric'])}."
+                f"There is no metric {name!r}{closest(name, settings.metric)} There are: {', '.join(settings.metric)}."
             )
     protocol = MeasurementProtocol(
-        sampler=_named_settings(config["sampler"]),
-        guidance=_named_settings(config["guidance"]),
-        num_images=settings["num_images"],
-        sampling_seed=settings["seed"],
-        network_precision=precision_of_products(config["precision"], runtime.device),
-        labels=settings["labels"],
+        sampler=_named_settings(config.sampler),
+        guidance=_named_settings(config.guidance),
+        num_images=settings.num_images,
+        sampling_seed=settings.seed,
+        network_precision=precision_of_products(config.precision.value, runtime.device),
+        labels=settings.labels.value,
     )
-    extractor = build_extractor(settings["features"], runtime)
-    if settings["reference"] is None:
-        reference = make_reference(
-            build(data["source"]), data["image_size"], extractor, build(data["crop"]), data["apply_exif"]
-        )
+    extractor = build_extractor(settings.features, runtime)
+    if settings.reference is None:
+        reference = make_reference(build(data.source), data.image_size, extractor, build(data.crop), data.apply_exif)
     else:
-        reference = read_reference(Path(settings["reference"]), extractor, Path(settings["cache"]), progress)
-    metrics: dict[str, Metric] = {name: build(settings["metric"][name]) for name in names}
-    return Evaluator(extractor, reference, protocol, settings["batch_size"], metrics)
+        reference = read_reference(Path(settings.reference), extractor, Path(settings.cache), progress)
+    metrics: dict[str, Metric] = {name: build(settings.metric[name]) for name in names}
+    return Evaluator(extractor, reference, protocol, settings.batch_size, metrics)
 
 
 def load_model(where: str, weights: str) -> DiT:
@@ -338,7 +340,7 @@ class LoadedCheckpoint:
             note=_average_note(config, weights, state["step"], said_by),
         )
 
-    def generator(self, config: Mapping[str, Any], seed: int, runtime: Devices) -> Generator:
+    def generator(self, config: SamplingSettings, seed: int, runtime: Devices) -> Generator:
         """Images of this checkpoint with the job's sampler and guidance."""
         return build_generator(
             config,

@@ -13,29 +13,6 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import SchemaError
 
-POSITIVE = (
-    "total_steps",
-    "batch_size",
-    "log_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "keep_checkpoint_every",
-    "sample_every",
-    "evaluate_every",
-    "num_images",
-    "devices",
-    "peak_tflops",
-    "utilization",
-    "num_samples",
-    "num_kept",
-    "max_grad_norm",
-    "data.image_size",
-    "data.samples_per_shard",
-    "data.cache_bytes",
-    "evaluation.num_images",
-    "evaluation.batch_size",
-)
-
 
 def closest(name: str, candidates: Iterable[str]) -> str:
     """End of a sentence on an unknown name: "; did you mean 'x'?" where something similar exists, else "."."""
@@ -118,31 +95,6 @@ def check_type(name: str, value: Any, hint: Any) -> None:
         missing = found["type"] == "missing"
         reason = f"it has no value at {found['loc'][-1]}" if missing else found["msg"].lower()
         raise ValueError(f"{name} is {value!r}, but {reason}.") from error
-
-
-def check_positive(config: Mapping[str, Any]) -> None:
-    """Counts, sizes and intervals of any job must be positive. Raises ValueError with the number."""
-    for name in POSITIVE:
-        value: Any = config
-        for key in name.split("."):
-            value = value.get(key) if isinstance(value, Mapping) else None
-        if value is not None and value <= 0:
-            never = " (null is never)" if name.endswith("_every") else ""
-            raise ValueError(f"{name} is {value}, but it must be positive{never}; set it higher.")
-
-
-def check_train_scalars(config: Mapping[str, Any]) -> None:
-    """Run scalars that must fit each other. Raises ValueError with both numbers."""
-    kept, every = config["keep_checkpoint_every"], config["checkpoint_every"]
-    if kept is not None and kept % every:
-        raise ValueError(
-            f"keep_checkpoint_every {kept} is no multiple of checkpoint_every {every}, so few or no checkpoints would "
-            "stay; change one of them."
-        )
-    if not 0 <= config["class_dropout"] <= 1:
-        raise ValueError(
-            f"class_dropout is {config['class_dropout']}, but it is a fraction between 0 and 1; the paper uses 0.1."
-        )
 
 
 def check_readers(num_processes: int, num_shards: int) -> None:

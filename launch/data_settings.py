@@ -21,6 +21,7 @@ from data.remote import is_remote, join, read_bytes
 from data.urls import redacted_config
 from launch.app import CONF
 from launch.components import from_file, plain_value
+from launch.settings import EncodeSettings
 
 RECORD = "data.json"
 SCALARS = ("name", "image_size", "apply_exif", "flip", "samples_per_shard")
@@ -38,14 +39,15 @@ _OVERRIDES = {  # what the command line says of a field of the manifest
 _CROPS = {"none": "data.images.ExactSize", "center": "data.images.CenterCrop"}
 
 
-def write_record(folder: Path, config: Mapping[str, Any]) -> None:
+def write_record(folder: Path, config: EncodeSettings) -> None:
     """Keep beside the manifest what an `encode` job was told, so that other jobs need not be told again."""
-    data = config["data"]
+    plain = config.plain()
+    data = plain["data"]
     source = {key: _absolute(key, value) for key, value in data["source"].items()}
     content = {
         "format_version": 1,
         "data": {**{key: data[key] for key in (*SCALARS, *COMPONENTS)}, "source": source},
-        "encode": {key: config[key] for key in (*OF_THE_JOB, "encoding")},
+        "encode": {key: plain[key] for key in (*OF_THE_JOB, "encoding")},
     }
     write_bytes(folder / RECORD, json.dumps(seal(redacted_config(content)), indent=1).encode())
 

@@ -16,10 +16,11 @@ from launch.build import build_preparation
 from launch.components import build
 from launch.data_settings import write_record
 from launch.jobs import start
+from launch.settings import EncodeSettings
 from launch.workers import worker_device, workers_from_environment
 
 
-def encode_job(config: dict[str, Any], progress: ProgressBar) -> None:
+def encode_job(config: EncodeSettings, progress: ProgressBar) -> None:
     """Make the shards that ``data`` describes; under torchrun, together with the other processes."""
     manifest = encode_shards(config, progress, HydraConfig.get().overrides.task)
     if manifest is not None:
@@ -27,52 +28,48 @@ def encode_job(config: dict[str, Any], progress: ProgressBar) -> None:
         skipped = f", {manifest.num_skipped} images set aside" if manifest.num_skipped else ""
         print(
             f"{manifest.num_samples} samples of {manifest.spec.num_classes} classes in {len(manifest.shards)} "
-            f"shards, {size / 2**20:.1f} MiB{skipped}: {Path(config['data']['shards']) / 'manifest.json'}"
+            f"shards, {size / 2**20:.1f} MiB{skipped}: {Path(config.data.shards) / 'manifest.json'}"
         )
 
 
-def encode_shards(config: dict[str, Any], progress: ProgressBar, words: Iterable[str] | None = None) -> Manifest | None:
+def encode_shards(config: EncodeSettings, progress: ProgressBar, words: Iterable[str] | None = None) -> Manifest | None:
     """Encode what is missing or damaged in ``data.shards``. Returns the manifest in the first process.
 
     ``words`` of the command line are given where the settings are not those of an earlier encoding.
     """
-    data = config["data"]
-    if not 0 <= config["max_skipped_fraction"] <= 1:
+    data = config.data
+    if is_remote(data.shards):
         raise ValueError(
-            f"max_skipped_fraction is {config['max_skipped_fraction']}, but a fraction is between 0 and 1; set another."
+            f"data.shards is {data.shards}, but shards are written to a local folder; encode into one, then copy it."
         )
-    if is_remote(data["shards"]):
-        raise ValueError(
-            f"data.shards is {data['shards']}, but shards are written to a local folder; encode into one, then copy it."
-        )
-    autoencoder = build(data["autoencoder"])
+    autoencoder = build(data.autoencoder)
     if words is not None:
         require_own_scale(autoencoder, words)
-    encoding: Encoding = build(config["encoding"])(
+    encoding: Encoding = build(config.encoding)(
         autoencoder=autoencoder,
         preparation=build_preparation(data),
-        flip=data["flip"],
-        device=worker_device(config["device"]),
+        flip=data.flip,
+        device=worker_device(config.device),
     )
-    source: Source = build(data["source"])
-    workers = workers_from_environment(config["threads"])
+    source: Source = build(data.source)
+    workers = workers_from_environment(config.threads)
     if workers.rank == 0:
         for note in notes_of(source):
             print(f"note: {note}")
     manifest = encode(
         source,
         encoding,
-        Path(data["shards"]),
-        name=data["name"],
-        samples_per_shard=data["samples_per_shard"],
-        batch_size=config["batch_size"],
-        seed=config["seed"],
+        Path(data.shards),
+        name=data.name,
+        samples_per_shard=data.samples_per_shard,
+        batch_size=config.batch_size,
+        seed=config.seed,
         progress=progress,
-        max_skipped_fraction=config["max_skipped_fraction"],
+        max_skipped_fraction=config.max_skipped_fraction,
         workers=workers,
     )
     if manifest is not None:
-        write_record(Path(data["shards"]), config)
+        write_record(Path(data.shards), config)
     return manifest
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
@@ -16,6 +15,7 @@ from data.manifest import Manifest
 from data.progress import ProgressBar
 from data.reading import DamagedFileError
 from data.records import canonical_hash
+from data.settings import DataSettings
 from data.shards import MappedShards
 from diffusion.process import require_gaussian
 from evaluation.chunks import EVALUATING, TRAINING, ChunkStore, discard
@@ -37,6 +37,7 @@ from launch.data_settings import settle_by, settle_by_shards
 from launch.facts import facts_of_process, source_hash
 from launch.jobs import start
 from launch.runs import checkpoint_hash, read_checkpoint
+from launch.settings import EvaluateSettings
 from model.dit import DiT
 from runtime.protocol import Devices
 from train.checkpoint import code_version, read_state_file
@@ -46,34 +47,34 @@ from train.stores import STATE_FILE, list_checkpoints
 LIKELIHOOD = "nll"  # needs no generated images, so it is no `Metric`
 
 
-def evaluate_job(config: dict[str, Any], progress: ProgressBar) -> None:
+def evaluate_job(config: EvaluateSettings, progress: ProgressBar) -> None:
     """Generate, measure, append. Prints the record."""
-    if not config["metrics"]:
+    if not config.metrics:
         raise ValueError("metrics is empty; choose at least one, such as metrics=[frechet].")
-    known = [*config["evaluation"]["metric"], LIKELIHOOD]
-    for name in config["metrics"]:
+    known = [*config.evaluation.metric, LIKELIHOOD]
+    for name in config.metrics:
         if name not in known:
             raise ValueError(f"There is no metric {name!r}{closest(name, known)} There are: {', '.join(known)}.")
-    runtime: Devices = build(config["runtime"], precision=config["precision"])
-    runtime.require_same(facts_of_process(config))
-    checkpoint = LoadedCheckpoint.load(config["checkpoint"], config["weights"], runtime)
+    runtime: Devices = build(config.runtime, precision=config.precision.value)
+    runtime.require_same(facts_of_process(config.plain()))
+    checkpoint = LoadedCheckpoint.load(config.checkpoint, config.weights, runtime)
     folder = RunFolder(checkpoint.run_dir)
     folder.read_config()  # refuses a folder that is no run's
-    data = config["data"]
-    if (data["name"], data["image_size"]) != (checkpoint.spec.source, checkpoint.spec.image_size):
+    data = config.data
+    if (data.name, data.image_size) != (checkpoint.spec.source, checkpoint.spec.image_size):
         raise ValueError(
             f"The checkpoint was trained on {checkpoint.spec.source} at {checkpoint.spec.image_size} px, but the "
-            f"reference would be {data['name']} at {data['image_size']} px; leave data out, or give the checkpoint's."
+            f"reference would be {data.name} at {data.image_size} px; leave data out, or give the checkpoint's."
         )
-    if config["compile"]:
+    if config.compile:
         compile_blocks(checkpoint.model, runtime.device)
-    generator = checkpoint.generator(config, config["evaluation"]["seed"], runtime)
-    if LIKELIHOOD in config["metrics"]:
+    generator = checkpoint.generator(config, config.evaluation.seed, runtime)
+    if LIKELIHOOD in config.metrics:
         require_gaussian(checkpoint.objective, f"metric {LIKELIHOOD}")
     evaluator, chunks = None, None
-    if names := [name for name in config["metrics"] if name != LIKELIHOOD]:
+    if names := [name for name in config.metrics if name != LIKELIHOOD]:
         evaluator = build_evaluator(config, runtime, progress, names)
-        chunks = EvaluationChunks(checkpoint, config["weights"], evaluator)
+        chunks = EvaluationChunks(checkpoint, config.weights, evaluator)
     store = ChunkStore() if chunks is None else chunks.store
     with store.used():
         record = _record(config, checkpoint, generator, evaluator, store, progress)
@@ -95,7 +96,7 @@ def settle_evaluation(config: DictConfig, words: list[str]) -> None:
 
 
 def _record(
-    config: Mapping[str, Any],
+    config: EvaluateSettings,
     checkpoint: LoadedCheckpoint,
     generator: Generator,
     evaluator: Evaluator | None,
@@ -103,7 +104,7 @@ def _record(
     progress: ProgressBar,
 ) -> dict[str, Any]:
     """The line of ``evaluations.jsonl``. Every process must call it."""
-    weights, settings = config["weights"], config["evaluation"]
+    weights, settings = config.weights, config.evaluation
     record = {
         "step": checkpoint.step,
         "images_seen": checkpoint.images_seen,
@@ -113,11 +114,11 @@ def _record(
     if len(checkpoint.sources) > 1:  # an average of others is another one where fewer of them are kept
         record["average_of_steps"] = [source.step for source in checkpoint.sources]
     if evaluator is not None:
-        record |= evaluator.evaluate(generator, progress, store, build(settings["image_file"]))
-    if LIKELIHOOD in config["metrics"]:
-        shards = _shards_of(checkpoint, config["data"])
-        precision = precision_of_products(config["precision"], generator.runtime.device)
-        sizes = settings["num_images"], settings["batch_size"]
+        record |= evaluator.evaluate(generator, progress, store, build(settings.image_file))
+    if LIKELIHOOD in config.metrics:
+        shards = _shards_of(checkpoint, config.data)
+        precision = precision_of_products(config.precision.value, generator.runtime.device)
+        sizes = settings.num_images, settings.batch_size
         record |= measure_likelihood(generator, shards, *sizes, precision, progress)
     return record
 
@@ -173,9 +174,9 @@ class EvaluationChunks:
         discard(self._folder, lambda name: name.startswith(self._label) or not name.startswith(tuple(usable)))
 
 
-def _shards_of(checkpoint: LoadedCheckpoint, data: Mapping[str, Any]) -> MappedShards:
+def _shards_of(checkpoint: LoadedCheckpoint, data: DataSettings) -> MappedShards:
     """The shards, refused where their latents are not those that the checkpoint was trained on."""
-    Manifest.load(data["shards"]).require(checkpoint.spec, data["shards"])
+    Manifest.load(data.shards).require(checkpoint.spec, data.shards)
     return build_shards(data)
 
 

@@ -1,6 +1,5 @@
 """``ditscale export``: a checkpoint's weights to another program."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,12 @@ from data.records import validate
 from diffusion.objective import Objective
 from diffusion.process import require_gaussian
 from launch.build import model_at
-from launch.components import build, build_saved
+from launch.components import build, build_saved, target_of
 from launch.foreign import Facts, is_foreign, notes_on_positions, read_foreign
 from launch.jobs import start
 from launch.runs import read_checkpoint
 from launch.saved_configs import component
+from launch.settings import ExportSettings, Program
 from model.diffusers_weights import NULL_CLASS, to_diffusers
 from model.dit import DiT
 from model.released import to_reference
@@ -37,12 +37,12 @@ class Source:
     betas: tuple[float, ...] | None = None  # None: the paper's
 
 
-def export_job(config: dict[str, Any], progress: ProgressBar) -> None:
+def export_job(config: ExportSettings, progress: ProgressBar) -> None:
     """Write ``out``: a ``.pt`` with the released code's names, or a folder that diffusers loads."""
-    where, out, for_diffusers = config["checkpoint"], Path(config["out"]), config["to"] == "diffusers"
+    where, out, for_diffusers = config.checkpoint, Path(config.out), config.to is Program.diffusers
     if out.exists():
         raise ValueError(f"{out} exists already; give another out, or remove it.")
-    source = _foreign_source(config) if is_foreign(where) else _our_source(where, config["weights"], for_diffusers)
+    source = _foreign_source(config) if is_foreign(where) else _our_source(where, config.weights, for_diffusers)
     model, notes = source.model, list(source.notes)
     if for_diffusers:
         with atomic_folder(out) as aside:
@@ -55,14 +55,14 @@ def export_job(config: dict[str, Any], progress: ProgressBar) -> None:
             notes.append(
                 "the released code spaces the timestep's frequencies otherwise, so its outputs are a little off."
             )
-    print(f"{config['weights']} weights of {where} for {config['to']}: {out}")
+    print(f"{config.weights} weights of {where} for {config.to}: {out}")
     for note in notes:
         print(f"note: {note}")
 
 
-def _foreign_source(config: Mapping[str, Any]) -> Source:
-    network = read_foreign(config["checkpoint"], config["weights"], Facts(**config["foreign"]))
-    own = notes_on_positions(network.model, config["checkpoint"]) if config["to"] == "reference" else []
+def _foreign_source(config: ExportSettings) -> Source:
+    network = read_foreign(config.checkpoint, config.weights, Facts(**config.foreign.plain()))
+    own = notes_on_positions(network.model, config.checkpoint) if config.to is Program.reference else []
     return Source(network.model, (*network.notes, *own), class_names=network.class_names)
 
 
@@ -87,7 +87,7 @@ def _source_at(path: Path, weights: str, for_diffusers: bool) -> Source:
 
 def _autoencoder(section: dict[str, Any], spec: LatentSpec) -> tuple[Any, list[str]]:
     """Return the AutoencoderKL of a checkpoint, scaled as its pipeline has to, or a sentence why there is none."""
-    if not section["_target_"].endswith("DiffusersAutoencoder"):
+    if not hasattr(target_of(section), "for_pipeline"):
         return None, ["its latents are images, for which a DiTPipeline has no decoder: open it with vae=None."]
     without = "so the folder holds none: give yours as DiTPipeline.from_pretrained(FOLDER, vae=...)."
     try:

@@ -19,6 +19,7 @@ from launch.components import build, target_of
 from launch.diffusers_folder import WEIGHTS, is_diffusers_folder, read_class_names, read_diffusers_folder
 from launch.foreign_process import notes_on_process
 from launch.hub import fetch_from_hub, may_be_hub_name
+from launch.settings import SampleSettings
 from launch.weight_files import read_weight_file
 from launch.weight_tables import EMA, choose_table
 from model.autoencoder import Autoencoder
@@ -93,15 +94,15 @@ def notes_on_positions(model: DiT, where: str) -> list[str]:
     return [f"{where}: its position embedding is up to {drift:.2g} off the fixed one; its own is used."]
 
 
-def load_foreign(config: Mapping[str, Any], runtime: Devices) -> LoadedCheckpoint:
+def load_foreign(config: SampleSettings, runtime: Devices) -> LoadedCheckpoint:
     """Return a foreign network with the process and autoencoder of the job's config, which ours would carry itself."""
-    where, settings = config["checkpoint"], config["foreign"]
-    network = read_foreign(where, config["weights"], Facts(**settings))
+    where, settings = config.checkpoint, config.foreign
+    network = read_foreign(where, config.weights, Facts(**settings.plain()))
     model = network.model
-    objective: Objective = build(config["diffusion"])
+    objective: Objective = build(config.diffusion)
     require_outputs(model, objective.outputs_per_channel, of=where)
     _require_null_class(model, where, config)
-    autoencoder: Autoencoder = build(config["data"]["autoencoder"])
+    autoencoder: Autoencoder = build(config.data.autoencoder)
     if autoencoder.channels != model.config.channels:
         raise ValueError(
             f"The weights in {where} are for latents of {model.config.channels} channels, but the autoencoder "
@@ -185,8 +186,8 @@ def _likely_heads(tensors: Mapping[str, Tensor], facts: Facts) -> int | None:
     return 1 if facts.likely_heads and width % facts.likely_heads else facts.likely_heads
 
 
-def _require_null_class(model: DiT, where: str, config: Mapping[str, Any]) -> None:
-    if not model.has_null_class and target_of(config["guidance"]).needs_null:
+def _require_null_class(model: DiT, where: str, config: SampleSettings) -> None:
+    if not model.has_null_class and target_of(config.guidance).needs_null:
         raise ValueError(
             f"{where} has no null class (its label table has {model.config.num_classes} rows for as many classes), "
             "which guidance needs; use diffusion/guidance=none."

@@ -1,6 +1,6 @@
 """``ditscale JOB --help``: what a job does, what may be chosen, and each setting with its default and what it means.
 
-Nothing is written twice: descriptions are the comments in ``conf/`` and beside the fields of `launch.schema`, and the
+Nothing is written twice: descriptions are the comments in ``conf/`` and beside the fields of `launch.settings`, and the
 first sentences of docstrings.
 """
 
@@ -17,9 +17,9 @@ from typing import Any, get_type_hints
 import yaml
 from omegaconf import OmegaConf
 
-from launch import schema
 from launch.app import CONF, default_config
 from launch.jobs import JOBS
+from launch.settings import SETTINGS
 
 _PACKAGE = re.compile(r"^# @package (\S+)", re.MULTILINE)
 _LINE = re.compile(r"(?P<indent> *)(?P<key>[\w/.-]+):(?P<rest>.*)")
@@ -83,10 +83,7 @@ def _first_sentence(target: str) -> str:
 
 def comments_of(job: str, groups: Mapping[str, str]) -> dict[str, str]:
     """Return what is written beside each setting, by its dotted name: in the schema, then in the chosen files."""
-    root = next(
-        kind for kind in vars(schema).values() if inspect.isclass(kind) and kind.__name__ == f"{job.title()}Schema"
-    )
-    found = dict(_of_schema(root, ""))
+    found = dict(_of_schema(SETTINGS[job], ""))
     for group, choice in groups.items():
         for path in _with_bases(CONF / group / f"{choice}.yaml"):
             found |= _of_yaml(path, group.replace("/", "."))

@@ -9,13 +9,13 @@ from omegaconf import DictConfig, OmegaConf
 from data.manifest import Manifest
 from data.progress import ProgressBar
 from data.shard_tars import shard_bytes_per_sample
-from launch.components import build
+from launch.components import build, target_of
 from launch.jobs import start
+from launch.settings import Format, PlanSettings, Precision
 from model.dit import DiTConfig
 from model.flops import TRAINING_FACTOR, multiply_adds, num_parameters
 from model.memory import STATE_BYTES_PER_PARAMETER, activation_bytes_per_image
 
-_LATENTS = (8, 4)  # factor and channels of Stable Diffusion's autoencoders, whose weights are not read for a plan
 COLUMNS = (  # heading, key, format
     ("model", "name", "32s"),
     ("Gflops (GMACs)", "gmacs", "14.3f"),
@@ -29,10 +29,10 @@ COLUMNS = (  # heading, key, format
 )
 
 
-def plan_job(config: dict[str, Any], progress: ProgressBar) -> None:
+def plan_job(config: PlanSettings, progress: ProgressBar) -> None:
     """Print one row; a sweep prints its heading once."""
     row = plan_row(config)
-    if config["format"] == "json":
+    if config.format is Format.json:
         print(json.dumps(row))
         return
     if not HydraConfig.get().job.get("num"):  # type: ignore[attr-defined]  # a DictConfig, whatever its annotation
@@ -41,21 +41,21 @@ def plan_job(config: dict[str, Any], progress: ProgressBar) -> None:
     print("  ".join(f"{row[key]:>{layout}}" for _, key, layout in COLUMNS))
 
 
-def plan_row(config: dict[str, Any]) -> dict[str, Any]:
+def plan_row(config: PlanSettings) -> dict[str, Any]:
     """All numbers of one model. Gflops and TMACs are multiply-adds as in the paper; EFLOPs are true FLOPs."""
-    section = {key: value for key, value in config["model"].items() if key not in ("_target_", "block")}
-    outputs = build(config["diffusion"]).outputs_per_channel
-    model = DiTConfig(**section, block=build(config["model"]["block"]), outputs_per_channel=outputs)
+    section = {key: value for key, value in config.model.items() if key not in ("_target_", "block")}
+    outputs = build(config.diffusion).outputs_per_channel
+    model = DiTConfig(**section, block=build(config.model["block"]), outputs_per_channel=outputs)
     macs, parameters = multiply_adds(model), num_parameters(model)
-    images = config["total_steps"] * config["batch_size"]
+    images = config.total_steps * config.batch_size
     training_flops = 2 * TRAINING_FACTOR * macs * images
-    flops_per_second = config["devices"] * config["peak_tflops"] * 1e12 * config["utilization"]
-    images_per_device = -(-config["batch_size"] // config["devices"])
-    activations = activation_bytes_per_image(model, config["precision"] == "bf16") * images_per_device
-    orientations = 2 if config["flip"] else 1
+    flops_per_second = config.devices * config.peak_tflops * 1e12 * config.utilization
+    images_per_device = -(-config.batch_size // config.devices)
+    activations = activation_bytes_per_image(model, config.precision is Precision.bf16) * images_per_device
+    orientations = 2 if config.flip else 1
     values = orientations * 2 * model.channels * model.latent_size**2
     return {
-        "name": config["name"],
+        "name": config.name,
         "gmacs": macs / 1e9,
         "parameters_millions": parameters / 1e6,
         "training_exaflops": training_flops / 1e18,
@@ -64,20 +64,20 @@ def plan_row(config: dict[str, Any]) -> dict[str, Any]:
         "state_gb": sum(STATE_BYTES_PER_PARAMETER.values()) * parameters / 1e9,
         "activations_gb": activations / 1e9,
         "images_per_device": images_per_device,
-        "sampling_tmacs": macs * config["sampling_steps"] / 1e12,
-        "shards_gb": shard_bytes_per_sample(values) * config["num_samples"] / 1e9,
+        "sampling_tmacs": macs * config.sampling_steps / 1e12,
+        "shards_gb": shard_bytes_per_sample(values) * config.num_samples / 1e9,
     }
 
 
-def _assumptions(config: dict[str, Any]) -> str:
+def _assumptions(config: PlanSettings) -> str:
     """Return a line on everything that the numbers rest on and the columns do not show."""
-    model, name = config["model"], config["data"]["name"]
+    model, name = config.model, config.data.name
     latents = f"{model['latent_size']}x{model['latent_size']}x{model['channels']}"
-    machine = f"{config['devices']} devices of {config['peak_tflops']:g} TFLOPs in {config['precision']}"
+    machine = f"{config.devices} devices of {config.peak_tflops:g} TFLOPs in {config.precision}"
     return (
-        f"Of {config['num_samples']:,} images of {model['num_classes']:,} classes ({name}), latents {latents}, "
-        f"{'both orientations' if config['flip'] else 'one orientation'}; {config['total_steps']:,} steps of "
-        f"{config['batch_size']}; {machine}, used to {100 * config['utilization']:.0f}%; {config['sampling_steps']} "
+        f"Of {config.num_samples:,} images of {model['num_classes']:,} classes ({name}), latents {latents}, "
+        f"{'both orientations' if config.flip else 'one orientation'}; {config.total_steps:,} steps of "
+        f"{config.batch_size}; {machine}, used to {100 * config.utilization:.0f}%; {config.sampling_steps} "
         "sampling steps. Each is a setting of plan."
     )
 
@@ -92,8 +92,8 @@ def settle_by_data(config: DictConfig, words: list[str]) -> None:
         found |= {"model.num_classes": spec.num_classes}
         found |= {"model.latent_size": spec.latent_size, "model.channels": spec.channels}
     elif "data" in keys:
-        is_pixels = config.data.autoencoder._target_.endswith("IdentityAutoencoder")
-        downscale, channels = (1, config.data.autoencoder.channels) if is_pixels else _LATENTS
+        section = config.data.autoencoder  # its weights are not read for a plan
+        downscale, channels = target_of(section).usual_latents or (1, section.channels)
         found = {"flip": config.data.flip}
         found |= {"model.latent_size": config.data.image_size // downscale, "model.channels": channels}
     else:

@@ -1,7 +1,6 @@
 """``ditscale reference``: real images to the statistics that generated ones are compared with."""
 
 from pathlib import Path
-from typing import Any
 
 from data.atomic import make_folder, require_no_folder
 from data.progress import ProgressBar
@@ -12,29 +11,30 @@ from launch.build import build_extractor
 from launch.components import build
 from launch.facts import facts_of_process
 from launch.jobs import start
+from launch.settings import ReferenceSettings
 from runtime.protocol import Processes
 
 
-def reference_job(config: dict[str, Any], progress: ProgressBar) -> None:
+def reference_job(config: ReferenceSettings, progress: ProgressBar) -> None:
     """Write ``out`` with statistics over all images, and some of them for precision and recall."""
-    out = Path(config["out"])
+    out = Path(config.out)
     if out.suffix != ".npz":
         raise ValueError(f"out is {out}, but a reference is an .npz; name it so.")
     require_no_folder(out)  # before hours of work
     make_folder(out.parent)
-    runtime: Processes = build(config["runtime"], precision="fp32")
-    runtime.require_same(facts_of_process(config))
-    images: ImageSet = build(config["images"])
+    runtime: Processes = build(config.runtime, precision="fp32")
+    runtime.require_same(facts_of_process(config.plain()))
+    images: ImageSet = build(config.images)
     images.to(runtime.device)
-    extractor = build_extractor(config["evaluation"]["features"], runtime)
+    extractor = build_extractor(config.evaluation.features, runtime)
     runtime.require_same({"feature extractor": extractor.hash, "images": images.fingerprint})
     write_reference(
         out,
         images,
         extractor,
-        num_kept=config["num_kept"],
-        seed=config["seed"],
-        batch_size=config["batch_size"],
+        num_kept=config.num_kept,
+        seed=config.seed,
+        batch_size=config.batch_size,
         runtime=runtime,
         progress=progress,
     )

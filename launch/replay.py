@@ -6,60 +6,57 @@ report goes to standard output.
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from numpy.typing import NDArray
 
 from data.conditions import ConditionSource
+from data.fields import free_settings
 from data.manifest import Manifest
 from data.order import positions_of_step
 from data.prefetch import prefetch
 from data.progress import ProgressBar
+from data.settings import DataSettings
 from data.shards import MappedShards
 from diffusion.batch import Batch
-from launch.build import build_shards, condition_source, expected_spec
+from launch.build import build_shards
 from launch.check import check_targets
 from launch.components import build
-from launch.data_settings import require_shards
-from launch.facts import facts_of_process
 from launch.progress import make_progress
 from launch.saved_configs import whole_config
-from launch.training import new_state, spike_guard, training_batches
-from model.checkpointing import checkpoint_blocks
-from model.dit import DiT
-from runtime.protocol import Processes, Runtime
+from launch.settings import TrainSettings
+from launch.training import PreparedRun, prepare_run
+from runtime.protocol import Processes
 from train.checkpoint import code_version, load_newest
 from train.dump import FILE_NAME, DivergedError, Dump, read_dump
 from train.loop import train
 from train.replay import MAX_NAMED, Findings, FollowHook, Replay
-from train.step import make_step
 from train.stores import FolderStore
 
-MAY_BE_GIVEN = ("runtime", "data.shards", "data.cache", "data.cache_bytes", "data.verify_checksums")
+# Where the shards lie, and how they are read, may differ; so may the runtime.
+MAY_BE_GIVEN = ("runtime", *free_settings(DataSettings, "data."))
 
 
-def replay_job(config: dict[str, Any]) -> None:
-    """Report on the last step of the dump ``config["replay"]``. Exits with 1 where that step is finite this time."""
-    dump = read_dump(Path(config["replay"]))
-    settings = _settings(dump, config, list(HydraConfig.get().overrides.task))
-    manifest = Manifest.load(settings["data"]["shards"])
+def replay_job(config: TrainSettings) -> None:
+    """Report on the last step of the dump ``config.replay``. Exits with 1 where that step is finite this time."""
+    dump = read_dump(Path(config.replay or ""))
+    settings = _settings(dump, config.plain(), list(HydraConfig.get().overrides.task))
+    manifest = Manifest.load(settings.data.shards)
     if manifest.hash != dump.data_manifest_hash:
         raise ValueError(
             f"The run of {dump.path} trained on shards with manifest {dump.data_manifest_hash[:12]}, but "
-            f"{settings['data']['shards']} has {manifest.hash[:12]}; give data.shards=... where the old ones are."
+            f"{settings.data.shards} has {manifest.hash[:12]}; give data.shards=... where the old ones are."
         )
-    conditions = condition_source(settings["condition"], manifest.spec)
-    runtime: Runtime = build(settings["runtime"], precision=settings["precision"])
-    runtime.require_same(facts_of_process(settings))
-    runtime.require_batch(settings["batch_size"])
-    shards, progress = build_shards(settings["data"]), make_progress(settings["name"], enabled=runtime.is_main)
+    run = prepare_run(settings, manifest)
+    runtime, conditions = run.runtime, run.conditions
+    shards, progress = build_shards(settings.data), make_progress(settings.name, enabled=runtime.is_main)
     try:
         with runtime.together():
-            found, whole = _replayed(dump, settings, manifest, conditions, shards, runtime, progress)
+            found, whole = _replayed(dump, run, shards, progress)
         if runtime.is_main:
-            rows = build(settings["data"]["order"])(settings["seed"], shards.counts).rows_at(_positions(dump))
+            rows = build(settings.data.order)(settings.seed, shards.counts).rows_at(_positions(dump))
             print("\n".join(_report(dump, found, whole, conditions, shards, rows.tolist())))
     finally:
         shards.close()
@@ -67,7 +64,7 @@ def replay_job(config: dict[str, Any]) -> None:
         raise FloatingPointError(_unlike(dump, f"step {dump.step} is finite this time", settings, runtime))
 
 
-def _settings(dump: Dump, config: Mapping[str, Any], words: list[str]) -> dict[str, Any]:
+def _settings(dump: Dump, config: Mapping[str, Any], words: list[str]) -> TrainSettings:
     """The dump's config, with what of the command line may differ. Raises ValueError for other settings, by name."""
     settings = whole_config(dump.config, str(dump.path / FILE_NAME))
     for word in sorted(words):  # `runtime` before `runtime.device`
@@ -88,50 +85,33 @@ def _settings(dump: Dump, config: Mapping[str, Any], words: list[str]) -> dict[s
     if settings["runtime"].get("compile"):
         settings["runtime"]["compile"] = False  # a compiled block cannot be watched from inside
     check_targets(settings["runtime"], "runtime.")
-    return settings
+    return TrainSettings.of(settings)
 
 
-def _replayed(
-    dump: Dump,
-    settings: Mapping[str, Any],
-    manifest: Manifest,
-    conditions: ConditionSource,
-    shards: MappedShards,
-    runtime: Runtime,
-    progress: ProgressBar,
-) -> tuple[Findings, Batch]:
-    """What happens in the step, and the batch of all processes."""
-    autoencoder, spec = expected_spec(settings["data"], manifest)
-    require_shards(manifest, spec, settings["data"]["shards"])
-    objective = runtime.place(build(settings["diffusion"]))
-    store = FolderStore(dump.checkpoints)
-    state = new_state(settings, objective, runtime, starts_anew=not store.steps())
+def _replayed(dump: Dump, run: PreparedRun, shards: MappedShards, progress: ProgressBar) -> tuple[Findings, Batch]:
+    """Return what happens in the step, and the batch of all processes."""
+    runtime, store = run.runtime, FolderStore(dump.checkpoints)
+    state = run.new_state(starts_anew=not store.steps())
     load_newest(store, state)
-    if settings["activation_checkpointing"]:
-        checkpoint_blocks(cast(DiT, state.model), runtime.checkpoint)
-    model, state.optimizer = runtime.prepare(state.model, list(state.ema.modules.values()), state.optimizer)
-    guard = spike_guard(settings, state, runtime)
-    step = runtime.step(
-        make_step(model, state.optimizer, state.ema, objective, runtime, settings["max_grad_norm"], guard)
-    )
-    mine = training_batches(settings, shards, autoencoder, conditions, objective, runtime.data_rank, runtime.data_world)
-    follow = FollowHook(settings["log_every"], dump.step - 1, runtime, guard, progress)
+    begun = run.begin(state)
+    mine = run.batches(shards, runtime.data_rank, runtime.data_world)
+    follow = FollowHook(run.config.log_every, dump.step - 1, runtime, begun.guard, progress)
     try:
-        train(state, step, prefetch(mine.from_step(state.step, dump.step - 1)), runtime, [follow])
+        train(state, begun.step, prefetch(mine.from_step(state.step, dump.step - 1)), runtime, [follow])
     except DivergedError as error:
-        raise FloatingPointError(_unlike(dump, str(error), settings, runtime)) from error
-    whole = training_batches(settings, shards, autoencoder, conditions, objective, rank=0, world=1).batch(dump.step - 1)
-    findings = Replay(model, state, step, objective, runtime).examine(mine.batch(dump.step - 1), whole, progress)
-    return findings, whole
+        raise FloatingPointError(_unlike(dump, str(error), run.config, runtime)) from error
+    whole = run.batches(shards, rank=0, world=1).batch(dump.step - 1)
+    examined = Replay(begun.model, state, begun.step, run.objective, runtime)
+    return examined.examine(mine.batch(dump.step - 1), whole, progress), whole
 
 
 def _positions(dump: Dump) -> NDArray[np.int64]:
     return positions_of_step(dump.step - 1, dump.config["batch_size"], rank=0, world=1)
 
 
-def _unlike(dump: Dump, what: str, settings: Mapping[str, Any], runtime: Processes) -> str:
+def _unlike(dump: Dump, what: str, settings: TrainSettings, runtime: Processes) -> str:
     """The run had it otherwise: say what may be the reason."""
-    here = {**code_version(), "processes": str(runtime.data_world), "runtime": str(settings["runtime"])}
+    here = {**code_version(), "processes": str(runtime.data_world), "runtime": str(settings.runtime)}
     there = {**dump.code, "processes": str(dump.processes), "runtime": str(dump.config["runtime"])}
     differing = [f"{key} is {there.get(key)} there and {here[key]} here" for key in here if there.get(key) != here[key]]
     return (

@@ -20,6 +20,7 @@ from evaluation.report.write import Report, write_report
 from launch.build import LoadedCheckpoint
 from launch.components import build
 from launch.jobs import start
+from launch.settings import ReportSettings
 from runtime.protocol import Devices
 from train.lines import is_cut
 from train.loggers import Logger
@@ -28,14 +29,14 @@ from train.runfolder import RunFolder
 CURVE = "fid_vs_gflops"
 
 
-def report_job(config: dict[str, Any], progress: ProgressBar) -> None:
+def report_job(config: ReportSettings, progress: ProgressBar) -> None:
     """Write figures, table and page, log them to the sweep's wandb group, print the rows."""
-    sweep, out = Path(config["sweep"]), Path(config["out"])
+    sweep, out = Path(config.sweep), Path(config.out)
     study = read_study(sweep)
     for name in sorted({*study.records, *study.unevaluated}):
         _warn_of_a_cut_line(RunFolder(sweep / name))
     report = write_report(study, out, _samples(config, study, progress))
-    with _group_logger(config["logger"], group_of(study), out, config) as logger:
+    with _group_logger(config.logger, group_of(study), out, config.plain()) as logger:
         _log_curve(logger, study)
         step = study.protocol["step"]
         for number, picture in report.pictures.items():
@@ -52,12 +53,11 @@ def _warn_of_a_cut_line(folder: RunFolder) -> None:
         )
 
 
-def update_group(config: Mapping[str, Any]) -> None:
+def update_group(sweep: Path, group: str, logger: Mapping[str, Any]) -> None:
     """Log the curve of the finished runs beside a run of ``ditscale train`` that has just ended.
 
     Does nothing where too few runs were measured in one way. Parallel runs of a sweep take turns.
     """
-    sweep = Path(config["sweep_dir"])
     with locked(sweep / ".report.lock"):
         # Looked for within the lock: a run that waited must not write a curve without those that ended meanwhile.
         finished = [path.parent.name for path in sweep.glob("*/config.yaml") if _is_finished(RunFolder(path.parent))]
@@ -65,13 +65,13 @@ def update_group(config: Mapping[str, Any]) -> None:
             study = read_study(sweep, only=finished)
         except ValueError:  # none finished, or their protocols differ: `ditscale report` says so
             return
-        with _group_logger(config["logger"], config["group"], sweep / "report", {"sweep": str(sweep)}) as logger:
-            _log_curve(logger, study)
+        with _group_logger(logger, group, sweep / "report", {"sweep": str(sweep)}) as of_group:
+            _log_curve(of_group, study)
             if len(study.scaling()) > 1:
                 picture = sweep / "report" / "figure_8.png"
                 with styled():
                     write_bytes(picture, content_of(figure_8(study), "png"))
-                logger.log_image("figure_8", picture, study.protocol["step"])
+                of_group.log_image("figure_8", picture, study.protocol["step"])
 
 
 def _is_finished(folder: RunFolder) -> bool:
@@ -114,12 +114,12 @@ def _log_curve(logger: Logger, study: Study) -> None:
         )
 
 
-def _samples(config: Mapping[str, Any], study: Study, progress: ProgressBar) -> SampleGrid | str:
+def _samples(config: ReportSettings, study: Study, progress: ProgressBar) -> SampleGrid | str:
     """The same noise and labels through the newest checkpoint of each model of the scaling figures."""
-    count = config["samples"]
+    count = config.samples
     if count < 1:
         return f"samples is {count}; set it higher."
-    runtime: Devices = build(config["runtime"], precision=config["precision"])
+    runtime: Devices = build(config.runtime, precision=config.precision.value)
     names, rows = [], []
     with progress("samples", 0, len(study.scaling()), "model") as bar:
         for name in study.scaling():
@@ -127,7 +127,7 @@ def _samples(config: Mapping[str, Any], study: Study, progress: ProgressBar) -> 
                 checkpoint = LoadedCheckpoint.load(str(study.sweep / name), "ema", runtime)
             except ValueError as error:
                 return f"{error}"
-            generator = checkpoint.generator(config, config["seed"], runtime)
+            generator = checkpoint.generator(config, config.seed, runtime)
             rows.append(generator.all_images(generator.conditions.in_turn(count), count, count))
             names.append(name)
             bar.update(1)

@@ -18,40 +18,41 @@ from launch.check import closest
 from launch.components import build, target_of
 from launch.foreign import is_foreign, load_foreign
 from launch.jobs import start
+from launch.settings import SampleSettings
 from runtime.protocol import Devices
 
 GRID_IMAGES = 100  # a picture with more is no longer looked at
 
 
-def sample_job(config: dict[str, Any], progress: ProgressBar) -> None:
+def sample_job(config: SampleSettings, progress: ProgressBar) -> None:
     """Write ``{out}.png`` and ``{out}.npz`` (``arr_0`` uint8 [N, H, W, C], ``arr_1`` int64 [N] labels, if any)."""
-    runtime: Devices = build(config["runtime"], precision=config["precision"])
-    if is_foreign(config["checkpoint"]):
+    runtime: Devices = build(config.runtime, precision=config.precision.value)
+    if is_foreign(config.checkpoint):
         checkpoint = load_foreign(config, runtime)
     else:
-        checkpoint = LoadedCheckpoint.load(config["checkpoint"], config["weights"], runtime)
-    count, conditions = config["num_images"], checkpoint.conditions
-    condition = conditions.in_turn(count) if config["labels"] is None else _given(config["labels"], count, checkpoint)
+        checkpoint = LoadedCheckpoint.load(config.checkpoint, config.weights, runtime)
+    count, conditions = config.num_images, checkpoint.conditions
+    condition = conditions.in_turn(count) if config.labels is None else _given(config.labels, count, checkpoint)
     if checkpoint.note is not None and runtime.is_main:
         print(f"note: {checkpoint.note}", file=sys.stderr)
-    generator = checkpoint.generator(config, config["seed"], runtime)
+    generator = checkpoint.generator(config, config.seed, runtime)
     parts = []
     with progress("sample", 0, count, "img") as bar:
-        for indices, images in generator.batches(condition, count, config["batch_size"]):
+        for indices, images in generator.batches(condition, count, config.batch_size):
             parts.append(images)
             bar.update(len(indices) * runtime.data_world)
     images = runtime.gather(_concatenate(parts, checkpoint))
     if not runtime.is_main:
         return
-    out = Path(config["out"] or checkpoint.run_dir / "samples" / _name(config, checkpoint))
+    out = Path(config.out or checkpoint.run_dir / "samples" / _name(config, checkpoint))
     classes = conditions.classes(condition)
     labels = {} if classes is None else {"arr_1": classes}
     # Names as ADM's evaluator expects.
     write_npz(out.with_name(out.name + ".npz"), {"arr_0": images, **labels}, zip64=True)
     shown = images[:GRID_IMAGES]
-    columns = min(conditions.num_classes if config["labels"] is None and conditions.num_classes else 10, 10, len(shown))
+    columns = min(conditions.num_classes if config.labels is None and conditions.num_classes else 10, 10, len(shown))
     save_grid(out.with_name(out.name + ".png"), shown, columns)
-    which = f" ({config['weights']} weights)" if checkpoint.step else ""
+    which = f" ({config.weights} weights)" if checkpoint.step else ""
     print(f"{count} images of {checkpoint.path}{which}: {out}.npz and {out}.png")
 
 
@@ -83,15 +84,15 @@ def class_number(label: Any, class_names: Sequence[str]) -> int:
     )
 
 
-def _name(config: dict[str, Any], checkpoint: LoadedCheckpoint) -> str:
+def _name(config: SampleSettings, checkpoint: LoadedCheckpoint) -> str:
     """A file name that says how the images were made."""
-    source = [f"step_{checkpoint.step:08d}", config["weights"]] if checkpoint.step else [checkpoint.path.stem]
-    sampler = f"{target_of(config['sampler']).name}{config['sampler']['steps']}"
-    parts = [*source, f"seed{config['seed']}", sampler]
-    if "scale" in config["guidance"]:
-        parts.append(f"guidance{config['guidance']['scale']}")
-    if config["labels"] is not None:
-        parts.append("labels" + "_".join(re.sub(r"\W", "", str(label)) for label in config["labels"][:10]))
+    source = [f"step_{checkpoint.step:08d}", config.weights] if checkpoint.step else [checkpoint.path.stem]
+    sampler = f"{target_of(config.sampler).name}{config.sampler['steps']}"
+    parts = [*source, f"seed{config.seed}", sampler]
+    if "scale" in config.guidance:
+        parts.append(f"guidance{config.guidance['scale']}")
+    if config.labels is not None:
+        parts.append("labels" + "_".join(re.sub(r"\W", "", str(label)) for label in config.labels[:10]))
     return "-".join(parts)
 
 

@@ -6,15 +6,13 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any
 
+from data.fields import components
 from launch.check import check_type
 from launch.components import from_file, plain_value
-from launch.schema import TrainSchema
+from launch.settings import TrainSettings
 
-# Components that the replay of a step builds out of a dump's config.
-REPLAYED = frozenset(
-    {"condition", "model", "diffusion", "optimizer", "ema", "runtime", "data.autoencoder", "data.crop", "data.order"}
-)
-
+# Components that the replay of a step builds out of a dump's config: all that decide its numbers, and where it runs.
+REPLAYED = frozenset({*components(TrainSettings), "runtime"})
 
 # Sections that earlier versions did not write, as they were understood then.
 EARLIER: dict[str, Any] = {"condition": {"_target_": "data.conditions.ClassLabels", "_partial_": True}}
@@ -32,11 +30,11 @@ def as_now(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def setting(config: Mapping[str, Any], name: str, said_by: str) -> Any:
-    """Return one scalar of a training config, such as ``batch_size``, checked against `TrainSchema`.
+    """Return one scalar of a training config, such as ``batch_size``, checked against `TrainSettings`.
 
     Raises ValueError that names the file where it is missing or of another type.
     """
-    return _setting(config, name, typing.get_type_hints(TrainSchema)[name], name, said_by)
+    return _setting(config, name, typing.get_type_hints(TrainSettings)[name], name, said_by)
 
 
 def component(config: Mapping[str, Any], place: str, said_by: str) -> dict[str, Any]:
@@ -52,7 +50,7 @@ def whole_config(config: Mapping[str, Any], said_by: str, built: Collection[str]
 
     Raises ValueError that names the file and the setting.
     """
-    return _section(as_now(config), TrainSchema, "", said_by, built)
+    return _section(as_now(config), TrainSettings, "", said_by, built)
 
 
 def _section(

@@ -1,15 +1,16 @@
 """``ditscale train``: shards to a run folder. The same command continues a run that was stopped."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 from omegaconf import DictConfig
 from torch import nn
 
+from data.fields import free_settings
 from data.manifest import LatentSpec, Manifest
 from data.prefetch import prefetch
 from data.progress import ProgressBar
@@ -23,21 +24,17 @@ from launch.build import (
     build_evaluator,
     build_generator,
     build_shards,
-    condition_source,
-    expected_spec,
-    fill_model,
     model_facts,
 )
-from launch.check import check_readers, check_train_scalars
 from launch.components import build
-from launch.data_settings import require_shards, settle_by_shards
+from launch.data_settings import settle_by_shards
 from launch.facts import facts_of_process
 from launch.jobs import start
 from launch.logger_settings import settle_logger
 from launch.replay import replay_job
 from launch.saved_configs import as_now
-from launch.training import new_state, spike_guard, training_batches
-from model.checkpointing import checkpoint_blocks
+from launch.settings import TrainSettings
+from launch.training import prepare_run
 from model.dit import DiT
 from runtime.protocol import Processes, Runtime
 from train.checkpoint import code_version, load_newest, read_lines_copy, read_state_file
@@ -52,68 +49,51 @@ from train.mirror import MirroredRunFolder
 from train.runfolder import RunFolder
 from train.signals import EX_TEMPFAIL, Stopped, StopSignals, watched
 from train.state import TrainState
-from train.step import make_step
 
 
-def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
+def train_job(config: TrainSettings, progress: ProgressBar) -> None:
     """Train, or continue to train, the run in ``run_dir``. What does not fit is refused before anything is written.
 
     With ``replay``, look at the last step of a diverged run instead.
     """
-    if config["replay"] is not None:
+    if config.replay is not None:
         return replay_job(config)
-    check_train_scalars(config)
-    manifest = Manifest.load(config["data"]["shards"])
-    autoencoder, spec = expected_spec(config["data"], manifest)
-    require_shards(manifest, spec, config["data"]["shards"])
-    conditions = condition_source(config["condition"], spec)
-    config["model"] = fill_model(config["model"], spec, conditions)
-
-    runtime: Runtime = build(config["runtime"], precision=config["precision"])
-    runtime.require_same(facts_of_process(config))
-    runtime.require_batch(config["batch_size"])
-    check_readers(runtime.data_world, len(manifest.shards))
-    objective = runtime.place(build(config["diffusion"]))
+    run = prepare_run(config, Manifest.load(config.data.shards))
+    config, manifest, runtime = run.config, run.manifest, run.runtime
     folder = _run_folder(config)
-    state = new_state(config, objective, runtime, starts_anew=not folder.store.steps())
+    state = run.new_state(starts_anew=not folder.store.steps())
     generator = build_generator(
         config,
         state.ema.module,
-        objective,
-        autoencoder,
-        spec,
-        conditions,
-        config["evaluation"]["seed"],
+        run.objective,
+        run.autoencoder,
+        run.spec,
+        run.conditions,
+        config.evaluation.seed,
         runtime,
-        config["class_dropout"],
+        config.class_dropout,
     )
-    shards = build_shards(config["data"])
-    rank, world = runtime.data_rank, runtime.data_world
-    batches = training_batches(config, shards, autoencoder, conditions, objective, rank, world)
+    shards = build_shards(config.data)
+    batches = run.batches(shards, runtime.data_rank, runtime.data_world)
     stopped = False
     with runtime.together(), folder.locked() if runtime.is_main else nullcontext(), StopSignals() as signals:
-        kept = redacted_config(config)  # no file of the run gets to see more
-        _require_this_run(folder, kept, runtime)
-        _restore(folder, state, manifest, config["checkpoint_every"], runtime)
+        kept = redacted_config(config.plain())  # no file of the run gets to see more
+        _require_this_run(folder, kept, config.resume.allow, runtime)
+        _restore(folder, state, manifest, config.checkpoint_every, runtime)
         logger = _logger(config, folder, runtime)
         try:
-            if config["activation_checkpointing"]:  # after the EMA was copied, which has no backward pass
-                checkpoint_blocks(cast(DiT, state.model), runtime.checkpoint)
-            model, state.optimizer = runtime.prepare(state.model, list(state.ema.modules.values()), state.optimizer)
-            guard = spike_guard(config, state, runtime)
-            make = make_step(model, state.optimizer, state.ema, objective, runtime, config["max_grad_norm"], guard)
-            step = runtime.step(make)
-            hooks = _hooks(config, state, runtime, generator, manifest, folder, logger, progress, signals, guard)
+            begun = run.begin(state)
+            hooks = _hooks(config, state, runtime, generator, manifest, folder, logger, progress, signals, begun.guard)
             if runtime.is_main:
                 folder.write_config(kept)  # now that nothing refuses it
                 _tell(folder, state, config, logger, runtime)
             evaluated = len(read_lines(folder.evaluations))
-            host_batches = prefetch(batches.from_step(state.step, config["total_steps"]))
-            train(state, step, host_batches, runtime, hooks)
+            host_batches = prefetch(batches.from_step(state.step, config.total_steps))
+            train(state, begun.step, host_batches, runtime, hooks)
         except Stopped:
             stopped = True
         except DivergedError as error:
-            _keep_diverged(error, folder, config, _facts(config, spec, manifest), runtime)
+            _keep_diverged(error, folder, config, _facts(config, run.spec, manifest), runtime)
         finally:
             shards.close()
             logger.finish()
@@ -125,13 +105,13 @@ def train_job(config: dict[str, Any], progress: ProgressBar) -> None:
         if len(read_lines(folder.evaluations)) > evaluated:  # also where a killed run still owed its last one
             from launch.report import update_group  # its plotting library would cost every start two seconds
 
-            update_group(config)
+            update_group(Path(config.sweep_dir), config.group, config.logger)
         print(_summary(folder, state))
 
 
-def _run_folder(config: Mapping[str, Any]) -> RunFolder:
-    path = Path(config["run_dir"])
-    return RunFolder(path) if config["remote_dir"] is None else MirroredRunFolder(path, config["remote_dir"])
+def _run_folder(config: TrainSettings) -> RunFolder:
+    path = Path(config.run_dir)
+    return RunFolder(path) if config.remote_dir is None else MirroredRunFolder(path, config.remote_dir)
 
 
 def _leave_for_requeue(folder: RunFolder, state: TrainState, runtime: Processes) -> NoReturn:
@@ -141,10 +121,10 @@ def _leave_for_requeue(folder: RunFolder, state: TrainState, runtime: Processes)
     sys.exit(EX_TEMPFAIL)
 
 
-def _require_this_run(folder: RunFolder, config: Mapping[str, Any], runtime: Processes) -> None:
+def _require_this_run(folder: RunFolder, config: Mapping[str, Any], allowed: Iterable[str], runtime: Processes) -> None:
     """The main process finds that the folder is this run's, or nobody's."""
     if runtime.is_main:
-        folder.require(config, config["resume"]["allow"], as_now)
+        folder.require(config, free_settings(TrainSettings), allowed, as_now)
     runtime.wait()
 
 
@@ -175,20 +155,20 @@ def _restore(
     runtime.wait()
 
 
-def _logger(config: Mapping[str, Any], folder: RunFolder, runtime: Processes) -> Logger:
+def _logger(config: TrainSettings, folder: RunFolder, runtime: Processes) -> Logger:
     if not runtime.is_main:
         return NoLogger()
-    logger: Logger = build(config["logger"])(
-        folder=folder.path, group=config["group"], name=config["name"], config=config, job="train"
+    logger: Logger = build(config.logger)(
+        folder=folder.path, group=config.group, name=config.name, config=config.plain(), job="train"
     )
     return logger
 
 
-def _facts(config: Mapping[str, Any], spec: LatentSpec, manifest: Manifest) -> dict[str, Any]:
+def _facts(config: TrainSettings, spec: LatentSpec, manifest: Manifest) -> dict[str, Any]:
     """What identifies the run, in its checkpoints and in a dump."""
     return {
-        "seed": config["seed"],
-        "config": redacted_config(config),
+        "seed": config.seed,
+        "config": redacted_config(config.plain()),
         "spec": asdict(spec),
         "data_manifest_hash": manifest.hash,
         "class_names": manifest.class_names,
@@ -197,10 +177,10 @@ def _facts(config: Mapping[str, Any], spec: LatentSpec, manifest: Manifest) -> d
 
 
 def _keep_diverged(
-    error: DivergedError, folder: RunFolder, config: Mapping[str, Any], facts: Mapping[str, Any], runtime: Processes
+    error: DivergedError, folder: RunFolder, config: TrainSettings, facts: Mapping[str, Any], runtime: Processes
 ) -> NoReturn:
     """Raise the error again, after what its step can be looked at with was kept where the config wants it."""
-    if not config["dump_nonfinite"]:
+    if not config.dump_nonfinite:
         raise error
     path = folder.dump(error.step)
     remark = f"`ditscale train replay={path}` shows what went wrong in that step."
@@ -214,7 +194,7 @@ def _keep_diverged(
 
 
 def _hooks(
-    config: Mapping[str, Any],
+    config: TrainSettings,
     state: TrainState,
     runtime: Runtime,
     generator: Generator,
@@ -228,25 +208,25 @@ def _hooks(
     """Everything around the steps; an evaluation's extractor and reference are made before training starts."""
     clock = Clock()
     facts = _facts(config, generator.spec, manifest)
-    log = LogHook(config["log_every"], folder, logger, runtime, clock, guard)
+    log = LogHook(config.log_every, folder, logger, runtime, clock, guard)
     checkpoints = CheckpointHook(
-        config["checkpoint_every"],
-        config["keep_checkpoints"],
+        config.checkpoint_every,
+        config.keep_checkpoints,
         folder,
         facts,
         runtime,
         log,
         signals,
-        agree_every=config["log_every"],
-        keep_every=config["keep_checkpoint_every"],
+        agree_every=config.log_every,
+        keep_every=config.keep_checkpoint_every,
     )
     hooks: list[Hook] = [
         ProgressHook(progress, log),
         log,
         checkpoints,
-        SampleGridHook(config["sample_every"], generator, folder, logger),
+        SampleGridHook(config.sample_every, generator, folder, logger),
     ]
-    if config["evaluate_every"] is None:
+    if config.evaluate_every is None:
         discard_training(folder.path / CHUNKS)
     else:
         watched_progress = watched(progress, lambda: checkpoints.stop_if_asked(state))
@@ -255,7 +235,7 @@ def _hooks(
 
 
 def _evaluation_hook(
-    config: Mapping[str, Any],
+    config: TrainSettings,
     model: nn.Module,
     generator: Generator,
     manifest: Manifest,
@@ -268,32 +248,32 @@ def _evaluation_hook(
     assert isinstance(model, DiT)
 
     # Settings, source and data decide the weights of a step, so what a killed run kept of it is of the same weights.
-    origin = {**facts_of_process(config), "manifest": manifest.hash, "protocol": asdict(evaluator.protocol)}
+    origin = {**facts_of_process(config.plain()), "manifest": manifest.hash, "protocol": asdict(evaluator.protocol)}
     chunks = TrainingChunks(folder.path / CHUNKS, {**origin, "feature_extractor": evaluator.extractor.hash})
 
     def measure(store: ChunkStore) -> dict[str, Any]:
         return evaluator.evaluate(generator, progress, store)
 
     def facts(images_seen: int) -> dict[str, Any]:
-        return model_facts(model, images_seen, "ema", config["seed"])
+        return model_facts(model, images_seen, "ema", config.seed)
 
     identity = {"weights": "ema", **evaluator.identity}
-    hook = EvaluationHook(config["evaluate_every"], measure, chunks, facts, identity, folder, logger, generator.runtime)
+    hook = EvaluationHook(config.evaluate_every, measure, chunks, facts, identity, folder, logger, generator.runtime)
     hook.require_one_protocol()
     return hook
 
 
-def _tell(folder: RunFolder, state: TrainState, config: Mapping[str, Any], logger: Logger, runtime: Processes) -> None:
+def _tell(folder: RunFolder, state: TrainState, config: TrainSettings, logger: Logger, runtime: Processes) -> None:
     """Say on stderr what is about to be trained, and what of it the user may not want."""
     if state.finished:
         return
     begins = f"continues from step {state.step}" if state.step else "starts"
     processes = f", {runtime.data_world} processes" if runtime.data_world > 1 else ""
     lines = [
-        f"{folder.path}: {begins}, to step {state.total_steps}, on {runtime.device}{processes}, {config['precision']}, "
+        f"{folder.path}: {begins}, to step {state.total_steps}, on {runtime.device}{processes}, {config.precision}, "
         f"{logger.description}"
     ]
-    model = config["model"]
+    model = config.model
     if model["width"] < (values := model["channels"] * model["patch_size"] ** 2):
         lines.append(
             f"note: model.width is {model['width']}, but a patch has {values} values ({model['patch_size']}x"

@@ -1,7 +1,6 @@
 """``ditscale verify``: every byte of the shards against the manifest; ``repair=true`` mends what is damaged."""
 
 from pathlib import Path
-from typing import Any
 
 from data.manifest import Manifest
 from data.progress import ProgressBar
@@ -9,22 +8,23 @@ from data.remote import is_remote
 from data.verify import files_of, verify
 from launch.encode import encode_shards
 from launch.jobs import start
+from launch.settings import VerifySettings
 from launch.workers import workers_from_environment
 
 
-def verify_job(config: dict[str, Any], progress: ProgressBar) -> None:
+def verify_job(config: VerifySettings, progress: ProgressBar) -> None:
     """Name each damaged file of ``data.shards``. Raises ValueError where there is one and no repair."""
-    if is_remote(config["data"]["shards"]):
+    if is_remote(config.data.shards):
         raise ValueError(
-            f"data.shards is {config['data']['shards']}, but only a local folder is verified; copy the shards into "
+            f"data.shards is {config.data.shards}, but only a local folder is verified; copy the shards into "
             "one, or train on them, which checks each against the manifest when it is fetched."
         )
-    folder = Path(config["data"]["shards"])
-    threads = workers_from_environment(config["threads"]).threads
+    folder = Path(config.data.shards)
+    threads = workers_from_environment(config.threads).threads
     manifest, damages = verify(folder, progress, threads)
     for damage in damages:
         print(f"{damage.file} {damage.reason}")
-    if damages and config["repair"]:
+    if damages and config.repair:
         encode_shards(config, progress)
         repaired, damages = verify(folder, progress, threads)
         _require_same_data(manifest, repaired)

@@ -1,6 +1,6 @@
 """Autoencoders between images and latents, behind one interface."""
 
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ class Autoencoder(Protocol):
     the network: fp32 or bf16) are its identity.
     """
 
+    usual_latents: ClassVar[tuple[int, int] | None]  # downscale and channels, for whoever has no weights at hand
     name: str
     revision: str
     precision: str
@@ -44,6 +45,7 @@ class Autoencoder(Protocol):
 class IdentityAutoencoder:
     """Pixel space: the latent is the image. (The paper notes that DiTs apply there unchanged.)"""
 
+    usual_latents: ClassVar[tuple[int, int] | None] = None  # those of pixels
     name = "identity"
     revision = "1"
     precision = "fp32"

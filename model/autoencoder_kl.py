@@ -2,7 +2,7 @@
 
 import hashlib
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import AutoencoderKL
@@ -18,6 +18,8 @@ class DiffusersAutoencoder:
     0.18215 x z. ``precision`` is that of the network; moments and images are float32. Weights are read from
     safetensors only. Raises ValueError where there are none.
     """
+
+    usual_latents: ClassVar[tuple[int, int] | None] = (8, 4)  # Stable Diffusion's
 
     def __init__(
         self,

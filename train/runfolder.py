@@ -20,39 +20,6 @@ from train.stores import CheckpointStore, FolderStore
 _CONFIG_HEAD = "# The resolved config of a run; the last line has its hash.\n"
 _CONFIG_HASH = "# sha256 of the lines above: "  # last line of config.yaml
 
-# Settings that change neither weights nor losses beyond float rounding. A run may continue with others of these.
-FREE_SETTINGS = frozenset(
-    {
-        "runtime",
-        "logger",
-        "run_dir",
-        "sweep_dir",
-        "remote_dir",
-        "name",
-        "default_name",
-        "group",
-        "resume",
-        "replay",
-        "dump_nonfinite",
-        "activation_checkpointing",
-        "init_from",
-        "sampler",
-        "guidance",
-        "evaluation",
-        "sample_every",
-        "evaluate_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "keep_checkpoint_every",
-        "data.shards",
-        "data.source",
-        "data.samples_per_shard",
-        "data.verify_checksums",
-        "data.cache",
-        "data.cache_bytes",
-    }
-)
-
 
 class RunFolder:
     """``config.yaml``, ``metrics.jsonl``, ``timing.jsonl``, ``evaluations.jsonl``, ``checkpoints/``, ``samples/``.
@@ -103,18 +70,20 @@ class RunFolder:
     def require(
         self,
         config: Mapping[str, Any],
+        free: Iterable[str] = (),
         allowed: Iterable[str] = (),
         as_now: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
     ) -> None:
         """Raise ValueError where a folder with checkpoints holds another config, but for free settings.
 
-        ``allowed`` names further settings that may change; ``batch_size`` never may. ``as_now`` brings the
+        ``free`` names the settings that change neither weights nor losses beyond rounding, ``allowed`` further ones
+        that may change; ``batch_size`` never may. ``as_now`` brings the
         config of an earlier version to today's form.
         """
         if self.store.steps():
             before = self.read_config() if self.config.exists() else _config_of(self.store)
             _require_same_batch(before.get("batch_size"), config.get("batch_size"), self.path)
-            differences = _differences(as_now(before), config, FREE_SETTINGS | set(allowed))
+            differences = _differences(as_now(before), config, {*free, *allowed})
             if differences:
                 raise ValueError(
                     f"The run folder {self.path} already holds another config: {'; '.join(differences)}; give this "

@@ -50,7 +50,7 @@ def fails(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.C
         (["train", "total_steps=0"], "total_steps is 0, but it must be positive"),
         (
             ["train", "keep_checkpoint_every=15000"],
-            "keep_checkpoint_every 15000 is no multiple of checkpoint_every 10000",
+            "keep_checkpoint_every 15000 is not a multiple of checkpoint_every 10000",
         ),
         (["train", "class_dropout=2"], "class_dropout is 2.0"),
         (["sample"], "checkpoint is missing"),
@@ -116,7 +116,7 @@ def test_a_mistake_on_the_command_line_is_one_sentence(
         ("ema.decay=1.0", "ema.decay is 1.0"),
         ("seed=-1", "seed is -1"),
         ("+model.outputs_per_channel=1", "model.outputs_per_channel is given, but the objective decides it"),
-        ("diffusion/variance=fixed_small", "FixedSmallVariance needs 1 output channels, but the model has 2"),
+        ("diffusion=flow", "sampler ddpm needs diffusion=gaussian, but the objective is diffusion=flow"),
         ("init_from=nowhere", "There is no checkpoint folder nowhere"),
         ("class_dropout=0 diffusion/guidance=classifier_free", "this model is trained with class_dropout 0"),
     ],

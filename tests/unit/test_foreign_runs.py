@@ -203,7 +203,7 @@ def test_a_damaged_run_does_not_stop_another_of_the_sweep_that_ends(
     DAMAGES[kind](tmp_path / "damaged" / name)
     logger = {"_target_": "train.loggers.NoLogger", "_partial_": True}
     with within(60):
-        update_group({"sweep_dir": str(tmp_path), "group": "g", "logger": logger})
+        update_group(tmp_path, "g", logger)
     assert (tmp_path / "report/figure_8.png").exists()
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: damaged is left out of the sweep's curve: ")

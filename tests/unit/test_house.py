@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from launch.app import CONF
 from launch.check import check_targets
 from launch.jobs import JOBS
-from launch.schema import register
+from launch.settings import register
 
 ROOT = CONF.parent
 # Rooms that each room may import, from the top of the house down.

@@ -390,13 +390,9 @@ def write_finished_run(sweep: Path, name: str, record: dict[str, Any]) -> None:
 
 
 def test_a_run_that_waited_for_the_report_lock_leaves_no_run_out_of_the_groups_curve(tmp_path: Path) -> None:
-    config = {
-        "sweep_dir": str(tmp_path),
-        "group": "g",
-        "logger": {"_target_": "train.loggers.NoLogger", "_partial_": True},
-    }
+    logger = {"_target_": "train.loggers.NoLogger", "_partial_": True}
     write_finished_run(tmp_path, "a", record_of(16, 40.0))
-    waiting = Thread(target=update_group, args=(config,))
+    waiting = Thread(target=update_group, args=(tmp_path, "g", logger))
     with FileLock(tmp_path / ".report.lock"):
         waiting.start()
         time.sleep(0.5)  # it is at the lock; what it looked at before would hold one run

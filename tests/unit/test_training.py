@@ -248,7 +248,7 @@ def test_a_run_folder_refuses_another_config_and_names_the_keys(tmp_path: Path) 
     folder.require(config)  # nothing was trained yet: a mistake in the first command is no prison
     folder.write_config(config)
     run_steps(new_state(), folder, 2)
-    folder.require({**config, "runtime": {"device": "cuda"}})  # another machine is no other run
+    folder.require({**config, "runtime": {"device": "cuda"}}, free={"runtime"})  # another machine is no other run
     with pytest.raises(ValueError, match=r"model.width is 16 there and 32 now"):
         folder.require(wider)
     with pytest.raises(ValueError, match=r"total_steps is 6 there and 9 now; .*resume.allow"):
@@ -262,7 +262,7 @@ def test_another_batch_size_is_refused_even_where_it_is_allowed_by_name(tmp_path
     config = {"batch_size": 4, "runtime": {"micro_batches": 1}}
     folder.write_config(config)
     run_steps(new_state(), folder, 2)
-    folder.require({**config, "runtime": {"micro_batches": 2}})
+    folder.require({**config, "runtime": {"micro_batches": 2}}, free={"runtime"})
     with pytest.raises(
         ValueError, match=r"batch_size is 4 in the run folder .* and 8 now, but .* keep 4 \(the number of"
     ):

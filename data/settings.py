@@ -1,0 +1,27 @@
+"""The section ``data`` of a config."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from data.fields import MUST_BE_GIVEN, Settings, free, positive
+
+
+@dataclass
+class DataSettings(Settings):
+    """Images, and the shards of their latents."""
+
+    section: ClassVar[str] = "data"
+
+    source: Any = free()
+    autoencoder: Any = MUST_BE_GIVEN
+    crop: Any = MUST_BE_GIVEN
+    name: str = MUST_BE_GIVEN
+    image_size: int = positive()  # pixels
+    apply_exif: bool = MUST_BE_GIVEN  # turn images as their camera says
+    flip: bool = MUST_BE_GIVEN  # train on mirrored images too
+    shards: str = free()  # folder, or a URL to read from: s3://, gs://, http(s)://
+    order: Any = None  # of the samples in training
+    cache: str = free("cache/shards")  # folder on a local disk for shards that are read from a URL
+    cache_bytes: int = positive(32 * 2**30, free=True)  # that it may take
+    samples_per_shard: int = positive(free=True)
+    verify_checksums: bool = free()  # read every shard once at the start

@@ -1,0 +1,32 @@
+"""The section ``evaluation`` of a config."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, ClassVar
+
+from data.fields import MUST_BE_GIVEN, Settings, positive
+
+
+class Labels(StrEnum):
+    """Of generated images: i modulo the number of classes, or uniform draws."""
+
+    balanced = "balanced"
+    random = "random"
+
+
+@dataclass
+class EvaluationSettings(Settings):
+    """How samples are measured."""
+
+    section: ClassVar[str] = "evaluation"
+
+    features: Any = MUST_BE_GIVEN
+    reference: str | None = None  # an .npz of ADM's or of `ditscale reference`; null: all images of data.source
+    metrics: list[str] = MUST_BE_GIVEN  # names under `metric`
+    metric: Any = MUST_BE_GIVEN  # settings of each
+    num_images: int = positive()
+    labels: Labels = MUST_BE_GIVEN
+    batch_size: int = positive()  # images of a process at once; changes no number
+    seed: int = MUST_BE_GIVEN  # of the sampling noise, and of random labels
+    image_file: Any = MUST_BE_GIVEN  # where `ditscale evaluate` keeps the images
+    cache: str = MUST_BE_GIVEN  # folder of what is computed once: features and roots of references
