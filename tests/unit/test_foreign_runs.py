@@ -215,6 +215,7 @@ def test_the_lines_that_this_program_writes_pass(tmp_path: Path) -> None:
     record |= {"metrics": {"frechet": {}, "precision_recall": {"k": 3, "distances": "fp32"}}, "precision": 0.5}
     record |= {"guidance": {"name": "ClassifierFreeGuidance", "scale": 1.5, "channels": None, "interval": [0, 900]}}
     record |= {"sampler": {"name": "dpm_solver", "steps": "ddim50", "eta": 0.0}, "kid_std": 1e-3}
+    record |= {"network_calls": 50, "sampling_gmacs": 0.25}
     assert not math.isnan(record["frechet_distance"])
     write_run(tmp_path, "a", record)
     study = read_study(tmp_path)
