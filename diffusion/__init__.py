@@ -1,1 +1,1 @@
-"""The diffusion process: schedules, losses, draws, samplers, guidance. Takes any denoiser."""
+"""Objectives, samplers and guidance, for any denoiser."""

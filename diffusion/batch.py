@@ -23,7 +23,7 @@ class Batch(NamedTuple):
 
 
 def mapped(tree: Tree, function: Callable[[Tensor], Tensor]) -> Tree:
-    """Return the tree, a batch or a condition, with ``function`` of each of its tensors."""
+    """Return the tree (a batch or a condition) with ``function`` applied to each of its tensors."""
     return cast(Tree, tree_map(function, tree))
 
 

@@ -1,4 +1,4 @@
-"""Every random number, as a pure function of (seed, position, purpose), drawn on the host.
+"""Draw every random number on the host, as a pure function of (seed, position, purpose).
 
 Bits come from numpy's Philox 4x64 with key (seed, 0) and counter (0, position, purpose, draw). Each purpose
 has a stream of its own, so no use of randomness shifts another; nothing has a state to save.
@@ -14,7 +14,7 @@ from diffusion.times import Times
 
 
 class Purpose(IntEnum):
-    """What a stream is for. The numbers are part of the format of a run: never change or reuse one."""
+    """The use of a stream of random numbers. The values are part of the format of a run: never change or reuse one."""
 
     POSTERIOR = 1
     NOISE = 2
@@ -54,7 +54,7 @@ class Philox:
         self._counter = self._state["state"]["counter"]
 
     def at(self, position: int, purpose: Purpose, draw: int = 0) -> np.random.Generator:
-        """The generator of one stream, at its start. Valid until the next call of `at`."""
+        """Return the generator of one stream, at its start. It is valid until the next call of `at`."""
         self._counter[1], self._counter[2], self._counter[3] = position, purpose, draw
         # Setting a state is several times cheaper than a new generator, which asks the system for entropy.
         self._bits.state = self._state
@@ -69,7 +69,7 @@ def training_draws(
     class_dropout: float,
     flip: bool,
 ) -> Draws:
-    """The numbers of the samples at ``positions`` [B] (samples seen since the start of training).
+    """Return the draws of the samples at ``positions`` [B], which count samples since the start of training.
 
     ``shape`` is the latent's [c, h, w]; ``flip`` says whether the data may be mirrored at all.
     """
@@ -92,7 +92,7 @@ def training_draws(
 def draw_noise(
     philox: Philox, positions: NDArray[np.int64], draw: int, shape: tuple[int, ...], purpose: Purpose
 ) -> NDArray[np.float32]:
-    """Standard normals [B, *shape] of the given positions' draw'th use, whatever the batch they are in."""
+    """Return standard normals [B, *shape]: the draw'th of each position, independent of the batch."""
     noise = np.empty((len(positions), *shape), dtype=np.float32)
     for row, position in zip(noise, positions.tolist(), strict=True):
         philox.at(position, purpose, draw).standard_normal(dtype=np.float32, out=row)
@@ -100,6 +100,6 @@ def draw_noise(
 
 
 def permutation(philox: Philox, position: int, purpose: Purpose, length: int, draw: int = 0) -> NDArray[np.int64]:
-    """A permutation of range(length): the stable sort of raw 64-bit numbers, whatever numpy's version."""
+    """Return a permutation of range(length): the stable sort of raw 64-bit numbers, the same in every version of numpy."""
     keys = philox.at(position, purpose, draw).bit_generator.random_raw(length)
     return np.argsort(keys, kind="stable")

@@ -1,4 +1,4 @@
-"""Guidance wraps a denoiser and is itself one, which says what it costs."""
+"""Guidance: denoisers that wrap another, and say what a call costs."""
 
 from collections.abc import Callable
 from typing import ClassVar, Literal, Protocol
@@ -83,7 +83,7 @@ class ClassifierFreeGuidance:
         return 2 * cost_of(self.denoiser)
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """[B, c, h, w], [B], a condition of B rows -> [B, 2c or c, h, w], as the denoiser's."""
+        """Return the guided output, [B, k c, h, w] as the denoiser's, of x_t [B, c, h, w] at t [B]."""
         null = self.null(condition)
         twice = {name: torch.cat([value, null[name]]) for name, value in condition.items()}
         both = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), twice)
@@ -91,7 +91,7 @@ class ClassifierFreeGuidance:
         return _extrapolated(conditional, unconditional, self._scale_at(t), self.num_guided)
 
     def _scale_at(self, t: Tensor) -> Tensor:
-        """[B, 1, 1, 1]: the scale inside the interval, 1 outside; chosen on the device, without a read."""
+        """Return the scale inside the interval and 1 outside: [B, 1, 1, 1], chosen on the device without a host read."""
         inside = t >= self.t_min
         if self.t_max is not None:
             inside = inside & (t <= self.t_max)
@@ -127,7 +127,7 @@ class Autoguidance:
         return cost_of(self.denoiser) + cost_of(self.guide)
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """[B, c, h, w], [B], a condition of B rows -> [B, 2c or c, h, w], as the denoiser's."""
+        """Return the guided output, [B, k c, h, w] as the denoiser's, of x_t [B, c, h, w] at t [B]."""
         good = self.denoiser(x_t, t, condition).float()
         scale = torch.full((len(t), 1, 1, 1), self.scale, device=t.device)
         return _extrapolated(good, self.guide(x_t, t, condition).float(), scale, self.num_guided)

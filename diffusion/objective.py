@@ -16,7 +16,7 @@ LOSS = "loss"  # the name of the loss that is minimized
 
 
 class Prediction(NamedTuple):
-    """What a network's output says of x_t."""
+    """The x_0, noise and variance that a network's output implies."""
 
     x_0: Tensor  # [B, c, h, w] float32
     noise: Tensor  # [B, c, h, w] float32
@@ -35,7 +35,7 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def inputs(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the network sees of x_t [B, c, h, w] and t [B]: tensors of these shapes."""
+        """Return the network's inputs for x_t [B, c, h, w] and t [B]: tensors of these shapes."""
         raise NotImplementedError
 
     def losses(self, output: Tensor, batch: Batch, x_t: Tensor) -> dict[str, Tensor]:
@@ -46,7 +46,7 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
-        """Return what the network's output [B, outputs_per_channel c, h, w] at x_t says, in float32."""
+        """Return what the output [B, outputs_per_channel c, h, w] of a network at x_t implies, in float32."""
         raise NotImplementedError
 
     def level(self, t: Tensor) -> Tensor:
@@ -61,10 +61,10 @@ def corrupt(objective: Objective, batch: Batch) -> Tensor:
 
 
 def predict(network: Denoiser, objective: Objective, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
-    """Return what the network says of x_t [B, c, h, w] at t [B]."""
+    """Call the network and return what its output implies at x_t [B, c, h, w] and t [B]."""
     return objective.prediction(network(*objective.inputs(x_t, t), condition), x_t, t)
 
 
 def mean_per_sample(values: Tensor) -> Tensor:
-    """[B, ...] -> [B]."""
+    """Return the mean over all but the first dimension: [B, ...] -> [B]."""
     return values.flatten(1).mean(dim=1)

@@ -1,4 +1,4 @@
-"""The Gaussian process of diffusion: forward noising, its posterior, and what a prediction implies.
+"""The Gaussian diffusion process: forward noising, its posterior, the reverse step and the loss.
 
 Equation numbers are those of Ho et al. 2020 (arXiv 2006.11239), unless noted. A step index t counts from 0,
 so t here is the papers' t - 1. Tables are computed in float64 and used in float32.
@@ -21,7 +21,7 @@ from diffusion.variances import Variance
 
 
 class Tables(NamedTuple):
-    """Coefficients of the process for each step, [T] float64."""
+    """Coefficients of the process for each step, [S] float64."""
 
     betas: NDArray[np.float64]
     alphas_cumprod: NDArray[np.float64]
@@ -52,7 +52,7 @@ _TABLES_ON_DEVICE = (
 
 
 def make_tables(betas: NDArray[np.float64]) -> Tables:
-    """All coefficients from beta_t (equations 4, 6 and 7)."""
+    """Return all coefficients of beta_t (equations 4, 6 and 7)."""
     alphas_cumprod: NDArray[np.float64] = np.cumprod(1.0 - betas, dtype=np.float64)
     previous = np.append(1.0, alphas_cumprod[:-1])
     posterior_variance = betas * (1.0 - previous) / (1.0 - alphas_cumprod)
@@ -134,7 +134,7 @@ class GaussianDiffusion(Objective):
         return self.table("sqrt_recip_alphas_cumprod", t) * x_t - self.table("sqrt_recipm1_alphas_cumprod", t) * noise
 
     def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
-        """Return what the network's output implies; the variance by its class."""
+        """Return what the network's output implies; ``variance`` interprets its logits."""
         noise, logits = self.variance.split(output.float(), x_t.shape[1])
         log_variance = self.variance.log_variance(
             logits, self.table("posterior_log_variance_clipped", t), self.table("log_betas", t), t
@@ -187,6 +187,6 @@ def require_gaussian(objective: Objective, who: str) -> GaussianDiffusion:
 
 
 def _betas_of_subset(betas: NDArray[np.float64], kept_steps: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Betas of the process that jumps between kept steps and keeps their alphas_cumprod."""
+    """Return the betas of the process that jumps between kept steps and keeps their alphas_cumprod."""
     kept = np.cumprod(1.0 - betas)[kept_steps]
     return 1.0 - kept / np.append(1.0, kept[:-1])

@@ -1,4 +1,4 @@
-"""What the process asks of a network."""
+"""The interface between objectives, samplers and a network."""
 
 from typing import Protocol
 
@@ -8,12 +8,11 @@ from diffusion.batch import Condition
 
 
 class Denoiser(Protocol):
-    """A network without schedule, guidance or dropping of conditions inside."""
+    """A network that knows no schedule, no guidance and drops no condition."""
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Predict the noise, then the variance logits where they are learned.
+        """Return what the objective asks for: [B, k c, h, w], where k is its ``outputs_per_channel``.
 
-        [B, c, h, w] float, [B] int64 or float, a condition of B rows -> [B, 2c, h, w], or [B, c, h, w] where the
-        variance is fixed.
+        x_t is [B, c, h, w] float, t [B] int64 or float, the condition has B rows.
         """
         ...

@@ -1,4 +1,4 @@
-"""Which of the trained steps a sampler visits."""
+"""The trained steps that a sampler visits."""
 
 from collections.abc import Sequence
 
@@ -50,7 +50,7 @@ def _whole_number(text: str, steps: Steps) -> int:
 
 
 def _evenly_spaced(size: int, count: int) -> NDArray[np.int64]:
-    """``count`` of range(size) at a constant fractional stride, halves rounded to even."""
+    """Return ``count`` of range(size) at a constant fractional stride, halves rounded to even."""
     if count > size:
         raise ValueError(
             f"sampler.steps is {count}, but the process was trained with {size} steps there; choose at most {size}."

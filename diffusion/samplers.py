@@ -1,4 +1,4 @@
-"""Samplers take noise to samples with any denoiser. All noise is given to them; they read nothing back.
+"""Samplers turn noise into samples with any denoiser. They are given all noise and read nothing back.
 
 A sampler is its settings: a frozen dataclass, which a YAML in ``conf/diffusion/sampler`` names. Adding one is such a
 class, its YAML and a test.
@@ -27,7 +27,7 @@ class Noise(Protocol):
 
 
 class Sampler(Protocol):
-    """Takes noise to samples."""
+    """Turns noise into samples."""
 
     name: ClassVar[str]  # in records and file names
 
@@ -40,7 +40,7 @@ class Sampler(Protocol):
         ...
 
     def __call__(self, denoiser: Denoiser, objective: Objective, noise: Noise, condition: Condition) -> Tensor:
-        """Return [B, c, h, w] float32 samples of x_0; the noise has the number of rows, the condition as many."""
+        """Return samples of x_0, [B, c, h, w] float32. The noise decides B; the condition has as many rows."""
         ...
 
 

@@ -5,14 +5,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-MOST_STEPS = 100_000  # T; tables of a process are made for each step
+MOST_STEPS = 100_000  # a process has tables with an entry for each step
 
 
 class Schedule(Protocol):
     """A sequence of forward-process variances."""
 
     def betas(self) -> NDArray[np.float64]:
-        """beta_1 .. beta_T: [T] float64 in (0, 1)."""
+        """Return the betas of all steps: [S] float64 in (0, 1)."""
         ...
 
 
@@ -30,7 +30,7 @@ class LinearSchedule:
         self.beta_end = beta_end
 
     def betas(self) -> NDArray[np.float64]:
-        """[num_steps] float64."""
+        """Return the betas, [num_steps] float64."""
         return np.linspace(self.beta_start, self.beta_end, self.num_steps, dtype=np.float64)
 
 
@@ -43,7 +43,7 @@ class ScaledLinearSchedule:
         self._roots = LinearSchedule(num_steps, beta_start**0.5, beta_end**0.5)
 
     def betas(self) -> NDArray[np.float64]:
-        """[num_steps] float64."""
+        """Return the betas, [num_steps] float64."""
         return self._roots.betas() ** 2
 
 
@@ -61,7 +61,7 @@ class CosineSchedule:
         self.max_beta = max_beta
 
     def betas(self) -> NDArray[np.float64]:
-        """[num_steps] float64."""
+        """Return the betas, [num_steps] float64."""
         t = np.arange(self.num_steps + 1, dtype=np.float64) / self.num_steps
         alphas_cumprod = np.cos((t + self.offset) / (1 + self.offset) * np.pi / 2) ** 2
         return np.minimum(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], self.max_beta)

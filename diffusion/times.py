@@ -16,7 +16,7 @@ class Times(Protocol):
 
 
 class UniformSteps:
-    """Draw whole steps, each as likely: {0, ..., num_steps - 1} (Ho et al. 2020, algorithm 1)."""
+    """Whole steps with equal probability: {0, ..., num_steps - 1} (Ho et al. 2020, algorithm 1)."""
 
     dtype = np.dtype(np.int64)
 
@@ -29,7 +29,7 @@ class UniformSteps:
 
 
 class UniformTimes:
-    """Draw continuous times in [0, 1), each as likely."""
+    """Continuous times, uniform in [0, 1)."""
 
     dtype = np.dtype(np.float32)
 

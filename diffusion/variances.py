@@ -1,4 +1,4 @@
-"""The variance of the reverse step: what the network's output says of it."""
+"""The variance of the reverse step, from the network's output or fixed."""
 
 from typing import Protocol
 
@@ -16,7 +16,7 @@ class Variance(Protocol):
         ...
 
     def log_variance(self, logits: Tensor | None, log_beta_tilde: Tensor, log_beta: Tensor, t: Tensor) -> Tensor:
-        """Logits, the two bounds [B, 1, 1, 1] and t [B] -> log-variance that broadcasts with x_t."""
+        """Return the log-variance, which broadcasts with x_t, from logits, the two bounds [B, 1, 1, 1] and t [B]."""
         ...
 
 
@@ -29,13 +29,13 @@ class LearnedRangeVariance:
     outputs_per_channel = 2
 
     def split(self, output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
-        """[B, 2c, h, w] -> noise and logits."""
+        """Return noise and logits of an output [B, 2c, h, w]."""
         assert output.shape[1] == 2 * channels, "the network is built from the objective"
         noise, logits = output.split(channels, dim=1)
         return noise, logits
 
     def log_variance(self, logits: Tensor | None, log_beta_tilde: Tensor, log_beta: Tensor, t: Tensor) -> Tensor:
-        """[B, c, h, w] logits -> [B, c, h, w] log-variance."""
+        """Return the log-variance [B, c, h, w] of logits of that shape."""
         assert logits is not None
         fraction = (logits + 1) / 2
         return fraction * log_beta + (1 - fraction) * log_beta_tilde
@@ -45,7 +45,7 @@ class _FixedVariance:
     outputs_per_channel = 1
 
     def split(self, output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
-        """[B, c, h, w] -> itself and no logits."""
+        """Return the output [B, c, h, w] itself and no logits."""
         assert output.shape[1] == channels, "the network is built from the objective"
         return output, None
 
@@ -54,7 +54,7 @@ class FixedLargeVariance(_FixedVariance):
     """sigma_t^2 = beta_t (Ho et al. 2020, section 3.2)."""
 
     def log_variance(self, logits: Tensor | None, log_beta_tilde: Tensor, log_beta: Tensor, t: Tensor) -> Tensor:
-        """[B, 1, 1, 1]: the upper bound; at the first step the lower one, which ADM takes for a better likelihood."""
+        """Return the upper bound [B, 1, 1, 1]; at the first step the lower one, as ADM does for a better likelihood."""
         return torch.where(t.view(-1, 1, 1, 1) == 0, log_beta_tilde, log_beta)
 
 
@@ -62,5 +62,5 @@ class FixedSmallVariance(_FixedVariance):
     """sigma_t^2 = beta~_t (Ho et al. 2020, section 3.2)."""
 
     def log_variance(self, logits: Tensor | None, log_beta_tilde: Tensor, log_beta: Tensor, t: Tensor) -> Tensor:
-        """[B, 1, 1, 1]: the lower bound."""
+        """Return the lower bound [B, 1, 1, 1]."""
         return log_beta_tilde
