@@ -37,7 +37,7 @@ from evaluation.manifolds import PrecisionRecall
 from evaluation.references import Reference
 from evaluation.statistics import FeatureStatistics, Gaussian, frechet_distance
 from model.autoencoder import IdentityAutoencoder
-from model.dit import DiT
+from model.dit import DiT, DiTConfig
 from model.precision import allow_tf32
 from runtime.accelerate import AccelerateRuntime
 
@@ -149,13 +149,15 @@ def _sampled(of: Sampled) -> dict[str, Any]:
     if ON_GPU:
         allow_tf32(True)
     model = DiT(
-        latent_size=32,
-        channels=4,
-        patch_size=of.patch_size,
-        width=of.width,
-        depth=of.depth,
-        num_heads=of.num_heads,
-        num_classes=1000,
+        DiTConfig(
+            latent_size=32,
+            channels=4,
+            patch_size=of.patch_size,
+            width=of.width,
+            depth=of.depth,
+            num_heads=of.num_heads,
+            num_classes=1000,
+        )
     )
     model.initialize(0)
     model.to(DEVICE).eval().requires_grad_(False)

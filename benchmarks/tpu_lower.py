@@ -22,7 +22,7 @@ from diffusion.batch import Batch
 from launch.app import CONF
 from launch.build import build
 from launch.settings import register
-from model.checkpointing import checkpoint_blocks
+from model.checkpointing import checkpoint_units
 from model.dit import DiT
 from model.flops import num_parameters, training_multiply_adds
 from runtime.lowering import TracingRuntime
@@ -50,7 +50,7 @@ def trace(config: dict[str, Any], runtime: TracingRuntime) -> str:
     averages = list(ema.modules.values())
     optimizer = build(config["optimizer"])(model.parameters())
     if config["activation_checkpointing"]:
-        checkpoint_blocks(model, runtime.checkpoint)
+        checkpoint_units(model, runtime.checkpoint)
     stepped, optimizer = runtime.prepare(model, averages, optimizer)
     step = make_step(stepped, optimizer, ema, process, runtime, config["max_grad_norm"])
     metrics = step(next(runtime.feed([host_batch(model, config["batch_size"])])))
@@ -78,18 +78,19 @@ def host_batch(model: DiT, batch_size: int) -> Batch:
 
 def facts(config: dict[str, Any], runtime: TracingRuntime) -> dict[str, Any]:
     """What was traced, by what."""
-    shape = weightless(config["model"]).config
+    model = weightless(config["model"])
+    shape = model.config
     mode, fsdp_devices = config["runtime"]["mode"], config["runtime"]["fsdp_devices"] or runtime.num_devices
     return {
         "model": f"DiT-{shape.depth}x{shape.width}/{shape.patch_size}",
-        "parameters": num_parameters(shape),
+        "parameters": num_parameters(model),
         "batch_size": config["batch_size"],
         "precision": config["precision"],
         "mode": mode,
         "activation_checkpointing": config["activation_checkpointing"],
         "fsdp_devices": fsdp_devices if mode != "replicated" else None,
         "traced_devices": runtime.num_devices,
-        "model_multiply_adds": training_multiply_adds(shape, config["batch_size"]),
+        "model_multiply_adds": training_multiply_adds(model, config["batch_size"]),
         "torch": torch.__version__,
         "torch_xla": version("torch_xla"),
         "commit": current_commit(),

@@ -32,7 +32,7 @@ from diffusion.process import GaussianDiffusion
 from diffusion.schedules import LinearSchedule
 from diffusion.times import UniformSteps
 from diffusion.variances import LearnedRangeVariance
-from model.dit import DiT
+from model.dit import DiT, DiTConfig
 from model.flops import TRAINING_FACTOR, multiply_adds
 from runtime.accelerate import AccelerateRuntime
 from train.ema import constant
@@ -53,7 +53,7 @@ class Round(NamedTuple):
 
 def new_model(size: str) -> DiT:
     depth, width, num_heads = SIZES[size]
-    return DiT(LATENT, CHANNELS, 2, width, depth, num_heads, CLASSES)
+    return DiT(DiTConfig(LATENT, CHANNELS, 2, width, depth, num_heads, CLASSES))
 
 
 def diffusion() -> GaussianDiffusion:
@@ -184,7 +184,7 @@ def free() -> None:
 def measure(arguments: argparse.Namespace, size: str, peak: float) -> dict[str, Any]:
     """One size: every variant, and ratios to the baseline."""
     found = (on_gpu if torch.cuda.is_available() else taking_turns)(arguments, size)
-    work = 2 * TRAINING_FACTOR * multiply_adds(new_model(size).config)  # FLOPs an image
+    work = 2 * TRAINING_FACTOR * multiply_adds(new_model(size))  # FLOPs an image
     for values in found.values():
         values["utilization_of_bf16_peak"] = round(values["images_per_sec"] * work / peak, 4)
         if "baseline" in found:

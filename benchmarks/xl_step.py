@@ -10,12 +10,14 @@ import time
 
 import torch
 
-from model.dit import DiT
+from model.dit import DiT, DiTConfig
 
 
 def main() -> None:
     depth = int(sys.argv[1]) if len(sys.argv) > 1 else 28
-    model = DiT(latent_size=32, channels=4, patch_size=2, width=1152, depth=depth, num_heads=16, num_classes=1000)
+    model = DiT(
+        DiTConfig(latent_size=32, channels=4, patch_size=2, width=1152, depth=depth, num_heads=16, num_classes=1000)
+    )
     for block in model.block_list:
         torch.nn.init.normal_(block.modulation.weight, std=0.02)
     torch.nn.init.normal_(model.final_layer.decoder.weight, std=0.02)

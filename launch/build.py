@@ -32,8 +32,8 @@ from launch.runs import checkpoint_hash, pinned_sources, read_checkpoint
 from launch.saved_configs import component, setting
 from launch.settings import EvaluateSettings, SamplingSettings, TrainSettings
 from model.autoencoder import Autoencoder
-from model.dit import DiT
 from model.flops import multiply_adds, num_parameters, training_multiply_adds
+from model.network import Network
 from runtime.protocol import Devices, Processes
 from train import posthoc
 from train.checkpoint import fill, read_state_file, read_tensors
@@ -87,31 +87,28 @@ def build_shards(data: DataSettings) -> MappedShards:
     return open_shards(data.shards, data.verify_checksums, data.cache, data.cache_bytes)
 
 
-def require_outputs(model: DiT, outputs_per_channel: int, of: str) -> None:
+def require_outputs(model: Network, outputs_per_channel: int, of: str) -> None:
     """Raise ValueError where the network of the file ``of`` has other output channels than the objective wants."""
-    theirs = model.config.outputs_per_channel
-    if outputs_per_channel == theirs:
+    channels = model.latent_shape[0]
+    if outputs_per_channel * channels == model.out_channels:
         return
-    follow = "diffusion/variance=learned_range" if theirs == 2 else "diffusion/variance=fixed_large or fixed_small"
+    learned = model.out_channels == 2 * channels
+    follow = "diffusion/variance=learned_range" if learned else "diffusion/variance=fixed_large or fixed_small"
     raise ValueError(
-        f"The objective needs {outputs_per_channel * model.config.channels} output channels, but {of} has "
-        f"{model.config.out_channels}; set {follow}."
+        f"The objective needs {outputs_per_channel * channels} output channels, but {of} has "
+        f"{model.out_channels}; set {follow}."
     )
 
 
-def model_facts(model: DiT, images_seen: int, weights: str, training_seed: int) -> dict[str, Any]:
+def model_facts(model: Network, images_seen: int, weights: str, training_seed: int) -> dict[str, Any]:
     """What an evaluation record says of the network. Compute in giga multiply-adds, the paper's Gflops."""
-    config = model.config
     return {
         "weights": weights,
         "training_seed": training_seed,
-        "patch_size": config.patch_size,
-        "width": config.width,
-        "depth": config.depth,
-        "block": type(model.blocks[0]).__name__,
-        "gmacs": multiply_adds(config) / 1e9,
-        "parameters": num_parameters(config),
-        "training_gmacs": training_multiply_adds(config, images_seen) / 1e9,
+        **model.facts(),
+        "gmacs": multiply_adds(model) / 1e9,
+        "parameters": num_parameters(model),
+        "training_gmacs": training_multiply_adds(model, images_seen) / 1e9,
     }
 
 
@@ -204,7 +201,7 @@ def build_evaluator(
     return Evaluator(extractor, reference, protocol, settings.batch_size, metrics)
 
 
-def load_model(where: str, weights: str) -> DiT:
+def load_model(where: str, weights: str) -> Network:
     """The network of a run's newest checkpoint, or of one checkpoint's folder.
 
     ``weights`` is ``model``, the name of an average there, or ``width_W``: the power-function average of that
@@ -215,13 +212,13 @@ def load_model(where: str, weights: str) -> DiT:
     return read_checkpoint(where, lambda path: model_at(path, weights))
 
 
-def model_at(path: Path, weights: str) -> DiT:
+def model_at(path: Path, weights: str) -> Network:
     """The network of a pinned checkpoint. Raises as `load_model` does."""
     with pinned_sources(path, weights) as sources:
         return _model_at(sources, weights)
 
 
-def _model_at(sources: Sequence[Path], weights: str) -> DiT:
+def _model_at(sources: Sequence[Path], weights: str) -> Network:
     """The network of the last of the pinned checkpoints that its weights are made of."""
     path = sources[-1]
     config, said_by = read_state_file(path)["config"], str(path / STATE_FILE)
@@ -233,7 +230,7 @@ def _model_at(sources: Sequence[Path], weights: str) -> DiT:
     return _model_of(path, section, read_tensors(path, weights))
 
 
-def _model_of(path: Path, section: Mapping[str, Any], tensors: dict[str, Tensor]) -> DiT:
+def _model_of(path: Path, section: Mapping[str, Any], tensors: dict[str, Tensor]) -> Network:
     """Return the model of a checkpoint's config with the tensors of its file, which are looked at first.
 
     A config may ask for a model of any size: nothing is allocated for one that the file is not of.
@@ -251,7 +248,7 @@ def _model_of(path: Path, section: Mapping[str, Any], tensors: dict[str, Tensor]
                 f"The checkpoint {path} is of another model than its config: {name} is {shown[0]} in its weights and "
                 f"{shown[1]} by its config; use another checkpoint of that run."
             )
-    model: DiT = build_saved(section, said_by)
+    model: Network = build_saved(section, said_by)
     fill(model, path, tensors)
     return model
 
@@ -282,7 +279,7 @@ class LoadedCheckpoint:
     images_seen: int
     spec: LatentSpec
     conditions: ConditionSource
-    model: DiT
+    model: Network
     objective: Objective
     autoencoder: Autoencoder
     class_dropout: float

@@ -59,6 +59,7 @@ def check_parameters(config: Mapping[str, Any], path: str) -> None:
         target = get_object(name)
     except Exception as error:  # hydra raises several kinds, ImportError of the target's module among them
         raise ValueError(f"{path}_target_ is {name!r}, which cannot be imported: {error}") from error
+    target = taker_of_settings(target)
     parameters, hints = inspect.signature(target).parameters, _hints(target)
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for key, value in config.items():
@@ -68,6 +69,12 @@ def check_parameters(config: Mapping[str, Any], path: str) -> None:
             raise ValueError(f"{name} has no setting {path}{key}{closest(key, parameters)}")
         if isinstance(value, str | int | float | bool | list) and key in hints:
             check_type(f"{path}{key}", value, hints[key])
+
+
+def taker_of_settings(target: Any) -> Callable[..., Any]:
+    """Return what has a section's keys as its parameters: the target, or the class of the one config that it takes."""
+    taker: Callable[..., Any] = getattr(target, "config_class", target)
+    return taker
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:

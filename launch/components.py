@@ -16,7 +16,7 @@ import yaml
 from hydra.utils import get_object
 
 from launch.app import CONF
-from launch.check import check_parameters
+from launch.check import check_parameters, taker_of_settings
 
 _PACKAGE = re.compile(r"^# @package (\S+)", re.MULTILINE)
 _LONGEST_TEXT = 4096
@@ -30,20 +30,23 @@ def target_of(section: Mapping[str, Any]) -> Any:
 def build(section: Mapping[str, Any], **arguments: Any) -> Any:
     """Make what a section's ``_target_`` names, of its other keys and ``arguments``.
 
-    Sections within it are made first. With ``_partial_: true`` returns a function that takes the missing arguments.
+    Sections within it are made first. A class with a ``config_class``, such as a network, gets one object of that, made
+    of the keys. With ``_partial_: true`` returns a function that takes the missing arguments.
     Raises ValueError where an argument is missing, and what the component raises.
     """
     target = target_of(section)
+    taker = taker_of_settings(target)
     given = {key: _made(value) for key, value in section.items() if not key.startswith("_")} | arguments
     if section.get("_partial_"):
         return functools.partial(target, **given)
-    parameters = inspect.signature(target).parameters.values()
+    parameters = inspect.signature(taker).parameters.values()
     missing = [
         p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.name not in given
     ]
     if missing:
         raise ValueError(f"{section['_target_']} needs a setting {missing[0]!r}; give it.")
-    return target(**given)
+    made = taker(**given)
+    return made if taker is target else target(made)
 
 
 def _made(value: Any) -> Any:

@@ -14,7 +14,7 @@ from launch.hub import in_hub_cache, require_whole
 from launch.weight_files import read_weight_file
 from launch.weight_tables import require_numbers
 from model.diffusers_weights import from_diffusers
-from model.dit import DiT
+from model.network import Network
 
 WEIGHTS = "diffusion_pytorch_model"
 _SHARDS = f"{WEIGHTS}.safetensors.index.json"
@@ -50,8 +50,8 @@ def is_diffusers_folder(path: Path) -> bool:
     return path.is_dir() and any((path / name).exists() for name in names)
 
 
-def read_diffusers_folder(folder: Path, frequency_shift: int = 1) -> tuple[DiT, list[str]]:
-    """Return the DiT of a ``DiTPipeline`` folder or of its transformer's folder, and sentences on what differs here.
+def read_diffusers_folder(folder: Path, frequency_shift: int = 1) -> tuple[Network, list[str]]:
+    """Return the network of a ``DiTPipeline`` folder or of its transformer's, and sentences on what differs here.
 
     The default computes what diffusers computes; ``frequency_shift`` 0 is right for weights that were trained
     by the released code, such as the published ones. Raises ValueError, naming the file, for anything else.
@@ -61,7 +61,7 @@ def read_diffusers_folder(folder: Path, frequency_shift: int = 1) -> tuple[DiT, 
     state = _read_weights(inner)
     require_numbers(state, inner)
     try:
-        model = from_diffusers(state, _arguments(config, inner, frequency_shift))
+        model = from_diffusers(state, config, frequency_shift)
     except ValueError as error:
         raise ValueError(f"{inner}: {error}") from error
     notes = []
@@ -107,29 +107,6 @@ def _read_config(path: Path) -> TransformerConfig:
         if found != ours:
             raise ValueError(f"{path} has {name} {found!r}, but a DiT has {ours!r}; its outputs would be others here.")
     return config
-
-
-def _arguments(config: TransformerConfig, inner: Path, frequency_shift: int) -> dict[str, Any]:
-    """Return DiT's arguments."""
-    out_channels = config.out_channels or config.in_channels
-    if out_channels not in (config.in_channels, 2 * config.in_channels):
-        raise ValueError(
-            f"{out_channels} output channels for {config.in_channels} input channels are neither noise alone "
-            "nor noise and variance."
-        )
-    if config.sample_size % config.patch_size:
-        raise ValueError(f"patch_size {config.patch_size} does not divide sample_size {config.sample_size}.")
-    return {
-        "latent_size": config.sample_size,
-        "channels": config.in_channels,
-        "patch_size": config.patch_size,
-        "width": config.num_attention_heads * config.attention_head_dim,
-        "depth": config.num_layers,
-        "num_heads": config.num_attention_heads,
-        "num_classes": config.num_embeds_ada_norm,
-        "outputs_per_channel": out_channels // config.in_channels,
-        "frequency_shift": frequency_shift,
-    }
 
 
 def _read_weights(inner: Path) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ from launch.facts import facts_of_process, source_hash
 from launch.jobs import start
 from launch.runs import checkpoint_hash, read_checkpoint
 from launch.settings import EvaluateSettings
-from model.dit import DiT
+from model.network import Network
 from runtime.protocol import Devices
 from train.checkpoint import code_version, read_state_file
 from train.runfolder import RunFolder
@@ -67,7 +67,7 @@ def evaluate_job(config: EvaluateSettings, progress: ProgressBar) -> None:
             f"reference would be {data.name} at {data.image_size} px; leave data out, or give the checkpoint's."
         )
     if config.compile:
-        compile_blocks(checkpoint.model, runtime.device)
+        compile_units(checkpoint.model, runtime.device)
     generator = checkpoint.generator(config, config.evaluation.seed, runtime)
     if LIKELIHOOD in config.metrics:
         require_gaussian(checkpoint.objective, f"metric {LIKELIHOOD}")
@@ -123,8 +123,8 @@ def _record(
     return record
 
 
-def compile_blocks(model: DiT, device: torch.device) -> None:
-    """Compile block by block: all of them share one compilation.
+def compile_units(model: Network, device: torch.device) -> None:
+    """Compile unit by unit: those of one class and shape share one compilation.
 
     Raises ValueError under XLA, and on a CPU without the C++ compiler that PyTorch would call.
     """
@@ -136,8 +136,8 @@ def compile_blocks(model: DiT, device: torch.device) -> None:
             f"compile=true needs a C++ compiler, but there is no {compiler}; install one, name yours by the variable "
             "CXX, or leave compile out."
         )
-    for block in model.block_list:
-        block.compile()
+    for unit in model.units():
+        unit.compile()
 
 
 class EvaluationChunks:

@@ -19,9 +19,9 @@ from launch.jobs import start
 from launch.runs import read_checkpoint
 from launch.saved_configs import component
 from launch.settings import ExportSettings, Program
-from model.diffusers_weights import NULL_CLASS, to_diffusers
-from model.dit import DiT
-from model.released import to_reference
+from model.diffusers_weights import notes_on_pipeline, to_diffusers
+from model.network import Network
+from model.released import notes_on_reference, to_reference
 from train.checkpoint import read_state_file
 from train.stores import STATE_FILE
 
@@ -30,7 +30,7 @@ from train.stores import STATE_FILE
 class Source:
     """A network, and what a pipeline of diffusers needs beside it, where it is known."""
 
-    model: DiT
+    model: Network
     notes: tuple[str, ...] = ()
     autoencoder: Any = None  # diffusers' AutoencoderKL
     class_names: tuple[str, ...] = ()
@@ -47,14 +47,11 @@ def export_job(config: ExportSettings, progress: ProgressBar) -> None:
     if for_diffusers:
         with atomic_folder(out) as aside:
             to_diffusers(model, aside, source.autoencoder, source.class_names, source.betas)
-        notes += _notes_on_pipeline(source)
+        notes += notes_on_pipeline(model)
     else:
         with atomic_file(out) as file:
             torch.save(to_reference(model), file)
-        if model.config.frequency_shift == 1:
-            notes.append(
-                "the released code spaces the timestep's frequencies otherwise, so its outputs are a little off."
-            )
+        notes += notes_on_reference(model)
     print(f"{config.weights} weights of {where} for {config.to}: {out}")
     for note in notes:
         print(f"note: {note}")
@@ -99,21 +96,6 @@ def _autoencoder(section: dict[str, Any], spec: LatentSpec) -> tuple[Any, list[s
     if isinstance(autoencoder.scale, list) or autoencoder.shift != 0.0:
         return None, [f"a DiTPipeline scales latents by one number, and not as {autoencoder.name} here, {without}"]
     return autoencoder.for_pipeline(), []
-
-
-def _notes_on_pipeline(source: Source) -> list[str]:
-    """Return what the pipeline does otherwise than this program."""
-    model, notes = source.model, []
-    if model.config.frequency_shift == 0:
-        notes.append("diffusers' DiT spaces the timestep's frequencies otherwise, so its outputs are a little off.")
-    if (drift := model.position_drift()) > 0:
-        notes.append(f"diffusers' DiT has the fixed position embedding, not this one, which is {drift:.2g} off.")
-    if model.config.num_classes != NULL_CLASS:
-        notes.append(
-            f"DiTPipeline takes class {NULL_CLASS} for the null class, which is {model.config.num_classes} here: give "
-            "it guidance_scale=1."
-        )
-    return notes
 
 
 if __name__ == "__main__":

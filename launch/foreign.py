@@ -23,12 +23,11 @@ from launch.settings import SampleSettings
 from launch.weight_files import read_weight_file
 from launch.weight_tables import EMA, choose_table
 from model.autoencoder import Autoencoder
-from model.dit import DiT
-from model.released import ANCHOR, from_reference, label_rows
+from model.network import Network
+from model.released import ANCHOR, ROUNDING, Description, describe, from_reference, label_rows
 from runtime.protocol import Devices
 
 _SUFFIXES = {".pt", ".pth", ".ckpt", ".bin", ".safetensors"}
-ROUNDING = 1e-6  # up to which two ways of computing the fixed position embedding differ
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class ForeignNetwork:
 
     where: str
     path: Path  # of its file or folder
-    model: DiT
+    model: Network
     notes: tuple[str, ...]
     arguments: Mapping[str, Any]  # that its trainer kept
     class_names: tuple[str, ...] = ()
@@ -77,7 +76,7 @@ def _is_folder(path: Path) -> bool:
 def read_foreign(where: str, weights: str, facts: Facts) -> ForeignNetwork:
     """Return the network of a file, a folder or a model of the hub. ``weights`` names a table (see `choose_table`).
 
-    Raises ValueError, naming the file, for anything that is no DiT's weights or is read in two ways.
+    Raises ValueError, naming the file, for anything that is no such network's weights or is read in two ways.
     """
     path, notes = Path(where), list[str]()
     if not os.path.lexists(where) and path.suffix not in _SUFFIXES:
@@ -87,9 +86,9 @@ def read_foreign(where: str, weights: str, facts: Facts) -> ForeignNetwork:
     return replace(network, where=where, notes=(*network.notes, *notes))
 
 
-def notes_on_positions(model: DiT, where: str) -> list[str]:
+def notes_on_positions(model: Network, where: str) -> list[str]:
     """Return a sentence where a file's position embedding is not the fixed one, for a job that computes with it."""
-    if (drift := model.position_drift()) <= ROUNDING:
+    if (drift := describe(model).position_drift) <= ROUNDING:
         return []
     return [f"{where}: its position embedding is up to {drift:.2g} off the fixed one; its own is used."]
 
@@ -101,29 +100,31 @@ def load_foreign(config: SampleSettings, runtime: Devices) -> LoadedCheckpoint:
     model = network.model
     objective: Objective = build(config.diffusion)
     require_outputs(model, objective.outputs_per_channel, of=where)
-    _require_null_class(model, where, config)
+    said = describe(model)
+    _require_null_class(said, where, config)
     autoencoder: Autoencoder = build(config.data.autoencoder)
-    if autoencoder.channels != model.config.channels:
+    channels, latent_size, _ = model.latent_shape
+    if autoencoder.channels != channels:
         raise ValueError(
-            f"The weights in {where} are for latents of {model.config.channels} channels, but the autoencoder "
+            f"The weights in {where} are for latents of {channels} channels, but the autoencoder "
             f"{autoencoder.name} has {autoencoder.channels}; choose another model/autoencoder."
         )
     of_process = notes_on_process(network.path, network.arguments, objective)
     if runtime.is_main:
         for note in (*network.notes, *notes_on_positions(model, where), *of_process):
             print(f"note: {note}", file=sys.stderr)
-    preparation = Preparation(model.config.latent_size * autoencoder.downscale, ExactSize())
+    preparation = Preparation(latent_size * autoencoder.downscale, ExactSize())
     return LoadedCheckpoint(
         path=Path(where),
         run_dir=Path(where).resolve().parent if Path(where).exists() else Path(),  # no samples into the hub's cache
         step=0,
         images_seen=0,
-        spec=latent_spec(Path(where).name, model.config.num_classes, autoencoder, preparation, flip=False),
-        conditions=ClassLabels(model.config.num_classes),
+        spec=latent_spec(Path(where).name, said.num_classes, autoencoder, preparation, flip=False),
+        conditions=ClassLabels(said.num_classes),
         model=runtime.place(model).eval().requires_grad_(False),
         objective=runtime.place(objective),
         autoencoder=autoencoder.to(runtime.device),
-        class_dropout=0.1 if model.has_null_class else 0.0,  # both programs train with it
+        class_dropout=0.1 if said.has_null_class else 0.0,  # both programs train with it
         training_seed=0,
         class_names=network.class_names,
     )
@@ -148,11 +149,12 @@ def _read_folder(path: Path, weights: str, facts: Facts) -> ForeignNetwork:
         raise ValueError(f"{path} is a diffusers folder with one table of weights, not {weights!r}; leave weights out.")
     shift = 1 if facts.frequency_shift is None else facts.frequency_shift
     model, notes = read_diffusers_folder(path, shift)
+    description = describe(model)
     for name in ("num_heads", "num_classes"):
-        said, found = getattr(facts, name), getattr(model.config, name)
+        said, found = getattr(facts, name), getattr(description, name)
         if said is not None and said != found:
             raise ValueError(f"foreign.{name} is {said}, but the config of {path} says {found}; leave it out.")
-    return ForeignNetwork(str(path), path, model, tuple(notes), {}, read_class_names(path, model.config.num_classes))
+    return ForeignNetwork(str(path), path, model, tuple(notes), {}, read_class_names(path, description.num_classes))
 
 
 def _classes(rows: int, facts: Facts, trained: object, path: Path) -> tuple[int, list[str]]:
@@ -186,9 +188,9 @@ def _likely_heads(tensors: Mapping[str, Tensor], facts: Facts) -> int | None:
     return 1 if facts.likely_heads and width % facts.likely_heads else facts.likely_heads
 
 
-def _require_null_class(model: DiT, where: str, config: SampleSettings) -> None:
-    if not model.has_null_class and target_of(config.guidance).needs_null:
+def _require_null_class(said: Description, where: str, config: SampleSettings) -> None:
+    if not said.has_null_class and target_of(config.guidance).needs_null:
         raise ValueError(
-            f"{where} has no null class (its label table has {model.config.num_classes} rows for as many classes), "
+            f"{where} has no null class (its label table has {said.num_classes} rows for as many classes), "
             "which guidance needs; use diffusion/guidance=none."
         )

@@ -1,6 +1,7 @@
 """``ditscale plan``: what a model or a sweep of models costs, before anything is trained."""
 
 import json
+import math
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -12,9 +13,9 @@ from data.shard_tars import shard_bytes_per_sample
 from launch.components import build, target_of
 from launch.jobs import start
 from launch.settings import Format, PlanSettings, Precision
-from model.dit import DiTConfig
-from model.flops import TRAINING_FACTOR, multiply_adds, num_parameters
+from model.flops import TRAINING_FACTOR, multiply_adds, num_parameters, weightless
 from model.memory import STATE_BYTES_PER_PARAMETER, activation_bytes_per_image
+from model.network import Network
 
 COLUMNS = (  # heading, key, format
     ("model", "name", "32s"),
@@ -43,9 +44,8 @@ def plan_job(config: PlanSettings, progress: ProgressBar) -> None:
 
 def plan_row(config: PlanSettings) -> dict[str, Any]:
     """All numbers of one model. Gflops and TMACs are multiply-adds as in the paper; EFLOPs are true FLOPs."""
-    section = {key: value for key, value in config.model.items() if key not in ("_target_", "block")}
     outputs = build(config.diffusion).outputs_per_channel
-    model = DiTConfig(**section, block=build(config.model["block"]), outputs_per_channel=outputs)
+    model: Network = weightless(lambda: build(config.model, outputs_per_channel=outputs))
     macs, parameters = multiply_adds(model), num_parameters(model)
     images = config.total_steps * config.batch_size
     training_flops = 2 * TRAINING_FACTOR * macs * images
@@ -53,7 +53,7 @@ def plan_row(config: PlanSettings) -> dict[str, Any]:
     images_per_device = -(-config.batch_size // config.devices)
     activations = activation_bytes_per_image(model, config.precision is Precision.bf16) * images_per_device
     orientations = 2 if config.flip else 1
-    values = orientations * 2 * model.channels * model.latent_size**2
+    values = orientations * 2 * math.prod(model.latent_shape)
     return {
         "name": config.name,
         "gmacs": macs / 1e9,

@@ -15,7 +15,15 @@ from launch.settings import TrainSettings
 REPLAYED = frozenset({*components(TrainSettings), "runtime"})
 
 # Sections that earlier versions did not write, as they were understood then.
-EARLIER: dict[str, Any] = {"condition": {"_target_": "data.conditions.ClassLabels", "_partial_": True}}
+EARLIER: dict[str, Any] = {
+    "condition": {"_target_": "data.conditions.ClassLabels", "_partial_": True},
+    "model": {
+        "block": {
+            "norm": {"_target_": "model.norms.layer_norm", "_partial_": True},
+            "mlp": {"_target_": "model.mlp.GeluMlp", "_partial_": True},
+        }
+    },
+}
 
 
 def as_now(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -23,10 +31,19 @@ def as_now(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Earlier versions wrote ``model.learn_sigma``, which had to agree with the objective, which now decides it alone.
     """
-    now = {**EARLIER, **config}
+    now = _filled(config, EARLIER)
     if isinstance(model := now.get("model"), Mapping) and isinstance(model.get("learn_sigma"), bool):
         now["model"] = {key: value for key, value in model.items() if key != "learn_sigma"}
     return now
+
+
+def _filled(config: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with the settings of ``earlier`` that it does not have, in its sections too."""
+    whole = {**earlier, **config}
+    for key, inner in earlier.items():
+        if isinstance(inner, Mapping) and "_target_" not in inner and isinstance(whole[key], Mapping):
+            whole[key] = _filled(whole[key], inner)
+    return whole
 
 
 def setting(config: Mapping[str, Any], name: str, said_by: str) -> Any:

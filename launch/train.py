@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from omegaconf import DictConfig
-from torch import nn
 
 from data.fields import free_settings
 from data.manifest import LatentSpec, Manifest
@@ -35,7 +34,7 @@ from launch.replay import replay_job
 from launch.saved_configs import as_now
 from launch.settings import TrainSettings
 from launch.training import prepare_run
-from model.dit import DiT
+from model.network import Network
 from runtime.protocol import Processes, Runtime
 from train.checkpoint import code_version, load_newest, read_lines_copy, read_state_file
 from train.dump import DivergedError, write_dump
@@ -236,7 +235,7 @@ def _hooks(
 
 def _evaluation_hook(
     config: TrainSettings,
-    model: nn.Module,
+    model: Network,
     generator: Generator,
     manifest: Manifest,
     folder: RunFolder,
@@ -245,7 +244,6 @@ def _evaluation_hook(
 ) -> EvaluationHook:
     evaluator = build_evaluator(config, generator.runtime, progress)
     evaluator.require(generator.spec.image_size, generator.spec.num_classes)
-    assert isinstance(model, DiT)
 
     # Settings, source and data decide the weights of a step, so what a killed run kept of it is of the same weights.
     origin = {**facts_of_process(config.plain()), "manifest": manifest.hash, "protocol": asdict(evaluator.protocol)}
@@ -273,13 +271,7 @@ def _tell(folder: RunFolder, state: TrainState, config: TrainSettings, logger: L
         f"{folder.path}: {begins}, to step {state.total_steps}, on {runtime.device}{processes}, {config.precision}, "
         f"{logger.description}"
     ]
-    model = config.model
-    if model["width"] < (values := model["channels"] * model["patch_size"] ** 2):
-        lines.append(
-            f"note: model.width is {model['width']}, but a patch has {values} values ({model['patch_size']}x"
-            f"{model['patch_size']} of {model['channels']} channels), which a token cannot hold; set a larger "
-            "model.width or a smaller model.patch_size."
-        )
+    lines += [f"note: {note}" for note in state.model.notes()]
     if (note := initial_share_note(state.ema.by_name[MAIN], MAIN, state.total_steps)) is not None:
         lines.append(f"note: {note}")
     print("\n".join(lines), file=sys.stderr)

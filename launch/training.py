@@ -17,8 +17,8 @@ from launch.facts import facts_of_process
 from launch.settings import TrainSettings
 from launch.starting_weights import load_starting_weights
 from model.autoencoder import Autoencoder
-from model.checkpointing import checkpoint_blocks
-from model.dit import DiT
+from model.checkpointing import checkpoint_units
+from model.network import Network
 from runtime.protocol import Processes, Runtime, Step
 from train.ema import Averages
 from train.guards import SpikeGuard
@@ -63,8 +63,7 @@ class PreparedRun:
         """Bring a restored state to the devices. The state gets the runtime's optimizer."""
         config, runtime = self.config, self.runtime
         if config.activation_checkpointing:  # after the averages were copied, which have no backward pass
-            assert isinstance(state.model, DiT)
-            checkpoint_blocks(state.model, runtime.checkpoint)
+            checkpoint_units(state.model, runtime.checkpoint)
         model, state.optimizer = runtime.prepare(state.model, list(state.ema.modules.values()), state.optimizer)
         factor = config.skip_grad_norm
         guard = None if factor is None else SpikeGuard(factor, state.optimizer, runtime)
@@ -99,7 +98,7 @@ def prepare_run(config: TrainSettings, manifest: Manifest) -> PreparedRun:
 
 
 def _new_state(config: TrainSettings, objective: Objective, runtime: Processes, starts_anew: bool) -> TrainState:
-    model: DiT = build(config.model, outputs_per_channel=objective.outputs_per_channel)
+    model: Network = build(config.model, outputs_per_channel=objective.outputs_per_channel)
     model.initialize(config.seed)
     if starts_anew and config.init_from is not None:
         for note in load_starting_weights(model, config.init_from):

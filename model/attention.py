@@ -1,11 +1,15 @@
 """Attention layers, all through PyTorch's scaled_dot_product_attention."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention."""
+    """Multi-head self-attention. A variant overrides what becomes of queries and keys before the scores."""
+
+    sees_positions = False  # whether `rotate` needs the tokens' positions
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -13,18 +17,27 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.projection = nn.Linear(width, width)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[B, N, d] -> [B, N, d]."""
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """[B, T, d], [T, 2] row and column, [B, T] bool (False: nobody attends to it) -> [B, T, d]."""
         batch, length, width = tokens.shape
         qkv = self.qkv(tokens).view(batch, length, 3, self.num_heads, width // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         query, key = self.normalize(query, key)
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+        if positions is not None:
+            query, key = self.rotate(query, positions), self.rotate(key, positions)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=over_keys(mask))
         return self.projection(mixed.transpose(1, 2).reshape(batch, length, width))
 
     def normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, heads, N, d / heads] queries and keys as they enter the scores; the paper's are as they are."""
+        """[B, heads, T, d / heads] queries and keys as they enter the scores; the paper's are as they are."""
         return query, key
+
+    def rotate(self, vectors: Tensor, positions: Tensor) -> Tensor:
+        """[B, heads, T, d / heads] queries or keys, turned by their positions [T, 2]; the paper's are not."""
+        return vectors
+
+
+AttentionFactory = Callable[[int, int], SelfAttention]  # (width, num_heads) -> attention
 
 
 class QKNormSelfAttention(SelfAttention):
@@ -39,7 +52,7 @@ class QKNormSelfAttention(SelfAttention):
         self.norm_key = nn.LayerNorm(width // num_heads, eps=1e-6)
 
     def normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, heads, N, d / heads], each vector normalized with a learned scale and shift."""
+        """[B, heads, T, d / heads], each vector normalized with a learned scale and shift."""
         return self.norm_query(query).to(query.dtype), self.norm_key(key).to(key.dtype)
 
 
@@ -53,18 +66,23 @@ class CrossAttention(nn.Module):
         self.key_value = nn.Linear(width, 2 * width)
         self.projection = nn.Linear(width, width)
 
-    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
-        """[B, N, d], [B, M, d] -> [B, N, d]."""
+    def forward(self, tokens: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[B, T, d], [B, M, d], [B, M] bool (False: nobody attends to it) -> [B, T, d]."""
         batch, length, width = tokens.shape
         query = self._heads(self.query(tokens))
         key, value = (self._heads(part) for part in self.key_value(context).chunk(2, dim=2))
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=over_keys(mask))
         return self.projection(mixed.transpose(1, 2).reshape(batch, length, width))
 
     def _heads(self, vectors: Tensor) -> Tensor:
         """[B, L, d] -> [B, heads, L, d / heads]."""
         batch, length, width = vectors.shape
         return vectors.view(batch, length, self.num_heads, width // self.num_heads).transpose(1, 2)
+
+
+def over_keys(mask: Tensor | None) -> Tensor | None:
+    """[B, M] -> [B, 1, 1, M], the same for every head and query."""
+    return None if mask is None else mask[:, None, None, :]
 
 
 def initialize_linears(module: nn.Module, generator: torch.Generator) -> None:
@@ -75,4 +93,5 @@ def initialize_linears(module: nn.Module, generator: torch.Generator) -> None:
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight, generator=generator)
-            nn.init.zeros_(part.bias)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)

@@ -1,59 +1,75 @@
 """Transformer blocks: the paper's four, classes behind one interface, chosen by ``model/block=...``.
 
-A block is built by a factory ``(width, num_heads) -> Block``. Adding one is a class here, a YAML in
-``conf/model/block`` and a test. All of them take a condition of M rows, the timestep's embedding and, where there are
-labels, the label's; how they use it is what distinguishes them (paper, section 3.2 and figure 3).
+A block is built by a factory ``(width, num_heads) -> Block``, and builds its norms, attention and MLP by factories too:
+another norm needs no other block. Adding one is a class here, a YAML in ``conf/model/block`` and a test. How a block
+uses its condition is what distinguishes it (paper, section 3.2 and figure 3).
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from model.attention import CrossAttention, SelfAttention
+from model.attention import AttentionFactory, CrossAttention, SelfAttention
+from model.embeddings import Embedded
 from model.final_layers import AdaptiveFinalLayer, FinalLayer, modulate
+from model.mlp import GeluMlp, MlpFactory
+from model.norms import NormFactory, layer_norm
 
-AttentionFactory = Callable[[int, int], SelfAttention]  # (width, num_heads) -> attention
+
+class Assembly:
+    """Assemble the sequence that blocks work on: the image's tokens alone."""
+
+    def enter(self, tokens: Tensor, embedded: Embedded) -> Tensor:
+        """Return the sequence before the first block: [B, T, d] -> [B, L, d]."""
+        return tokens
+
+    def places(self, positions: Tensor, embedded: Embedded) -> Tensor:
+        """Return the positions of the sequence: [T, 2] row and column of the image's tokens -> [L, 2]."""
+        return positions.clone()  # its own in each pass: PyTorch/XLA writes over the inputs of what it recomputes
+
+    def leave(self, sequence: Tensor, embedded: Embedded) -> Tensor:
+        """Return the image's tokens after the last block: [B, L, d] -> [B, T, d]."""
+        return sequence
+
+
+class ConditionFirst(Assembly):
+    """Put the condition's M tokens before the image's."""
+
+    def enter(self, tokens: Tensor, embedded: Embedded) -> Tensor:
+        """[B, T, d] -> [B, M + T, d]."""
+        return torch.cat([embedded.tokens.to(tokens.dtype), tokens], dim=1)
+
+    def places(self, positions: Tensor, embedded: Embedded) -> Tensor:
+        """[T, 2] -> [M + T, 2]: all of the condition is at the origin."""
+        return nn.functional.pad(positions, (0, 0, embedded.tokens.shape[1], 0))
+
+    def leave(self, sequence: Tensor, embedded: Embedded) -> Tensor:
+        """[B, M + T, d] -> [B, T, d]."""
+        return sequence[:, embedded.tokens.shape[1] :]
 
 
 class Block(nn.Module):
-    """Maps tokens to tokens under a condition."""
+    """Maps a sequence of tokens to one of the same length under a condition."""
 
-    final_layer: type[FinalLayer] = FinalLayer
+    assembly: type[Assembly] = Assembly
+    sees_positions = False  # whether `forward` needs the tokens' positions
 
-    def enter(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        """Before the first block: [B, N, d] -> [B, N', d]."""
-        return tokens
-
-    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        """[B, N', d] tokens and [B, M, d] condition (row 0 the timestep's) -> [B, N', d]."""
+    def forward(self, tokens: Tensor, embedded: Embedded, positions: Tensor | None = None) -> Tensor:
+        """[B, L, d], the condition, [L, 2] row and column of each token -> [B, L, d]."""
         raise NotImplementedError
 
-    def leave(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        """After the last block: [B, N', d] -> [B, N, d]."""
-        return tokens
+    def final_layer(self, width: int, patch_values: int) -> FinalLayer:
+        """Return a new layer that decodes what blocks of this kind make."""
+        return FinalLayer(width, patch_values)
 
     def initialize(self) -> None:
         """Set the weights that differ from xavier-uniform linears with zero biases."""
 
 
-class Mlp(nn.Module):
-    """Pointwise feed-forward network with tanh-approximated GELU."""
-
-    def __init__(self, width: int, mlp_ratio: float) -> None:
-        super().__init__()
-        self.hidden = nn.Linear(width, int(width * mlp_ratio))
-        self.output = nn.Linear(self.hidden.out_features, width)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[B, N, d] -> [B, N, d]."""
-        return self.output(nn.functional.gelu(self.hidden(tokens), approximate="tanh"))
-
-
 class _TransformerBlock(Block):
-    """What all four share: a pre-norm attention branch and a pre-norm MLP branch."""
+    """Hold what all four share: a pre-norm attention branch and a pre-norm MLP branch."""
 
     affine_norms = True  # adaptive blocks regress what the norms would learn
+    final_layer_class: type[FinalLayer] = FinalLayer
 
     def __init__(
         self,
@@ -61,33 +77,38 @@ class _TransformerBlock(Block):
         num_heads: int,
         mlp_ratio: float = 4.0,
         attention: AttentionFactory = SelfAttention,
+        norm: NormFactory = layer_norm,
+        mlp: MlpFactory = GeluMlp,
     ) -> None:
         super().__init__()
-        self.norm_attention = nn.LayerNorm(width, eps=1e-6, elementwise_affine=self.affine_norms)
+        self._norm = norm
+        self.norm_attention = norm(width, self.affine_norms)
         self.attention = attention(width, num_heads)
-        self.norm_mlp = nn.LayerNorm(width, eps=1e-6, elementwise_affine=self.affine_norms)
-        self.mlp = Mlp(width, mlp_ratio)
+        self.norm_mlp = norm(width, self.affine_norms)
+        self.mlp = mlp(width, mlp_ratio)
+        self.sees_positions = self.attention.sees_positions
+
+    def final_layer(self, width: int, patch_values: int) -> FinalLayer:
+        """Return one with the norm of the blocks."""
+        return self.final_layer_class(width, patch_values, self._norm)
 
 
 class InContextBlock(_TransformerBlock):
     """In-context conditioning: timestep and label are M more tokens, the block is a plain ViT's."""
 
-    def enter(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        """Put the condition before the image's tokens: [B, N, d] -> [B, M + N, d]."""
-        return torch.cat([condition.to(tokens.dtype), tokens], dim=1)
+    assembly = ConditionFirst
 
-    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        """[B, M + N, d] -> [B, M + N, d]; the condition is among the tokens already."""
-        tokens = tokens + self.attention(self.norm_attention(tokens))
+    def forward(self, tokens: Tensor, embedded: Embedded, positions: Tensor | None = None) -> Tensor:
+        """[B, M + T, d] -> [B, M + T, d]; the condition is among the tokens already."""
+        mask = embedded.mask
+        if mask is not None:  # the image's tokens are all there
+            mask = nn.functional.pad(mask, (0, tokens.shape[1] - mask.shape[1]), value=True)
+        tokens = tokens + self.attention(self.norm_attention(tokens), positions, mask)
         return tokens + self.mlp(self.norm_mlp(tokens))
-
-    def leave(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        """Drop the condition's tokens: [B, M + N, d] -> [B, N, d]."""
-        return tokens[:, condition.shape[1] :]
 
 
 class CrossAttentionBlock(_TransformerBlock):
-    """Cross-attention: after self-attention, the tokens attend to the sequence (timestep, label)."""
+    """Cross-attention: after self-attention, the tokens attend to the condition's (timestep, label)."""
 
     def __init__(
         self,
@@ -95,15 +116,17 @@ class CrossAttentionBlock(_TransformerBlock):
         num_heads: int,
         mlp_ratio: float = 4.0,
         attention: AttentionFactory = SelfAttention,
+        norm: NormFactory = layer_norm,
+        mlp: MlpFactory = GeluMlp,
     ) -> None:
-        super().__init__(width, num_heads, mlp_ratio, attention)
-        self.norm_cross_attention = nn.LayerNorm(width, eps=1e-6)
+        super().__init__(width, num_heads, mlp_ratio, attention, norm, mlp)
+        self.norm_cross_attention = norm(width, True)
         self.cross_attention = CrossAttention(width, num_heads)
 
-    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        """[B, N, d], [B, M, d] -> [B, N, d]."""
-        tokens = tokens + self.attention(self.norm_attention(tokens))
-        tokens = tokens + self.cross_attention(self.norm_cross_attention(tokens), condition)
+    def forward(self, tokens: Tensor, embedded: Embedded, positions: Tensor | None = None) -> Tensor:
+        """[B, T, d] -> [B, T, d]."""
+        tokens = tokens + self.attention(self.norm_attention(tokens), positions)
+        tokens = tokens + self.cross_attention(self.norm_cross_attention(tokens), embedded.tokens, embedded.mask)
         return tokens + self.mlp(self.norm_mlp(tokens))
 
 
@@ -111,7 +134,7 @@ class AdaLNBlock(_TransformerBlock):
     """Adaptive layer norm: scale and shift of both norms are regressed from the sum of the embeddings."""
 
     affine_norms = False
-    final_layer = AdaptiveFinalLayer
+    final_layer_class = AdaptiveFinalLayer
     num_modulations = 4
 
     def __init__(
@@ -120,8 +143,10 @@ class AdaLNBlock(_TransformerBlock):
         num_heads: int,
         mlp_ratio: float = 4.0,
         attention: AttentionFactory = SelfAttention,
+        norm: NormFactory = layer_norm,
+        mlp: MlpFactory = GeluMlp,
     ) -> None:
-        super().__init__(width, num_heads, mlp_ratio, attention)
+        super().__init__(width, num_heads, mlp_ratio, attention, norm, mlp)
         self.modulation = nn.Linear(width, self.num_modulations * width)
 
     def initialize(self) -> None:
@@ -129,15 +154,15 @@ class AdaLNBlock(_TransformerBlock):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
-    def modulations(self, condition: Tensor) -> tuple[Tensor, ...]:
-        """[B, M, d] -> ``num_modulations`` tensors [B, d]."""
-        regressed = self.modulation(nn.functional.silu(condition.sum(dim=1)))
+    def modulations(self, embedded: Embedded) -> tuple[Tensor, ...]:
+        """Return ``num_modulations`` tensors [B, d]."""
+        regressed = self.modulation(nn.functional.silu(embedded.vector))
         return regressed.chunk(self.num_modulations, dim=1)
 
-    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        """[B, N, d], [B, M, d] -> [B, N, d]."""
-        shift_a, scale_a, shift_m, scale_m = self.modulations(condition)
-        tokens = tokens + self.attention(modulate(self.norm_attention(tokens), shift_a, scale_a))
+    def forward(self, tokens: Tensor, embedded: Embedded, positions: Tensor | None = None) -> Tensor:
+        """[B, T, d] -> [B, T, d]."""
+        shift_a, scale_a, shift_m, scale_m = self.modulations(embedded)
+        tokens = tokens + self.attention(modulate(self.norm_attention(tokens), shift_a, scale_a), positions)
         return tokens + self.mlp(modulate(self.norm_mlp(tokens), shift_m, scale_m))
 
 
@@ -146,10 +171,10 @@ class AdaLNZeroBlock(AdaLNBlock):
 
     num_modulations = 6
 
-    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        """[B, N, d], [B, M, d] -> [B, N, d]."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulations(condition)
-        mixed = self.attention(modulate(self.norm_attention(tokens), shift_a, scale_a))
+    def forward(self, tokens: Tensor, embedded: Embedded, positions: Tensor | None = None) -> Tensor:
+        """[B, T, d] -> [B, T, d]."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulations(embedded)
+        mixed = self.attention(modulate(self.norm_attention(tokens), shift_a, scale_a), positions)
         tokens = tokens + gate_a.unsqueeze(1) * mixed
         fed = self.mlp(modulate(self.norm_mlp(tokens), shift_m, scale_m))
         return tokens + gate_m.unsqueeze(1) * fed

@@ -2,22 +2,23 @@
 
 from collections.abc import Callable
 from types import MethodType
+from typing import Any
 
-from torch import Tensor
+from torch import nn
 
-from model.blocks import Block
-from model.dit import DiT
+from model.network import Network
 
 
-def checkpoint_blocks(model: DiT, checkpoint: Callable[..., Tensor]) -> None:
-    """Keep only each block's input for the backward pass and compute the rest of it again there.
+def checkpoint_units(network: Network, checkpoint: Callable[..., Any]) -> None:
+    """Keep only each unit's inputs for the backward pass and compute the rest of it again there.
 
-    ``checkpoint(function, block, *arguments)`` is what does so with a method on the machine at hand.
+    ``checkpoint(function, unit, *arguments)`` is the runtime's activation-checkpointing function. Arguments and results
+    are trees of tensors and other values.
     """
 
-    def forward(block: Block, tokens: Tensor, condition: Tensor) -> Tensor:
-        return checkpoint(type(block).forward, block, tokens, condition)
+    def forward(unit: nn.Module, *arguments: Any) -> Any:
+        return checkpoint(type(unit).forward, unit, *arguments)
 
-    for block in model.blocks:
-        # One function for all, of which the block is an argument: compiled once, it serves every block.
-        block.forward = MethodType(forward, block)
+    for unit in network.units():
+        # One function for all, of which the unit is an argument: compiled once, it serves every unit.
+        unit.forward = MethodType(forward, unit)

@@ -9,13 +9,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from model.dit import DiT
-from model.released import require_depth, require_released_architecture, require_tensors, shapes_only
+from model.dit import DiT, DiTConfig
+from model.network import Network
+from model.released import describe, require_depth, require_released_architecture, require_tensors, shapes_only
 
 ANCHOR = "pos_embed.proj.weight"  # the tensor by which a table under diffusers' names is known
 FIXED_WITHIN = 2.0**-8  # of the fixed position embedding: what averaging, or bfloat16, makes of it
@@ -39,25 +40,62 @@ _BLOCK = {
 }
 
 
-def from_diffusers(state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> DiT:
-    """Return a DiT with diffusers' weights; ``arguments`` are DiT's, as the config beside the weights says.
+class TransformerShape(Protocol):
+    """What the config beside diffusers' weights says of the network."""
+
+    sample_size: int
+    num_attention_heads: int
+    attention_head_dim: int
+    in_channels: int
+    out_channels: int | None
+    num_layers: int
+    patch_size: int
+    num_embeds_ada_norm: int
+
+
+def from_diffusers(state: Mapping[str, Tensor], shape: TransformerShape, frequency_shift: int) -> DiT:
+    """Return a DiT with diffusers' weights, of the shape that the config beside them says.
 
     Raises ValueError that names the first three tensors that are missing, unknown or of another shape, and where
     blocks have embeddings of their own, which `DiT` has once.
     """
+    arguments = _arguments(shape, frequency_shift)
     depth = require_depth(state, r"transformer_blocks\.(\d{1,4})\.")
     if depth != arguments["depth"]:
         raise ValueError(f"The config has {arguments['depth']} layers, but there are weights of {depth}.")
     expected = _as_diffusers(shapes_only(arguments))
     require_tensors(state, {name: tuple(value.shape) for name, value in expected.items()})
     _require_one_embedding(state, depth)
-    model = DiT(**arguments)
+    model = DiT(DiTConfig(**arguments))
     model.load_state_dict({name: _our_tensor(name, state) for name in model.state_dict()})
     return model
 
 
+def _arguments(config: TransformerShape, frequency_shift: int) -> dict[str, Any]:
+    """Return DiT's arguments. Raises ValueError where the config is of no DiT."""
+    out_channels = config.out_channels or config.in_channels
+    if out_channels not in (config.in_channels, 2 * config.in_channels):
+        raise ValueError(
+            f"{out_channels} output channels for {config.in_channels} input channels are neither noise alone "
+            "nor noise and variance."
+        )
+    if config.sample_size % config.patch_size:
+        raise ValueError(f"patch_size {config.patch_size} does not divide sample_size {config.sample_size}.")
+    return {
+        "latent_size": config.sample_size,
+        "channels": config.in_channels,
+        "patch_size": config.patch_size,
+        "width": config.num_attention_heads * config.attention_head_dim,
+        "depth": config.num_layers,
+        "num_heads": config.num_attention_heads,
+        "num_classes": config.num_embeds_ada_norm,
+        "outputs_per_channel": out_channels // config.in_channels,
+        "frequency_shift": frequency_shift,
+    }
+
+
 def to_diffusers(
-    model: DiT,
+    network: Network,
     folder: Path,
     autoencoder: Any = None,
     class_names: Sequence[str] = (),
@@ -74,7 +112,7 @@ def to_diffusers(
     """
     from diffusers import DiTTransformer2DModel
 
-    _require_there(model)
+    model = _require_there(network)
     config = model.config
     theirs: Any = DiTTransformer2DModel(
         num_attention_heads=config.num_heads,
@@ -121,8 +159,25 @@ def _scheduler_settings(betas: Sequence[float] | None) -> dict[str, Any]:
     return settings | {"num_train_timesteps": len(betas), "trained_betas": list(betas)}
 
 
-def _require_there(model: DiT) -> None:
-    require_released_architecture(model)
+def notes_on_pipeline(network: Network) -> list[str]:
+    """Return what the pipeline does otherwise than this program."""
+    said, notes = describe(network), []
+    if said.frequency_shift == 0:
+        notes.append("diffusers' DiT spaces the timestep's frequencies otherwise, so its outputs are a little off.")
+    if said.position_drift > 0:
+        notes.append(
+            f"diffusers' DiT has the fixed position embedding, not this one, which is {said.position_drift:.2g} off."
+        )
+    if said.num_classes != NULL_CLASS:
+        notes.append(
+            f"DiTPipeline takes class {NULL_CLASS} for the null class, which is {said.num_classes} here: give "
+            "it guidance_scale=1."
+        )
+    return notes
+
+
+def _require_there(network: Network) -> DiT:
+    model = require_released_architecture(network)
     if not model.has_null_class:
         raise ValueError(
             f"These weights have no null class, but diffusers' DiT has one behind its {model.config.num_classes} "
@@ -133,6 +188,7 @@ def _require_there(model: DiT) -> None:
             f"The position embedding of these weights was trained: it is up to {drift:.3g} off the fixed one, which "
             "diffusers' DiT has; keep them in the released code's format."
         )
+    return model
 
 
 def _as_diffusers(model: DiT) -> dict[str, Tensor]:

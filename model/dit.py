@@ -1,6 +1,6 @@
 """The Diffusion Transformer (Peebles & Xie, arXiv 2212.09748, section 3.2)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -9,9 +9,17 @@ from torch import Tensor, nn
 
 from model.attention import initialize_linears
 from model.blocks import AdaLNZeroBlock, Block
-from model.embeddings import TimestepEmbedding, position_embedding_2d
+from model.embeddings import (
+    ConditionEmbedding,
+    LabelEmbedding,
+    TimestepEmbedding,
+    grid_positions,
+    position_embedding_2d,
+)
+from model.network import Network
 
 BlockFactory = Callable[[int, int], Block]  # (width, num_heads) -> block
+EmbeddingFactory = Callable[[int], ConditionEmbedding]  # (width) -> embedding
 
 
 # Far above what anyone trains: a config may come out of a file, and a model is built before its weights are compared.
@@ -40,6 +48,7 @@ class DiTConfig:
     block: BlockFactory = AdaLNZeroBlock
     outputs_per_channel: int = 2  # of the network, for each channel of the latent: the objective's
     frequency_shift: int = 0  # of the timestep's frequencies: 0 as released, 1 as in diffusers
+    embedding: EmbeddingFactory | None = None  # of another condition than labels
 
     def __post_init__(self) -> None:
         for name in ("latent_size", "channels", "patch_size", "width", "depth", "num_heads", "num_classes"):
@@ -77,6 +86,11 @@ class DiTConfig:
             )
 
     @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Return (c, h, w) of a latent."""
+        return self.channels, self.latent_size, self.latent_size
+
+    @property
     def num_tokens(self) -> int:
         """T = (latent_size / p)^2, the length of the sequence."""
         return (self.latent_size // self.patch_size) ** 2
@@ -86,61 +100,49 @@ class DiTConfig:
         """Return the number of channels of the network's output."""
         return self.channels * self.outputs_per_channel
 
+    def condition_embedding(self) -> ConditionEmbedding:
+        """Return a new embedding of the condition: labels, nothing, or another one."""
+        if self.embedding is not None:
+            return self.embedding(self.width)
+        return LabelEmbedding(self.num_classes, self.width) if self.num_classes else ConditionEmbedding()
 
-class DiT(nn.Module):
-    """Denoiser over latents. It knows no schedule, no guidance and drops no labels.
 
-    Args are those of `DiTConfig`, which raises ValueError for shapes that do not fit. A new model is
-    initialized from the seed 0; call `initialize` for another.
-    """
+class DiT(Network):
+    """The transformer of patches. A new one is initialized from the seed 0; call `initialize` for another."""
 
+    config_class = DiTConfig
+    config: DiTConfig
     position_embedding: Tensor
+    positions: Tensor | None  # [T, 2], where blocks see them
 
-    def __init__(
-        self,
-        latent_size: int,
-        channels: int,
-        patch_size: int,
-        width: int,
-        depth: int,
-        num_heads: int,
-        num_classes: int,
-        block: BlockFactory = AdaLNZeroBlock,
-        outputs_per_channel: int = 2,
-        frequency_shift: int = 0,
-    ) -> None:
-        super().__init__()
-        self.config = config = DiTConfig(
-            latent_size,
-            channels,
-            patch_size,
-            width,
-            depth,
-            num_heads,
-            num_classes,
-            block,
-            outputs_per_channel,
-            frequency_shift,
-        )
-        self.patch_embedding = nn.Linear(channels * patch_size**2, width)
-        self.timestep_embedding = TimestepEmbedding(width, frequency_shift)
-        self.label_embedding = nn.Embedding(num_classes + 1, width) if num_classes else None
-        positions = position_embedding_2d(width, latent_size // patch_size)
-        self.register_buffer("position_embedding", positions, persistent=False)
-        self.blocks = nn.ModuleList([block(width, num_heads) for _ in range(depth)])
-        self.final_layer = self.block_list[0].final_layer(width, config.out_channels * patch_size**2)
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__(config)
+        width, grid = config.width, config.latent_size // config.patch_size
+        self.latent_shape, self.out_channels = config.latent_shape, config.out_channels
+        self.patch_embedding = nn.Linear(config.channels * config.patch_size**2, width)
+        self.timestep_embedding = TimestepEmbedding(width, config.frequency_shift)
+        embedding = config.condition_embedding()
+        self._embedding_name = embedding.name
+        self.add_module(embedding.name, embedding)
+        self.register_buffer("position_embedding", position_embedding_2d(width, grid), persistent=False)
+        self.blocks = nn.ModuleList([config.block(width, config.num_heads) for _ in range(config.depth)])
+        first = self.block_list[0]
+        self._block_name, self._assembly = type(first).__name__, first.assembly()
+        positions = grid_positions(grid) if first.sees_positions else None
+        self.register_buffer("positions", positions, persistent=False)
+        self.final_layer = first.final_layer(width, config.out_channels * config.patch_size**2)
         self.initialize(0)
 
     @property
-    def has_null_class(self) -> bool:
-        """Return whether the label table has a row for "no label", as every model has that is made here."""
-        return self.label_embedding is None or self.label_embedding.num_embeddings > self.config.num_classes
+    def embedding(self) -> ConditionEmbedding:
+        """Return what embeds the condition. Its name in the network is its own."""
+        return cast(ConditionEmbedding, self.get_submodule(self._embedding_name))
 
-    def remove_null_class(self) -> None:
-        """Take the null class's row away: weights of other programs, trained without label dropout, have none."""
-        assert self.label_embedding is not None
-        rows = self.label_embedding.weight[: self.config.num_classes].detach()
-        self.label_embedding = nn.Embedding.from_pretrained(rows.clone(), freeze=False)
+    @property
+    def has_null_class(self) -> bool:
+        """Return whether the condition can be dropped: the label table has a row for that, or there are no labels."""
+        labels = self.embedding
+        return not isinstance(labels, LabelEmbedding) or labels.has_null_class
 
     def position_drift(self) -> float:
         """Return the largest difference between the position embedding and the fixed one that is made here."""
@@ -152,6 +154,34 @@ class DiT(nn.Module):
         """The blocks, from the first to the last."""
         return cast(list[Block], list(self.blocks))
 
+    def units(self) -> Sequence[nn.Module]:
+        """Return the blocks."""
+        return self.block_list
+
+    def facts(self) -> dict[str, int | str]:
+        """Return the shape, and the class of the blocks."""
+        config = self.config
+        return {
+            "patch_size": config.patch_size,
+            "width": config.width,
+            "depth": config.depth,
+            "block": self._block_name,
+        }
+
+    def tables(self) -> Sequence[Tensor]:
+        """Return the position embedding."""
+        return (self.position_embedding,)
+
+    def notes(self) -> Sequence[str]:
+        """Return a sentence where a token cannot hold its patch."""
+        p, width, values = self.config.patch_size, self.config.width, self.patch_embedding.in_features
+        if width >= values:
+            return ()
+        return (
+            f"model.width is {width}, but a patch has {values} values ({p}x{p} of {self.config.channels} channels), "
+            "which a token cannot hold; set a larger model.width or a smaller model.patch_size.",
+        )
+
     def initialize(self, seed: int) -> None:
         """Draw the weights anew from one generator seeded with ``seed`` (released code's scheme).
 
@@ -162,10 +192,8 @@ class DiT(nn.Module):
         if self.patch_embedding.weight.is_meta:  # shapes only: nothing to draw
             return
         initialize_linears(self, generator)
-        tables = [self.timestep_embedding.input.weight, self.timestep_embedding.output.weight]
-        if self.label_embedding is not None:
-            tables.insert(0, self.label_embedding.weight)
-        for table in tables:
+        self.embedding.initialize(generator)
+        for table in (self.timestep_embedding.input.weight, self.timestep_embedding.output.weight):
             nn.init.normal_(table, std=0.02, generator=generator)
         for block in self.block_list:
             block.initialize()
@@ -180,30 +208,23 @@ class DiT(nn.Module):
         """
         self._require_shape(x_t)
         tokens = self.patch_embedding(self._patchify(x_t)) + self.position_embedding
-        embedded = self._embedded(t, condition)
-        tokens = self.block_list[0].enter(tokens, embedded)
+        embedded = self.embedding.embed(self.timestep_embedding(t), condition)
+        sequence = self._assembly.enter(tokens, embedded)
+        positions = None if self.positions is None else self._assembly.places(self.positions, embedded)
         for block in self.blocks:
-            tokens = block(tokens, embedded)
-        tokens = self.block_list[-1].leave(tokens, embedded)
+            sequence = block(sequence, embedded, positions)
+        tokens = self._assembly.leave(sequence, embedded)
         return self._unpatchify(self.final_layer(tokens, embedded))
-
-    def _embedded(self, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
-        """Return what blocks are conditioned on, [B, M, d]: the timestep's embedding, then the label's."""
-        parts = [self.timestep_embedding(t)]
-        if self.label_embedding is not None:
-            parts.append(self.label_embedding(condition["label"]))
-        return torch.stack(parts, dim=1)
 
     def example_inputs(self, batch: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return zeros of the shapes that the network takes, for ``batch`` images, on its device."""
-        device, config = self.patch_embedding.weight.device, self.config
-        x_t = torch.zeros(batch, config.channels, config.latent_size, config.latent_size, device=device)
+        device = self.patch_embedding.weight.device
+        x_t = torch.zeros(batch, *self.latent_shape, device=device)
         t = torch.zeros(batch, dtype=torch.int64, device=device)
-        return x_t, t, {"label": t.clone()} if config.num_classes else {}
+        return x_t, t, self.embedding.example(batch, device)
 
     def _require_shape(self, latent: Tensor) -> None:
-        expected = (self.config.channels, self.config.latent_size, self.config.latent_size)
-        if latent.shape[1:] != expected:
+        if latent.shape[1:] != (expected := self.latent_shape):
             raise ValueError(
                 f"The latent has shape {tuple(latent.shape[1:])}, but this model was built for {expected}; "
                 "build one of that size (latents are square)."

@@ -1,6 +1,8 @@
-"""What turns timesteps, labels and grid positions into vectors of the network's width."""
+"""What turns timesteps, conditions and grid positions into vectors of the network's width."""
 
 import math
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,12 @@ def position_embedding_2d(width: int, grid_size: int) -> Tensor:
     return torch.cat([column, row], dim=2).reshape(grid_size**2, width).float()
 
 
+def grid_positions(grid_size: int) -> Tensor:
+    """Row and column of each token of a square grid, [grid_size**2, 2] float32."""
+    axis = torch.arange(grid_size, dtype=torch.float32)
+    return torch.cartesian_prod(axis, axis)
+
+
 class TimestepEmbedding(nn.Module):
     """Sinusoidal features of t, then a two-layer perceptron with SiLU (paper, section 3.2).
 
@@ -58,3 +66,61 @@ class TimestepEmbedding(nn.Module):
         angles = t.float().unsqueeze(1) * self.frequencies
         features = torch.cat([angles.cos(), angles.sin()], dim=1)
         return self.output(nn.functional.silu(self.input(features)))
+
+
+class Embedded(NamedTuple):
+    """Hold what blocks are conditioned on, the timestep included."""
+
+    vector: Tensor  # [B, d]: of adaptive norms
+    tokens: Tensor  # [B, M, d]: the same as a sequence, of in-context and cross-attention; M is not fixed
+    mask: Tensor | None  # [B, M] bool, False where there is no token; None: all are there
+
+
+class ConditionEmbedding(nn.Module):
+    """Embeds a condition together with the timestep. This one is of an unconditional network, whose condition is {}."""
+
+    name = "condition_embedding"  # of the module in a network, and so of its tensors in a checkpoint
+
+    def embed(self, timestep: Tensor, condition: Mapping[str, Tensor]) -> Embedded:
+        """[B, d] embedded timestep, tensors by name with leading dimension B."""
+        return Embedded(timestep, timestep.unsqueeze(1), None)
+
+    def initialize(self, generator: torch.Generator) -> None:
+        """Draw the weights that differ from xavier-uniform linears with zero biases."""
+
+    def example(self, batch: int, device: torch.device) -> dict[str, Tensor]:
+        """Return zeros of the shapes that `embed` takes."""
+        return {}
+
+
+class LabelEmbedding(ConditionEmbedding, nn.Embedding):
+    """A table of labels; the row behind the classes', where there is one, is of the null class."""
+
+    name = "label_embedding"
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__(num_classes + 1, width)
+        self.num_classes = num_classes
+
+    def embed(self, timestep: Tensor, condition: Mapping[str, Tensor]) -> Embedded:
+        """{"label": [B] int64 in [0, num_classes]}: tokens are (timestep, label), the vector is their sum."""
+        tokens = torch.stack([timestep, self(condition["label"])], dim=1)
+        return Embedded(tokens.sum(dim=1), tokens, None)
+
+    def initialize(self, generator: torch.Generator) -> None:
+        """Normal(0, 0.02), as in the released code."""
+        nn.init.normal_(self.weight, std=0.02, generator=generator)
+
+    def example(self, batch: int, device: torch.device) -> dict[str, Tensor]:
+        """Return labels of the first class."""
+        return {"label": torch.zeros(batch, dtype=torch.int64, device=device)}
+
+    @property
+    def has_null_class(self) -> bool:
+        """Return whether there is a row for "no label", as in every table that is made here."""
+        return self.num_embeddings > self.num_classes
+
+    def remove_null_class(self) -> None:
+        """Take the null class's row away: weights of other programs, trained without label dropout, have none."""
+        self.weight = nn.Parameter(self.weight[: self.num_classes].detach().clone())
+        self.num_embeddings = self.num_classes

@@ -2,20 +2,23 @@
 
 from torch import Tensor, nn
 
+from model.embeddings import Embedded
+from model.norms import NormFactory, layer_norm
+
 
 def modulate(normalized: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Per-sample affine map of normalized tokens: [B, N, d], [B, d], [B, d] -> [B, N, d]."""
+    """Per-sample affine map of normalized tokens: [B, T, d], [B, d], [B, d] -> [B, T, d]."""
     return normalized * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 class FinalLayer(nn.Module):
-    """Layer norm, then a linear decoder of each token to its patch (paper, section 3.2)."""
+    """Norm, then a linear decoder of each token to its patch (paper, section 3.2)."""
 
     affine_norm = True
 
-    def __init__(self, width: int, patch_values: int) -> None:
+    def __init__(self, width: int, patch_values: int, norm: NormFactory = layer_norm) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=self.affine_norm)
+        self.norm = norm(width, self.affine_norm)
         self.decoder = nn.Linear(width, patch_values)
 
     def initialize(self) -> None:
@@ -23,8 +26,8 @@ class FinalLayer(nn.Module):
         nn.init.zeros_(self.decoder.weight)
         nn.init.zeros_(self.decoder.bias)
 
-    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        """[B, N, d], [B, M, d] -> [B, N, patch_values]."""
+    def forward(self, tokens: Tensor, embedded: Embedded) -> Tensor:
+        """[B, T, d] -> [B, T, patch_values]."""
         return self.decoder(self.norm(tokens))
 
 
@@ -33,8 +36,8 @@ class AdaptiveFinalLayer(FinalLayer):
 
     affine_norm = False
 
-    def __init__(self, width: int, patch_values: int) -> None:
-        super().__init__(width, patch_values)
+    def __init__(self, width: int, patch_values: int, norm: NormFactory = layer_norm) -> None:
+        super().__init__(width, patch_values, norm)
         self.modulation = nn.Linear(width, 2 * width)
 
     def initialize(self) -> None:
@@ -43,7 +46,7 @@ class AdaptiveFinalLayer(FinalLayer):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        """[B, N, d], [B, M, d] -> [B, N, patch_values]."""
-        shift, scale = self.modulation(nn.functional.silu(condition.sum(dim=1))).chunk(2, dim=1)
+    def forward(self, tokens: Tensor, embedded: Embedded) -> Tensor:
+        """[B, T, d] -> [B, T, patch_values]."""
+        shift, scale = self.modulation(nn.functional.silu(embedded.vector)).chunk(2, dim=1)
         return self.decoder(modulate(self.norm(tokens), shift, scale))

@@ -1,26 +1,25 @@
-"""Bytes that training a DiT takes, from its config alone."""
+"""Bytes that training a network takes, from its config alone."""
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model.dit import DiT, DiTConfig
-from model.flops import constructor_arguments
+from model.network import Network
 
 # float32 weights, gradients, two AdamW moments and one moving average.
 STATE_BYTES_PER_PARAMETER = {"weights": 4, "gradients": 4, "optimizer": 8, "ema": 4}
 
 
-def activation_bytes_per_image(config: DiTConfig, bf16: bool) -> int:
+def activation_bytes_per_image(network: Network, bf16: bool) -> int:
     """What one more image of a batch keeps for the backward pass, without activation checkpointing.
 
     Not a formula: tensors without memory go through the network, and what autograd saves is added up. A
     compiler, or another attention kernel than the CPU's flash one, keeps less or more.
     """
-    return _saved_bytes(config, bf16, 2) - _saved_bytes(config, bf16, 1)  # the difference leaves out the weights
+    return _saved_bytes(network, bf16, 2) - _saved_bytes(network, bf16, 1)  # the difference leaves out the weights
 
 
-def _saved_bytes(config: DiTConfig, bf16: bool, batch_size: int) -> int:
+def _saved_bytes(network: Network, bf16: bool, batch_size: int) -> int:
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -29,7 +28,7 @@ def _saved_bytes(config: DiTConfig, bf16: bool, batch_size: int) -> int:
         return tensor
 
     with FakeTensorMode():
-        model = DiT(**constructor_arguments(config))
+        model = network.twin()
         inputs = model.example_inputs(batch_size)
         with (
             torch.autocast("cpu", torch.bfloat16, enabled=bf16),

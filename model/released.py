@@ -7,17 +7,22 @@ it into its EMA, where it drifts by rounding, so the values of the table are the
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.attention import SelfAttention
 from model.blocks import AdaLNZeroBlock
-from model.dit import DiT
-from model.flops import constructor_arguments
+from model.dit import DiT, DiTConfig
+from model.embeddings import LabelEmbedding
+from model.flops import weightless
+from model.mlp import GeluMlp
+from model.network import Network
 
 ANCHOR = "x_embedder.proj.weight"  # the tensor by which a table under the released names is known
+ROUNDING = 1e-6  # up to which two ways of computing the fixed position embedding differ
 _LABELS = "y_embedder.embedding_table.weight"
 # Released name -> ours, for everything but the two tensors of other shape (see `_as_released`).
 _RENAMED = (
@@ -33,6 +38,41 @@ _RENAMED = (
     ("final_layer.linear", "final_layer.decoder"),
 )
 _HEADS_OF_WIDTH = {384: 6, 768: 12, 1024: 16, 1152: 16}  # S, B, L, XL
+
+
+@dataclass(frozen=True)
+class Description:
+    """Hold what decides how weights are read, and what is done with them, in this program and in others."""
+
+    num_heads: int
+    num_classes: int
+    has_null_class: bool
+    frequency_shift: int
+    position_drift: float  # largest difference between the position embedding and the fixed one
+
+
+def describe(network: Network) -> Description:
+    """Describe a network that other programs may have. Raises ValueError for one that they have not."""
+    model, config = _dit(network), _dit(network).config
+    return Description(
+        config.num_heads, config.num_classes, model.has_null_class, config.frequency_shift, model.position_drift()
+    )
+
+
+def _dit(network: Network) -> DiT:
+    if not isinstance(network, DiT):
+        raise ValueError(
+            f"Only a DiT exists outside this program, but the model is of class {type(network).__name__}; "
+            "keep it in our format."
+        )
+    return network
+
+
+def notes_on_reference(network: Network) -> list[str]:
+    """Return what the released code does otherwise with these weights."""
+    if describe(network).frequency_shift == 0:
+        return []
+    return ["the released code spaces the timestep's frequencies otherwise, so its outputs are a little off."]
 
 
 def from_reference(
@@ -51,7 +91,7 @@ def from_reference(
     rows = label_rows(state_dict)
     expected = to_reference(_with_rows(shapes_only(arguments), rows))
     require_tensors(state_dict, {name: tuple(value.shape) for name, value in expected.items()})
-    model = _with_rows(DiT(**arguments), rows)
+    model = _with_rows(DiT(DiTConfig(**arguments)), rows)
     ours = {_our_name(name): value for name, value in state_dict.items() if name != "pos_embed"}
     ours["patch_embedding.weight"] = ours["patch_embedding.weight"].flatten(1)
     model.load_state_dict(ours)
@@ -62,18 +102,18 @@ def from_reference(
 def shapes_only(arguments: Mapping[str, Any]) -> DiT:
     """Return a DiT without memory: what a file claims is not yet believed. Raises ValueError for no DiT's shape."""
     try:
-        with torch.device("meta"):
-            return DiT(**arguments)
+        config = DiTConfig(**arguments)
+        return weightless(lambda: DiT(config))
     except ValueError as error:
         raise ValueError(f"These are not a DiT's weights: {error}") from error
 
 
-def to_reference(model: DiT) -> dict[str, Tensor]:
+def to_reference(network: Network) -> dict[str, Tensor]:
     """Return the weights under the released names. Raises ValueError for a model that does not exist there.
 
     The released code has ``frequency_shift`` 0; a model with 1 would have other outputs there.
     """
-    require_released_architecture(model)
+    model = require_released_architecture(network)
     config = model.config
     state = {"pos_embed": model.position_embedding.unsqueeze(0)}
     state |= {_released_name(name): value for name, value in model.state_dict().items()}
@@ -87,14 +127,24 @@ def label_rows(state_dict: Mapping[str, Tensor]) -> int:
     return int(_require_dimensions(state_dict, _LABELS, 2)[0])
 
 
-def require_released_architecture(model: DiT) -> None:
-    """Raise ValueError for a model that neither the released code nor diffusers has."""
+def require_released_architecture(network: Network) -> DiT:
+    """Return the network, which other programs have too. Raises ValueError for one that they have not."""
+    model = _dit(network)
+    if not isinstance(model.embedding, LabelEmbedding):
+        raise ValueError("Only networks with labels exist outside this program; keep this one in our format.")
     first = model.block_list[0]
     if type(first) is not AdaLNZeroBlock or type(first.attention) is not SelfAttention:
         raise ValueError(
             f"Only adaLN-Zero blocks with plain attention exist outside this program, but the model has "
             f"{type(first).__name__} with {type(getattr(first, 'attention', None)).__name__}; keep it in our format."
         )
+    for name, part, plain in (("norm", first.norm_mlp, nn.LayerNorm), ("MLP", first.mlp, GeluMlp)):
+        if type(part) is not plain:
+            raise ValueError(
+                f"Only the {name} {plain.__name__} exists outside this program, but the model has "
+                f"{type(part).__name__}; keep it in our format."
+            )
+    return model
 
 
 def require_tensors(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -121,7 +171,7 @@ def require_depth(state: Mapping[str, Tensor], pattern: str) -> int:
 
 def replace_label_table(model: DiT, num_classes: int) -> DiT:
     """Return the same network for another number of classes; only the label table is drawn anew, from the seed 0."""
-    renewed = DiT(**{**constructor_arguments(model.config), "num_classes": num_classes})
+    renewed = DiT(replace(model.config, num_classes=num_classes))
     kept = {name: value for name, value in model.state_dict().items() if not name.startswith("label_embedding.")}
     renewed.load_state_dict(kept, strict=False)
     renewed.position_embedding.copy_(model.position_embedding)
@@ -132,16 +182,20 @@ def replace_label_table(model: DiT, num_classes: int) -> DiT:
 def add_null_class(model: DiT) -> DiT:
     """Return the same network with a row for the null class, drawn anew from the seed 0, behind its classes' rows."""
     completed = replace_label_table(model, model.config.num_classes)
-    assert completed.label_embedding is not None
-    assert model.label_embedding is not None
-    completed.label_embedding.weight[:-1] = model.label_embedding.weight
+    _labels(completed).weight[:-1] = _labels(model).weight
     return completed
 
 
 def _with_rows(model: DiT, rows: int) -> DiT:
     if rows == model.config.num_classes:
-        model.remove_null_class()
+        _labels(model).remove_null_class()
     return model
+
+
+def _labels(model: DiT) -> LabelEmbedding:
+    found = model.embedding
+    assert isinstance(found, LabelEmbedding)
+    return found
 
 
 def _shape_of(state: Mapping[str, Tensor], num_heads: int | None, num_classes: int | None) -> dict[str, Any]:

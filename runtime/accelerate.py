@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from diffusion.batch import Batch, mapped, micro_batches_of, require_divisible
+from model.network import Network
 from runtime.accelerate_devices import AccelerateDevices
 from runtime.protocol import Metrics, Precision, Step
 
@@ -23,7 +24,7 @@ class AccelerateRuntime(AccelerateDevices):
     """Training on `AccelerateDevices`, whose settings it takes too.
 
     ``mode`` replicated keeps the whole state on each (DistributedDataParallel); fsdp spreads weights,
-    averages and optimizer over all of them (FSDP2). ``compile`` compiles one block, which all blocks share.
+    averages and optimizer over all of them (FSDP2). ``compile`` compiles one unit, which all equal units share.
 
     Raises ValueError as `AccelerateDevices` does, and where state cannot be spread because no processes were launched.
     """
@@ -73,11 +74,10 @@ class AccelerateRuntime(AccelerateDevices):
         wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
         return wrapped, optimizer
 
-    def checkpoint(self, method: Callable[..., Tensor], owner: nn.Module, *arguments: Tensor) -> Tensor:
+    def checkpoint(self, method: Callable[..., Any], owner: nn.Module, *arguments: Any) -> Any:
         """PyTorch's own. Bound methods of two modules would be two programs to torch.compile."""
         # Nothing is drawn on a device, so there are no generators to set back.
-        result: Tensor = checkpoint(partial(method, owner), *arguments, use_reentrant=False, preserve_rng_state=False)
-        return result
+        return checkpoint(partial(method, owner), *arguments, use_reentrant=False, preserve_rng_state=False)
 
     def feed(self, host_batches: Iterable[Batch]) -> Iterator[list[Batch]]:
         """Copy each batch to the device, without waiting on CUDA."""
@@ -134,23 +134,22 @@ class AccelerateRuntime(AccelerateDevices):
 
 
 def _shard(module: nn.Module, device_type: str, world: int) -> None:
-    """FSDP2: each block is gathered when it is used, and what lies around the blocks is gathered as one."""
+    """FSDP2: each unit is gathered when it is used, and what lies around the units is gathered as one."""
     mesh = init_device_mesh(device_type, (world,))
-    for block in _blocks(module):
-        fully_shard(block, mesh=mesh)
+    for unit in _units(module):
+        fully_shard(unit, mesh=mesh)
     fully_shard(module, mesh=mesh)
 
 
-def _blocks(module: nn.Module) -> list[nn.Module]:
-    """The repeated parts of a model."""
-    return [block for part in module.modules() if isinstance(part, nn.ModuleList) for block in part]
+def _units(module: nn.Module) -> Sequence[nn.Module]:
+    return module.units() if isinstance(module, Network) else ()
 
 
 def _compile_regions(model: nn.Module) -> None:
-    """Compile block by block: all of one class and shape share one compilation."""
+    """Compile unit by unit: all of one class and shape share one compilation."""
     torch._dynamo.config.optimize_ddp = False  # it would cut blocks up at the bounds of buckets, to send them sooner
-    for block in _blocks(model):
-        block.compile()
+    for unit in _units(model):
+        unit.compile()
 
 
 def _fuse(optimizer: torch.optim.Optimizer) -> None:

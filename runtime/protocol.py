@@ -99,8 +99,8 @@ class Runtime(Devices, Protocol):
         """
         ...
 
-    def checkpoint(self, method: Callable[..., Tensor], owner: nn.Module, *arguments: Tensor) -> Tensor:
-        """``method(owner, *arguments)``, computed again in the backward pass instead of kept."""
+    def checkpoint(self, method: Callable[..., Any], owner: nn.Module, *arguments: Any) -> Any:
+        """``method(owner, *arguments)`` of trees of tensors, computed again in the backward pass instead of kept."""
         ...
 
     def feed(self, host_batches: Iterable[Batch]) -> Iterator[list[Batch]]:

@@ -1,7 +1,8 @@
-"""Which dimension of which parameter is spread over devices: one table for all blocks and sizes.
+"""Which dimension of which parameter is sharded over devices: one rule for matrices, and a table of exceptions.
 
-What is spread are matrices, along a dimension that is a multiple of the model's width (in all of the paper's
-sizes a multiple of 128). Vectors stay whole: their bytes are few, and each spread one costs a collective.
+A matrix, or a tensor of more dimensions, is sharded along its first dimension that divides by the devices. In a DiT it
+is a multiple of the model's width (in all of the paper's sizes a multiple of 128). Vectors stay whole: their bytes are
+few, and each sharded one costs a collective.
 """
 
 import re
@@ -9,48 +10,44 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-SHARDED = "fsdp"  # the mesh axis that state is spread over
+SHARDED = "fsdp"  # the mesh axis that state is sharded over
 Axes = tuple[str | None, ...]  # the mesh axis of each dimension; None: whole
 Rule = tuple[str, Axes]  # pattern of a full parameter name, its axes
 
-_ATTENTION = r"attention\.(qkv|projection)|cross_attention\.(query|key_value|projection)"
-RULES: tuple[Rule, ...] = (
-    (r"patch_embedding\.weight", (SHARDED, None)),  # [d, c p p]
-    (r"timestep_embedding\.(input|output)\.weight", (SHARDED, None)),  # [d, 256], [d, d]
+# Matrices whose rows are no multiple of the model's width, though they may happen to divide.
+EXCEPTIONS: tuple[Rule, ...] = (
     (r"label_embedding\.weight", (None, SHARDED)),  # [classes + 1, d]
-    (rf"blocks\.\d+\.({_ATTENTION}|mlp\.(hidden|output)|modulation)\.weight", (SHARDED, None)),  # [k d, ...]
-    (r"final_layer\.modulation\.weight", (SHARDED, None)),  # [2 d, d]
     (r"final_layer\.decoder\.weight", (None, SHARDED)),  # [2 c p p, d]
-    (r"(blocks\.\d+|blocks\.\d+\.attention|final_layer)\.norm\w*\.weight", (None,)),
-    (r".+\.bias", (None,)),
 )
 
 
-def axes_of(name: str, rules: Sequence[Rule] = RULES) -> Axes:
-    """The axes of the parameter ``name``. Raises ValueError where not exactly one rule matches."""
-    found = [(pattern, axes) for pattern, axes in rules if re.fullmatch(pattern, name)]
-    if len(found) != 1:
-        which = f": {', '.join(repr(pattern) for pattern, _ in found)}" if found else ""
-        raise ValueError(
-            f"The parameter {name} matches {len(found)} rules of runtime/sharding.py{which}, but it must match "
-            "exactly 1; correct the table."
-        )
-    return found[0][1]
+def axes_of(name: str, shape: Sequence[int], num_shards: int, exceptions: Sequence[Rule] = EXCEPTIONS) -> Axes:
+    """Return the axes of the parameter ``name``, for ``num_shards`` devices along the axis.
 
-
-def sharding_of(model: nn.Module, num_shards: int, rules: Sequence[Rule] = RULES) -> Mapping[str, Axes]:
-    """Axes of every parameter by name, for ``num_shards`` devices along the axis.
-
-    Raises ValueError where a parameter has no rule, or a dimension does not divide.
+    Raises ValueError where no dimension of a matrix divides, and where two exceptions match.
     """
-    found = {}
-    for name, parameter in model.named_parameters():
-        axes = found[name] = axes_of(name, rules)
-        assert len(axes) == parameter.dim(), (name, axes, tuple(parameter.shape))
-        for size, axis in zip(parameter.shape, axes, strict=True):
-            if axis is not None and size % num_shards:
-                raise ValueError(
-                    f"{name} has {size} rows to spread, which do not divide by {num_shards} devices; set "
-                    "runtime.fsdp_devices to a divisor of model.width, or runtime.mode=replicated."
-                )
-    return found
+    found = [(pattern, axes) for pattern, axes in exceptions if re.fullmatch(pattern, name)]
+    if len(found) > 1:
+        raise ValueError(
+            f"The parameter {name} matches {len(found)} exceptions of runtime/sharding.py: "
+            f"{', '.join(repr(pattern) for pattern, _ in found)}, but it may match 1; correct the table."
+        )
+    if len(shape) < 2:
+        return (None,) * len(shape)
+    if found:
+        axes = found[0][1]
+        assert len(axes) == len(shape), (name, axes, tuple(shape))
+        dimension = axes.index(SHARDED)
+    else:
+        dimension = next((number for number, size in enumerate(shape) if size % num_shards == 0), 0)
+    if shape[dimension] % num_shards:
+        raise ValueError(
+            f"{name} has {shape[dimension]} rows to shard, which do not divide by {num_shards} devices; set "
+            "runtime.fsdp_devices to a divisor of model.width, or runtime.mode=replicated."
+        )
+    return tuple(SHARDED if number == dimension else None for number in range(len(shape)))
+
+
+def sharding_of(model: nn.Module, num_shards: int, exceptions: Sequence[Rule] = EXCEPTIONS) -> Mapping[str, Axes]:
+    """Return the axes of every parameter by name. Raises ValueError as `axes_of` does."""
+    return {name: axes_of(name, value.shape, num_shards, exceptions) for name, value in model.named_parameters()}

@@ -8,7 +8,6 @@ gone, or zero, when the step ends. `runtime.choice` imports this file after it h
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from diffusion.batch import Batch, mapped, micro_batches_of, require_divisible
 from runtime.graph_adamw import GraphAdamW
 from runtime.protocol import Metrics, Mode, Precision, Step
 from runtime.sharding import Axes, sharding_of
+from runtime.trees import flattened
 from runtime.xla_devices import XlaDevices
 from runtime.xla_layers import gather_where_used, trace_friendly
 
@@ -67,10 +67,10 @@ class XlaRuntime(XlaDevices):
     def _optimizer_state(self, name: str, value: Tensor, axes: Mapping[str, Axes]) -> Tensor:
         return self._put(value, axes.get(name))
 
-    def checkpoint(self, method: Callable[..., Tensor], owner: nn.Module, *arguments: Tensor) -> Tensor:
+    def checkpoint(self, method: Callable[..., Any], owner: nn.Module, *arguments: Any) -> Any:
         """PyTorch/XLA's own: the compiler would undo PyTorch's. A bound method gives it the weights to take again."""
-        result: Tensor = checkpoint(MethodType(method, owner), *arguments, preserve_rng_state=False)
-        return result
+        function, leaves, as_tree = flattened(method, owner, arguments)
+        return as_tree(checkpoint(function, *leaves, preserve_rng_state=False))
 
     def feed(self, host_batches: Iterable[Batch]) -> Iterator[list[Batch]]:
         """Copies go out while the step before is computed: executions do not block the host."""

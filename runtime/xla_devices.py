@@ -74,7 +74,7 @@ class XlaDevices:
         for path, part in module.named_modules():
             for name, parameter in part._parameters.items():
                 if parameter is not None and parameter.device.type != self.device.type:
-                    value = self._put(parameter.detach(), axes.get(f"{path}.{name}"))
+                    value = self._put(parameter.detach(), axes.get(f"{path}.{name}".lstrip(".")))
                     part._parameters[name] = nn.Parameter(value, parameter.requires_grad)
             for name, buffer in part._buffers.items():
                 if buffer is not None and buffer.device.type != self.device.type:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch_xla.distributed.spmd as xs
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from runtime.sharding import Axes
 from runtime.xla_devices import DATA
@@ -18,16 +19,15 @@ def gather_where_used(model: nn.Module, axes: Mapping[str, Axes], state_mesh: xs
     Without this the partitioner follows the weights' sharding into the activations.
     """
     for path, part in model.named_modules():
-        names = [name for name in part._parameters if any(axes.get(f"{path}.{name}", ()))]
-        if names:
-            specs = {name: axes[f"{path}.{name}"] for name in names}
+        full = {name: f"{path}.{name}".lstrip(".") for name in part._parameters}
+        if specs := {name: axes[full[name]] for name in full if any(axes.get(full[name], ()))}:
             whole = partial(_forward_with_whole_weights, part, part.forward, specs, state_mesh)
             part.forward = partial(_forward_by_rows, whole, batch_mesh)
 
 
 def _forward_with_whole_weights(
-    layer: nn.Module, forward: Callable[..., Tensor], axes: Mapping[str, Axes], mesh: xs.Mesh, *inputs: Tensor
-) -> Tensor:
+    layer: nn.Module, forward: Callable[..., Any], axes: Mapping[str, Axes], mesh: xs.Mesh, *inputs: Any
+) -> Any:
     """``forward`` of a layer that owns the parameters of ``axes``, with gathered copies in their place."""
     kept = {name: layer._parameters[name] for name in axes}
     try:
@@ -38,12 +38,15 @@ def _forward_with_whole_weights(
         layer._parameters.update(kept)
 
 
-def _forward_by_rows(forward: Callable[..., Tensor], mesh: xs.Mesh, *inputs: Tensor) -> Tensor:
-    """``forward`` with its output, and that output's gradient, spread over their rows."""
-    output = forward(*inputs)
-    by_rows = (DATA,) + (None,) * (output.dim() - 1)
-    spread: Tensor = _Spread.apply(output, mesh, by_rows, by_rows)
-    return spread
+def _forward_by_rows(forward: Callable[..., Any], mesh: xs.Mesh, *inputs: Any) -> Any:
+    """``forward`` with its outputs, and their gradients, spread over their rows."""
+
+    def by_rows(output: Tensor) -> Tensor:
+        axes = (DATA,) + (None,) * (output.dim() - 1)
+        spread: Tensor = _Spread.apply(output, mesh, axes, axes)
+        return spread
+
+    return tree_map_only(Tensor, by_rows, forward(*inputs))
 
 
 class _Spread(torch.autograd.Function):

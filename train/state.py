@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from model.network import Network
 from train.ema import Averages
 
 
@@ -12,7 +13,7 @@ from train.ema import Averages
 class TrainState:
     """Mutable state of training. Random numbers and the order of data follow from ``step`` alone."""
 
-    model: nn.Module  # unwrapped; on the host until the runtime prepares it
+    model: Network  # unwrapped; on the host until the runtime prepares it
     ema: Averages
     optimizer: torch.optim.Optimizer  # the runtime may return another one
     batch_size: int  # global

@@ -19,7 +19,7 @@ from test_training import FACTS, everything, new_state
 from tiny_run import Case, diffusion, plain, under_runtime
 from torch import Tensor
 
-from model.checkpointing import checkpoint_blocks
+from model.checkpointing import checkpoint_units
 from train.checkpoint import load_checkpoint
 from train.guards import SpikeGuard
 from train.saving import CheckpointWriter
@@ -108,7 +108,7 @@ def test_no_step_makes_the_host_wait(block: str, precision: str) -> None:
     run, runtime = Case("x", "accelerate", block=block, steps=6), make_runtime(precision, micro_batches=2)
     model = run.model()
     averages, optimizer = run.averages(model), run.optimizer(model)
-    checkpoint_blocks(model, runtime.checkpoint)
+    checkpoint_units(model, runtime.checkpoint)
     process = runtime.place(diffusion())
     stepping, optimizer = runtime.prepare(model, list(averages.modules.values()), optimizer)
     guard = SpikeGuard(2.0, optimizer, runtime)

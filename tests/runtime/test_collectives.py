@@ -12,7 +12,7 @@ from tiny_run import Case
 
 from benchmarks.hlo_text import collectives, slices_of
 from model.dit import DiT
-from runtime.sharding import axes_of
+from runtime.sharding import sharding_of
 
 DUMP = "--xla_backend_optimization_level=0 --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=spmd.* --xla_dump_to="
 COMPILED, PARTITIONED = "cpu_after_optimizations", "after_spmd-partitioning"
@@ -71,15 +71,15 @@ def test_replicated_exchanges_the_gradients_and_nothing_else(tmp_path: Path, blo
 def test_fsdp_gathers_each_weight_once_and_scatters_each_gradient(tmp_path: Path) -> None:
     devices, model = 8, Case("x", "xla").model()
     text = program(tmp_path, PARTITIONED, devices, "fsdp", "AdaLNZeroBlock")
-    found = collectives(text)
-    spread = {name: parameter for name, parameter in model.named_parameters() if any(axes_of(name))}
+    found, axes = collectives(text), sharding_of(model, devices)
+    spread = {name: parameter for name, parameter in model.named_parameters() if any(axes[name])}
     weights = Counter(tuple(sorted(parameter.shape)) for parameter in spread.values())
     gathered = Counter(tuple(sorted(one.shapes[0])) for one in found if one.kind == "all-gather")
     assert weights <= gathered
     beside = gathered - weights  # labels and timesteps, a few numbers for each image
     assert sum(beside.values()) <= 2
     assert sums_kept_in_parts(text, devices) == weights - table_of(model)
-    whole_bytes = sum(4 * p.numel() for name, p in model.named_parameters() if not any(axes_of(name)))
+    whole_bytes = sum(4 * p.numel() for name, p in model.named_parameters() if not any(axes[name]))
     kept_whole = [one for one in found if one.kind == "all-reduce" and not slices_of(text, one.name)]
     scalars = [one for one in kept_whole if one.shapes == ((),)]
     assert sum(one.bytes for one in kept_whole) - 4 * len(scalars) == whole_bytes
@@ -88,8 +88,8 @@ def test_fsdp_gathers_each_weight_once_and_scatters_each_gradient(tmp_path: Path
 def test_zero1_keeps_a_part_of_each_gradient_and_gathers_each_updated_weight(tmp_path: Path) -> None:
     devices, model = 4, Case("x", "xla", "AdaLNBlock").model()
     text = program(tmp_path, PARTITIONED, devices, "zero1", "AdaLNBlock")
-    found = collectives(text)
-    spread = {name: parameter for name, parameter in model.named_parameters() if any(axes_of(name))}
+    found, axes = collectives(text), sharding_of(model, devices)
+    spread = {name: parameter for name, parameter in model.named_parameters() if any(axes[name])}
     weights = Counter(tuple(sorted(parameter.shape)) for parameter in spread.values())
     labels = Counter({(1, BATCH_SIZE): 1})
     assert Counter(tuple(sorted(one.shapes[0])) for one in found if one.kind == "all-gather") == weights + labels

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from launch.app import CONF
-from model.dit import DiT
+from model.dit import DiT, DiTConfig
 from runtime.sharding import Axes, sharding_of
 
 DEVICES = 8
@@ -31,7 +31,7 @@ def test_recomputation_takes_its_weights_again_so_that_gathered_ones_need_not_st
     barriers = [line for line in hlo.splitlines() if " opt-barrier(" in line]
     assert len(barriers) == 2  # before the backward pass of each block
     with torch.device("meta"):
-        block = DiT(32, 4, 2, width=1152, depth=1, num_heads=16, num_classes=1000).blocks[0]
+        block = DiT(DiTConfig(32, 4, 2, width=1152, depth=1, num_heads=16, num_classes=1000)).blocks[0]
     shapes = Counter(f"f32[{','.join(map(str, value.shape))}]" for value in block.parameters())
     for barrier in barriers:
         assert shapes <= Counter(re.findall(r"\w+\[[\d,]*\]", barrier.split(" opt-barrier(")[0]))
@@ -46,7 +46,7 @@ def annotation(axes: Axes) -> str:
 def expected_state(num_spread: int) -> Counter[tuple[str, str]]:
     """(shape, sharding) of weights, averages and two moments, of which the last ``num_spread`` are spread."""
     with torch.device("meta"):
-        model = DiT(32, 4, 2, width=1152, depth=28, num_heads=16, num_classes=1000)
+        model = DiT(DiTConfig(32, 4, 2, width=1152, depth=28, num_heads=16, num_classes=1000))
     axes = sharding_of(model, DEVICES)
     return Counter(
         (f"f32[{','.join(map(str, value.shape))}]", annotation(axes[name] if copy < num_spread else ()))

@@ -14,7 +14,7 @@ from conftest import run_process
 from safetensors.torch import load_file
 from tiny_run import Case
 
-from runtime.sharding import axes_of
+from runtime.sharding import sharding_of
 
 HERE = Path(__file__).parent
 CXX = os.environ.get("CXX", "g++")  # as torch.compile chooses
@@ -168,11 +168,12 @@ def test_a_run_is_compiled_once_and_reads_nothing_back_between_log_steps(out: Pa
 def test_after_training_every_tensor_still_lies_as_the_mode_and_the_table_say(out: Path, case: dict[str, Any]) -> None:
     mode, devices = case["settings"]["mode"], case["settings"]["cpu_devices"]
     shards = case["settings"].get("fsdp_devices", devices)
+    table = sharding_of(Case("x", "xla", **RECIPES[case["like"]]).model(), shards)
     spread_parts = {"replicated": set(), "zero1": {"ema", "optimizer"}, "fsdp": {"model", "ema", "optimizer"}}[mode]
     for name, found in facts_of(out, case["name"])["shardings"].items():
         part, _, rest = name.partition("/")
         parameter, _, quantity = rest.partition("/")
-        axes = axes_of(parameter)
+        axes = table[parameter]
         if part in spread_parts and any(axes) and quantity != "step" and shards > 1:
             dims = [shards if axis else 1 for axis in axes] + ([devices // shards] if shards < devices else [])
             assert re.search(r"devices=\[([\d,]+)\]", found).group(1) == ",".join(map(str, dims)), name  # type: ignore[union-attr]

@@ -27,8 +27,8 @@ from diffusion.schedules import LinearSchedule
 from diffusion.variances import LearnedRangeVariance
 from model import blocks
 from model.attention import QKNormSelfAttention, SelfAttention
-from model.checkpointing import checkpoint_blocks
-from model.dit import DiT
+from model.checkpointing import checkpoint_units
+from model.dit import DiT, DiTConfig
 from train import ema as averages_of
 from train.guards import SpikeGuard
 from train.state import optimizer_tensors
@@ -63,7 +63,7 @@ class Case:
         """Small random weights everywhere: a fresh DiT is zero where it matters."""
         attention = QKNormSelfAttention if self.qk_norm else SelfAttention
         block = functools.partial(getattr(blocks, self.block), attention=attention)
-        made = DiT(8, 4, 2, width=64, depth=2, num_heads=4, num_classes=NUM_CLASSES, block=block)
+        made = DiT(DiTConfig(8, 4, 2, width=64, depth=2, num_heads=4, num_classes=NUM_CLASSES, block=block))
         generator = torch.Generator().manual_seed(5)
         for parameter in made.parameters():
             parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
@@ -150,7 +150,7 @@ def under_runtime(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
     model = case.model()
     ema, optimizer = case.averages(model), case.optimizer(model)
     if case.activation_checkpointing:
-        checkpoint_blocks(model, runtime.checkpoint)
+        checkpoint_units(model, runtime.checkpoint)
     process = runtime.place(diffusion())
     world = runtime.data_world
     runtime.data_world = 2 if case.wrapped else world

@@ -47,8 +47,8 @@ from model import blocks
 from model.attention import QKNormSelfAttention
 from model.autoencoder import IdentityAutoencoder
 from model.autoencoder_kl import DiffusersAutoencoder
-from model.checkpointing import checkpoint_blocks
-from model.dit import DiT
+from model.checkpointing import checkpoint_units
+from model.dit import DiT, DiTConfig
 from model.precision import exact_float32
 from runtime.accelerate import AccelerateRuntime
 from train import ema as averages_of
@@ -121,7 +121,7 @@ def dit(block: str = "AdaLNZeroBlock", **changes: Any) -> DiT:
     attention = QKNormSelfAttention if block == "InContextBlock" else blocks.SelfAttention
     made = partial(getattr(blocks, block), attention=attention)
     with unset_fake_temporarily():
-        return DiT(8, 4, 2, width=64, depth=2, num_heads=4, num_classes=10, block=made, **changes)
+        return DiT(DiTConfig(8, 4, 2, width=64, depth=2, num_heads=4, num_classes=10, block=made, **changes))
 
 
 def diffusion() -> GaussianDiffusion:
@@ -164,7 +164,7 @@ class Training:
             self.averages = AVERAGES[average](self.model)
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=0.1, foreach=True)
         if recomputes:
-            checkpoint_blocks(self.model, self.runtime.checkpoint)
+            checkpoint_units(self.model, self.runtime.checkpoint)
         process = self.runtime.place(diffusion())
         stepping, self.optimizer = self.runtime.prepare(self.model, [*self.averages.modules.values()], optimizer)
         guard = SpikeGuard(2.0, self.optimizer, self.runtime)

@@ -83,7 +83,7 @@ def test_unconditional_training_resumes_samples_and_evaluates(
 
 
 def test_a_run_of_an_earlier_version_had_class_labels(digits: Path, tmp_path: Path, in_process: InProcess) -> None:
-    """Its config and its checkpoints have no section ``condition``, and a setting ``model.learn_sigma``."""
+    """Its config and its checkpoints have no section ``condition``, no factories of a block, and a setting ``model.learn_sigma``."""
     words = [*WORDS, f"data.shards={digits}"]
     in_process("train", *words, "total_steps=4")
     run = tmp_path / "run"
@@ -92,6 +92,7 @@ def test_a_run_of_an_earlier_version_had_class_labels(digits: Path, tmp_path: Pa
     config = json.loads(state.read_text())["config"]
     del config["condition"]
     config["model"]["learn_sigma"] = True
+    del config["model"]["block"]["norm"], config["model"]["block"]["mlp"]
     resealed(state, config=config)
     in_process("sample", "checkpoint=run", "num_images=4", "labels=[3]", "sampler.steps=2", "out=x")
     assert "continues from step 4" in in_process("train", *words, "resume.allow=[total_steps]")

@@ -8,8 +8,8 @@ import torch
 
 from benchmarks.tpu_table import table
 from launch.app import CONF
-from model.dit import DiT
-from runtime.sharding import axes_of
+from model.dit import DiT, DiTConfig
+from runtime.sharding import sharding_of
 
 ROOT = CONF.parent
 TPU_LINES = (ROOT / "benchmarks/results/tpu_aot.jsonl").read_text().splitlines()
@@ -36,8 +36,9 @@ def test_xl_2_fits_a_v3_core_in_the_recommended_mode_alone_without_recomputing()
 def test_fsdp_on_v4_gathers_the_blocks_weights_twice_and_scatters_the_gradients() -> None:
     line = compiled("v4-8", "fsdp", recomputes=True)
     with torch.device("meta"):
-        model = DiT(32, 4, 2, width=1152, depth=28, num_heads=16, num_classes=1000)
-    spread = {name: value.numel() for name, value in model.named_parameters() if any(axes_of(name))}
+        model = DiT(DiTConfig(32, 4, 2, width=1152, depth=28, num_heads=16, num_classes=1000))
+    axes = sharding_of(model, 8)
+    spread = {name: value.numel() for name, value in model.named_parameters() if any(axes[name])}
     of_blocks = sum(size for name, size in spread.items() if name.startswith("blocks."))
     sent, bf16_bytes = line["collectives"], 2 * sum(spread.values())
     once_more = (

@@ -16,7 +16,7 @@ from torch import Tensor
 from launch.foreign import is_foreign
 from launch.starting_weights import load_starting_weights
 from model.diffusers_weights import to_diffusers
-from model.dit import DiT
+from model.dit import DiT, DiTConfig
 from model.released import from_reference, to_reference
 
 GOLDEN = released_weights()
@@ -32,7 +32,7 @@ def images(name: str) -> np.ndarray:
 def digits_model(**changes: int) -> DiT:
     """A DiT of the shape that `TINY_RUN` trains, with weights that are not zero."""
     shape = {"latent_size": 8, "channels": 1, "patch_size": 4, "width": 16, "depth": 2, "num_heads": 2}
-    model = DiT(**{**shape, "num_classes": 10, **changes})
+    model = DiT(DiTConfig(**{**shape, "num_classes": 10, **changes}))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -191,7 +191,7 @@ def test_a_runs_classes_choose_the_reading_of_a_label_table(tmp_path: Path, said
     weights = {**GOLDEN, TABLE: GOLDEN[TABLE][:10].clone()}
     arguments = {} if said is None else {"args": argparse.Namespace(num_classes=said)}
     path = saved(tmp_path / "a.pt", {"ema": weights, **arguments})
-    model = DiT(8, 4, 2, width=48, depth=2, num_heads=4, num_classes=10)
+    model = DiT(DiTConfig(8, 4, 2, width=48, depth=2, num_heads=4, num_classes=10))
     fresh = model.label_embedding.weight.detach().clone()
     notes = " ".join(load_starting_weights(model, str(path)))
     if said == 9:

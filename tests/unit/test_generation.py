@@ -37,7 +37,7 @@ from evaluation.reference_file import write_reference
 from evaluation.references import Reference, make_reference
 from evaluation.statistics import FeatureStatistics
 from launch import cli
-from launch.evaluate import compile_blocks
+from launch.evaluate import compile_units
 from runtime.agreement import require_same
 from train.loggers import NoLogger
 from train.runfolder import RunFolder
@@ -385,10 +385,10 @@ def test_an_evaluation_that_is_killed_during_training_goes_on_where_it_was(tmp_p
 
 def test_a_network_that_cannot_be_compiled_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="XLA compiles by itself"):
-        compile_blocks(golden_model()[0], torch.device("xla"))
+        compile_units(golden_model()[0], torch.device("xla"))
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match=r"needs a C.. compiler, but there is no no-such-compiler"):
-        compile_blocks(golden_model()[0], torch.device("cpu"))
+        compile_units(golden_model()[0], torch.device("cpu"))
 
 
 def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

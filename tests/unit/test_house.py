@@ -101,6 +101,24 @@ def test_the_model_room_imports_nothing_that_knows_of_machines() -> None:
     assert set().union(*used.values()) == {"torch"}
 
 
+WITHOUT_NETWORKS = [
+    path for path in FILES if path.relative_to(ROOT).parts[0] in ("train", "runtime", "evaluation", "launch")
+]
+
+
+@pytest.mark.parametrize("path", WITHOUT_NETWORKS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_room_but_the_models_knows_a_network_by_more_than_its_interface(path: Path) -> None:
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    assert not {node.attr for node in nodes if isinstance(node, ast.Attribute)} & {
+        "blocks",
+        "block_list",
+        "learn_sigma",
+    }
+    assert not {node.id for node in nodes if isinstance(node, ast.Name)} & {"DiT", "DiTConfig"}
+    inside = ("dit", "blocks", "attention", "embeddings", "final_layers", "mlp", "norms")
+    assert not [name for name in inside if imports(path, f"model.{name}")]
+
+
 def composed(job: str, *overrides: str) -> dict[str, Any]:
     register()
     GlobalHydra.instance().clear()

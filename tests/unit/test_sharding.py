@@ -1,4 +1,4 @@
-"""The table of shardings fits every model that can be configured."""
+"""The rule of shardings fits every model that can be configured."""
 
 import re
 from functools import partial
@@ -9,21 +9,21 @@ from test_model import BLOCKS, SIZES
 
 from model.attention import QKNormSelfAttention, SelfAttention
 from model.blocks import Block
-from model.dit import DiT
-from runtime.sharding import RULES, SHARDED, axes_of, sharding_of
+from model.dit import DiT, DiTConfig
+from runtime.sharding import EXCEPTIONS, SHARDED, Axes, axes_of, sharding_of
 
 
 def shape_only(block: type[Block], size: str, qk_norm: bool) -> DiT:
     depth, width, num_heads = SIZES[size]
     attention = QKNormSelfAttention if qk_norm else SelfAttention
     with torch.device("meta"):
-        return DiT(32, 4, 2, width, depth, num_heads, 1000, partial(block, attention=attention))
+        return DiT(DiTConfig(32, 4, 2, width, depth, num_heads, 1000, partial(block, attention=attention)))
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("block", BLOCKS)
-def test_every_parameter_matches_one_rule_and_divides_by_128(block: type[Block], size: str, qk_norm: bool) -> None:
+def test_every_parameter_of_a_dit_divides_by_128(block: type[Block], size: str, qk_norm: bool) -> None:
     model = shape_only(block, size, qk_norm)
     found = sharding_of(model, 128)
     assert found.keys() == dict(model.named_parameters()).keys()
@@ -31,19 +31,48 @@ def test_every_parameter_matches_one_rule_and_divides_by_128(block: type[Block],
     assert spread / sum(p.numel() for p in model.parameters()) > 0.99
 
 
-def test_every_rule_is_needed() -> None:
+# The axes of every parameter of a DiT, in one table: what the rule and its exceptions must come to.
+_ATTENTION = r"attention\.(qkv|projection)|cross_attention\.(query|key_value|projection)"
+OF_A_DIT: tuple[tuple[str, Axes], ...] = (
+    (r"patch_embedding\.weight", (SHARDED, None)),
+    (r"timestep_embedding\.(input|output)\.weight", (SHARDED, None)),
+    (r"label_embedding\.weight", (None, SHARDED)),
+    (rf"blocks\.\d+\.({_ATTENTION}|mlp\.(hidden|output)|modulation)\.weight", (SHARDED, None)),
+    (r"final_layer\.modulation\.weight", (SHARDED, None)),
+    (r"final_layer\.decoder\.weight", (None, SHARDED)),
+    (r"(blocks\.\d+|blocks\.\d+\.attention|final_layer)\.norm\w*\.weight", (None,)),
+    (r".+\.bias", (None,)),
+)
+
+
+@pytest.mark.parametrize("num_shards", [1, 4, 8, 128])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_dit_is_sharded_by_the_table_whatever_else_divides(block: type[Block], num_shards: int) -> None:
+    for name, axes in sharding_of(shape_only(block, "S", True), num_shards).items():
+        (expected,) = (axes for pattern, axes in OF_A_DIT if re.fullmatch(pattern, name))
+        assert axes == expected, name
+
+
+def test_every_exception_is_needed() -> None:
     names = {name for block in BLOCKS for name, _ in shape_only(block, "S", True).named_parameters()}
-    for pattern, _ in RULES:
+    for pattern, _ in EXCEPTIONS:
         assert any(re.fullmatch(pattern, name) for name in names), pattern
 
 
-def test_a_parameter_without_a_rule_or_with_two_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"blocks.0.router.weight matches 0 rules"):
-        axes_of("blocks.0.router.weight")
-    with pytest.raises(ValueError, match="matches 2 rules"):
-        axes_of("blocks.0.mlp.hidden.bias", [*RULES, (r"blocks.*", (None,))])
+def test_matrices_of_any_network_are_sharded_along_the_first_dimension_that_divides() -> None:
+    assert axes_of("down.0.1.convolution.weight", (64, 4, 3, 3), 8) == (SHARDED, None, None, None)
+    assert axes_of("out.weight", (4, 64, 3, 3), 8) == (None, SHARDED, None, None)
+    assert axes_of("scale", (64,), 8) == (None,)
+    assert axes_of("temperature", (), 8) == ()
+
+
+def test_a_matrix_that_does_not_divide_or_has_two_exceptions_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"router.weight has 2 rows to shard, which do not divide by 4 devices"):
+        axes_of("router.weight", (2, 63), 4)
+    with pytest.raises(ValueError, match="matches 2 exceptions"):
+        axes_of("label_embedding.weight", (11, 64), 4, [*EXCEPTIONS, (r"label.*", (None, SHARDED))])
 
 
 def test_a_width_that_does_not_divide_is_refused_with_both_numbers() -> None:
-    with pytest.raises(ValueError, match="has 384 rows to spread, which do not divide by 36 devices"):
+    with pytest.raises(ValueError, match="has 384 rows to shard, which do not divide by 36 devices"):
         sharding_of(shape_only(BLOCKS[0], "S", False), 36)
