@@ -100,6 +100,6 @@ def draw_noise(
 
 
 def permutation(philox: Philox, position: int, purpose: Purpose, length: int, draw: int = 0) -> NDArray[np.int64]:
-    """Return a permutation of range(length): the stable sort of raw 64-bit numbers, the same in every version of numpy."""
+    """Return a permutation of range(length): the stable sort of raw 64-bit numbers, the same in any numpy."""
     keys = philox.at(position, purpose, draw).bit_generator.random_raw(length)
     return np.argsort(keys, kind="stable")

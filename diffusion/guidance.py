@@ -91,7 +91,7 @@ class ClassifierFreeGuidance:
         return _extrapolated(conditional, unconditional, self._scale_at(t), self.num_guided)
 
     def _scale_at(self, t: Tensor) -> Tensor:
-        """Return the scale inside the interval and 1 outside: [B, 1, 1, 1], chosen on the device without a host read."""
+        """Return the scale inside the interval and 1 outside: [B, 1, 1, 1], chosen on the device."""
         inside = t >= self.t_min
         if self.t_max is not None:
             inside = inside & (t <= self.t_max)
