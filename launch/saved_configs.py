@@ -38,11 +38,13 @@ def as_now(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _filled(config: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with the settings of ``earlier`` that it does not have, in its sections too."""
-    whole = {**earlier, **config}
+    """Return a config with the components of ``earlier`` that it does not have, in the sections that it has."""
+    whole = dict(config)
     for key, inner in earlier.items():
-        if isinstance(inner, Mapping) and "_target_" not in inner and isinstance(whole[key], Mapping):
-            whole[key] = _filled(whole[key], inner)
+        if "_target_" in inner:
+            whole.setdefault(key, inner)
+        elif isinstance(config.get(key), Mapping):  # another network has no blocks
+            whole[key] = _filled(config[key], inner)
     return whole
 
 
