@@ -42,12 +42,14 @@ RECIPES: dict[str, dict[str, Any]] = {
     "warm_up": {"learning_rates": WARM_UP, "max_grad_norm": 0.5},
     "power": {"average": "power"},
     "skipping": {"skip_over": SKIP_OVER},
+    "deep": {"block": "Deep"},  # units two levels deep, whose arguments are trees
 }
 # All cases of one line run in one process, or in one pair of processes.
 ACCELERATE_1 = [
     case("accelerate-1", "adaln_zero", "accelerate"),
     case("accelerate-1-micro-batches", "cross_attention", "accelerate", settings={"micro_batches": 4}),
     case("accelerate-1-warm-up", "warm_up", "accelerate"),
+    case("accelerate-1-deep", "deep", "accelerate", activation_checkpointing=True),
 ]
 ACCELERATE_2 = [
     case("accelerate-2", "adaln_zero", "accelerate"),
@@ -55,6 +57,8 @@ ACCELERATE_2 = [
     case("accelerate-2-fsdp-power", "power", "accelerate", settings={"mode": "fsdp"}),
     case("accelerate-2-micro-batches", "adaln", "accelerate", settings={"micro_batches": 2}, counts_exchanged=True),
     case("accelerate-2-fsdp", "in_context", "accelerate", settings={"mode": "fsdp"}, activation_checkpointing=True),
+    case("accelerate-2-deep", "deep", "accelerate"),
+    case("accelerate-2-fsdp-deep", "deep", "accelerate", settings={"mode": "fsdp"}, activation_checkpointing=True),
     case("accelerate-2-fsdp-micro", "warm_up", "accelerate", settings={"mode": "fsdp", "micro_batches": 2}),
 ]
 XLA_1 = [
@@ -68,6 +72,8 @@ XLA_4 = [
     xla("xla-4-warm-up", "warm_up", 4),
     xla("xla-4-fsdp-skipping", "skipping", 4, "fsdp"),
     xla("xla-4-fsdp-power", "power", 4, "fsdp"),
+    xla("xla-4-deep", "deep", 4),
+    xla("xla-4-fsdp-deep", "deep", 4, "fsdp", activation_checkpointing=True),
     xla("xla-4-recomputed", "cross_attention", 4, activation_checkpointing=True),
 ]
 XLA_8 = [
@@ -201,11 +207,17 @@ def test_bf16_is_of_the_network_alone(out: Path, case: dict[str, Any]) -> None:
 
 
 @pytest.mark.skipif(shutil.which(CXX) is None, reason=f"torch.compile needs a C++ compiler, and there is no {CXX}")
-def test_one_compilation_serves_all_blocks_and_gives_the_same_run(tmp_path: Path) -> None:
+def test_one_compilation_serves_all_equal_units_and_gives_the_same_run(tmp_path: Path) -> None:
     fields = {"steps": 3, "settings": {"compile": True}}
+    deep = [case("plain-deep", "deep", "plain", steps=3)]
+    deep += [case("kept-deep", "deep", "accelerate", **fields)]
+    deep += [case("recomputed-deep", "deep", "accelerate", activation_checkpointing=True, **fields)]
     kept = case("kept", "adaln_zero", "accelerate", **fields)
     recomputed = case("recomputed", "adaln_zero", "accelerate", activation_checkpointing=True, **fields)
-    train([case("plain", "adaln_zero", "plain", steps=3), kept, recomputed], tmp_path)
+    train([case("plain", "adaln_zero", "plain", steps=3), kept, recomputed, *deep], tmp_path)
     for name in ("kept", "recomputed"):
         assert_same_run(tmp_path, name, "plain")
         assert facts_of(tmp_path, name)["of_training"] == {"compilations": 1, "graph_breaks": 0}  # of two blocks
+        assert_same_run(tmp_path, f"{name}-deep", "plain-deep")
+        # One for the way down, one for the way up: two units each, of one class but not of one shape.
+        assert facts_of(tmp_path, f"{name}-deep")["of_training"] == {"compilations": 2, "graph_breaks": 0}

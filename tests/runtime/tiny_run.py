@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch._dynamo.utils
+from deep_network import DeepConfig, DeepNetwork
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed import GradBucket
@@ -29,6 +30,7 @@ from model import blocks
 from model.attention import QKNormSelfAttention, SelfAttention
 from model.checkpointing import checkpoint_units
 from model.dit import DiT, DiTConfig
+from model.network import Network
 from train import ema as averages_of
 from train.guards import SpikeGuard
 from train.state import optimizer_tensors
@@ -45,7 +47,7 @@ class Case:
 
     name: str
     runtime: str  # plain, accelerate or xla
-    block: str = "AdaLNZeroBlock"
+    block: str = "AdaLNZeroBlock"  # of a DiT; Deep: another network
     qk_norm: bool = False
     settings: dict[str, Any] = field(default_factory=dict)  # of the runtime
     precision: str = "fp32"
@@ -59,8 +61,10 @@ class Case:
     wrapped: bool = False  # in DistributedDataParallel, also where there is one process
     counts_exchanged: bool = False  # elements of the gradients that processes exchange, under DistributedDataParallel
 
-    def model(self) -> DiT:
+    def model(self) -> Network:
         """Small random weights everywhere: a fresh DiT is zero where it matters."""
+        if self.block == "Deep":
+            return DeepNetwork(DeepConfig())
         attention = QKNormSelfAttention if self.qk_norm else SelfAttention
         block = functools.partial(getattr(blocks, self.block), attention=attention)
         made = DiT(DiTConfig(8, 4, 2, width=64, depth=2, num_heads=4, num_classes=NUM_CLASSES, block=block))
@@ -69,11 +73,11 @@ class Case:
             parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
         return made
 
-    def optimizer(self, model: DiT) -> torch.optim.Optimizer:
+    def optimizer(self, model: Network) -> torch.optim.Optimizer:
         """With weight decay, and an eps above the rounding of gradients that are zero."""
         return torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, eps=1e-6)
 
-    def averages(self, model: DiT) -> averages_of.Averages:
+    def averages(self, model: Network) -> averages_of.Averages:
         """Of the weights."""
         if self.average == "constant":
             return averages_of.constant(model, DECAY)

@@ -83,7 +83,7 @@ def test_unconditional_training_resumes_samples_and_evaluates(
 
 
 def test_a_run_of_an_earlier_version_had_class_labels(digits: Path, tmp_path: Path, in_process: InProcess) -> None:
-    """Its config and checkpoints have no ``condition``, no factories of a block, and a setting ``model.learn_sigma``."""
+    """Its config and checkpoints have no ``condition``, no block factories, and a setting ``model.learn_sigma``."""
     words = [*WORDS, f"data.shards={digits}"]
     in_process("train", *words, "total_steps=4")
     run = tmp_path / "run"
