@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import suite_times
 import torch
 from warm_jobs import TRAINING, WarmJobs
 
@@ -67,6 +68,14 @@ def torch_fidelity(part: str) -> Any:
     """Import a module of torch-fidelity, or skip the test that asks for it."""
     why = "needs torch-fidelity (and so torchvision, of torch's version): the extra `pinned`, which make test installs"
     return pytest.importorskip(f"torch_fidelity.{part}", reason=why)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    suite_times.add_option(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    suite_times.register(config)
 
 
 @pytest.fixture(autouse=True)
