@@ -19,6 +19,7 @@ import pytest
 import suite_times
 import torch
 from warm_jobs import TRAINING, WarmJobs
+from warm_python import WITH_XLA, run_warm_python
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched
@@ -196,7 +197,8 @@ def ditscale(
 ) -> str:
     """Run the command; returns what it printed."""
     if any("xla" in word for word in arguments):  # it reads variables, and wants an order, when it is imported
-        return run_process(command(*arguments), cwd, expect, env)
+        words = ("-m", "launch.cli", *arguments)
+        return run_warm_python(WITH_XLA, *words, cwd=cwd, expect=expect, env=env, limit_sec=timeout_sec)
     return run_warm(TRAINING, *arguments, cwd=cwd, expect=expect, env=env, timeout_sec=timeout_sec)
 
 
