@@ -4,6 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 AOT_STAMP := .venv-aot/.installed
 NEWEST := .venv-newest/bin
+TIMES := .test-times
 DEMO := runs/demo
 STUDY := runs/digits-study
 # Small models on a CPU are fastest with one thread each and the models in parallel.
@@ -31,9 +32,12 @@ study: $(STAMP)
 		checkpoint=$$(ls -d $(STUDY)/*adaln_zero* | paste -sd,)
 	$(BIN)/ditscale report sweep=$(STUDY) runtime=cpu sampler.steps=20
 
-test: $(STAMP) browser lint
-	$(BIN)/pytest tests/unit -n auto
-	$(BIN)/pytest tests/runtime tests/smoke -n 2 --dist loadfile
+# Stops at the first layer that fails, and says at the end where the time went, then too.
+test: $(STAMP) browser
+	@rm -rf $(TIMES); trap '$(BIN)/python tests/suite_times.py $(TIMES)' EXIT; set -ex; \
+	$(BIN)/python tests/suite_times.py $(TIMES) lint $(MAKE) --no-print-directory lint; \
+	$(BIN)/pytest tests/unit -n auto --times $(TIMES)/unit.json; \
+	$(BIN)/pytest tests/runtime tests/smoke -n 2 --dist loadfile --times $(TIMES)/processes.json
 
 # The unit layer on the newest release of everything, without constraints.txt. Tests of what holds torch back (the extra
 # pinned) are skipped and say so. Each call takes what has been released since.
@@ -89,4 +93,4 @@ aot: $(STAMP) $(AOT_STAMP)
 
 # Runs and shards of the demo go; other runs and shards are yours to delete.
 clean:
-	rm -rf .venv .venv-aot .venv-newest runs/demo runs/digits-study shards/digits .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-aot .venv-newest runs/demo runs/digits-study shards/digits .mypy_cache .ruff_cache .pytest_cache $(TIMES) .hypothesis *.egg-info

@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import suite_times
 import torch
 from warm_jobs import TRAINING, WarmJobs
+from warm_python import WITH_XLA, run_warm_python
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched
@@ -67,6 +69,14 @@ def torch_fidelity(part: str) -> Any:
     """Import a module of torch-fidelity, or skip the test that asks for it."""
     why = "needs torch-fidelity (and so torchvision, of torch's version): the extra `pinned`, which make test installs"
     return pytest.importorskip(f"torch_fidelity.{part}", reason=why)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    suite_times.add_option(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    suite_times.register(config)
 
 
 @pytest.fixture(autouse=True)
@@ -187,7 +197,8 @@ def ditscale(
 ) -> str:
     """Run the command; returns what it printed."""
     if any("xla" in word for word in arguments):  # it reads variables, and wants an order, when it is imported
-        return run_process(command(*arguments), cwd, expect, env)
+        words = ("-m", "launch.cli", *arguments)
+        return run_warm_python(WITH_XLA, *words, cwd=cwd, expect=expect, env=env, limit_sec=timeout_sec)
     return run_warm(TRAINING, *arguments, cwd=cwd, expect=expect, env=env, timeout_sec=timeout_sec)
 
 

@@ -1,14 +1,12 @@
 """What devices send each other in a step, read from the compiled program of XLA's CPU backend."""
 
 import json
-import os
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import run_process
 from tiny_run import Case
+from warm_python import WITH_XLA, run_warm_python
 
 from benchmarks.hlo_text import collectives, slices_of
 from model.dit import DiT
@@ -25,8 +23,8 @@ def program(folder: Path, stage: str, devices: int, mode: str, block: str) -> st
     dump = folder / f"{devices}-{mode}-{block}"
     settings = {"cpu_devices": devices, "mode": mode}
     case = {"name": "x", "runtime": "xla", "block": block, "steps": 1, "batch_size": BATCH_SIZE, "settings": settings}
-    words = [sys.executable, str(Path(__file__).with_name("tiny_run.py")), str(folder), json.dumps([case])]
-    run_process(words, folder, 0, env={"XLA_FLAGS": DUMP + str(dump), "PYTHONPATH": os.pathsep.join(sys.path)})
+    words = [str(Path(__file__).with_name("tiny_run.py")), str(folder), json.dumps([case])]
+    run_warm_python(WITH_XLA, *words, cwd=folder, env={"XLA_FLAGS": DUMP + str(dump)})
     return max(dump.glob(f"*{stage}*.txt"), key=lambda path: path.stat().st_size).read_text()
 
 

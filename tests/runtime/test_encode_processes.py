@@ -7,14 +7,13 @@ import re
 import resource
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import command, run_process, run_warm, warm
+from conftest import command
 from pictures import make_autoencoder, make_image_folder
-from warm_jobs import ENCODING
+from warm_python import ENCODING, run_warm_python, start_warm_python
 
 from data.manifest import Manifest
 
@@ -51,27 +50,27 @@ def words(inputs: Path) -> list[str]:
 def whole(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What an undisturbed job of one process writes."""
     folder = tmp_path_factory.mktemp("whole")
-    shown = run_process(command("encode", *words), folder, expect=0)
+    shown = encoding("encode", *words, cwd=folder)
     assert "96 samples of 3 classes in 12 shards" in shown
     return contents(folder / "shards")
 
 
 def encoding(job: str, *words: str, cwd: Path, expect: int = 0) -> str:
     """A job in a process that has imported diffusers, which takes longer than these jobs do."""
-    return run_warm(ENCODING, job, *words, cwd=cwd, expect=expect)
+    return run_warm_python(ENCODING, "-m", "launch.cli", job, *words, cwd=cwd, expect=expect)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if not path.name.endswith(".lock")}
 
 
-def torchrun_encode(processes: int, words: list[str], cwd: Path) -> str:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return run_process([*launcher, "-m", "launch.encode", *words], cwd, expect=0)
+def encoded_by(processes: int, words: list[str], cwd: Path) -> str:
+    """Several processes as torchrun starts them."""
+    return run_warm_python(ENCODING, "-m", "launch.cli", "encode", *words, cwd=cwd, ranks=processes)
 
 
 def test_three_processes_write_the_same_bytes_as_one(whole: dict[str, bytes], words: list[str], tmp_path: Path) -> None:
-    shown = torchrun_encode(3, words, tmp_path)
+    shown = encoded_by(3, words, tmp_path)
     assert shown.count("96 samples of 3 classes in 12 shards") == 1
     assert contents(tmp_path / "shards") == whole
 
@@ -84,7 +83,7 @@ def test_the_bar_of_the_first_process_counts_the_images_of_all(
     for shard in range(4):
         for name in (f"shard-{shard:06d}.tar", f"shard-{shard:06d}.json"):
             (tmp_path / "shards" / name).write_bytes(whole[name])
-    shown = torchrun_encode(2, words, tmp_path)
+    shown = encoded_by(2, words, tmp_path)
     lines = re.findall(r"encode: (\d+)/(\d+) img \((\d+)%\), (\S+) img/s, (?:in )?(\d\d:\d\d)", shown)
     assert {total for _, total, *_ in lines} == {"96"}
     done = [int(images) for images, *_ in lines]
@@ -101,7 +100,7 @@ def test_a_job_killed_at_random_moments_ends_with_the_same_bytes(
     """Each job is killed between the first and the third shard that it finishes; no shard is ever seen half."""
     chance = random.Random(0)
     folder = tmp_path / "shards"
-    kills = 0
+    kills, job = 0, ("-m", "launch.cli", "encode", *words)
     while kills < KILLS:
         target = len(list(folder.glob("shard-*.json"))) + chance.randrange(1, 3) if folder.exists() else 1
         if target >= SHARDS:  # nearly done: damage it, so that there is work left for the next kills
@@ -111,7 +110,7 @@ def test_a_job_killed_at_random_moments_ends_with_the_same_bytes(
             for path in sorted(folder.glob("shard-*.json"))[: SHARDS // 2]:
                 path.unlink()
             continue
-        process = warm(*ENCODING).start(["encode", *words], tmp_path, tmp_path / "log")
+        process = start_warm_python(ENCODING, *job, cwd=tmp_path, output=tmp_path / "log")
         while len(list(folder.glob("shard-*.json"))) < target and process.poll() is None:
             time.sleep(0.001)
         time.sleep(chance.random() * 0.05)

@@ -1,14 +1,12 @@
 """XL/2's step is traced for many devices without weights: what `benchmarks/tpu_aot.py` compiles for TPUs."""
 
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from warm_python import WITH_XLA, run_warm_python
 
 from launch.app import CONF
 from model.dit import DiT, DiTConfig
@@ -20,9 +18,8 @@ BATCH = f"{{devices=[8,1,1,1]{EVERY_DEVICE}}}"
 
 
 def lowered(folder: Path, *overrides: str) -> str:
-    command = [sys.executable, "-m", "benchmarks.tpu_lower", str(folder), *overrides]
-    environment = {**os.environ, "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(DEVICES)}
-    subprocess.run(command, cwd=CONF.parent, env=environment, check=True, timeout=300)
+    environment = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(DEVICES)}
+    run_warm_python(WITH_XLA, "-m", "benchmarks.tpu_lower", str(folder), *overrides, cwd=CONF.parent, env=environment)
     return (folder / "step.hlo").read_text()
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_RUN, InProcess, ditscale, json_lines, torchrun
+from conftest import TINY_RUN, InProcess, ditscale, json_lines
 from safetensors.torch import load_file
+from warm_python import run_ranks
 
 # The norms of steps 21 to 40 are all more than 1 percent above or below the threshold, far beyond rounding.
 SKIP = ["skip_grad_norm=1.5", "log_every=5", "checkpoint_every=40", "model.depth=1"]
@@ -65,7 +66,7 @@ def test_one_process_two_sharded_ones_and_one_again(
     whole: Path, words: list[str], tmp_path: Path, in_process: InProcess
 ) -> None:
     in_process("train", *words, *until(10))
-    torchrun(2, *words, *until(30), FSDP, cwd=tmp_path)
+    run_ranks(2, "train", *words, *until(30), FSDP, cwd=tmp_path)
     in_process("train", *words, *until(40))
     require_same_run(tmp_path / "run", whole, same_bits_until=10)
 
@@ -76,7 +77,7 @@ def test_four_xla_devices_eight_sharded_ones_two_processes_eight_devices_again_a
     xla = [*words, "runtime=xla"]
     ditscale("train", *xla, *until(10), "runtime.cpu_devices=4", cwd=tmp_path, env=FAST_COMPILE)
     ditscale("train", *xla, *until(20), "runtime.cpu_devices=8", FSDP, cwd=tmp_path, env=FAST_COMPILE)
-    torchrun(2, *words, *until(25), FSDP, cwd=tmp_path)
+    run_ranks(2, "train", *words, *until(25), FSDP, cwd=tmp_path)
     ditscale("train", *xla, *until(35), "runtime.cpu_devices=8", FSDP, cwd=tmp_path, env=FAST_COMPILE)
     in_process("train", *words, *until(40))
     require_same_run(tmp_path / "run", whole, same_bits_until=0)

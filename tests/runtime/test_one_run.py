@@ -4,15 +4,14 @@ import json
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import run_process
 from safetensors.torch import load_file
 from tiny_run import Case
+from warm_python import TRAINING, WITH_XLA, run_warm_python
 
 from runtime.sharding import sharding_of
 
@@ -92,10 +91,9 @@ BF16 = [
 
 def train(cases: list[dict[str, Any]], out: Path, processes: int = 1, env: dict[str, str] | None = None) -> None:
     """Run ``tiny_run`` on the cases; each gets the fields of the recipe that it must equal."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     full = [{**RECIPES[c["like"]], **{key: value for key, value in c.items() if key != "like"}} for c in cases]
-    words = [sys.executable, *launcher, str(HERE / "tiny_run.py"), str(out), json.dumps(full)]
-    run_process(words, out, expect=0, env={"PYTHONPATH": os.pathsep.join(sys.path), **(env or {})})
+    modules = WITH_XLA if any(c["runtime"] == "xla" for c in cases) else TRAINING
+    run_warm_python(modules, str(HERE / "tiny_run.py"), str(out), json.dumps(full), cwd=out, ranks=processes, env=env)
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import TINY_RUN, InProcess, ditscale, torchrun
+from conftest import TINY_RUN, InProcess, ditscale
 from poisoned_shards import poisoned
+from warm_python import run_ranks
 
 POSITION = 16 * 11 + 13  # in step 12, after the checkpoint of step 10; among two processes, in the second's rows
 DUMP = "replay=run/nonfinite_00000012"
@@ -30,7 +31,7 @@ def test_two_sharded_processes_and_sharded_xla_devices_find_what_one_process_fin
 ) -> None:
     assert len(alone) == 4
     assert "the first is patch_embedding" in alone[1]
-    together = torchrun(2, DUMP, "runtime.mode=fsdp", "runtime.micro_batches=2", cwd=tmp_path)
+    together = run_ranks(2, "train", DUMP, "runtime.mode=fsdp", "runtime.micro_batches=2", cwd=tmp_path)
     assert findings(together) == alone
     xla = [DUMP, "runtime=xla", "runtime.cpu_devices=4", "runtime.mode=fsdp"]
     assert (

@@ -1,10 +1,8 @@
 """What does not fit an XLA mesh is refused before anything is compiled; rows of a host come back as they went."""
 
-import os
-import sys
 from pathlib import Path
 
-from conftest import run_process
+from warm_python import WITH_XLA, run_warm_python
 
 SCRIPT = """
 import pytest, torch
@@ -45,5 +43,4 @@ assert metrics.metric_data("CompileTime") is None
 
 
 def test_what_does_not_fit_is_refused_and_rows_come_back(tmp_path: Path) -> None:
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    run_process([sys.executable, "-c", SCRIPT], tmp_path, expect=0, env={"PYTHONPATH": paths})
+    run_warm_python(WITH_XLA, "-c", SCRIPT, cwd=tmp_path)

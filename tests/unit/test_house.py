@@ -1,6 +1,7 @@
 """The rules of the house: which room may import which, and that every config builds something."""
 
 import ast
+import functools
 import pkgutil
 import re
 import sys
@@ -33,10 +34,15 @@ FILES = [path for room in ALLOWED for path in sorted((ROOT / room).rglob("*.py")
 PROGRAMS = [*FILES, *sorted((ROOT / "benchmarks").rglob("*.py"))]
 
 
+@functools.cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
 def imports_of(path: Path) -> set[str]:
     """Top-level packages that a file imports, anywhere in it."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -79,8 +85,9 @@ def test_what_knows_of_machines_is_imported_in_the_runtime_room_only(package: st
 
 def imports(path: Path, package: str) -> bool:
     """Whether a file imports a package or a part of it, in whatever form, or calls it by its full name."""
-    named = {package} & {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text()))}
-    for node in ast.walk(ast.parse(path.read_text())):
+    chains = (node for node in nodes_of(path) if isinstance(node, ast.Name | ast.Attribute))
+    named = {package} & {ast.unparse(node) for node in chains}
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             named |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

@@ -8,8 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import TINY_RUN, command, ditscale
+from conftest import TINY_RUN, ditscale
 from faulty_server import FaultyServer
+from warm_python import TRAINING, run_warm_python
 
 from data.locks import HeldError, acquired, locked
 
@@ -28,9 +29,9 @@ def no_locks(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(library)
 
 
-def run(words: list[str], cwd: Path, library: str, number: int) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "LD_PRELOAD": library, "FLOCK_ERRNO": str(number)}
-    return subprocess.run(command(*words), cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
+def run(words: list[str], cwd: Path, library: str, number: int, expect: int = 0) -> str:
+    env, job = {"FLOCK_ERRNO": str(number)}, ("-m", "launch.cli", *words)
+    return run_warm_python(TRAINING, *job, cwd=cwd, expect=expect, env=env, preload=library)
 
 
 @pytest.mark.parametrize("number", NO_LOCKS)
@@ -41,32 +42,27 @@ def test_a_run_on_a_file_system_without_locks_trains_one_job_at_a_time(
     marker = tmp_path / "run/.lock.soft"
     marker.parent.mkdir()
     marker.write_text(f"{os.getpid()}\n{socket.gethostname()}\n")  # this process's, which lives
-    done = run(words, tmp_path, no_locks, number)
-    assert done.returncode == 2, done.stderr
-    assert "Another process is training in run; wait for it" in done.stderr
-    assert "remove run/.lock.soft" in done.stderr
+    shown = run(words, tmp_path, no_locks, number, expect=2)
+    assert "Another process is training in run; wait for it" in shown
+    assert "remove run/.lock.soft" in shown
     if number == NO_LOCKS[0]:
         marker.unlink()
-        done = run(words, tmp_path, no_locks, number)
-        assert done.returncode == 0, done.stderr
+        run(words, tmp_path, no_locks, number)
         assert not marker.exists()
 
 
 def test_encoding_and_evaluating_need_no_locks(tmp_path: Path, no_locks: str) -> None:
-    done = run(["encode", "data=digits"], tmp_path, no_locks, errno.ENOLCK)
-    assert done.returncode == 0, done.stderr
+    run(["encode", "data=digits"], tmp_path, no_locks, errno.ENOLCK)
     measured = ["evaluate_every=2", "evaluation.num_images=8", "sampler.steps=2", "evaluation.features.epochs=1"]
-    done = run([*WORDS, *measured, "sweep_dir=runs", "run_dir=runs/one"], tmp_path, no_locks, errno.EOPNOTSUPP)
-    assert done.returncode == 0, done.stderr
-    assert "Frechet distance" in done.stdout
+    words = [*WORDS, *measured, "sweep_dir=runs", "run_dir=runs/one"]
+    assert "Frechet distance" in run(words, tmp_path, no_locks, errno.EOPNOTSUPP)
 
 
 def test_a_cache_of_remote_shards_needs_locks_and_says_so(digits: Path, tmp_path: Path, no_locks: str) -> None:
     with FaultyServer(digits).running() as server:
-        done = run([*WORDS, f"data.shards={server.url}"], tmp_path, no_locks, errno.ENOLCK)
-    assert done.returncode == 2
-    assert "cache/shards takes no locks (ENOLCK: No locks available)" in done.stderr
-    assert "choose a folder on a file system that has them, such as a local disk" in done.stderr
+        shown = run([*WORDS, f"data.shards={server.url}"], tmp_path, no_locks, errno.ENOLCK, expect=2)
+    assert "cache/shards takes no locks (ENOLCK: No locks available)" in shown
+    assert "choose a folder on a file system that has them, such as a local disk" in shown
 
 
 def test_a_lock_is_one_processs_and_ends_with_it(tmp_path: Path) -> None:

@@ -1,0 +1,106 @@
+"""Where the time of `make test` went: each layer leaves a record, and one table shows all of them.
+
+``pytest --times FILE`` writes the records of its layers. ``python suite_times.py FOLDER NAME COMMAND...`` runs a
+command and writes its record, ``python suite_times.py FOLDER`` prints the table of the records in a folder.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SLOWEST = 10
+
+
+class Times:
+    """The part of pytest that writes a record: of each layer (a folder of tests) and of each file."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._layers: dict[str, dict[str, Any]] = {}
+        self._failed: set[str] = set()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Under xdist the process that writes gets the reports of all workers."""
+        name = report.nodeid.split("::")[0]
+        found = {"files": {}, "tests": 0, "started": report.start, "ended": report.stop}
+        layer = self._layers.setdefault(str(Path(name).parent), found)
+        layer["files"][name] = layer["files"].get(name, 0.0) + report.duration
+        layer["tests"] += report.when == "call"
+        layer["started"], layer["ended"] = min(layer["started"], report.start), max(layer["ended"], report.stop)
+        if report.failed:
+            self._failed.add(str(Path(name).parent))
+
+    def pytest_sessionfinish(self) -> None:
+        """Also where tests failed, or were interrupted."""
+        write_record(
+            self._file,
+            [
+                {
+                    "layer": Path(folder).name,
+                    "wall_sec": layer["ended"] - layer["started"],
+                    "tests": layer["tests"],
+                    "files": layer["files"],
+                    "failed": folder in self._failed,
+                }
+                for folder, layer in self._layers.items()
+            ],
+        )
+
+
+def add_option(parser: pytest.Parser) -> None:
+    parser.addoption("--times", type=Path, metavar="FILE", help="write how long each layer and file took")
+
+
+def register(config: pytest.Config) -> None:
+    """Once: in the process that was started, not in xdist's workers."""
+    file = config.getoption("--times")
+    if file is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Times(file))
+
+
+def write_record(file: Path, layers: list[dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(layers))
+
+
+def timed(file: Path, name: str, command: list[str]) -> int:
+    """Run a command as a layer without tests; returns its exit code."""
+    started = time.time()
+    code = subprocess.run(command, check=False).returncode
+    wall = time.time() - started
+    write_record(file, [{"layer": name, "wall_sec": wall, "tests": 0, "files": {}, "failed": code != 0}])
+    return code
+
+
+def table(layers: Iterable[dict[str, Any]]) -> str:
+    """One line a layer, in the order in which they ran, then the slowest files."""
+    lines = [f"{'layer':10}{'wall s':>10}{'tests s':>10}{'tests':>8}"]
+    files: dict[str, float] = defaultdict(float)
+    for layer in layers:
+        files |= layer["files"]
+        of_tests = f"{sum(layer['files'].values()):10.1f}{layer['tests']:8}" if layer["files"] else f"{'-':>10}{'-':>8}"
+        failed = "  failed" if layer["failed"] else ""
+        lines.append(f"{layer['layer']:10}{layer['wall_sec']:10.1f}{of_tests}{failed}")
+    slowest = sorted(files.items(), key=lambda file: -file[1])[:SLOWEST]
+    if slowest:
+        lines += ["", "slowest files", *(f"{seconds:10.1f} s  {name}" for name, seconds in slowest)]
+    return "\n".join(lines)
+
+
+def main(folder: Path, *words: str) -> int:
+    if words:
+        return timed(folder / f"{words[0]}.json", words[0], list(words[1:]))
+    records = sorted(folder.glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
+    print(table(layer for record in records for layer in json.loads(record.read_text())))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))

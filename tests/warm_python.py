@@ -1,0 +1,226 @@
+"""``python ...`` in processes that need not import everything again: forked from one that has.
+
+One call may start several processes, as torchrun would: the ranks of a job, which meet over gloo. What proves something
+of a launcher itself, or of how an interpreter starts, starts fresh ones.
+"""
+
+import atexit
+import functools
+import gc
+import importlib
+import importlib.util
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+from warm_jobs import JOBS
+
+WITH_XLA = ("torch_xla", "torch_xla.core.xla_model", "runtime.xla", *JOBS)  # torch_xla wants to be first
+TRAINING = (*JOBS, "runtime.accelerate", "torch._dynamo")
+ENCODING = (*TRAINING, "model.autoencoder_kl")
+
+
+class WarmProcesses:
+    """Running ranks of one job; the output of all goes to one file."""
+
+    def __init__(self, pids: list[int], status: IO[str]) -> None:
+        self.pid, self._status = pids[0], status
+        self.codes: list[int] | None = None
+
+    def poll(self) -> int | None:
+        """The exit code where all have ended: of the first that failed, as a launcher has it."""
+        return self._read(0)
+
+    def wait(self) -> int:
+        """As `poll`, once all have ended; the limit that they were started with ends them."""
+        code = self._read(None)
+        assert code is not None
+        return code
+
+    def send_signal(self, number: int) -> None:
+        """To the first, unless all have ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def _read(self, timeout: float | None) -> int | None:
+        if self.codes is None and select.select([self._status], [], [], timeout)[0]:
+            self.codes = json.loads(self._status.readline())
+        return None if self.codes is None else next((code for code in self.codes if code != 0), 0)
+
+
+def start_warm_python(
+    modules: tuple[str, ...],
+    *words: str,
+    cwd: Path,
+    output: Path,
+    env: dict[str, str] | None = None,
+    ranks: int = 1,
+    limit_sec: float = 300,
+    preload: str = "",
+) -> WarmProcesses:
+    """``python WORDS...`` once, or in so many ranks, where ``modules`` are imported. One call after the other's end."""
+    server, port = _server(modules, preload), _free_port()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    processes = [{**os.environ, **(env or {}), **_place(rank, ranks, port)} for rank in range(ranks)]
+    job = {"words": words, "cwd": str(cwd), "output": str(output), "processes": processes, "limit": limit_sec}
+    server.stdin.write(json.dumps(job) + "\n")
+    return WarmProcesses(json.loads(server.stdout.readline()), server.stdout)
+
+
+def run_warm_python(
+    modules: tuple[str, ...],
+    *words: str,
+    cwd: Path,
+    expect: int = 0,
+    env: dict[str, str] | None = None,
+    ranks: int = 1,
+    limit_sec: float = 300,
+    preload: str = "",
+) -> str:
+    """As `start_warm_python`, to the end; returns what was printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "output"
+        job = start_warm_python(
+            modules, *words, cwd=cwd, output=output, env=env, ranks=ranks, limit_sec=limit_sec, preload=preload
+        )
+        found, shown = job.wait(), output.read_text()
+    assert found == expect, (job.codes, shown)
+    return shown
+
+
+def run_ranks(ranks: int, *arguments: str, cwd: Path, expect: int = 0) -> str:
+    """``ditscale ARGUMENTS...`` in several gloo processes, with the variables that torchrun sets."""
+    return run_warm_python(TRAINING, "-m", "launch.cli", *arguments, cwd=cwd, expect=expect, ranks=ranks)
+
+
+def _place(rank: int, ranks: int, port: int) -> dict[str, str]:
+    if ranks == 1:
+        return {}
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}}
+
+
+def _free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+@functools.cache
+def _server(modules: tuple[str, ...], preload: str) -> subprocess.Popen[str]:
+    """The process, one for each worker of pytest and each choice of modules and of a preloaded library, that forks."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **({"LD_PRELOAD": preload} if preload else {})}
+    words = [sys.executable, __file__, *modules]
+    server = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=env)
+    atexit.register(server.communicate)
+    return server
+
+
+def _serve() -> tuple[dict[str, Any], dict[str, str]]:
+    """Fork the processes of each line of the standard input; returns the job and a process's variables in it alone."""
+    for line in sys.stdin:
+        job: dict[str, Any] = json.loads(line)
+        assert threading.active_count() == 1  # a fork takes no other thread along
+        pids = []
+        for variables in job["processes"]:
+            pid = os.fork()
+            if pid == 0:
+                return job, variables
+            pids.append(pid)
+        print(json.dumps(pids), flush=True)
+        print(json.dumps(_ended(pids, job["limit"])), flush=True)
+    sys.exit()
+
+
+def _ended(pids: list[int], limit_sec: float) -> list[int]:
+    """Exit codes, in order; the first failure and the end of the time end the others, as a launcher does."""
+    codes: dict[int, int] = {}
+    signal.signal(signal.SIGALRM, lambda *_: _end(set(pids) - codes.keys(), signal.SIGKILL))
+    signal.setitimer(signal.ITIMER_REAL, limit_sec)
+    while len(codes) < len(pids):
+        pid, status = os.waitpid(-1, 0)
+        codes[pid] = os.waitstatus_to_exitcode(status)
+        if codes[pid] != 0:
+            _end(set(pids) - codes.keys(), signal.SIGTERM)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return [codes[pid] for pid in pids]
+
+
+def _end(pids: set[int], number: int) -> None:
+    for pid in pids:
+        os.kill(pid, number)
+
+
+def _become(job: dict[str, Any], variables: dict[str, str]) -> NoReturn:
+    """Be the process that a shell would have started, up to the handlers of its end.
+
+    What follows them in an interpreter is two seconds of freeing all that was imported.
+    """
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(job["cwd"])
+    if "torch_xla" in sys.modules:  # which adds to this variable when it is imported
+        sys.modules["torch_xla"]._setup_xla_flags()
+    output = os.open(job["output"], os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o666)
+    for target, number in ((os.open(os.devnull, os.O_RDONLY), 0), (output, 1), (output, 2)):
+        os.dup2(target, number)
+    sys.stdin = open(0)  # noqa: SIM115
+    code = 0
+    try:
+        _run(job["words"])
+    except SystemExit as stopped:
+        if stopped.code is not None and not isinstance(stopped.code, int):
+            print(stopped.code, file=sys.stderr)
+        code = 0 if stopped.code is None else stopped.code if isinstance(stopped.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _run(words: list[str]) -> None:
+    what, *more = words
+    if what == "-m":
+        sys.argv = more
+        runpy.run_module(more[0], run_name="__main__", alter_sys=True)
+    elif what == "-c":
+        sys.argv = ["-c", *more[1:]]
+        exec(compile(more[0], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = [what, *more]
+        sys.path.insert(0, str(Path(what).parent))
+        runpy.run_path(what, run_name="__main__")
+
+
+def _import(modules: list[str]) -> None:
+    """Import them; without torch_xla among them, as on a machine that has none.
+
+    diffusers imports it wherever it is, and then each process opens the CPU's XLA client when it ends.
+    """
+    if "torch_xla" not in modules and importlib.util.find_spec("diffusers") is not None:
+        importlib.import_module("diffusers.utils.import_utils")._torch_xla_available = False
+    for name in modules:
+        importlib.import_module(name)
+    assert ("torch_xla" in sys.modules) == ("torch_xla" in modules)
+
+
+if __name__ == "__main__":
+    _import(sys.argv[1:])
+    gc.freeze()  # or a collection in a fork copies every page of what was imported
+    _become(*_serve())
