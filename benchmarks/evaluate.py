@@ -29,16 +29,16 @@ from diffusion.respacing import kept_steps
 from diffusion.samplers import DDPM
 from diffusion.schedules import LinearSchedule
 from diffusion.variances import LearnedRangeVariance
-from evaluation.features import Features
+from evaluation.features.extractor import Features
 from evaluation.generate import Generator
-from evaluation.inception import Inception2015
-from evaluation.inception_features import InceptionFeatures
-from evaluation.manifolds import PrecisionRecall
-from evaluation.references import Reference
-from evaluation.statistics import FeatureStatistics, Gaussian, frechet_distance
+from evaluation.features.inception_network import Inception2015
+from evaluation.features.inception import InceptionFeatures
+from evaluation.metrics.manifolds import PrecisionRecall
+from evaluation.reference.reference import Reference
+from evaluation.metrics.statistics import FeatureStatistics, Gaussian, frechet_distance
 from model.autoencoder import IdentityAutoencoder
 from model.dit import DiT, DiTConfig
-from model.precision import allow_tf32
+from core.precision import allow_tf32
 from runtime.accelerate import AccelerateRuntime
 
 ON_GPU = torch.cuda.is_available()

@@ -28,10 +28,10 @@ from data.conditions import ClassLabels
 from data.encode import encode
 from data.encodings import EncodeImages
 from data.images import ExactSize, Preparation
-from data.npz import write_npz
+from core.npz import write_npz
 from data.order import GlobalOrder, Order, WindowedOrder, positions_of_step
-from data.prefetch import prefetch
-from data.reading import sha256_of
+from core.prefetch import prefetch
+from core.reading import sha256_of
 from data.shard_index import INDEX_NAME
 from data.shards import MappedShards
 from data.sources import Example

@@ -18,10 +18,10 @@ import torch
 from omegaconf import OmegaConf
 
 from benchmarks.commit import current_commit
-from diffusion.batch import Batch
-from launch.app import CONF
-from launch.build import build
-from launch.settings import register
+from core.batch import Batch
+from launch.command.app import CONF
+from launch.builders.build import build
+from launch.command.settings import register
 from model.checkpointing import checkpoint_units
 from model.dit import DiT
 from model.flops import num_parameters, training_multiply_adds

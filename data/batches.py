@@ -10,10 +10,10 @@ from torch import Tensor
 
 from data.conditions import ConditionSource, with_dropped
 from data.order import Order, positions_of_step
-from data.prefetch import DEPTH
+from core.prefetch import DEPTH
 from data.shards import MappedShards
-from diffusion.batch import Batch
-from diffusion.draws import Philox, training_draws
+from core.batch import Batch
+from core.draws import Philox, training_draws
 from diffusion.times import Times
 from model.autoencoder import Autoencoder
 

@@ -24,10 +24,10 @@ from typing import NamedTuple
 
 from filelock import FileLock
 
-from data.atomic import require_no_folder, sync_folder
-from data.locks import require_locks
-from data.names import sha256_name
-from data.reading import require_own_file
+from core.atomic import require_no_folder, sync_folder
+from core.locks import require_locks
+from core.names import sha256_name
+from core.reading import require_own_file
 
 POLL_SEC = 0.05
 _KEPT = re.compile(r"[0-9a-f]{64}\.tar")

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion.batch import Condition, mapped
-from diffusion.draws import Philox, Purpose
+from core.batch import Condition, mapped
+from core.draws import Philox, Purpose
 
 
 class ConditionSource(Protocol):

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from data.files import Files, given
 from data.images import UnreadableImageError
 from data.named_files import named_files
-from data.records import canonical_hash
+from core.records import canonical_hash
 from data.sources import Example
 
 Result = TypeVar("Result")

@@ -5,8 +5,8 @@ from data.files import Files, Listing, given
 from data.images import UnreadableImageError
 from data.label_file import labels_of_file
 from data.left_out import instead, left_out_images
-from data.reading import DamagedFileError
-from data.records import canonical_hash
+from core.reading import DamagedFileError
+from core.records import canonical_hash
 from data.sources import Example
 from data.unread import image_suffixes
 from data.zip_files import ZipFiles, is_zip

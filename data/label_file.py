@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from data.files import Listing
 from data.images import UnreadableImageError
-from data.reading import MAX_RECORD_BYTES
-from data.records import parse_json
+from core.reading import MAX_RECORD_BYTES
+from core.records import parse_json
 from data.tar_members import MAX_LABEL
 from data.unread import LeftOut
 

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from data.reading import kind_of_node
+from core.reading import kind_of_node
 from data.unread import is_litter
 
 MAX_WAYS = 1000  # to one folder; links that lead to folders of links would else multiply without end

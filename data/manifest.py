@@ -11,11 +11,11 @@ from typing import Annotated, Final, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field
 
-from data.atomic import write_bytes
-from data.names import inside, plain_name
-from data.reading import DamagedFileError, read_regular, remedied
-from data.records import check, parse_object, seal, unseal
-from data.remote import DEFAULT_RETRY, DamagedError, Retry, is_remote, join, read_bytes
+from core.atomic import write_bytes
+from core.names import inside, plain_name
+from core.reading import DamagedFileError, read_regular, remedied
+from core.records import check, parse_object, seal, unseal
+from core.remote import DEFAULT_RETRY, DamagedError, Retry, is_remote, join, read_bytes
 
 FORMAT_VERSION: Final = 2
 MANIFEST_NAME = "manifest.json"

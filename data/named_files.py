@@ -9,7 +9,7 @@ from braceexpand import braceexpand
 
 from data.files import Files, IsFileError
 from data.left_out import instead, odd_entries
-from data.remote import is_remote
+from core.remote import is_remote
 from data.unread import COMPRESSED_TARS, LeftOut, is_litter
 
 

@@ -13,8 +13,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from diffusion.batch import require_divisible
-from diffusion.draws import Philox, Purpose, permutation
+from core.batch import require_divisible
+from core.draws import Philox, Purpose, permutation
 
 
 class Window(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor
 from data.encodings import Encoding
 from data.images import UnreadableImageError
 from data.plan import Plan
-from data.prefetch import prefetch
+from core.prefetch import prefetch
 from data.sources import Prepared, Source
 
 

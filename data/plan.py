@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from data.images import Preparation
 from data.manifest import FORMAT_VERSION, AutoencoderIdentity, LatentSpec
-from data.records import canonical_hash
+from core.records import canonical_hash
 from data.sources import Source
 from data.unread import LeftOut
-from diffusion.draws import Philox, Purpose, permutation
+from core.draws import Philox, Purpose, permutation
 from model.autoencoder import Autoencoder
 
 

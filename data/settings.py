@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from data.fields import MUST_BE_GIVEN, Settings, free, positive
+from core.fields import MUST_BE_GIVEN, Settings, free, positive
 
 
 @dataclass

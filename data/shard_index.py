@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.manifest import MAX_SOURCE_ID, Manifest
-from data.npz import read_npz, write_npz
-from data.reading import DamagedFileError
+from core.npz import read_npz, write_npz
+from core.reading import DamagedFileError
 from data.shard_tars import Layout
 
 INDEX_NAME = "index.npz"

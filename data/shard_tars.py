@@ -15,11 +15,11 @@ import numpy as np
 import webdataset
 from numpy.typing import NDArray
 
-from data.atomic import atomic_file
+from core.atomic import atomic_file
 from data.channel_sums import ChannelSums, channel_sums, total
 from data.manifest import LatentSpec, ShardEntry
-from data.npy import LONGEST_HEADER, Header, parse_header
-from data.reading import DamagedFileError, open_regular, sha256_of
+from core.npy import LONGEST_HEADER, Header, parse_header
+from core.reading import DamagedFileError, open_regular, sha256_of
 
 _BLOCK = 512  # bytes, of a tar
 _OCTAL = re.compile(rb" *([0-7]+)[ \0]*")

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from data.cache import Cache
 from data.manifest import LatentSpec
-from data.npy import LONGEST_HEADER, parse_header
-from data.reading import DamagedFileError, remedied
-from data.remote import DEFAULT_RETRY, Retry, is_remote, join
+from core.npy import LONGEST_HEADER, parse_header
+from core.reading import DamagedFileError, remedied
+from core.remote import DEFAULT_RETRY, Retry, is_remote, join
 from data.shard_files import LocalShardFiles, RemoteShardFiles, ShardFiles
 from data.shard_index import INDEX_NAME, read_index, read_source_ids
 from data.shard_tars import Layout

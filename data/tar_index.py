@@ -6,7 +6,7 @@ from typing import Any
 from data.files import MAX_FILE_BYTES, given
 from data.images import UnreadableImageError
 from data.named_files import named_files
-from data.records import canonical_hash
+from core.records import canonical_hash
 from data.sources import Example
 from data.tar_members import Member, read_tar
 from data.unread import LeftOut

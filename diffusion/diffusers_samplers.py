@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from diffusion.batch import Condition
+from core.batch import Condition
 from diffusion.objective import Objective
 from diffusion.process import GaussianDiffusion, require_gaussian
 from diffusion.protocol import Denoiser

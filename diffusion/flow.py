@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from diffusion.batch import Batch
+from core.batch import Batch
 from diffusion.objective import LOSS, Objective, Prediction, mean_per_sample
 from diffusion.times import UniformTimes
 

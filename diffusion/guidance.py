@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from diffusion.batch import Condition
+from core.batch import Condition
 from diffusion.protocol import Denoiser
 
 Channels = int | Literal["all"]

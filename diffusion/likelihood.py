@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from diffusion.batch import Condition
+from core.batch import Condition
 from diffusion.gaussians import Gaussian, gaussian_kl
 from diffusion.objective import mean_per_sample, predict
 from diffusion.process import GaussianDiffusion

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from diffusion.batch import Batch, Condition
+from core.batch import Batch, Condition
 from diffusion.protocol import Denoiser
 from diffusion.times import Times
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion.batch import Batch
+from core.batch import Batch
 from diffusion.gaussians import Gaussian, discretized_log_likelihood, gaussian_kl
 from diffusion.objective import LOSS, Objective, Prediction, mean_per_sample
 from diffusion.schedules import Schedule

@@ -4,7 +4,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from diffusion.batch import Condition
+from core.batch import Condition
 
 
 class Denoiser(Protocol):

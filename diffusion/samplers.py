@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from diffusion.batch import Condition
+from core.batch import Condition
 from diffusion.flow import Flow
 from diffusion.objective import Objective, predict
 from diffusion.process import require_gaussian

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from data.atomic import make_folder
-from data.locks import own, share
-from data.reading import DamagedFileError, require_own_file
-from data.records import canonical_hash
-from evaluation.features import Features
+from core.atomic import make_folder
+from core.locks import own, share
+from core.reading import DamagedFileError, require_own_file
+from core.records import canonical_hash
+from evaluation.features.extractor import Features
 from evaluation.kept import read_kept, unless_damaged, write_kept
 
 

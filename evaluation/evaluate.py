@@ -10,18 +10,18 @@ import torch
 from numpy.typing import NDArray
 
 from data.conditions import ConditionSource
-from data.progress import ProgressBar
-from diffusion.batch import Condition
+from core.progress import ProgressBar
+from core.batch import Condition
 from evaluation.chunks import Chunk, ChunkStore, chunks_of
-from evaluation.collectors import Collects, start_all
-from evaluation.features import FeatureExtractor, Features, require_finite
-from evaluation.frechet import FrechetDistance
+from evaluation.metrics.collectors import Collects, start_all
+from evaluation.features.extractor import FeatureExtractor, Features, require_finite
+from evaluation.metrics.frechet import FrechetDistance
 from evaluation.generate import Generator
 from evaluation.image_files import ImageFiles, NoFiles
-from evaluation.metrics import Metric
-from evaluation.references import Reference
-from evaluation.statistics import Gather
-from model.precision import exact_device
+from evaluation.metrics.metric import Metric
+from evaluation.reference.reference import Reference
+from evaluation.metrics.statistics import Gather
+from core.precision import exact_device
 from train.lines import read_lines
 from train.runfolder import RunFolder
 

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from data.conditions import ConditionSource, rows_of
 from data.images import to_uint8
 from data.manifest import LatentSpec
-from diffusion.batch import Condition, mapped
-from diffusion.draws import Philox, Purpose, draw_noise
+from core.batch import Condition, mapped
+from core.draws import Philox, Purpose, draw_noise
 from diffusion.guidance import Cost, Guided
 from diffusion.objective import Objective
 from diffusion.samplers import Sampler

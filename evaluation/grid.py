@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data.atomic import write_bytes
+from core.atomic import write_bytes
 
 SHOWN_SIDE = 64  # smaller images are enlarged to about this many pixels, each pixel a square
 GAP = 2

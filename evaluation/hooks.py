@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from data.reading import is_regular
+from core.reading import is_regular
 from evaluation.chunks import ChunkStore, TrainingChunks
 from evaluation.generate import Generator
 from evaluation.grid import save_grid

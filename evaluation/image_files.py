@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import ConfigDict
 
-from data.atomic import require_no_folder, write_bytes
-from data.npz import Blocks, write_npz
-from data.reading import DamagedFileError, read_text, sha256_of
-from data.records import read_record, seal
+from core.atomic import require_no_folder, write_bytes
+from core.npz import Blocks, write_npz
+from core.reading import DamagedFileError, read_text, sha256_of
+from core.records import read_record, seal
 from evaluation.chunks import Chunk
 from evaluation.kept import Sha256, npy_of, parse_npy, read_kept, unless_damaged, write_kept
 

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, JsonValue
 
-from data.atomic import write_bytes
-from data.reading import DamagedFileError, read_regular
-from data.records import read_record, seal
+from core.atomic import write_bytes
+from core.reading import DamagedFileError, read_regular
+from core.records import read_record, seal
 
 T = TypeVar("T")
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar
 
-from data.fields import MUST_BE_GIVEN, Settings, positive
+from core.fields import MUST_BE_GIVEN, Settings, positive
 
 
 class Labels(StrEnum):

@@ -4,10 +4,10 @@ import platform
 import sys
 from importlib.metadata import version
 
-from data.urls import redacted
-from launch.check import closest
+from core.urls import redacted
+from launch.command.check import closest
 from launch.jobs import JOBS, start
-from launch.words import MULTIRUN
+from launch.command.words import MULTIRUN
 
 
 def _help() -> str:
@@ -26,7 +26,7 @@ def _version() -> str:
 
 def _complete(arguments: list[str]) -> None:
     """Print the completions of a shell."""
-    from launch.completion import SHELLS, script
+    from launch.command.completion import SHELLS, script
 
     if len(arguments) != 1 or arguments[0] not in SHELLS:
         print(

@@ -9,15 +9,15 @@ from hydra.core.hydra_config import HydraConfig
 from data.encode import encode
 from data.encodings import Encoding
 from data.manifest import Manifest
-from data.progress import ProgressBar
-from data.remote import is_remote
+from core.progress import ProgressBar
+from core.remote import is_remote
 from data.sources import Source
-from launch.build import build_preparation
-from launch.components import build
-from launch.data_settings import write_record
+from launch.builders.build import build_preparation
+from launch.builders.components import build
+from launch.builders.data_settings import write_record
 from launch.jobs import start
-from launch.settings import EncodeSettings
-from launch.workers import worker_device, workers_from_environment
+from launch.command.settings import EncodeSettings
+from launch.command.workers import worker_device, workers_from_environment
 
 
 def encode_job(config: EncodeSettings, progress: ProgressBar) -> None:

@@ -12,9 +12,9 @@ import torch
 from omegaconf import DictConfig
 
 from data.manifest import Manifest
-from data.progress import ProgressBar
-from data.reading import DamagedFileError
-from data.records import canonical_hash
+from core.progress import ProgressBar
+from core.reading import DamagedFileError
+from core.records import canonical_hash
 from data.settings import DataSettings
 from data.shards import MappedShards
 from diffusion.process import require_gaussian
@@ -22,8 +22,8 @@ from evaluation.chunks import EVALUATING, TRAINING, ChunkStore, discard
 from evaluation.evaluate import Evaluator
 from evaluation.generate import Generator
 from evaluation.likelihood import measure_likelihood
-from launch.app import CONF
-from launch.build import (
+from launch.command.app import CONF
+from launch.builders.build import (
     CHUNKS,
     LoadedCheckpoint,
     build_evaluator,
@@ -31,13 +31,13 @@ from launch.build import (
     model_facts,
     precision_of_products,
 )
-from launch.check import closest
-from launch.components import build
-from launch.data_settings import settle_by, settle_by_shards
-from launch.facts import facts_of_process, source_hash
+from launch.command.check import closest
+from launch.builders.components import build
+from launch.builders.data_settings import settle_by, settle_by_shards
+from launch.builders.facts import facts_of_process, source_hash
 from launch.jobs import start
-from launch.runs import checkpoint_hash, read_checkpoint
-from launch.settings import EvaluateSettings
+from launch.builders.runs import checkpoint_hash, read_checkpoint
+from launch.command.settings import EvaluateSettings
 from model.network import Network
 from runtime.protocol import Devices
 from train.checkpoint import code_version, read_state_file

@@ -8,11 +8,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from data.manifest import Manifest
-from data.progress import ProgressBar
+from core.progress import ProgressBar
 from data.shard_tars import shard_bytes_per_sample
-from launch.components import build, target_of
+from launch.builders.components import build, target_of
 from launch.jobs import start
-from launch.settings import Format, PlanSettings, Precision
+from launch.command.settings import Format, PlanSettings, Precision
 from model.flops import TRAINING_FACTOR, multiply_adds, num_parameters, weightless
 from model.memory import STATE_BYTES_PER_PARAMETER, activation_bytes_per_image
 from model.network import Network

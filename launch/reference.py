@@ -2,16 +2,16 @@
 
 from pathlib import Path
 
-from data.atomic import make_folder, require_no_folder
-from data.progress import ProgressBar
-from data.reading import sha256_of
-from evaluation.image_sets import ImageSet
-from evaluation.reference_file import write_reference
-from launch.build import build_extractor
-from launch.components import build
-from launch.facts import facts_of_process
+from core.atomic import make_folder, require_no_folder
+from core.progress import ProgressBar
+from core.reading import sha256_of
+from evaluation.reference.image_sets import ImageSet
+from evaluation.reference.file import write_reference
+from launch.builders.build import build_extractor
+from launch.builders.components import build
+from launch.builders.facts import facts_of_process
 from launch.jobs import start
-from launch.settings import ReferenceSettings
+from launch.command.settings import ReferenceSettings
 from runtime.protocol import Processes
 
 

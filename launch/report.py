@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from data.atomic import write_bytes
-from data.locks import locked
-from data.progress import ProgressBar
-from data.reading import is_regular
+from core.atomic import write_bytes
+from core.locks import locked
+from core.progress import ProgressBar
+from core.reading import is_regular
 from evaluation.evaluate import distance_records
-from evaluation.report.figures import SampleGrid, figure_8
-from evaluation.report.study import Study, read_study
-from evaluation.report.style import block_name, content_of, styled
-from evaluation.report.write import Report, write_report
-from launch.build import LoadedCheckpoint
-from launch.components import build
+from report.figures import SampleGrid, figure_8
+from report.study import Study, read_study
+from report.style import block_name, content_of, styled
+from report.write import Report, write_report
+from launch.builders.build import LoadedCheckpoint
+from launch.builders.components import build
 from launch.jobs import start
-from launch.settings import ReportSettings
+from launch.command.settings import ReportSettings
 from runtime.protocol import Devices
 from train.lines import is_cut
 from train.loggers import Logger

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 
 from data.conditions import ClassLabels
-from data.npz import write_npz
-from data.progress import ProgressBar
-from diffusion.batch import Condition
+from core.npz import write_npz
+from core.progress import ProgressBar
+from core.batch import Condition
 from evaluation.grid import save_grid
-from launch.build import LoadedCheckpoint
-from launch.check import closest
-from launch.components import build, target_of
-from launch.foreign import is_foreign, load_foreign
+from launch.builders.build import LoadedCheckpoint
+from launch.command.check import closest
+from launch.builders.components import build, target_of
+from launch.builders.foreign import is_foreign, load_foreign
 from launch.jobs import start
-from launch.settings import SampleSettings
+from launch.command.settings import SampleSettings
 from runtime.protocol import Devices
 
 GRID_IMAGES = 100  # a picture with more is no longer looked at

@@ -9,31 +9,31 @@ from typing import Any, NoReturn
 
 from omegaconf import DictConfig
 
-from data.fields import free_settings
+from core.fields import free_settings
 from data.manifest import LatentSpec, Manifest
-from data.prefetch import prefetch
-from data.progress import ProgressBar
-from data.urls import redacted_config
+from core.prefetch import prefetch
+from core.progress import ProgressBar
+from core.urls import redacted_config
 from evaluation.chunks import ChunkStore, TrainingChunks, discard_training
 from evaluation.evaluate import distance_records
 from evaluation.generate import Generator
 from evaluation.hooks import EvaluationHook, SampleGridHook
-from launch.build import (
+from launch.builders.build import (
     CHUNKS,
     build_evaluator,
     build_generator,
     build_shards,
     model_facts,
 )
-from launch.components import build
-from launch.data_settings import settle_by_shards
-from launch.facts import facts_of_process
+from launch.builders.components import build
+from launch.builders.data_settings import settle_by_shards
+from launch.builders.facts import facts_of_process
 from launch.jobs import start
-from launch.logger_settings import settle_logger
+from launch.command.logger_settings import settle_logger
 from launch.replay import replay_job
-from launch.saved_configs import as_now
-from launch.settings import TrainSettings
-from launch.training import prepare_run
+from launch.builders.saved_configs import as_now
+from launch.command.settings import TrainSettings
+from launch.builders.training import prepare_run
 from model.network import Network
 from runtime.protocol import Processes, Runtime
 from train.checkpoint import code_version, load_newest, read_lines_copy, read_state_file

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from data.manifest import Manifest
-from data.progress import ProgressBar
-from data.remote import is_remote
+from core.progress import ProgressBar
+from core.remote import is_remote
 from data.verify import files_of, verify
 from launch.encode import encode_shards
 from launch.jobs import start
-from launch.settings import VerifySettings
-from launch.workers import workers_from_environment
+from launch.command.settings import VerifySettings
+from launch.command.workers import workers_from_environment
 
 
 def verify_job(config: VerifySettings, progress: ProgressBar) -> None:

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from model.precision import exact_float32
+from core.precision import exact_float32
 
 
 class DiffusersAutoencoder:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from diffusion.batch import Batch, mapped, micro_batches_of, require_divisible
+from core.batch import Batch, mapped, micro_batches_of, require_divisible
 from model.network import Network
 from runtime.accelerate_devices import AccelerateDevices
 from runtime.protocol import Metrics, Precision, Step

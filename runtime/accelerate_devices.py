@@ -17,7 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor
 
 from diffusion.protocol import Denoiser
-from model.precision import allow_tf32
+from core.precision import allow_tf32
 from runtime.agreement import require_same
 from runtime.launched import require_sound_environment
 from runtime.protocol import ModuleT, Precision

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion.batch import Batch
+from core.batch import Batch
 from diffusion.protocol import Denoiser
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)

@@ -15,7 +15,7 @@ import torch_xla
 from torch import Tensor, nn
 from torch_xla.utils.checkpoint import checkpoint
 
-from diffusion.batch import Batch, mapped, micro_batches_of, require_divisible
+from core.batch import Batch, mapped, micro_batches_of, require_divisible
 from runtime.graph_adamw import GraphAdamW
 from runtime.protocol import Metrics, Mode, Precision, Step
 from runtime.sharding import Axes, sharding_of

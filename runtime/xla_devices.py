@@ -16,7 +16,7 @@ import torch_xla.distributed.xla_backend  # gives torch.distributed the address 
 import torch_xla.runtime as xr
 from torch import Tensor, nn
 
-from diffusion.batch import Condition
+from core.batch import Condition
 from diffusion.protocol import Denoiser
 from runtime.agreement import require_same
 from runtime.hosts import Hosts

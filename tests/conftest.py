@@ -28,7 +28,7 @@ os.environ["USE_TORCH_XLA"] = "0"  # as launch/__init__.py does, before a test i
 from data.encode import encode
 from data.encodings import EncodeImages
 from data.images import ExactSize, Preparation
-from data.records import SEAL, seal
+from core.records import SEAL, seal
 from data.sources import DigitsSource, Example
 from model.autoencoder import IdentityAutoencoder
 from runtime.choice import require_torch_xla

@@ -22,7 +22,7 @@ import torch
 from conftest import TRAINING, warm
 from PIL import Image
 
-from data.records import SEAL, canonical_hash
+from core.records import SEAL, canonical_hash
 
 LIMIT_SEC = 90.0  # a job takes seconds
 GOOD = ("same", "recovered", "sentence", "said")

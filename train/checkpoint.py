@@ -7,7 +7,7 @@ large part that several processes wrote is several files, ``ema-00001-of-00004.s
 the run's lines up to the step. `train.saving` writes them.
 
 A checkpoint may be a stranger's: every file is a regular one of a known hash, every name stays inside the folder, every
-field has its type. `launch.saved_configs` says what its config may build.
+field has its type. `launch.builders.saved_configs` says what its config may build.
 """
 
 import re
@@ -22,9 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from data.names import UnsafeNameError, inside, sha256_name
-from data.reading import DamagedFileError, read_regular, reason, sha256_of
-from data.records import parse_object, unseal, validate
+from core.names import UnsafeNameError, inside, sha256_name
+from core.reading import DamagedFileError, read_regular, reason, sha256_of
+from core.records import parse_object, unseal, validate
 from train.lines import MAX_BYTES
 from train.state import OtherShapeError, TrainState, load_optimizer_tensors
 from train.stores import FOLDER_NAME, STATE_FILE, CheckpointStore, step_of

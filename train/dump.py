@@ -16,9 +16,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from data.atomic import atomic_folder
-from data.reading import read_regular, reason
-from data.records import parse_object, seal, unseal, validate
+from core.atomic import atomic_folder
+from core.reading import read_regular, reason
+from core.records import parse_object, seal, unseal, validate
 from train.checkpoint import UnknownVersionError
 from train.stores import CheckpointStore
 

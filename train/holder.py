@@ -13,8 +13,8 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
-from data.reading import DamagedFileError
-from data.records import parse_object, seal, unseal, validate
+from core.reading import DamagedFileError
+from core.records import parse_object, seal, unseal, validate
 
 _PROC = Path("/proc")
 _DEAD = ("Z", "X")  # states of a process that runs no more

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any, Protocol
 
-from data.progress import ProgressBar
+from core.progress import ProgressBar
 from runtime.protocol import Metrics, Runtime
 from train.dump import DivergedError
 from train.guards import SpikeGuard

@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import NamedTuple
 
-from data import remote
-from data.urls import redacted
+from core import remote
+from core.urls import redacted
 from train.holder import Holder, read_holder, this_process
 
 PERIOD_SEC = 10.0  # between two signs of life

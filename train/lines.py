@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.atomic import append_line
-from data.reading import DamagedFileError, read_regular
-from data.records import SEAL, parse_object, seal, unseal
+from core.atomic import append_line
+from core.reading import DamagedFileError, read_regular
+from core.records import SEAL, parse_object, seal, unseal
 
 MAX_BYTES = 2**32
 _HASH_DIGITS = 64

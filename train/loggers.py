@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from data.atomic import write_bytes
-from data.reading import read_text
-from data.urls import hidden, redacted_config, secrets_in
+from core.atomic import write_bytes
+from core.reading import read_text
+from core.urls import hidden, redacted_config, secrets_in
 
 if TYPE_CHECKING:
     import wandb

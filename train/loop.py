@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from diffusion.batch import Batch
+from core.batch import Batch
 from runtime.protocol import Runtime, Step
 from train.hooks import Hook
 from train.state import TrainState

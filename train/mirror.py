@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.atomic import write_bytes
-from data.names import tree_inside
-from data.reading import MAX_RECORD_BYTES
-from data.remote import list_sizes, read_bytes
-from data.remote import write_bytes as send_bytes
-from data.urls import place_of, redacted
+from core.atomic import write_bytes
+from core.names import tree_inside
+from core.reading import MAX_RECORD_BYTES
+from core.remote import list_sizes, read_bytes
+from core.remote import write_bytes as send_bytes
+from core.urls import place_of, redacted
 from train.lease import Lease
 from train.pins import CheckpointGoneError
 from train.runfolder import RunFolder

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from data.reading import DamagedFileError, require_regular
+from core.reading import DamagedFileError, require_regular
 
 STATE_FILE = "state.json"
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from data.records import validate
+from core.records import validate
 from train.checkpoint import read_state_file, read_tensors
 from train.ema import MAIN, gamma_of
 from train.stores import STATE_FILE

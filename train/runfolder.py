@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from data.atomic import write_bytes
-from data.locks import HeldError, acquired
-from data.reading import DamagedFileError, is_regular, read_regular, read_text, reason
+from core.atomic import write_bytes
+from core.locks import HeldError, acquired
+from core.reading import DamagedFileError, is_regular, read_regular, read_text, reason
 from train.checkpoint import read_state_file
 from train.lines import MAX_BYTES, Line, append_record, is_cut, lines_of, parse_lines, read_lines
 from train.stores import CheckpointStore, FolderStore

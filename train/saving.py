@@ -13,9 +13,9 @@ from typing import IO, Any, TypeVar
 from pydantic import ConfigDict
 from torch import Tensor
 
-from data.reading import DamagedFileError
-from data.records import parse_object, seal, unseal, validate
-from data.urls import redacted
+from core.reading import DamagedFileError
+from core.records import parse_object, seal, unseal, validate
+from core.urls import redacted
 from runtime.protocol import Runtime
 from train.checkpoint import FORMAT_VERSION, file_names, index_name
 from train.state import TrainState, optimizer_tensors

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.progress import Progress, ProgressBar
+from core.progress import Progress, ProgressBar
 
 if TYPE_CHECKING:  # PyTorch takes seconds, which showing help need not spend
     from runtime.protocol import Processes

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from diffusion.batch import Batch
+from core.batch import Batch
 from diffusion.objective import LOSS, Objective, corrupt
 from runtime.protocol import Devices, Metrics, Runtime, Step
 from train.ema import Averages

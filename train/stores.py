@@ -12,12 +12,12 @@ from typing import IO, Annotated, Any, Protocol, TypeVar
 
 from pydantic import Field
 
-from data import remote
-from data.atomic import atomic_folder, remove_folder, remove_leftovers, sync_folder
-from data.locks import locked
-from data.names import plain_name, tree_inside
-from data.reading import DamagedFileError, is_regular, read_regular, sha256_of
-from data.records import parse_object, validate
+from core import remote
+from core.atomic import atomic_folder, remove_folder, remove_leftovers, sync_folder
+from core.locks import locked
+from core.names import plain_name, tree_inside
+from core.reading import DamagedFileError, is_regular, read_regular, sha256_of
+from core.records import parse_object, validate
 from train.pins import STATE_FILE, CheckpointGoneError, unless_pinned
 
 Result = TypeVar("Result")

@@ -22,15 +22,15 @@ from data.images import CenterCrop, Preparation
 from data.manifest import LatentSpec
 from diffusion.guidance import ClassifierFreeGuidance, Unguided
 from evaluation.generate import Generator
-from evaluation.inception_features import InceptionFeatures
-from evaluation.kernel import KernelDistance
-from evaluation.manifolds import PrecisionRecall
-from evaluation.references import Reference
-from evaluation.statistics import FeatureStatistics
-from launch.app import _sentence
+from evaluation.features.inception import InceptionFeatures
+from evaluation.metrics.kernel import KernelDistance
+from evaluation.metrics.manifolds import PrecisionRecall
+from evaluation.reference.reference import Reference
+from evaluation.metrics.statistics import FeatureStatistics
+from launch.command.app import _sentence
 from model.autoencoder import IdentityAutoencoder
 from model.autoencoder_kl import DiffusersAutoencoder
-from model.precision import allow_tf32
+from core.precision import allow_tf32
 from runtime.accelerate import AccelerateRuntime
 
 FLOAT32 = 1e-4  # relative, of the norm of a difference

@@ -8,7 +8,7 @@ import pytest
 import torch
 from warm_python import WITH_XLA, run_warm_python
 
-from launch.app import CONF
+from launch.command.app import CONF
 from model.dit import DiT, DiTConfig
 from runtime.sharding import Axes, sharding_of
 

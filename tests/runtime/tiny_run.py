@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from diffusion.batch import Batch
+from core.batch import Batch
 from diffusion.objective import corrupt
 from diffusion.process import GaussianDiffusion
 from diffusion.schedules import LinearSchedule

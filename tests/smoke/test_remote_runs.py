@@ -10,7 +10,7 @@ from conftest import TINY_RUN, command, ditscale
 from s3_server import BUCKET, s3_server
 from safetensors.torch import load
 
-from data import remote
+from core import remote
 from train.mirror import LOCK
 
 URL = f"s3://{BUCKET}/runs/tiny"

@@ -5,7 +5,7 @@ import sys
 
 from conftest import run_process
 
-from launch.app import CONF
+from launch.command.app import CONF
 
 
 def test_a_block_of_xl_2_runs_forward_and_backward_in_bf16() -> None:

@@ -29,7 +29,7 @@ from data.images import CenterCrop, ExactSize, Preparation, to_uint8
 from data.manifest import LatentSpec
 from data.pipeline import encoded_batches
 from data.plan import Plan
-from diffusion.batch import Batch
+from core.batch import Batch
 from diffusion.guidance import Autoguidance, ClassifierFreeGuidance, Unguided
 from diffusion.likelihood import bits_per_dimension
 from diffusion.process import GaussianDiffusion
@@ -37,19 +37,19 @@ from diffusion.samplers import DDIM, DDPM
 from diffusion.schedules import LinearSchedule
 from diffusion.variances import FixedLargeVariance, LearnedRangeVariance
 from evaluation.generate import Generator
-from evaluation.inception import Inception2015
-from evaluation.kernel import squared_mmd
-from evaluation.manifolds import PrecisionRecall
-from evaluation.network_features import NetworkFeatures
-from launch import gpus
-from launch.workers import worker_device
+from evaluation.features.inception_network import Inception2015
+from evaluation.metrics.kernel import squared_mmd
+from evaluation.metrics.manifolds import PrecisionRecall
+from evaluation.features.network import NetworkFeatures
+from launch.command import gpus
+from launch.command.workers import worker_device
 from model import blocks
 from model.attention import QKNormSelfAttention
 from model.autoencoder import IdentityAutoencoder
 from model.autoencoder_kl import DiffusersAutoencoder
 from model.checkpointing import checkpoint_units
 from model.dit import DiT, DiTConfig
-from model.precision import exact_float32
+from core.precision import exact_float32
 from runtime.accelerate import AccelerateRuntime
 from train import ema as averages_of
 from train.checkpoint import load_checkpoint

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from evaluation.inception import Inception2015
+from evaluation.features.inception_network import Inception2015
 
 PREFIX = ""  # of the hash that is accepted: any
 

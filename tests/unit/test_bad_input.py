@@ -11,7 +11,7 @@ from conftest import TINY_RUN, InProcess, needs_torch_xla
 from faulty_server import FaultyServer
 
 from launch import cli
-from launch.app import _sentence
+from launch.command.app import _sentence
 
 
 def fails(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> str:

@@ -16,7 +16,7 @@ from data.batches import TrainingBatches
 from data.conditions import ClassLabels
 from data.images import to_unit_range
 from data.order import GlobalOrder
-from data.prefetch import prefetch
+from core.prefetch import prefetch
 from data.shards import MappedShards
 from diffusion.times import UniformSteps
 from model.autoencoder import IdentityAutoencoder

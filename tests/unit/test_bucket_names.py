@@ -12,8 +12,8 @@ from listing_server import ListingServer
 from test_saving import trained
 from test_training import FACTS, RUNTIME, new_state, run_steps, save
 
-from data import remote
-from data.names import UnsafeNameError
+from core import remote
+from core.names import UnsafeNameError
 from train import mirror, stores
 from train.checkpoint import load_newest
 from train.mirror import MirroredRunFolder, fetch_run

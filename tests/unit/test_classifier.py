@@ -11,8 +11,8 @@ from damage import DAMAGES, within
 from safetensors.torch import save
 from test_kept import told
 
-from data.records import seal
-from evaluation.classifier import ClassifierFeatures
+from core.records import seal
+from evaluation.features.classifier import ClassifierFeatures
 
 
 def classifier(cache: Path, **changes: Any) -> ClassifierFeatures:

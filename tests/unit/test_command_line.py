@@ -13,10 +13,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.completion import script
-from launch.help import comments_of, help_of
+from launch.command.completion import script
+from launch.command.help import comments_of, help_of
 from launch.jobs import JOBS
-from launch.words import prepared, quoted
+from launch.command.words import prepared, quoted
 
 NAMES = [
     *(

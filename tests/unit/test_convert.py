@@ -9,8 +9,8 @@ from foreign_files import assert_same_weights, random_model, released_weights
 from safetensors.torch import load_file, save_file
 from test_model import forward_inputs, golden_model, inputs, tiny
 
-from launch.diffusers_folder import read_diffusers_folder
-from launch.starting_weights import load_starting_weights
+from launch.builders.diffusers_folder import read_diffusers_folder
+from launch.builders.starting_weights import load_starting_weights
 from model.attention import QKNormSelfAttention
 from model.blocks import AdaLNBlock, AdaLNZeroBlock
 from model.diffusers_weights import to_diffusers

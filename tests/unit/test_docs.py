@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.tpu_table import table
-from launch.app import CONF
+from launch.command.app import CONF
 from model.dit import DiT, DiTConfig
 from runtime.sharding import sharding_of
 

@@ -192,7 +192,7 @@ def test_verify_names_just_what_is_damaged_and_encoding_again_mends_it(tmp_path:
 
 def test_verify_looks_into_shards_whose_checksum_was_made_to_fit(tmp_path: Path) -> None:
     """A manifest is no proof by itself: values and labels are read."""
-    from data.reading import sha256_of
+    from core.reading import sha256_of
 
     def rewritten(change: Any) -> list[str]:
         encode_pattern(tmp_path)

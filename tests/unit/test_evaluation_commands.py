@@ -11,10 +11,10 @@ from conftest import TINY_RUN, InProcess, json_lines, resealed
 
 from data.manifest import Manifest
 from evaluation.chunks import ChunkStore
-from evaluation.classifier import ClassifierFeatures
-from evaluation.features import Features
+from evaluation.features.classifier import ClassifierFeatures
+from evaluation.features.extractor import Features
 from launch import evaluate as evaluate_module
-from launch.build import precision_of_products
+from launch.builders.build import precision_of_products
 
 FEW = ["sampler.steps=2", "evaluation.num_images=40", "evaluation.features.epochs=1", "evaluation.batch_size=10"]
 EVALUATE = ["evaluate", "checkpoint=run", "runtime=cpu", *FEW]

@@ -10,7 +10,7 @@ from conftest import TINY_RUN, InProcess, ditscale
 from pictures import make_autoencoder
 from PIL import Image
 
-from launch import progress as progress_module
+from launch.command import progress as progress_module
 from train.ema import MAIN, constant, initial_share_note, power, several, warmed_up
 
 WORDS = [*TINY_RUN, "run_dir=run", "total_steps=4", "log_every=2", "checkpoint_every=2"]

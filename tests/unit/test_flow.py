@@ -9,8 +9,8 @@ import torch
 from conftest import InProcess, json_lines
 from torch import Tensor
 
-from diffusion.batch import Batch, Condition
-from diffusion.draws import Philox, Purpose
+from core.batch import Batch, Condition
+from core.draws import Philox, Purpose
 from diffusion.flow import StraightFlow
 from diffusion.objective import corrupt, predict
 from diffusion.process import GaussianDiffusion

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from small_dinov2 import write_small_dinov2
 from torch import Tensor
 
-from evaluation.dinov2 import DINOv2Features
-from evaluation.inception_features import InceptionFeatures, load_inception
-from evaluation.torchscript import TorchScriptFeatures
+from evaluation.features.dinov2 import DINOv2Features
+from evaluation.features.inception import InceptionFeatures, load_inception
+from evaluation.features.torchscript import TorchScriptFeatures
 
 SETTINGS: dict[str, Any] = {"image_size": 28, "mean": [0.1, 0.2, 0.3], "std": [0.5, 1.0, 2.0]}
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 3), np.uint8)

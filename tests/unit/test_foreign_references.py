@@ -16,11 +16,11 @@ from conftest import silent_progress
 from damage import DAMAGES, within
 from test_references import Projected, write
 
-from data.archives import PIECE_BYTES
-from data.npz import headers_of, read_array, rows_of, write_npz
-from evaluation.frechet import FrechetDistance, SpatialFrechetInceptionDistance
-from evaluation.references import Reference, read_reference
-from evaluation.statistics import FeatureStatistics
+from core.archives import PIECE_BYTES
+from core.npz import headers_of, read_array, rows_of, write_npz
+from evaluation.metrics.frechet import FrechetDistance, SpatialFrechetInceptionDistance
+from evaluation.reference.reference import Reference, read_reference
+from evaluation.metrics.statistics import FeatureStatistics
 
 ABOUT = {"name": "real", "images": 50, "num_classes": 5, "feature_extractor": "projections"}
 ABOUT["feature_extractor_hash"] = "a" * 64

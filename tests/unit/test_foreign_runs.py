@@ -14,8 +14,8 @@ from damage import DAMAGES, within
 from PIL import Image
 from test_report import Parsed, record_of, write_finished_run, write_run
 
-from evaluation.report.study import read_study
-from evaluation.report.write import write_report
+from report.study import read_study
+from report.write import write_report
 from launch.report import update_group
 from train.runfolder import RunFolder
 

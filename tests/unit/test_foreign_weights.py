@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from launch.foreign import Facts, ForeignNetwork, read_foreign
+from launch.builders.foreign import Facts, ForeignNetwork, read_foreign
 from model.released import from_reference, to_reference
 
 GOLDEN = released_weights()

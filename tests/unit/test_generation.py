@@ -22,20 +22,20 @@ from test_model import golden_model
 from test_references import write
 
 from data.conditions import ClassLabels
-from diffusion.batch import Condition
+from core.batch import Condition
 from evaluation.chunks import Chunk, ChunkStore, TrainingChunks, chunks_of, discard, discard_training
 from evaluation.evaluate import Evaluator, MeasurementProtocol
-from evaluation.features import Features
-from evaluation.frechet import FrechetDistance, FrechetInceptionDistance
+from evaluation.features.extractor import Features
+from evaluation.metrics.frechet import FrechetDistance, FrechetInceptionDistance
 from evaluation.generate import Generator
 from evaluation.hooks import EVALUATED_BY_TRAINING, EvaluationHook
 from evaluation.image_files import NpzFile, PngFiles
-from evaluation.image_sets import SourceImages
-from evaluation.inception_features import InceptionFeatures
-from evaluation.manifolds import PrecisionRecall
-from evaluation.reference_file import write_reference
-from evaluation.references import Reference, make_reference
-from evaluation.statistics import FeatureStatistics
+from evaluation.reference.image_sets import SourceImages
+from evaluation.features.inception import InceptionFeatures
+from evaluation.metrics.manifolds import PrecisionRecall
+from evaluation.reference.file import write_reference
+from evaluation.reference.reference import Reference, make_reference
+from evaluation.metrics.statistics import FeatureStatistics
 from launch import cli
 from launch.evaluate import compile_units
 from runtime.agreement import require_same

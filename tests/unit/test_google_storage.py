@@ -12,12 +12,12 @@ from test_remote import SHARDS, assert_equal, make, remote_shards
 from test_shards import contents
 from test_sources import make_tars
 
-from data import remote
+from core import remote
 from data.encode import encode
 from data.image_folder import ImageFolder
 from data.image_tars import ImageTars
 from data.images import CenterCrop
-from data.remote import Retry
+from core.remote import Retry
 from data.shards import MappedShards
 from data.sources import Source
 from model.autoencoder import IdentityAutoencoder

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from launch import gpus
+from launch.command import gpus
 
 
 def test_each_process_takes_a_gpu_of_its_own_and_leaves_it_when_it_ends(tmp_path: Path) -> None:

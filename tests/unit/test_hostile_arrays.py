@@ -15,9 +15,9 @@ import pytest
 from conftest import silent_progress
 
 from data.manifest import Manifest
-from data.npy import parse_header
-from data.npz import read_npz, write_npz
-from data.reading import DamagedFileError, sha256_of
+from core.npy import parse_header
+from core.npz import read_npz, write_npz
+from core.reading import DamagedFileError, sha256_of
 from data.shards import MappedShards
 from data.verify import verify
 

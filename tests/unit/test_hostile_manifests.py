@@ -12,13 +12,13 @@ import pytest
 from conftest import silent_progress
 from faulty_server import FaultyServer
 
-from data.atomic import write_bytes
+from core.atomic import write_bytes
 from data.cache import Cache, CachedFile
 from data.manifest import MAX_MANIFEST_BYTES, Manifest
-from data.names import UnsafeNameError
-from data.reading import DamagedFileError
-from data.records import SEAL, seal
-from data.remote import Retry
+from core.names import UnsafeNameError
+from core.reading import DamagedFileError
+from core.records import SEAL, seal
+from core.remote import Retry
 from data.shards import MappedShards
 from data.verify import verify
 

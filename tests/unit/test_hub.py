@@ -10,8 +10,8 @@ from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
 from test_foreign_jobs import SAMPLE, digits_model, images, train
 
-from launch.foreign import Facts, read_foreign
-from launch.hub import PATTERNS, require_whole
+from launch.builders.foreign import Facts, read_foreign
+from launch.builders.hub import PATTERNS, require_whole
 from model.diffusers_weights import to_diffusers
 
 NAME = "facebook/DiT-XL-2-256"

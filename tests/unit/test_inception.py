@@ -9,13 +9,13 @@ import torch
 from conftest import torch_fidelity
 from inception_weights import PREFIX, random_weights
 
-from data.reading import sha256_of
-from evaluation.inception import Inception2015, resize_like_tensorflow
-from evaluation.inception_features import SHA256, URL, InceptionFeatures, load_inception
-from evaluation.inception_score import InceptionScore
-from evaluation.kernel import KernelInceptionDistance
-from evaluation.references import Reference
-from evaluation.statistics import FeatureStatistics
+from core.reading import sha256_of
+from evaluation.features.inception_network import Inception2015, resize_like_tensorflow
+from evaluation.features.inception import SHA256, URL, InceptionFeatures, load_inception
+from evaluation.metrics.inception_score import InceptionScore
+from evaluation.metrics.kernel import KernelInceptionDistance
+from evaluation.reference.reference import Reference
+from evaluation.metrics.statistics import FeatureStatistics
 
 
 @pytest.fixture(scope="module")

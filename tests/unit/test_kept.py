@@ -12,13 +12,13 @@ from damage import DAMAGES, REPLACEABLE, flip, within
 from test_generation import counting, evaluator
 from test_references import Projected, write
 
-from data.records import seal
+from core.records import seal
 from evaluation.chunks import Chunk, ChunkStore, discard
-from evaluation.features import Features
+from evaluation.features.extractor import Features
 from evaluation.image_files import NpzFile, PngFiles
 from evaluation.kept import npy_of, parse_npy, read_kept, unless_damaged, write_kept
-from evaluation.references import read_reference
-from evaluation.statistics import FeatureStatistics, frechet_distance
+from evaluation.reference.reference import read_reference
+from evaluation.metrics.statistics import FeatureStatistics, frechet_distance
 
 SILENT = {"missing"}  # kinds of damage that look as if nothing had been kept
 

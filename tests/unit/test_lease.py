@@ -15,8 +15,8 @@ import pytest
 from gcs_server import BUCKET, gcs_server
 from s3_server import s3_server
 
-from data import remote
-from launch.app import CONF
+from core import remote
+from launch.command.app import CONF
 from train import holder
 from train.holder import Holder, read_holder, this_process
 from train.lease import MAX_BYTES, Lease, LeaseLostError

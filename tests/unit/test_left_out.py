@@ -16,7 +16,7 @@ from data.image_folder import ImageFolder
 from data.images import UnreadableImageError, decode
 from data.sources import load_images
 from data.unread import image_suffixes
-from evaluation.image_sets import SourceImages
+from evaluation.reference.image_sets import SourceImages
 from model.autoencoder import IdentityAutoencoder
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"

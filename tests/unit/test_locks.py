@@ -12,7 +12,7 @@ from conftest import TINY_RUN, ditscale
 from faulty_server import FaultyServer
 from warm_python import TRAINING, run_warm_python
 
-from data.locks import HeldError, acquired, locked
+from core.locks import HeldError, acquired, locked
 
 CC = shutil.which("cc") or shutil.which("gcc")
 WORDS = ["train", *TINY_RUN, "run_dir=run", "total_steps=2"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import wandb
 
-from evaluation.report.study import MEASURES
+from report.study import MEASURES
 from train.loggers import OVER_IMAGES_SEEN, WandbLogger
 
 

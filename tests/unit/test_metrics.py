@@ -10,16 +10,16 @@ import pytest
 import torch
 from conftest import torch_fidelity
 
-from evaluation import manifolds
+from evaluation.metrics import manifolds
 from evaluation.chunks import chunks_of
-from evaluation.collectors import Collects, RowsOf, SplitSumsOf, StatisticsOf
-from evaluation.features import Features
-from evaluation.frechet import FrechetDistance
-from evaluation.inception_score import InceptionScore
-from evaluation.kernel import KernelDistance
-from evaluation.manifolds import PrecisionRecall
-from evaluation.references import Reference
-from evaluation.statistics import FeatureStatistics, Gaussian, frechet_distance
+from evaluation.metrics.collectors import Collects, RowsOf, SplitSumsOf, StatisticsOf
+from evaluation.features.extractor import Features
+from evaluation.metrics.frechet import FrechetDistance
+from evaluation.metrics.inception_score import InceptionScore
+from evaluation.metrics.kernel import KernelDistance
+from evaluation.metrics.manifolds import PrecisionRecall
+from evaluation.reference.reference import Reference
+from evaluation.metrics.statistics import FeatureStatistics, Gaussian, frechet_distance
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from test_model import BLOCKS, inputs, tiny
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from launch.components import build
+from launch.builders.components import build
 from model.attention import CrossAttention, SelfAttention
 from model.blocks import AdaLNZeroBlock, Block, CrossAttentionBlock, InContextBlock
 from model.checkpointing import checkpoint_units

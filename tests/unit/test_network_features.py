@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_dinov2 import write_small_dinov2
 
-from evaluation.dinov2 import DINOv2Features
-from evaluation.torchscript import TorchScriptFeatures
+from evaluation.features.dinov2 import DINOv2Features
+from evaluation.features.torchscript import TorchScriptFeatures
 
 MEAN, STD = [0.1, 0.2, 0.3], [0.5, 1.0, 2.0]
 

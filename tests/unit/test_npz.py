@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.npz import Blocks, read_npz, write_npz
+from core.npz import Blocks, read_npz, write_npz
 
 ARRAYS = {
     "label": np.arange(50, dtype=np.int32),

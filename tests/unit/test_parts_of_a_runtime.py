@@ -98,9 +98,9 @@ def test_only_what_trains_asks_for_a_runtime_that_trains() -> None:
     """References ask for processes alone; samples and evaluations for devices too."""
     asks = {path.relative_to(ROOT).as_posix(): named_in(path) for path in FILES}
     assert {path for path, names in asks.items() if "Runtime" in names} == TRAINS
-    for path in ("launch/reference.py", "evaluation/reference_file.py", "evaluation/hooks.py", "train/signals.py"):
+    for path in ("launch/reference.py", "evaluation/reference/file.py", "evaluation/hooks.py", "train/signals.py"):
         assert asks[path] == {"Processes"}, path
-    for path in ("launch/sample.py", "launch/evaluate.py", "launch/foreign.py", "evaluation/generate.py"):
+    for path in ("launch/sample.py", "launch/evaluate.py", "launch/builders/foreign.py", "evaluation/generate.py"):
         assert asks[path] == {"Devices"}, path
 
 

@@ -12,10 +12,10 @@ import pytest
 from faulty_server import FaultyServer
 from s3fs import S3FileSystem
 
-from data import remote
+from core import remote
 from data.files import Files
-from data.remote import Retry
-from launch.runs import read_checkpoint
+from core.remote import Retry
+from launch.builders.runs import read_checkpoint
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from model.autoencoder_kl import DiffusersAutoencoder
-from model.precision import exact_float32
+from core.precision import exact_float32
 
 CPU = torch.device("cpu")
 backends: Any = torch.backends

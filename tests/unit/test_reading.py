@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from data.atomic import append_line, atomic_folder, write_bytes
-from data.names import UnsafeNameError, inside, plain_name, sha256_name, tree_inside
-from data.reading import (
+from core.atomic import append_line, atomic_folder, write_bytes
+from core.names import UnsafeNameError, inside, plain_name, sha256_name, tree_inside
+from core.reading import (
     DamagedFileError,
     open_regular,
     read_regular,
@@ -21,7 +21,7 @@ from data.reading import (
     require_regular,
     sha256_of,
 )
-from data.records import canonical_hash, check, parse_json, read_record, seal
+from core.records import canonical_hash, check, parse_json, read_record, seal
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "device", "socket", "link to a device", "link to itself"])

@@ -13,16 +13,16 @@ from conftest import PatternSource, encode_pattern, silent_progress
 from inception_weights import random_weights
 from test_metrics import in_parallel
 
-from data.npz import headers_of
+from core.npz import headers_of
 from data.sources import Example
-from evaluation import references
-from evaluation.features import Features
-from evaluation.frechet import FrechetDistance, SpatialFrechetInceptionDistance
-from evaluation.image_sets import ShardImages, SourceImages
-from evaluation.inception_features import InceptionFeatures
-from evaluation.reference_file import write_reference
-from evaluation.references import make_reference, read_reference
-from evaluation.statistics import FeatureStatistics, frechet_distance
+from evaluation.reference import reference as references
+from evaluation.features.extractor import Features
+from evaluation.metrics.frechet import FrechetDistance, SpatialFrechetInceptionDistance
+from evaluation.reference.image_sets import ShardImages, SourceImages
+from evaluation.features.inception import InceptionFeatures
+from evaluation.reference.file import write_reference
+from evaluation.reference.reference import make_reference, read_reference
+from evaluation.metrics.statistics import FeatureStatistics, frechet_distance
 from model.autoencoder import IdentityAutoencoder
 
 

@@ -20,20 +20,20 @@ from gcs_server import gcs_server
 from s3_server import BUCKET, s3_server, upload
 from torch.utils._pytree import tree_leaves
 
-from data import remote
-from data.atomic import write_bytes
+from core import remote
+from core.atomic import write_bytes
 from data.batches import TrainingBatches
 from data.cache import Cache, CachedFile
 from data.conditions import ClassLabels
 from data.order import GlobalOrder, Order, WindowedOrder
-from data.prefetch import prefetch
-from data.reading import sha256_of
-from data.remote import Retry
+from core.prefetch import prefetch
+from core.reading import sha256_of
+from core.remote import Retry
 from data.shard_files import FetchedAhead
 from data.shards import MappedShards
-from diffusion.batch import Batch
+from core.batch import Batch
 from diffusion.times import UniformSteps
-from launch.app import CONF
+from launch.command.app import CONF
 from model.autoencoder import IdentityAutoencoder
 
 QUICK = Retry(attempts=4, first_wait_sec=0.01, timeout_sec=0.3)
@@ -330,7 +330,7 @@ from data.batches import TrainingBatches
 from data.cache import Cache
 from data.conditions import ClassLabels
 from data.order import WindowedOrder
-from data.prefetch import prefetch
+from core.prefetch import prefetch
 from data.shards import MappedShards
 from diffusion.times import UniformSteps
 from model.autoencoder import IdentityAutoencoder

@@ -13,7 +13,7 @@ from poisoned_shards import poisoned
 from test_training import RUNTIME, batch_of, everything, new_state, save, step_of
 from torch import Tensor, nn
 
-from diffusion.batch import Condition
+from core.batch import Condition
 from diffusion.process import GaussianDiffusion
 from diffusion.schedules import LinearSchedule
 from diffusion.variances import LearnedRangeVariance

@@ -20,13 +20,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
 
-from evaluation.inception_features import SHA256
-from evaluation.report import figures, paper
-from evaluation.report.bubbles import Bubble, draw_bubbles
-from evaluation.report.fit import fit_power_law
-from evaluation.report.records import read_records
-from evaluation.report.study import Study, read_study
-from evaluation.report.write import Report, write_report
+from evaluation.features.inception import SHA256
+from report import figures
+from report import paper
+from report.bubbles import Bubble, draw_bubbles
+from report.fit import fit_power_law
+from report.records import read_records
+from report.study import Study, read_study
+from report.write import Report, write_report
 from launch.report import group_of, update_group
 from train.runfolder import RunFolder
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import needs_torch_xla, run_process
 
-from launch.app import CONF
-from launch.facts import ROOMS, facts_of_process, source_hash
+from launch.command.app import CONF
+from launch.builders.facts import ROOMS, facts_of_process, source_hash
 from runtime import choice
 from runtime.accelerate import AccelerateRuntime
 from runtime.agreement import Exchange, fingerprint, require_same

@@ -10,8 +10,8 @@ import pytest
 from conftest import TINY_RUN, InProcess, ditscale, resealed
 from test_house import composed
 
-from launch.components import build_saved, components, from_file
-from launch.saved_configs import REPLAYED, component, setting, whole_config
+from launch.builders.components import build_saved, components, from_file
+from launch.builders.saved_configs import REPLAYED, component, setting, whole_config
 
 STATE = "run/checkpoints/step_00000002/state.json"
 SIZES = {"latent_size": 8, "channels": 1, "patch_size": 4, "width": 16, "depth": 2, "num_heads": 2, "num_classes": 10}

@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save as library_save
 from test_training import FACTS, RUNTIME, batch_of, everything, new_state, run_steps, save, step_of
 
-from data import remote
-from data.records import SEAL, seal
+from core import remote
+from core.records import SEAL, seal
 from runtime.accelerate import AccelerateRuntime
 from train import stores
 from train.checkpoint import load_checkpoint, load_newest, read_tensors

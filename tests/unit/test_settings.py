@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from test_house import composed
 
-from data.fields import Settings, components, free, free_settings, positive
-from launch.settings import SETTINGS, Precision, TrainSettings
+from core.fields import Settings, components, free, free_settings, positive
+from launch.command.settings import SETTINGS, Precision, TrainSettings
 
 
 @dataclass

@@ -16,9 +16,9 @@ from test_shards import contents
 
 from data.images import UnreadableImageError
 from data.manifest import Manifest
-from data.npz import write_npz
-from data.reading import sha256_of
-from data.records import SEAL
+from core.npz import write_npz
+from core.reading import sha256_of
+from core.records import SEAL
 from data.shards import MappedShards
 from data.sidecars import read_sidecar
 from data.sources import Example

@@ -12,12 +12,12 @@ import pytest
 import webdataset
 from conftest import PatternSource, encode_pattern
 
-from data.atomic import append_line, atomic_file, atomic_folder, remove_leftovers
+from core.atomic import append_line, atomic_file, atomic_folder, remove_leftovers
 from data.images import to_uint8, to_unit_range
 from data.manifest import Manifest
 from data.shard_tars import shard_bytes_per_sample
 from data.shards import MappedShards
-from launch.app import CONF
+from launch.command.app import CONF
 from model.autoencoder import IdentityAutoencoder
 
 
@@ -175,7 +175,7 @@ def test_a_write_that_is_killed_never_shows_half_a_folder(tmp_path: Path) -> Non
     program = (
         "import itertools, sys\n"
         "from pathlib import Path\n"
-        "from data.atomic import atomic_folder\n"
+        "from core.atomic import atomic_folder\n"
         "for number in itertools.count():\n"
         "    with atomic_folder(Path(sys.argv[1]) / f'{number}') as aside:\n"
         "        for name in 'abc':\n"

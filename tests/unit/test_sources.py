@@ -23,7 +23,7 @@ from data.images import CenterCrop, UnreadableImageError, decode
 from data.latent_tars import LatentTars
 from data.plan import encoding_order
 from data.sources import Source, load_images
-from diffusion.draws import Philox
+from core.draws import Philox
 
 
 def contents(source: Source) -> list[tuple[str, bytes, int]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import suite_times
 
-from launch.app import CONF
+from launch.command.app import CONF
 
 LAYERS = ["lint", "unit", "runtime", "smoke"]
 CONFTEST = """

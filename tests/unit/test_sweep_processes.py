@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from launch.cores import usable_cores
+from launch.command.cores import usable_cores
 
 FORKS = """
 import os, sys, threading
 import torch
 from omegaconf import OmegaConf
 import launch.train
-from launch.sweep_processes import _import_ahead, _start_method
+from launch.command.sweep_processes import _import_ahead, _start_method
 
 def cuda_is_lost_to_a_fork():
     child = os.fork()
@@ -72,7 +72,7 @@ def test_a_containers_quota_bounds_the_cores_that_a_sweep_uses(
 LIMITED = """
 import torch
 from threadpoolctl import threadpool_info
-from launch.cores import limit_threads
+from launch.command.cores import limit_threads
 limit_threads(1)
 print({library["num_threads"] for library in threadpool_info()} | {torch.get_num_threads()})
 """

@@ -14,7 +14,7 @@ from conftest import json_lines, resealed
 from test_model import tiny
 from torch import Tensor
 
-from diffusion.batch import Batch
+from core.batch import Batch
 from diffusion.process import GaussianDiffusion
 from diffusion.schedules import LinearSchedule
 from diffusion.variances import LearnedRangeVariance

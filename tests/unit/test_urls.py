@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.urls import hidden, is_redacted, place_of, redacted, redacted_config, secrets_in
-from launch.facts import facts_of_process
+from core.urls import hidden, is_redacted, place_of, redacted, redacted_config, secrets_in
+from launch.builders.facts import facts_of_process
 
 HIDDEN = [
     ("http://user:secret@host:80/x", "http://***@host:80/x", {"secret"}),

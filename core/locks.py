@@ -1,0 +1,110 @@
+"""Locks on files, which die with their holder; on file systems that have none, a marker file that names its holder.
+
+``flock`` does not work everywhere: network file systems answer ENOLCK, EOPNOTSUPP, EIO or ENOSYS. All processes that
+meet at such a folder see the same answer and fall back to the same marker, ``NAME.soft``. A marker whose holder was a
+process of this machine and is gone is taken over; one of another machine is removed by hand, so errors name it.
+"""
+
+import errno
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+
+from core.atomic import make_folder
+from core.reading import require_own_file
+
+NOT_SUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EIO, errno.ENOSYS, errno.EINVAL}
+_LEFT_TO_OTHERS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}  # said by the command line
+
+
+class HeldError(Exception):
+    """Another process holds the lock. ``hint`` is what to say of a marker that nobody may hold any more, or empty."""
+
+    def __init__(self, path: Path, hint: str) -> None:
+        super().__init__(f"{path} is held by another process{hint}")
+        self.hint = hint
+
+
+def acquired(path: Path, timeout_sec: float = -1) -> BaseFileLock:
+    """Return a lock on ``path`` that is held; -1 waits for ever.
+
+    Raises `HeldError` after the timeout, ValueError where the folder takes neither kind of lock, OSError where there is
+    no permission or no room.
+    """
+    make_folder(path.parent)
+    require_own_file(path)
+    marker = path.with_name(f"{path.name}.soft")
+    try:
+        return _acquired(FileLock(path, fallback_to_soft=False), timeout_sec, "")
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise _refusal(path, error) from error
+    try:
+        require_own_file(marker)
+        hint = f" (if no job is left, of this machine or another, remove {marker})"
+        return _acquired(SoftFileLock(marker), timeout_sec, hint)
+    except OSError as error:
+        raise _refusal(path, error) from error
+
+
+def _acquired(lock: BaseFileLock, timeout_sec: float, hint: str) -> BaseFileLock:
+    try:
+        lock.acquire(timeout=timeout_sec)
+    except Timeout:
+        raise HeldError(Path(lock.lock_file), hint) from None
+    return lock
+
+
+def _refusal(path: Path, error: OSError) -> Exception:
+    if error.errno in _LEFT_TO_OTHERS:
+        return error
+    name = errno.errorcode.get(error.errno or 0, str(error.errno))
+    return ValueError(
+        f"{path.parent} takes no locks ({name}: {error.strerror}), which keep two jobs from writing there at once; "
+        "choose a folder on a file system that has them, such as a local disk."
+    )
+
+
+@contextmanager
+def locked(path: Path, timeout_sec: float = -1) -> Iterator[None]:
+    """Hold a lock while the block runs. Raises as `acquired` does."""
+    lock = acquired(path, timeout_sec)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def require_locks(path: Path) -> None:
+    """Raise ValueError where the file system of ``path``, a lock file, has no locks that die with their holder."""
+    try:
+        with FileLock(path, fallback_to_soft=False):
+            pass
+    except OSError as error:
+        raise _refusal(path, error) from error
+
+
+def share(descriptor: int) -> bool:
+    """Hold a file together with other readers; return False where the file system has no locks."""
+    return _flock(descriptor, fcntl.LOCK_SH)
+
+
+def own(descriptor: int) -> bool:
+    """Try to hold a file alone; return False where others hold it, or the file system has no locks."""
+    try:
+        return _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+
+
+def _flock(descriptor: int, operation: int) -> bool:
+    try:
+        fcntl.flock(descriptor, operation)
+    except OSError as error:
+        if error.errno in NOT_SUPPORTED:
+            return False
+        raise
+    return True

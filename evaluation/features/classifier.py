@@ -1,0 +1,189 @@
+"""Features of a small classifier that this job trains itself: for data that Inception says nothing of."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import ConfigDict, Field
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from core.atomic import atomic_folder, write_bytes
+from data.images import Crop, to_unit_range
+from core.locks import locked
+from core.reading import DamagedFileError, is_regular, read_regular
+from core.records import canonical_hash, read_record, seal
+from data.sources import Source, load_images
+from core.draws import Philox, Purpose, permutation
+from evaluation.features.extractor import Features
+from evaluation.kept import Sha256, unless_damaged
+from train.tensor_files import write_tensors
+
+_FORMAT = 2  # of the cached folder
+_WEIGHTS, _FACTS = "model.safetensors", "facts.json"
+_MOST_BYTES = 2**30  # of its weights
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """Describe a cached classifier, in ``facts.json``."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    identity: Sha256  # of images, labels and hyperparameters
+    weights_sha256: Sha256
+    classifier_accuracy: Annotated[float, Field(ge=0, le=1)]
+    classifier_held_out: Annotated[int, Field(ge=1)]
+
+
+class SmallClassifier(nn.Module):
+    """Two convolutions and two linear maps; the features are the hidden vector after its ReLU."""
+
+    def __init__(self, image_size: int, channels: int, num_classes: int, num_features: int) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(channels, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+        )
+        self.hidden = nn.Linear(64 * (image_size // 2) ** 2, num_features)
+        self.classes = nn.Linear(num_features, num_classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, C, H, W] in [-1, 1] -> features [B, D] and logits [B, K]."""
+        features = torch.relu(self.hidden(self.convolutions(images)))
+        return features, self.classes(features)
+
+
+class ClassifierFeatures:
+    """A `FeatureExtractor`: trains a classifier on 4/5 of a source's images, or takes it from ``cache``.
+
+    Images are cropped as for encoding. The cached folder's name is a hash of images, labels and hyperparameters; where
+    it is damaged, the same classifier is trained again. The held-out fifth gives ``facts["classifier_accuracy"]``.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        image_size: int,
+        cache: str,
+        crop: Crop | None = None,
+        apply_exif: bool = False,
+        num_features: int = 64,
+        epochs: int = 30,
+        batch_size: int = 64,
+        lr: float = 1e-3,
+        seed: int = 0,
+    ) -> None:
+        self.title = f"{source.name} classifier features"
+        images, labels = load_images(source, image_size, crop, apply_exif)
+        num_classes = len(source.class_names)
+        options = {"num_features": num_features, "epochs": epochs, "batch_size": batch_size, "lr": lr}
+        settings, content = [_FORMAT, options, seed, num_classes], (images.tobytes(), labels.tobytes())
+        identity = canonical_hash(settings, spaced=True, then=content)
+        self._network = SmallClassifier(image_size, images.shape[3], num_classes, num_features)
+        self._channels = images.shape[3]
+        folder = Path(cache) / f"classifier-{identity[:16]}"
+        with locked(folder.with_suffix(".lock")):  # runs of a sweep wait for the first to train it
+            facts = unless_damaged(lambda: _read(folder, identity, self._network))
+            if facts is None:
+                accuracy, held_out = _train(self._network, images, labels, epochs, batch_size, lr, seed)
+                facts = _write(folder, identity, self._network, accuracy, held_out)
+        self._network.eval()
+        self.facts = {name: value for name, value in asdict(facts).items() if name.startswith("classifier_")}
+        self.hash = facts.weights_sha256
+
+    def to(self, device: torch.device) -> None:
+        """Stays on the CPU: so small that moving it saves nothing, and its numbers are the same on every machine."""
+
+    @torch.no_grad()
+    def __call__(self, images: NDArray[np.uint8]) -> Features:
+        """[B, H, W, C] uint8 -> [B, D] float32 and the most likely classes."""
+        if images.shape[3] == 1:  # generated in one channel, while grey images are read in three that are equal
+            images = images.repeat(self._channels, axis=3)
+        vectors, logits = self._network(to_unit_range(images))
+        return Features(vectors.numpy(), logits.argmax(dim=1).numpy())
+
+
+def _read(folder: Path, identity: str, network: SmallClassifier) -> _Facts:
+    """Give the network the weights of a cached folder, and return its facts.
+
+    Raises OSError as `open` does, and DamagedFileError where a file is not what was written, or of something else.
+    """
+    folder.lstat()
+    for name in (_FACTS, _WEIGHTS):
+        if not is_regular(folder / name):
+            raise DamagedFileError(f"{folder} has no file {name}, or none that can be read.")
+    facts, path = read_record(folder / _FACTS, _Facts), folder / _WEIGHTS
+    if facts.identity != identity:
+        raise DamagedFileError(f"{folder / _FACTS} is of other images or settings: it has identity {facts.identity}.")
+    content = read_regular(path, _MOST_BYTES)
+    if (found := hashlib.sha256(content).hexdigest()) != facts.weights_sha256:
+        raise DamagedFileError(f"{path} is damaged: it has sha256 {found}, but {_FACTS} says {facts.weights_sha256}.")
+    try:
+        tensors = load(content)
+        network.load_state_dict(tensors)
+    except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
+        raise DamagedFileError(f"{path} is damaged: {str(error).splitlines()[0]}.") from None
+    if not all(value.dtype == torch.float32 and value.isfinite().all() for value in tensors.values()):
+        raise DamagedFileError(f"{path} is damaged: it holds other than finite float32 numbers.")
+    return facts
+
+
+def _write(folder: Path, identity: str, network: SmallClassifier, accuracy: float, held_out: int) -> _Facts:
+    """Write weights and facts as one folder, in place of what has its name."""
+    with atomic_folder(folder) as aside:
+        with open(aside / _WEIGHTS, "wb") as file:
+            weights_sha256 = write_tensors(file, network.state_dict())
+        facts = _Facts(identity, weights_sha256, accuracy, held_out)
+        write_bytes(aside / _FACTS, json.dumps(seal(asdict(facts))).encode())
+    return facts
+
+
+def _train(
+    network: SmallClassifier,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+) -> tuple[float, int]:
+    """Train, and return the accuracy on images that were held out, and their number."""
+    philox = Philox(seed)
+    order = permutation(philox, 0, Purpose.SPLIT, len(images))
+    held_out, training = np.split(order, [len(order) // 5])
+    if not len(held_out):
+        raise ValueError(f"A classifier needs at least 5 images, but there are {len(images)}; choose other features.")
+    pixels, targets = to_unit_range(images), torch.from_numpy(labels)
+    _initialize(network, seed)
+    optimizer = torch.optim.Adam(network.parameters(), lr=lr)
+    for epoch in range(epochs):
+        shuffled = training[permutation(philox, epoch + 1, Purpose.SPLIT, len(training))]
+        for rows in torch.from_numpy(shuffled).split(batch_size):
+            loss = nn.functional.cross_entropy(network(pixels[rows])[1], targets[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        found = network(pixels[held_out])[1].argmax(dim=1)
+    return (found == targets[held_out]).double().mean().item(), len(held_out)
+
+
+def _initialize(network: nn.Module, seed: int) -> None:
+    """Kaiming-uniform weights from one generator, whatever was drawn before in this process."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        if parameter.dim() > 1:
+            nn.init.kaiming_uniform_(parameter, nonlinearity="relu", generator=generator)
+        else:
+            nn.init.zeros_(parameter)

@@ -1,0 +1,1 @@
+"""Features of generated images and a reference to numbers."""

@@ -1,0 +1,1 @@
+"""Real images to what generated ones are compared with."""

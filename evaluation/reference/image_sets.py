@@ -1,0 +1,114 @@
+"""Real images to make a reference of: a source as it is, or what our shards decode to."""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data.images import Crop, ExactSize, Preparation, UnreadableImageError, to_uint8
+from data.plan import identity_of
+from data.shards import open_shards
+from data.sources import Source, prepared, require_nothing_left_out, unwanted
+from model.autoencoder import Autoencoder
+from core.precision import exact_device
+
+
+class ImageSet(Protocol):
+    """A finite, ordered collection of square images, read in batches."""
+
+    name: str
+    fingerprint: str  # changes where an image changes
+    image_size: int
+    num_classes: int
+
+    def __len__(self) -> int: ...
+
+    def to(self, device: torch.device) -> None:
+        """Decode on ``device`` from now on, where a network decodes."""
+        ...
+
+    def images(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """[B, H, W, C] uint8 of the given rows [B]."""
+        ...
+
+
+class SourceImages:
+    """Every image of a `Source`, cropped as for encoding, read by ``threads`` threads.
+
+    Raises ValueError for an image that cannot be read: the statistics would be of other images than it says.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        image_size: int,
+        crop: Crop | None = None,
+        apply_exif: bool = False,
+        threads: int = 8,
+    ) -> None:
+        require_nothing_left_out(source)
+        self._source = source
+        self._preparation = Preparation(image_size, crop or ExactSize(), apply_exif)
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="reference")
+        self.name, self.image_size, self.num_classes = source.name, image_size, len(source.class_names)
+        content = f"{source.fingerprint} {image_size} {self._preparation.crop.name} {apply_exif}"
+        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def to(self, device: torch.device) -> None:
+        """There is nothing to move."""
+
+    def images(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """[B, H, W, C] uint8."""
+        return np.stack(list(self._threads.map(self._image, rows.tolist())))
+
+    def _image(self, row: int) -> NDArray[np.uint8]:
+        try:
+            return prepared(self._source, row, self._preparation).values
+        except UnreadableImageError as error:
+            raise unwanted(self._source, error.source_id, error.reason) from error
+
+
+class ShardImages:
+    """What an autoencoder makes of the posterior means in our shards: images with its losses already in them.
+
+    A distance to these leaves out what the autoencoder costs, so it does not compare with published numbers.
+    Raises ValueError where the shards were made by another autoencoder.
+    """
+
+    def __init__(
+        self, shards: str, autoencoder: Autoencoder, verify_checksums: bool, cache: str, cache_bytes: int
+    ) -> None:
+        self._shards, self._autoencoder = open_shards(shards, verify_checksums, cache, cache_bytes), autoencoder
+        manifest, spec = self._shards.manifest, self._shards.manifest.spec
+        theirs, ours = spec.made_by.weights, identity_of(autoencoder).weights
+        if theirs != ours:
+            raise ValueError(
+                f"The shards in {shards} were made by the autoencoder {theirs}, but the config has "
+                f"{ours}; choose the same data.autoencoder."
+            )
+        self._device = torch.device("cpu")
+        self.name = f"{spec.source} decoded by {ours}"
+        self.fingerprint = hashlib.sha256(f"{manifest.hash} decoded".encode()).hexdigest()
+        self.image_size, self.num_classes = spec.image_size, spec.num_classes
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def to(self, device: torch.device) -> None:
+        """Decode there, or on the host where float32 is less than that there."""
+        self._device = exact_device(device)
+        self._autoencoder.to(self._device)
+
+    @torch.no_grad()
+    def images(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """[B, H, W, C] uint8."""
+        moments = torch.from_numpy(self._shards.gather(rows, np.zeros(len(rows), dtype=bool))).to(self._device)
+        mean = moments[:, : self._autoencoder.channels]
+        latent = self._autoencoder.draw(moments, torch.zeros(mean.shape, device=self._device))
+        return to_uint8(self._autoencoder.decode(latent))

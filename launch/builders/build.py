@@ -1,0 +1,377 @@
+"""From a resolved config to the objects of a job."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from data.conditions import ConditionSource
+from data.images import Preparation
+from data.manifest import LatentSpec, Manifest
+from data.plan import identity_of, latent_spec
+from core.progress import ProgressBar
+from core.records import validate
+from data.settings import DataSettings
+from data.shards import MappedShards, open_shards
+from core.urls import redacted_config
+from diffusion.guidance import Guided
+from diffusion.objective import Objective
+from diffusion.protocol import Denoiser
+from diffusion.samplers import Sampler
+from evaluation.evaluate import Evaluator, MeasurementProtocol
+from evaluation.features.extractor import FeatureExtractor
+from evaluation.generate import Generator
+from evaluation.metrics.metric import Metric
+from evaluation.reference.reference import make_reference, read_reference
+from launch.command.check import closest
+from launch.builders.components import build, build_saved, target_of
+from launch.builders.runs import checkpoint_hash, pinned_sources, read_checkpoint
+from launch.builders.saved_configs import component, setting
+from launch.command.settings import EvaluateSettings, SamplingSettings, TrainSettings
+from model.autoencoder import Autoencoder
+from model.flops import multiply_adds, num_parameters, training_multiply_adds
+from model.network import Network
+from runtime.protocol import Devices, Processes
+from train import posthoc
+from train.checkpoint import fill, read_state_file, read_tensors
+from train.ema import MAIN, Averages, initial_share_note
+from train.stores import STATE_FILE
+
+CHUNKS = "chunks"  # folder in a run's, of what a killed evaluation had finished
+_OF_THE_RUN = ("batch_size", "class_dropout", "seed")  # settings that its evaluations tell of
+
+
+def fill_model(model: Mapping[str, Any], spec: LatentSpec, conditions: ConditionSource) -> dict[str, Any]:
+    """The model's section with what the manifest decides. ValueError where the config says otherwise."""
+    filled = dict(model)
+    if "outputs_per_channel" in filled:
+        raise ValueError("model.outputs_per_channel is given, but the objective decides it; choose diffusion=... .")
+    for key, found in _facts_of_data(spec, conditions).items():
+        if filled.get(key) not in (None, found):
+            raise ValueError(
+                f"model.{key} is {filled[key]}, but the shards have {found}; leave model.{key} out, or point "
+                "data.shards to other shards."
+            )
+        filled[key] = found
+    return filled
+
+
+def _facts_of_data(spec: LatentSpec, conditions: ConditionSource) -> dict[str, int]:
+    """Return what of a model's section follows from the data."""
+    return {"latent_size": spec.latent_size, "channels": spec.channels, "num_classes": conditions.num_classes}
+
+
+def condition_source(section: Mapping[str, Any], spec: LatentSpec) -> ConditionSource:
+    """Return what makes the conditions of data, by the ``condition`` of a config."""
+    source: ConditionSource = build(section)(num_classes=spec.num_classes)
+    return source
+
+
+def expected_spec(data: DataSettings, manifest: Manifest) -> tuple[Autoencoder, LatentSpec]:
+    """The autoencoder of the config, and the spec that shards must have to fit the config."""
+    autoencoder: Autoencoder = build(data.autoencoder)
+    preparation = build_preparation(data)
+    return autoencoder, latent_spec(data.name, manifest.spec.num_classes, autoencoder, preparation, data.flip)
+
+
+def build_preparation(data: DataSettings) -> Preparation:
+    """How the images of a config's ``data`` are decoded and cropped."""
+    return Preparation(data.image_size, build(data.crop), data.apply_exif)
+
+
+def build_shards(data: DataSettings) -> MappedShards:
+    """Return the shards of the config, ready to be read."""
+    return open_shards(data.shards, data.verify_checksums, data.cache, data.cache_bytes)
+
+
+def require_outputs(model: Network, outputs_per_channel: int, of: str) -> None:
+    """Raise ValueError where the network of the file ``of`` has other output channels than the objective wants."""
+    channels = model.latent_shape[0]
+    if outputs_per_channel * channels == model.out_channels:
+        return
+    learned = model.out_channels == 2 * channels
+    follow = "diffusion/variance=learned_range" if learned else "diffusion/variance=fixed_large or fixed_small"
+    raise ValueError(
+        f"The objective needs {outputs_per_channel * channels} output channels, but {of} has "
+        f"{model.out_channels}; set {follow}."
+    )
+
+
+def model_facts(model: Network, images_seen: int, weights: str, training_seed: int) -> dict[str, Any]:
+    """What an evaluation record says of the network. Compute in giga multiply-adds, the paper's Gflops."""
+    return {
+        "weights": weights,
+        "training_seed": training_seed,
+        **model.facts(),
+        "gmacs": multiply_adds(model) / 1e9,
+        "parameters": num_parameters(model),
+        "training_gmacs": training_multiply_adds(model, images_seen) / 1e9,
+    }
+
+
+def _named_settings(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a built section as an evaluation record shows it: its name for itself, and its settings."""
+    own = {key: value for key, value in section.items() if not key.startswith("_")}
+    settings = {"name": target_of(section).name, **own}
+    if "guide" in settings:  # a run is a path to its newest checkpoint, whichever that is
+        settings["guide_hash"] = read_checkpoint(settings["guide"], checkpoint_hash)
+    shown: dict[str, Any] = redacted_config(settings)
+    return shown
+
+
+def build_generator(
+    config: SamplingSettings,
+    model: Denoiser,
+    objective: Objective,
+    autoencoder: Autoencoder,
+    spec: LatentSpec,
+    conditions: ConditionSource,
+    seed: int,
+    runtime: Devices,
+    class_dropout: float,
+) -> Generator:
+    """Return what makes images of a network with the ``sampler`` and ``guidance`` of a config.
+
+    Raises ValueError for settings that do not fit, before anything is trained or generated.
+    """
+    sampler: Sampler = build(config.sampler)
+    sampler.require(objective)
+    if class_dropout == 0 and target_of(config.guidance).needs_null:
+        raise ValueError(
+            "Guidance needs the null class, but this model is trained with class_dropout 0 and never sees it; use "
+            "diffusion/guidance=none, or train with class_dropout=0.1."
+        )
+    section = dict(config.guidance)
+    others = {"guide": runtime.place(load_model(section.pop("guide"), "ema")).eval()} if "guide" in section else {}
+    guided: Guided = build(section)(model, null=conditions.null, latent_channels=spec.channels, **others)
+    return Generator(guided, objective, autoencoder.to(runtime.device), sampler, spec, conditions, seed, runtime)
+
+
+def build_extractor(section: Mapping[str, Any], runtime: Processes) -> FeatureExtractor:
+    """The feature extractor, made or trained here, on the runtime's device."""
+    extractor: FeatureExtractor = build(section)
+    extractor.to(runtime.device)
+    return extractor
+
+
+def precision_of_products(precision: str, device: torch.device) -> str:
+    """What a record calls the network's precision: tf32 where a GPU rounds the factors of float32 products so."""
+    rounds = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if precision == "fp32" and rounds else precision
+
+
+def build_evaluator(
+    config: TrainSettings | EvaluateSettings,
+    runtime: Processes,
+    progress: ProgressBar,
+    names: Sequence[str] | None = None,
+) -> Evaluator:
+    """What measures images by the ``evaluation`` of a config, with the metrics of its list or of ``names``.
+
+    Raises ValueError for a metric that there is not.
+    """
+    settings, data = config.evaluation, config.data
+    names = settings.metrics if names is None else names
+    if not names:
+        raise ValueError(
+            f"evaluation.metrics is empty; choose among {', '.join(settings.metric)}, or set evaluate_every=null."
+        )
+    for name in names:
+        if name not in settings.metric:
+            raise ValueError(
+                f"There is no metric {name!r}{closest(name, settings.metric)} There are: {', '.join(settings.metric)}."
+            )
+    protocol = MeasurementProtocol(
+        sampler=_named_settings(config.sampler),
+        guidance=_named_settings(config.guidance),
+        num_images=settings.num_images,
+        sampling_seed=settings.seed,
+        network_precision=precision_of_products(config.precision.value, runtime.device),
+        labels=settings.labels.value,
+    )
+    extractor = build_extractor(settings.features, runtime)
+    if settings.reference is None:
+        reference = make_reference(build(data.source), data.image_size, extractor, build(data.crop), data.apply_exif)
+    else:
+        reference = read_reference(Path(settings.reference), extractor, Path(settings.cache), progress)
+    metrics: dict[str, Metric] = {name: build(settings.metric[name]) for name in names}
+    return Evaluator(extractor, reference, protocol, settings.batch_size, metrics)
+
+
+def load_model(where: str, weights: str) -> Network:
+    """The network of a run's newest checkpoint, or of one checkpoint's folder.
+
+    ``weights`` is ``model``, the name of an average there, or ``width_W``: the power-function average of that
+    width, made of what the run's checkpoints up to this one hold.
+
+    Raises ValueError for a missing or damaged checkpoint, or one that asks for foreign code.
+    """
+    return read_checkpoint(where, lambda path: model_at(path, weights))
+
+
+def model_at(path: Path, weights: str) -> Network:
+    """The network of a pinned checkpoint. Raises as `load_model` does."""
+    with pinned_sources(path, weights) as sources:
+        return _model_at(sources, weights)
+
+
+def _model_at(sources: Sequence[Path], weights: str) -> Network:
+    """The network of the last of the pinned checkpoints that its weights are made of."""
+    path = sources[-1]
+    config, said_by = read_state_file(path)["config"], str(path / STATE_FILE)
+    section = component(config, "model", said_by)
+    objective: Objective = build_saved(component(config, "diffusion", said_by), said_by)
+    section["outputs_per_channel"] = objective.outputs_per_channel
+    if weights.startswith(posthoc.PREFIX):
+        return _model_of(path, section, posthoc.reconstruct(sources, _width(weights)))
+    return _model_of(path, section, read_tensors(path, weights))
+
+
+def _model_of(path: Path, section: Mapping[str, Any], tensors: dict[str, Tensor]) -> Network:
+    """Return the model of a checkpoint's config with the tensors of its file, which are looked at first.
+
+    A config may ask for a model of any size: nothing is allocated for one that the file is not of.
+    """
+    said_by = str(path / STATE_FILE)
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in build_saved(section, said_by).state_dict().items()}
+    for name in [*shapes, *tensors]:
+        theirs, ours = tensors.get(name), shapes.get(name)
+        if theirs is None or ours is None or theirs.shape != ours:
+            shown = [
+                None if shape is None else tuple(shape) for shape in (theirs if theirs is None else theirs.shape, ours)
+            ]
+            raise ValueError(
+                f"The checkpoint {path} is of another model than its config: {name} is {shown[0]} in its weights and "
+                f"{shown[1]} by its config; use another checkpoint of that run."
+            )
+    model: Network = build_saved(section, said_by)
+    fill(model, path, tensors)
+    return model
+
+
+def _width(weights: str) -> float:
+    try:
+        return float(weights.removeprefix(posthoc.PREFIX))
+    except ValueError as error:
+        raise ValueError(
+            f"weights is {weights!r}, but what follows {posthoc.PREFIX} must be a number such as 0.1."
+        ) from error
+
+
+class Source(NamedTuple):
+    """A checkpoint that weights are made of, as it was when they were read."""
+
+    step: int
+    hash: str
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A trained network with everything that sampling from it needs."""
+
+    path: Path
+    run_dir: Path
+    step: int
+    images_seen: int
+    spec: LatentSpec
+    conditions: ConditionSource
+    model: Network
+    objective: Objective
+    autoencoder: Autoencoder
+    class_dropout: float
+    training_seed: int
+    hash: str = ""  # of its state file; the folder may be gone by now
+    sources: tuple[Source, ...] = ()  # checkpoints that the weights are made of
+    class_names: tuple[str, ...] = ()  # of the labels in order, where they are known
+    note: str | None = None  # what to tell whoever samples from these weights
+
+    @classmethod
+    def load(cls, where: str, weights: str, runtime: Devices) -> "LoadedCheckpoint":
+        """Load the weights of this name (see `load_model`) of a run's newest checkpoint, or of one checkpoint's folder.
+
+        Raises ValueError for a missing or damaged checkpoint, or one that asks for foreign code.
+        """
+
+        def load(path: Path) -> LoadedCheckpoint:
+            with pinned_sources(path, weights) as sources:
+                return cls._of(sources, weights, runtime)
+
+        found = read_checkpoint(where, load)
+        runtime.require_same({"checkpoint": f"{found.path.name} {found.hash}", "its weights": repr(found.sources)})
+        return found
+
+    @classmethod
+    def _of(cls, sources: Sequence[Path], weights: str, runtime: Devices) -> "LoadedCheckpoint":
+        path = sources[-1]
+        state, said_by = read_state_file(path), str(path / STATE_FILE)
+        config = state["config"]
+        spec = validate(LatentSpec, state["spec"], said_by)
+        autoencoder: Autoencoder = build_saved(component(config, "data.autoencoder", said_by), said_by)
+        _require_autoencoder(path, spec, autoencoder)
+        objective: Objective = build_saved(component(config, "diffusion", said_by), said_by)
+        conditions: ConditionSource = build_saved(component(config, "condition", said_by), said_by)(
+            num_classes=spec.num_classes
+        )
+        _require_model_of(spec, conditions, component(config, "model", said_by), said_by)
+        batch_size, class_dropout, seed = (setting(config, name, said_by) for name in _OF_THE_RUN)
+        model = _model_at(sources, weights)
+        return cls(
+            path=path,
+            run_dir=path.resolve().parent.parent,
+            step=state["step"],
+            images_seen=state["step"] * batch_size,
+            spec=spec,
+            conditions=conditions,
+            model=runtime.place(model).eval().requires_grad_(False),
+            objective=runtime.place(objective),
+            autoencoder=autoencoder.to(runtime.device),
+            class_dropout=class_dropout,
+            training_seed=seed,
+            hash=checkpoint_hash(path),
+            sources=tuple(Source(int(read_state_file(one)["step"]), checkpoint_hash(one)) for one in sources),
+            class_names=tuple(state.get("class_names", [])),
+            note=_average_note(config, weights, state["step"], said_by),
+        )
+
+    def generator(self, config: SamplingSettings, seed: int, runtime: Devices) -> Generator:
+        """Images of this checkpoint with the job's sampler and guidance."""
+        return build_generator(
+            config,
+            self.model,
+            self.objective,
+            self.autoencoder,
+            self.spec,
+            self.conditions,
+            seed,
+            runtime,
+            self.class_dropout,
+        )
+
+
+def _require_autoencoder(path: Path, spec: LatentSpec, autoencoder: Autoencoder) -> None:
+    """Raise ValueError where the autoencoder's weights are no longer those of the latents trained on."""
+    theirs, ours = spec.made_by, identity_of(autoencoder)
+    if theirs != ours:
+        raise ValueError(
+            f"The checkpoint {path} was trained on latents of the autoencoder {theirs}, but where its config "
+            f"points there is {ours} now; put the former one back."
+        )
+
+
+def _require_model_of(spec: LatentSpec, conditions: ConditionSource, section: Mapping[str, Any], said_by: str) -> None:
+    for key, ours in _facts_of_data(spec, conditions).items():
+        theirs = section.get(key)
+        if theirs != ours:
+            raise ValueError(f"{said_by} is not loaded: its model.{key} is {theirs!r}, but its latents have {ours}.")
+
+
+def _average_note(config: Mapping[str, Any], weights: str, step: int, said_by: str) -> str | None:
+    """Return a sentence where an average is still much of the untrained weights."""
+    if weights != MAIN:
+        return None
+    averages: Averages = build_saved(component(config, "ema", said_by), said_by)(nn.Linear(1, 1))
+    return initial_share_note(averages.by_name[MAIN], MAIN, step)

@@ -1,0 +1,171 @@
+"""Take a job's data settings from the shards or the checkpoint that it is given, where the command line says nothing.
+
+`encode` leaves ``data.json`` beside the manifest: what the shards were made of and how. So ``ditscale train
+data.shards=shards/mine`` is enough. Of shards without it, everything but the source follows from the manifest.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from core.atomic import write_bytes
+from data.manifest import FORMAT, LatentSpec, Manifest
+from core.names import inside
+from core.reading import DamagedFileError, read_regular, remedied
+from core.records import parse_object, seal, unseal
+from core.remote import is_remote, join, read_bytes
+from core.urls import redacted_config
+from launch.command.app import CONF
+from launch.builders.components import from_file, plain_value
+from launch.command.settings import EncodeSettings
+
+RECORD = "data.json"
+SCALARS = ("name", "image_size", "apply_exif", "flip", "samples_per_shard")
+COMPONENTS = ("source", "autoencoder", "crop")
+OF_THE_JOB = ("seed", "batch_size", "max_skipped_fraction")  # of `encode`, beside `encoding`
+_GROUPS = {"data/source": "source", "data/crop": "crop", "model/autoencoder": "autoencoder"}
+_PATHS = ("root", "tars")  # settings of sources that are paths
+_OVERRIDES = {  # what the command line says of a field of the manifest
+    "source": "data.name={}",
+    "image_size": "data.image_size={}",
+    "crop": "data/crop={}",
+    "apply_exif": "data.apply_exif={}",
+    "flip": "data.flip={}",
+}
+_CROPS = {"none": "data.images.ExactSize", "center": "data.images.CenterCrop"}
+
+
+def write_record(folder: Path, config: EncodeSettings) -> None:
+    """Keep beside the manifest what an `encode` job was told, so that other jobs need not be told again."""
+    plain = config.plain()
+    data = plain["data"]
+    source = {key: _absolute(key, value) for key, value in data["source"].items()}
+    content = {
+        "format_version": 1,
+        "data": {**{key: data[key] for key in (*SCALARS, *COMPONENTS)}, "source": source},
+        "encode": {key: plain[key] for key in (*OF_THE_JOB, "encoding")},
+    }
+    write_bytes(folder / RECORD, json.dumps(seal(redacted_config(content)), indent=1).encode())
+
+
+def _absolute(key: str, value: Any) -> Any:
+    """Return a local path as it is seen from any folder, and anything else as it is."""
+    is_path = key in _PATHS and isinstance(value, str) and not is_remote(value) and Path(value).exists()
+    return str(Path(value).resolve()) if is_path else value
+
+
+def settle_by_shards(config: DictConfig, words: list[str]) -> None:
+    """Set what the command line leaves open of ``data`` to what the shards in ``data.shards`` are.
+
+    Changes ``config`` in place. Does nothing where there are no shards yet: the job says so. Raises ValueError for a
+    damaged record.
+    """
+    place = config.data.shards
+    try:
+        manifest = Manifest.load(place)
+    except ValueError:
+        return
+    found, encoding = _of_manifest(manifest.spec), {}
+    if (record := _read_record(place)) is not None:
+        said_by = join(place, RECORD)
+        found |= _data_of(record["data"], said_by)
+        if "encoding" in config:
+            encoding = _encoding_of(record["encode"], said_by)
+    _set(config.data, found, _chosen(words))
+    given = {word.lstrip("+~").split("=", 1)[0].split(".")[0] for word in words}
+    for key, value in encoding.items():
+        if key not in given and f"data/{key}" not in given:
+            OmegaConf.update(config, key, value, merge=False, force_add=True)
+
+
+def settle_by(config: DictConfig, words: list[str], data: Mapping[str, Any], said_by: str) -> None:
+    """Set what the command line leaves open of ``data`` to the section of a checkpoint's config.
+
+    A source behind a URL is left out: a stranger's checkpoint reaches for nothing. Raises ValueError for a section that
+    is none of ours.
+    """
+    found = _data_of(data, said_by)
+    if any(isinstance(value, str) and is_remote(value) for value in found.get("source", {}).values()):
+        del found["source"]
+    if isinstance(shards := data.get("shards"), str) and not is_remote(shards):
+        found["shards"] = plain_value(shards, "data.shards", said_by)
+    _set(config.data, found, _chosen(words))
+
+
+def _set(section: DictConfig, found: Mapping[str, Any], chosen: set[str]) -> None:
+    for key, value in found.items():
+        if key not in chosen:
+            OmegaConf.update(section, key, value, merge=False, force_add=True)
+
+
+def _chosen(words: Iterable[str]) -> set[str]:
+    """Return the keys of ``data`` that the command line decides; an experiment's choice is no decision."""
+    chosen: set[str] = set()
+    for word in words:
+        key = word.lstrip("+~").split("=", 1)[0].split("@")[0]
+        if key == "data":
+            chosen |= {*SCALARS, *COMPONENTS}
+        elif key in _GROUPS:
+            chosen.add(_GROUPS[key])
+        elif key.startswith("data."):
+            chosen.add(key.split(".")[1])
+    return chosen
+
+
+def _read_record(place: str) -> dict[str, Any] | None:
+    """Return ``data.json`` of a folder or URL; None where there is none, as beside shards of earlier versions."""
+    name = join(place, RECORD)
+    with remedied("delete it, and give these settings on the command line"):
+        try:
+            text = read_bytes(name) if is_remote(place) else read_regular(inside(Path(place), RECORD, FORMAT))
+        except FileNotFoundError:
+            return None
+        content = unseal(parse_object(text, name), name)
+        if content.get("format_version") != 1 or not all(isinstance(content.get(k), dict) for k in ("data", "encode")):
+            raise DamagedFileError(f"{name} is not of this version.")
+    return content
+
+
+def _data_of(data: Mapping[str, Any], said_by: str) -> dict[str, Any]:
+    found = {key: plain_value(data[key], f"data.{key}", said_by) for key in SCALARS if key in data}
+    return found | {key: from_file(data[key], f"data.{key}", said_by) for key in COMPONENTS if key in data}
+
+
+def _encoding_of(section: Mapping[str, Any], said_by: str) -> dict[str, Any]:
+    found = {key: plain_value(section.get(key), key, said_by) for key in OF_THE_JOB}
+    return {**found, "encoding": from_file(section.get("encoding"), "encoding", said_by)}
+
+
+def _of_manifest(spec: LatentSpec) -> dict[str, Any]:
+    """Return what follows from the manifest alone."""
+    found = {"name": spec.source, "image_size": spec.image_size, "apply_exif": spec.apply_exif, "flip": spec.flip}
+    if spec.crop in _CROPS:
+        found["crop"] = {"_target_": _CROPS[spec.crop]}
+    identity = {"_target_": "model.autoencoder.IdentityAutoencoder", "channels": spec.channels}
+    known = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (CONF / "model/autoencoder").glob("*.yaml")]
+    sections = [identity, *(section for section in known if "name" in section)]
+    for section in sections:
+        if section.get("name", "identity") == spec.autoencoder:
+            networks = {"scale": spec.scale, "shift": spec.shift, "precision": spec.precision}
+            found["autoencoder"] = section | (networks if "name" in section else {})
+    return found
+
+
+def require_shards(manifest: Manifest, expected: LatentSpec, place: str) -> None:
+    """Raise ValueError unless shards are what the config describes; names the settings that would describe them."""
+    try:
+        manifest.require(expected, place)
+    except ValueError as error:
+        words = [_OVERRIDES[key].format(getattr(manifest.spec, key)) for key in _differing(manifest.spec, expected)]
+        hint = f"; to train on these: {' '.join(words)}" if words else ""
+        raise ValueError(f"{str(error).rstrip('.')}{hint}.") from None
+
+
+def _differing(spec: LatentSpec, expected: LatentSpec) -> list[str]:
+    return [
+        key for key in _OVERRIDES if getattr(spec, key) != getattr(expected, key) and not (key == "flip" and spec.flip)
+    ]

@@ -1,0 +1,196 @@
+"""Networks of other programs: a file of the released code, a diffusers folder, or a model of the Hugging Face hub."""
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from data.conditions import ClassLabels
+from data.images import ExactSize, Preparation
+from data.plan import latent_spec
+from core.remote import is_remote
+from diffusion.objective import Objective
+from launch.builders.build import LoadedCheckpoint, require_outputs
+from launch.builders.components import build, target_of
+from launch.builders.diffusers_folder import WEIGHTS, is_diffusers_folder, read_class_names, read_diffusers_folder
+from launch.builders.foreign_process import notes_on_process
+from launch.builders.hub import fetch_from_hub, may_be_hub_name
+from launch.command.settings import SampleSettings
+from launch.builders.weight_files import read_weight_file
+from launch.builders.weight_tables import EMA, choose_table
+from model.autoencoder import Autoencoder
+from model.network import Network
+from model.released import ANCHOR, ROUNDING, Description, describe, from_reference, label_rows
+from runtime.protocol import Devices
+
+_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin", ".safetensors"}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Hold settings that weights of other programs leave open. None: the file's own, or the usual value."""
+
+    num_heads: int | None = None
+    num_classes: int | None = None
+    frequency_shift: int | None = None
+    likely_heads: int | None = None  # of the run that starts with the weights: hints where a file says nothing
+    likely_classes: int | None = None
+
+
+@dataclass(frozen=True)
+class ForeignNetwork:
+    """A network, and sentences on how its file was read."""
+
+    where: str
+    path: Path  # of its file or folder
+    model: Network
+    notes: tuple[str, ...]
+    arguments: Mapping[str, Any]  # that its trainer kept
+    class_names: tuple[str, ...] = ()
+
+
+def is_foreign(where: str) -> bool:
+    """Return whether a text names weights of another program, and not a run or checkpoint of this one.
+
+    A local path that exists wins over a name of the hub.
+    """
+    names_file = Path(where).suffix in _SUFFIXES
+    if is_remote(where):
+        return False
+    if _is_folder(Path(where)):
+        return is_diffusers_folder(Path(where)) or (names_file and not (Path(where) / "checkpoints").exists())
+    return names_file or os.path.lexists(where) or may_be_hub_name(where)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # no name that a file may have, such as one of 300 letters
+        return False
+
+
+def read_foreign(where: str, weights: str, facts: Facts) -> ForeignNetwork:
+    """Return the network of a file, a folder or a model of the hub. ``weights`` names a table (see `choose_table`).
+
+    Raises ValueError, naming the file, for anything that is no such network's weights or is read in two ways.
+    """
+    path, notes = Path(where), list[str]()
+    if not os.path.lexists(where) and path.suffix not in _SUFFIXES:
+        path = fetch_from_hub(where)
+        notes.append(f"{where} is its commit {path.name[:12]} on the Hugging Face hub.")
+    network = (_read_folder if _is_folder(path) else _read_file)(path, weights, facts)
+    return replace(network, where=where, notes=(*network.notes, *notes))
+
+
+def notes_on_positions(model: Network, where: str) -> list[str]:
+    """Return a sentence where a file's position embedding is not the fixed one, for a job that computes with it."""
+    if (drift := describe(model).position_drift) <= ROUNDING:
+        return []
+    return [f"{where}: its position embedding is up to {drift:.2g} off the fixed one; its own is used."]
+
+
+def load_foreign(config: SampleSettings, runtime: Devices) -> LoadedCheckpoint:
+    """Return a foreign network with the process and autoencoder of the job's config, which ours would carry itself."""
+    where, settings = config.checkpoint, config.foreign
+    network = read_foreign(where, config.weights, Facts(**settings.plain()))
+    model = network.model
+    objective: Objective = build(config.diffusion)
+    require_outputs(model, objective.outputs_per_channel, of=where)
+    said = describe(model)
+    _require_null_class(said, where, config)
+    autoencoder: Autoencoder = build(config.data["autoencoder"])
+    channels, latent_size, _ = model.latent_shape
+    if autoencoder.channels != channels:
+        raise ValueError(
+            f"The weights in {where} are for latents of {channels} channels, but the autoencoder "
+            f"{autoencoder.name} has {autoencoder.channels}; choose another model/autoencoder."
+        )
+    of_process = notes_on_process(network.path, network.arguments, objective)
+    if runtime.is_main:
+        for note in (*network.notes, *notes_on_positions(model, where), *of_process):
+            print(f"note: {note}", file=sys.stderr)
+    preparation = Preparation(latent_size * autoencoder.downscale, ExactSize())
+    return LoadedCheckpoint(
+        path=Path(where),
+        run_dir=Path(where).resolve().parent if Path(where).exists() else Path(),  # no samples into the hub's cache
+        step=0,
+        images_seen=0,
+        spec=latent_spec(Path(where).name, said.num_classes, autoencoder, preparation, flip=False),
+        conditions=ClassLabels(said.num_classes),
+        model=runtime.place(model).eval().requires_grad_(False),
+        objective=runtime.place(objective),
+        autoencoder=autoencoder.to(runtime.device),
+        class_dropout=0.1 if said.has_null_class else 0.0,  # both programs train with it
+        training_seed=0,
+        class_names=network.class_names,
+    )
+
+
+def _read_file(path: Path, weights: str, facts: Facts) -> ForeignNetwork:
+    if path.stem == WEIGHTS and (path.parent / "config.json").exists():  # diffusers', whose shape is beside it
+        return _read_folder(path.parent, weights, facts)
+    file = read_weight_file(path)
+    table, notes = choose_table(file, path, weights)
+    try:
+        num_classes, reading = _classes(label_rows(table.tensors), facts, file.arguments.get("num_classes"), path)
+        heads = facts.num_heads if facts.num_heads is not None else _likely_heads(table.tensors, facts)
+        model = from_reference(table.tensors, heads, num_classes, facts.frequency_shift or 0)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return ForeignNetwork(str(path), path, model, (*notes, *reading), file.arguments)
+
+
+def _read_folder(path: Path, weights: str, facts: Facts) -> ForeignNetwork:
+    if weights != EMA:
+        raise ValueError(f"{path} is a diffusers folder with one table of weights, not {weights!r}; leave weights out.")
+    shift = 1 if facts.frequency_shift is None else facts.frequency_shift
+    model, notes = read_diffusers_folder(path, shift)
+    description = describe(model)
+    for name in ("num_heads", "num_classes"):
+        said, found = getattr(facts, name), getattr(description, name)
+        if said is not None and said != found:
+            raise ValueError(f"foreign.{name} is {said}, but the config of {path} says {found}; leave it out.")
+    return ForeignNetwork(str(path), path, model, tuple(notes), {}, read_class_names(path, description.num_classes))
+
+
+def _classes(rows: int, facts: Facts, trained: object, path: Path) -> tuple[int, list[str]]:
+    """Return the number of classes of a label table, and a sentence where its rows can be read in two ways.
+
+    A trainer without label dropout makes no row for the null class.
+    """
+    both = f"its label table has {rows} rows: "
+    both += f"{rows - 1} classes and the null class, or {rows} classes of a trainer without label dropout"
+    possible = (rows - 1, rows) if rows > 1 else (1,)
+    if facts.num_classes is not None:
+        if facts.num_classes not in possible:
+            ways = " or ".join(map(str, possible))
+            raise ValueError(f"foreign.num_classes is {facts.num_classes}, but {both}; set it to {ways}.")
+        return facts.num_classes, []
+    if trained in possible:
+        assert isinstance(trained, int)
+        return trained, []
+    if rows == 1:
+        return 1, [f"{path}: its label table has 1 row: one class, and no null class."]
+    if facts.likely_classes == rows:
+        return rows, [f"{path}: {both}; the second is taken, since this run has {rows} classes."]
+    if facts.likely_classes is not None:  # the run's, whose label table starts anew where it has others
+        return rows - 1, []
+    return rows - 1, [f"{path}: {both}; the first is taken, and foreign.num_classes={rows} takes the second."]
+
+
+def _likely_heads(tensors: Mapping[str, Tensor], facts: Facts) -> int | None:
+    """Return the run's number of heads; 1 where its width is another, which the comparison of shapes will name."""
+    width = next(iter(tensors[ANCHOR].shape), 0)
+    return 1 if facts.likely_heads and width % facts.likely_heads else facts.likely_heads
+
+
+def _require_null_class(said: Description, where: str, config: SampleSettings) -> None:
+    if not said.has_null_class and target_of(config.guidance).needs_null:
+        raise ValueError(
+            f"{where} has no null class (its label table has {said.num_classes} rows for as many classes), "
+            "which guidance needs; use diffusion/guidance=none."
+        )

@@ -1,0 +1,104 @@
+"""Read the config that a checkpoint or a dump carries: typed settings and known components, never an interpolation."""
+
+import typing
+from collections.abc import Collection, Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from typing import Any
+
+from core.fields import components
+from launch.command.check import check_type
+from launch.builders.components import from_file, plain_value
+from launch.command.settings import TrainSettings
+
+# Components that the replay of a step builds out of a dump's config: all that decide its numbers, and where it runs.
+REPLAYED = frozenset({*components(TrainSettings), "runtime"})
+
+# Sections that earlier versions did not write, as they were understood then.
+EARLIER: dict[str, Any] = {
+    "condition": {"_target_": "data.conditions.ClassLabels", "_partial_": True},
+    "model": {
+        "block": {
+            "norm": {"_target_": "model.norms.layer_norm", "_partial_": True},
+            "mlp": {"_target_": "model.mlp.GeluMlp", "_partial_": True},
+        }
+    },
+}
+
+
+def as_now(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a training config of any version as this one writes it.
+
+    Earlier versions wrote ``model.learn_sigma``, which had to agree with the objective, which now decides it alone.
+    """
+    now = _filled(config, EARLIER)
+    if isinstance(model := now.get("model"), Mapping) and isinstance(model.get("learn_sigma"), bool):
+        now["model"] = {key: value for key, value in model.items() if key != "learn_sigma"}
+    return now
+
+
+def _filled(config: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with the components of ``earlier`` that it does not have, in the sections that it has."""
+    whole = dict(config)
+    for key, inner in earlier.items():
+        if "_target_" in inner:
+            whole.setdefault(key, inner)
+        elif isinstance(config.get(key), Mapping):  # another network has no blocks
+            whole[key] = _filled(config[key], inner)
+    return whole
+
+
+def setting(config: Mapping[str, Any], name: str, said_by: str) -> Any:
+    """Return one scalar of a training config, such as ``batch_size``, checked against `TrainSettings`.
+
+    Raises ValueError that names the file where it is missing or of another type.
+    """
+    return _setting(config, name, typing.get_type_hints(TrainSettings)[name], name, said_by)
+
+
+def component(config: Mapping[str, Any], place: str, said_by: str) -> dict[str, Any]:
+    """Return the section of a component, such as ``data.autoencoder``. Raises ValueError; see `from_file`."""
+    section: Any = as_now(config)
+    for key in place.split("."):
+        section = section.get(key) if isinstance(section, Mapping) else None
+    return from_file(section, place, said_by)
+
+
+def whole_config(config: Mapping[str, Any], said_by: str, built: Collection[str] = REPLAYED) -> dict[str, Any]:
+    """Return every setting of a training config, and the components ``built``; other sections are left out.
+
+    Raises ValueError that names the file and the setting.
+    """
+    return _section(as_now(config), TrainSettings, "", said_by, built)
+
+
+def _section(
+    config: Mapping[str, Any], schema: type, prefix: str, said_by: str, built: Collection[str]
+) -> dict[str, Any]:
+    hints, taken = typing.get_type_hints(schema), {}
+    for field in fields(schema):
+        place, hint = f"{prefix}{field.name}", hints[field.name]
+        if is_dataclass(hint):
+            inner = config.get(field.name)
+            if not isinstance(inner, Mapping):
+                raise ValueError(f"{said_by} has no section {place}; it is not loaded.")
+            taken[field.name] = _section(inner, typing.cast(type, hint), f"{place}.", said_by, built)
+        elif hint is not Any:
+            taken[field.name] = _setting(config, field.name, hint, place, said_by)
+        elif place in built:
+            taken[field.name] = from_file(config.get(field.name), place, said_by)
+    return taken
+
+
+def _setting(config: Mapping[str, Any], key: str, hint: Any, place: str, said_by: str) -> Any:
+    if key not in config:
+        raise ValueError(f"{said_by} has no setting {place}; it is not loaded.")
+    value = plain_value(config[key], place, said_by)
+    try:
+        if isinstance(hint, type) and issubclass(hint, Enum):
+            hint(value)
+        else:
+            check_type(place, value, hint)
+    except ValueError as error:
+        raise ValueError(f"{said_by} is not loaded: {error}") from error
+    return value

@@ -1,0 +1,109 @@
+"""Prepare a run: what training and the replay of its last step build in the same way."""
+
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from data.batches import TrainingBatches
+from data.conditions import ConditionSource
+from data.manifest import LatentSpec, Manifest
+from data.shards import MappedShards
+from diffusion.objective import Objective
+from launch.builders.build import condition_source, expected_spec, fill_model
+from launch.command.check import check_readers
+from launch.builders.components import build
+from launch.builders.data_settings import require_shards
+from launch.builders.facts import facts_of_process
+from launch.command.settings import TrainSettings
+from launch.builders.starting_weights import load_starting_weights
+from model.autoencoder import Autoencoder
+from model.checkpointing import checkpoint_units
+from model.network import Network
+from runtime.protocol import Processes, Runtime, Step
+from train.ema import Averages
+from train.guards import SpikeGuard
+from train.state import TrainState
+from train.step import make_step
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A run on its machine, before its state is restored. Made by `prepare_run`."""
+
+    config: TrainSettings  # with what the shards decide of the model
+    manifest: Manifest
+    spec: LatentSpec
+    autoencoder: Autoencoder
+    conditions: ConditionSource
+    objective: Objective
+    runtime: Runtime
+
+    def new_state(self, starts_anew: bool) -> TrainState:
+        """Return the state at step 0, on the host: weights from ``init_from`` or the seed, averages, the optimizer."""
+        return _new_state(self.config, self.objective, self.runtime, starts_anew)
+
+    def batches(self, shards: MappedShards, rank: int, world: int) -> TrainingBatches:
+        """Return the batches of process ``rank`` of ``world``."""
+        config = self.config
+        return TrainingBatches(
+            shards,
+            build(config.data.order)(config.seed, shards.counts),
+            self.autoencoder,
+            self.conditions,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            times=self.objective.times,
+            class_dropout=config.class_dropout,
+            flip=config.data.flip,
+            rank=rank,
+            world=world,
+        )
+
+    def begin(self, state: TrainState) -> "BegunRun":
+        """Bring a restored state to the devices. The state gets the runtime's optimizer."""
+        config, runtime = self.config, self.runtime
+        if config.activation_checkpointing:  # after the averages were copied, which have no backward pass
+            checkpoint_units(state.model, runtime.checkpoint)
+        model, state.optimizer = runtime.prepare(state.model, list(state.ema.modules.values()), state.optimizer)
+        factor = config.skip_grad_norm
+        guard = None if factor is None else SpikeGuard(factor, state.optimizer, runtime)
+        step = make_step(model, state.optimizer, state.ema, self.objective, runtime, config.max_grad_norm, guard)
+        return BegunRun(model, runtime.step(step), guard)
+
+
+@dataclass(frozen=True)
+class BegunRun:
+    """What training needs of a state on the devices."""
+
+    model: nn.Module  # to step with, as the runtime wrapped it
+    step: Step
+    guard: SpikeGuard | None
+
+
+def prepare_run(config: TrainSettings, manifest: Manifest) -> PreparedRun:
+    """Return the run of a config on its shards.
+
+    Raises ValueError for settings that do not fit, or that differ over processes.
+    """
+    autoencoder, spec = expected_spec(config.data, manifest)
+    require_shards(manifest, spec, config.data.shards)
+    conditions = condition_source(config.condition, spec)
+    config = replace(config, model=fill_model(config.model, spec, conditions))
+    runtime: Runtime = build(config.runtime, precision=config.precision.value)
+    runtime.require_same(facts_of_process(config.plain()))
+    runtime.require_batch(config.batch_size)
+    check_readers(runtime.data_world, len(manifest.shards))
+    objective: Objective = runtime.place(build(config.diffusion))
+    return PreparedRun(config, manifest, spec, autoencoder, conditions, objective, runtime)
+
+
+def _new_state(config: TrainSettings, objective: Objective, runtime: Processes, starts_anew: bool) -> TrainState:
+    model: Network = build(config.model, outputs_per_channel=objective.outputs_per_channel)
+    model.initialize(config.seed)
+    if starts_anew and config.init_from is not None:
+        for note in load_starting_weights(model, config.init_from):
+            if runtime.is_main:
+                print(f"note: {note}")
+    ema: Averages = build(config.ema)(model)
+    optimizer = build(config.optimizer)(model.parameters())
+    return TrainState(model, ema, optimizer, config.batch_size, config.total_steps)

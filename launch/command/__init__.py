@@ -1,0 +1,1 @@
+"""The command line and Hydra's machinery: words to settings, runs of a sweep, errors to sentences."""

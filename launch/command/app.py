@@ -1,0 +1,267 @@
+"""Runs a job under Hydra and turns errors of the user into one sentence and exit code 2."""
+
+import errno
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from launch import STARTED_BY
+from launch.command.check import check_known, check_targets, closest
+from launch.command.parallel import started_by_torchrun, stop_without
+from launch.command.progress import make_progress
+from launch.command.redaction import exit_with_traceback, redact_file, secrets_hidden
+from launch.command.settings import SETTINGS, register
+from launch.command.sweep_processes import SweepFailedError
+from launch.command.words import prepared
+
+HELP = ("--help", "-h")
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
+LESS_MEMORY = {  # of a GPU; roundings are all that changes
+    "train": "set runtime.micro_batches=2 or activation_checkpointing=true, or for samples a smaller "
+    "evaluation.batch_size",
+    "evaluate": "set a smaller evaluation.batch_size",
+}
+CONF = Path(__file__).resolve().parent.parent / "conf"
+JobFunction = Callable[..., None]  # (settings, progress)
+Settle = Callable[[DictConfig, list[str]], None]  # (config before anything is resolved, words of the command line)
+
+
+def run(job: str, function: JobFunction, settle: Settle | None = None) -> None:
+    """Compose ``conf/{job}.yaml`` with the command line's overrides and call ``function(settings, progress)``.
+
+    ``settle`` may change the composed config before anything in it is resolved.
+
+    Exits with 2 and one sentence for a ValueError or a config error, with 1 where training diverged.
+    ``HYDRA_FULL_ERROR=1`` shows the traceback instead.
+    """
+    if started_by_torchrun():
+        stop_without(STARTED_BY)
+    register()
+    if any(word in HELP for word in sys.argv[1:]):
+        from launch.command.help import help_of
+
+        return _print_to_its_reader(help_of(job))
+    sys.argv[1:] = prepared(sys.argv[1:])
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves the reporting to us
+    application = hydra.main(config_path=str(CONF), config_name=job, version_base="1.3")
+    task = _Task(job, function, settle, wants_traceback)
+    with secrets_hidden(sys.argv):
+        try:
+            application(task)()
+            if task.error is not None:
+                raise task.error
+        except KeyboardInterrupt:
+            again = "; the same command continues" if job in ("train", "encode") else ""
+            print(f"ditscale {job}: stopped{again}.", file=sys.stderr)
+            sys.exit(130)
+        except SweepFailedError as failure:
+            print(f"ditscale {job}: error: {failure}", file=sys.stderr)
+            sys.exit(failure.code)
+        except Exception as error:
+            with secrets_hidden(task.settings):
+                _exit_with(job, error, wants_traceback)
+
+
+def _print_to_its_reader(text: str) -> None:
+    """Print a long text, of which ``| head`` may take the beginning alone."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it ends
+
+
+def _exit_with(job: str, error: Exception, wants_traceback: bool) -> NoReturn:
+    sentence = _sentence(job, error)
+    if wants_traceback or sentence is None:
+        exit_with_traceback(error)
+    print(f"ditscale {job}: error: {sentence}", file=sys.stderr)
+    print("(HYDRA_FULL_ERROR=1 shows the traceback)", file=sys.stderr)
+    sys.exit(_code(error, sentence))
+
+
+class _Task:
+    """Run the job each time that Hydra asks: in this process or, in a sweep of trainings, in one of the run's own.
+
+    A single run keeps its exception in ``error``, past Hydra, which would print more than the sentence. A run of a
+    sweep tells of it at once and raises it: the others go on, and the end names what failed.
+    """
+
+    def __init__(self, job: str, function: JobFunction, settle: Settle | None, wants_traceback: bool) -> None:
+        self.job = job
+        self.row = 0
+        self._function, self._settle = function, settle
+        self._wants_traceback = wants_traceback
+        self.error: Exception | None = None
+        self.settings: Any = ()  # of the last run, with whatever secrets they hold
+
+    def __call__(self, config: DictConfig) -> None:
+        self.settings = _settings_of(config)
+        with secrets_hidden(self.settings):  # also in a worker, which `run` did not start
+            self._call(config)
+
+    def _call(self, config: DictConfig) -> None:
+        try:
+            self._run(config)
+        except Exception as error:
+            cause = _first_value_error(error) or error  # Hydra wraps what a constructor raises
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                sentence = _sentence(self.job, cause) or f"{type(cause).__name__}: {cause}"
+                print(f"ditscale {self.job}: {self.name(config)} failed: {sentence}", file=sys.stderr)
+                raise cause from None
+            self.error = cause
+
+    def name(self, config: DictConfig) -> str:
+        """Return the name of a run of a sweep; where it has none, what it overrides."""
+        try:
+            return str(config["name"])
+        except OmegaConfBaseException:
+            return str(HydraConfig.get().job.override_dirname)
+
+    def exit_code(self, error: Exception) -> int:
+        """Return the code for what a run raised. Shows the traceback where it is wanted, or no sentence says enough."""
+        sentence = _sentence(self.job, error)
+        if self._wants_traceback or sentence is None:
+            with secrets_hidden(self.settings):
+                traceback.print_exception(error)
+        return _code(error, sentence)
+
+    def _run(self, config: DictConfig) -> None:
+        check_known(config)
+        if self._settle is not None:
+            self._settle(config, list(HydraConfig.get().overrides.task))
+        plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True, enum_to_str=True)  # type: ignore[assignment]
+        check_targets(plain)
+        settings = SETTINGS[self.job].of(plain)
+        hydra_config: Any = HydraConfig.get()
+        if hydra_config.mode == RunMode.MULTIRUN:
+            from launch.command.gpus import take_gpu  # which imports PyTorch; showing help need not
+
+            redact_file(Path(hydra_config.sweep.dir) / "multirun.yaml", plain)
+            take_gpu(plain, Path(hydra_config.sweep.dir))
+        is_main = os.environ.get("RANK", "0") == "0"
+        self._function(settings, make_progress(plain.get("name", ""), self.row, is_main))
+
+
+def _settings_of(config: DictConfig) -> Any:
+    """The values of a config, or what they are made of where one of them cannot be resolved."""
+    try:
+        return OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException:
+        return OmegaConf.to_container(config, resolve=False)
+
+
+def _code(error: BaseException, sentence: str | None) -> int:
+    """Return the exit code: 2 for a mistake of the user, 1 for what came of training or is a fault of the program."""
+    return 1 if sentence is None or isinstance(error, FloatingPointError) else 2
+
+
+def _sentence(job: str, error: BaseException) -> str | None:
+    """What to tell the user, or None for an error that is not theirs."""
+    if isinstance(error, FloatingPointError):
+        return _one_line(error)
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        return _explain_choice(error.missing_cfg_file or "", error.options)
+    if isinstance(error, ConfigCompositionException) or type(error).__name__ == "OverrideParseException":
+        return _explain_override(job, " ".join(_one_line(cause) for cause in _causes(error)))
+    cause = _first_value_error(error) or error
+    if isinstance(cause, OmegaConfBaseException):
+        return _explain_value(cause)
+    if isinstance(cause, ValueError):
+        return _one_line(cause)
+    if isinstance(error, OSError) and error.errno in NO_ROOM | NO_PERMISSION:
+        written, remedy = "written", "free some space"
+        if error.errno in NO_PERMISSION:
+            written, remedy = "read or written", "give the permission, or choose another folder"
+        place = f" {error.filename}" if error.filename else ""
+        return f"A file{place} cannot be {written}: {error.strerror}; {remedy}, then give the same command again."
+    if full := next((cause for cause in _causes(error) if type(cause).__name__ == "OutOfMemoryError"), None):
+        wanted = re.search(r"Tried to allocate .*? is free", _one_line(full))
+        reason = f" ({wanted.group()})" if wanted else ""
+        return f"The GPU's memory is full{reason}; {LESS_MEMORY.get(job, 'set a smaller batch_size')}."
+    return _one_line(error) if isinstance(error, HydraException) else None
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    return chain
+
+
+def _first_value_error(error: BaseException) -> ValueError | None:
+    return next((cause for cause in _causes(error) if isinstance(cause, ValueError)), None)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _explain_choice(missing: str, options: Sequence[str]) -> str:
+    """Name what a group does not have. Hydra lists one folder, but experiments lie in folders of their own."""
+    group, _, name = missing.rpartition("/")
+    if missing.startswith("experiment/"):
+        group, name = "experiment", missing.removeprefix("experiment/")
+        options = sorted(str(path.relative_to(CONF / group).with_suffix("")) for path in (CONF / group).rglob("*.yaml"))
+    return f"There is no {name!r} in {group}{closest(name, options)} It has: {', '.join(options)}."
+
+
+def _explain_value(error: OmegaConfBaseException) -> str:
+    if (missing := re.search(r"Missing mandatory value: (\S+)", str(error))) is not None:
+        return f"{missing.group(1)} is missing; give it as {missing.group(1)}=VALUE."
+    key = getattr(error, "full_key", None) or "a setting"
+    return f"{key}: {str(error).splitlines()[0]}."
+
+
+def _explain_override(job: str, message: str) -> str:
+    """Name the override that does not fit, and the closest setting or group."""
+    typed = re.search(r"override (\S+?)=.* Value '(.*)' of type '\w+' could not be converted to (\w+)", message)
+    if typed is not None:
+        return f"{typed.group(1)} is {typed.group(2)!r}, but it must be of type {typed.group(3).lower()}."
+    merged = re.search(r"override (\S+?)=.*? (Value .*|Invalid value.*?)\.? full_key", message)
+    if merged is not None:
+        return f"{merged.group(1)}: {merged.group(2)}."
+    found = re.search(r"[Cc]ould not (?:override|append|delete)[^']*'([^']+)'", message)
+    if found is None:
+        return " ".join(message.split())
+    key = found.group(1).split("=")[0].lstrip("+~")
+    settings, groups = valid_names(job)
+    return f"`ditscale {job}` has no setting {key!r}{closest(key, [*settings, *groups])}"
+
+
+def default_config(job: str) -> DictConfig:
+    """Return a job's config as it is without any word of the command line, Hydra's own section among it."""
+    register()
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name=job):
+        return hydra.compose(config_name=job, return_hydra_config=True)
+
+
+def valid_names(job: str) -> tuple[list[str], list[str]]:
+    """Return every setting of the job's default config, and every group that it chooses from."""
+    config = default_config(job)
+    groups = [str(group) for group in config.hydra.runtime.choices if not str(group).startswith("hydra/")]
+    keys = _dotted_keys(OmegaConf.to_container(config))
+    return [key for key in keys if not key.startswith("hydra")], groups
+
+
+def _dotted_keys(node: Any, prefix: str = "") -> list[str]:
+    if not isinstance(node, dict):
+        return []
+    keys = []
+    for key, value in node.items():
+        keys += [f"{prefix}{key}", *_dotted_keys(value, f"{prefix}{key}.")]
+    return keys

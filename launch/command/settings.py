@@ -1,0 +1,269 @@
+"""The settings of each job; sections that are built from ``_target_`` are checked by `launch.command.check`."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+from hydra.core.config_store import ConfigStore
+
+from core.fields import MUST_BE_GIVEN, Settings, free, positive
+from data.settings import DataSettings
+from evaluation.settings import EvaluationSettings
+from launch.command.sweep_processes import register_launcher
+
+
+class Precision(StrEnum):
+    """Of the network's forward and backward pass; everything else is float32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Device(StrEnum):
+    """Where a network runs."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@dataclass
+class ResumeSettings(Settings):
+    """What a run may change when it continues."""
+
+    allow: list[str] = field(default_factory=list)  # settings, besides those that are free
+
+
+@dataclass
+class TrainSettings(Settings):
+    """``ditscale train``. The defaults are the paper's recipe."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    condition: Any = MUST_BE_GIVEN  # what samples are conditioned on
+    model: Any = MUST_BE_GIVEN
+    diffusion: Any = MUST_BE_GIVEN
+    optimizer: Any = MUST_BE_GIVEN
+    ema: Any = MUST_BE_GIVEN
+    logger: Any = free()
+    sampler: Any = free()
+    guidance: Any = free()
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings, metadata={"free": True})
+    runtime: Any = free()
+
+    group: str = free("dit")  # of runs that are compared with each other
+    # what the studies vary; a sweep over more adds it: 'name=${default_name}-lr${optimizer.lr}'
+    default_name: str = free(
+        "d${model.width}-n${model.depth}-p${model.patch_size}-${hydra:runtime.choices.model/block}-seed${seed}"
+    )
+    name: str = free("${default_name}")
+    sweep_dir: str = free("runs/${group}")
+    run_dir: str = free("${sweep_dir}/${name}")
+    remote_dir: str | None = free(None)  # gs:// or s3:// URL that holds the run; run_dir is then its working copy
+    resume: ResumeSettings = field(default_factory=ResumeSettings, metadata={"free": True})
+    replay: str | None = free(None)  # RUN/nonfinite_STEP of a diverged run: look at that step, train nothing
+    dump_nonfinite: bool = free(True)  # keep a link to the last checkpoint and the config of a diverged run, for replay
+
+    init_from: str | None = free(None)  # weights to start with: ours, a released .pt, a diffusers folder or a hub name
+    seed: int = 0  # of weights, order, draws
+    total_steps: int = positive(400_000)
+    batch_size: int = positive(256)  # global, over all processes
+    class_dropout: float = 0.1  # fraction of labels replaced by the null class
+    max_grad_norm: float | None = positive(None)  # null: gradients are not clipped
+    skip_grad_norm: float | None = None  # leave out steps whose gradient norm exceeds the running median so many times
+    precision: Precision = Precision.bf16
+    activation_checkpointing: bool = free(False)  # recompute each block in the backward pass: a third more compute
+
+    log_every: int = positive(100)  # steps
+    checkpoint_every: int = positive(10_000, free=True)  # steps
+    keep_checkpoints: int = positive(2, free=True)  # the newest so many
+    keep_checkpoint_every: int | None = positive(
+        None, free=True
+    )  # steps between checkpoints that stay for ever; null: none does
+    sample_every: int | None = positive(10_000, free=True)  # steps between sample grids; null: never
+    evaluate_every: int | None = positive(None, free=True)  # steps between evaluations; null: never
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kept, every = self.keep_checkpoint_every, self.checkpoint_every
+        if kept is not None and kept % every:
+            raise ValueError(
+                f"keep_checkpoint_every {kept} is not a multiple of checkpoint_every {every}, so few or no checkpoints "
+                "would stay; change one of them."
+            )
+        if not 0 <= self.class_dropout <= 1:
+            raise ValueError(
+                f"class_dropout is {self.class_dropout}, but it is a fraction between 0 and 1; the paper uses 0.1."
+            )
+
+
+@dataclass
+class EncodeSettings(Settings):
+    """``ditscale encode``."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    encoding: Any = MUST_BE_GIVEN
+    seed: int = 0  # of the fixed permutation that mixes classes over shards
+    batch_size: int = positive(64)  # images in one call of the autoencoder; another size may round otherwise
+    device: Device = Device.auto
+    threads: int | None = None  # that read and crop images; null: this process's share of the cores
+    max_skipped_fraction: float = 0.01  # of images that cannot be read; the job fails past it
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.max_skipped_fraction <= 1:
+            raise ValueError(
+                f"max_skipped_fraction is {self.max_skipped_fraction}, but a fraction is between 0 and 1; set another."
+            )
+
+
+@dataclass
+class VerifySettings(EncodeSettings):
+    """``ditscale verify``. With ``repair``, the settings are those that the shards were encoded with."""
+
+    repair: bool = False  # encode what is damaged again
+
+
+@dataclass
+class ForeignSettings(Settings):
+    """Settings that weights of other programs leave open; null: the usual value."""
+
+    num_heads: int | None = None  # of a released .pt of a width that is none of the paper's
+    num_classes: int | None = None  # where the label table's last row may be a class or the null class
+    frequency_shift: int | None = None  # null: 1 of a diffusers folder, as it computes, else 0, as of published weights
+
+
+@dataclass
+class SampleSettings(Settings):
+    """``ditscale sample``. ``data`` and ``diffusion`` are of a foreign checkpoint; ours carries its own."""
+
+    data: Any = MUST_BE_GIVEN
+    diffusion: Any = MUST_BE_GIVEN
+    foreign: ForeignSettings = field(default_factory=ForeignSettings)
+    sampler: Any = MUST_BE_GIVEN
+    guidance: Any = MUST_BE_GIVEN
+    runtime: Any = MUST_BE_GIVEN
+    checkpoint: str = MUST_BE_GIVEN  # a run folder (its newest checkpoint), one checkpoint's folder, or foreign weights
+    weights: str = "ema"  # model, an average, width_W of a run with power averages, or a table of a foreign file
+    num_images: int = positive(80)
+    labels: list[Any] | None = None  # numbers or names of classes, repeated to num_images; null: balanced over all
+    batch_size: int = positive(64)  # images per process at once; changes no image
+    seed: int = 0
+    out: str | None = None  # path without ending of the .png and .npz; null: in the run's samples/
+    precision: Precision = Precision.fp32
+
+
+@dataclass
+class EvaluateSettings(Settings):
+    """``ditscale evaluate``."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    sampler: Any = MUST_BE_GIVEN
+    guidance: Any = MUST_BE_GIVEN
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    runtime: Any = MUST_BE_GIVEN
+    checkpoint: str = MUST_BE_GIVEN
+    weights: str = "ema"  # model, an average of the checkpoint, or width_W of a run with power averages
+    precision: Precision = Precision.fp32
+    compile: bool = False  # the network's blocks: a minute at first, then faster on a GPU
+    metrics: list[str] = "${evaluation.metrics}"  # type: ignore[assignment]  # and nll: bits per dimension
+
+
+class SamplingSettings(Protocol):
+    """What jobs that make images have in common."""
+
+    sampler: Any
+    guidance: Any
+
+
+class Program(StrEnum):
+    """Where exported weights go."""
+
+    reference = "reference"
+    diffusers = "diffusers"
+
+
+@dataclass
+class ExportSettings(Settings):
+    """``ditscale export``."""
+
+    foreign: ForeignSettings = field(default_factory=ForeignSettings)
+    checkpoint: str = MUST_BE_GIVEN
+    weights: str = "ema"  # model, an average, width_W of a run with power averages, or a table of a foreign file
+    to: Program = MUST_BE_GIVEN
+    out: str = MUST_BE_GIVEN  # a .pt file for reference, a folder for diffusers
+
+
+class Format(StrEnum):
+    """For people or for programs."""
+
+    text = "text"
+    json = "json"
+
+
+@dataclass
+class PlanSettings(Settings):
+    """``ditscale plan``. Of ``data`` it takes sizes and counts, and reads no image."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    model: Any = MUST_BE_GIVEN
+    diffusion: Any = MUST_BE_GIVEN
+    name: str = "d${model.width}-n${model.depth}-p${model.patch_size}-${hydra:runtime.choices.model/block}"
+    total_steps: int = positive(400_000)
+    batch_size: int = positive(256)  # global
+    precision: Precision = Precision.bf16
+    devices: int = positive(8)
+    peak_tflops: float = positive(989.0)  # true FLOPs of a device in that precision, dense; an H100's or H200's in bf16
+    utilization: float = positive(0.4)  # of the peak
+    sampling_steps: int = 250
+    num_samples: int = positive(1_281_167)  # images in the shards: ImageNet's
+    flip: bool = True  # both orientations stored
+    format: Format = Format.text
+
+
+@dataclass
+class ReferenceSettings(Settings):
+    """``ditscale reference``."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    images: Any = MUST_BE_GIVEN
+    runtime: Any = MUST_BE_GIVEN
+    num_kept: int = positive(10_000)  # images in the file, for precision and recall; ADM's number
+    batch_size: int = positive(250)  # images of a process at once
+    seed: int = 0  # of the choice of kept images
+    out: str = MUST_BE_GIVEN  # the .npz
+
+
+@dataclass
+class ReportSettings(Settings):
+    """``ditscale report``."""
+
+    logger: Any = MUST_BE_GIVEN
+    sweep: str = MUST_BE_GIVEN  # folder that holds the runs
+    out: str = "${sweep}/report"  # folder
+    samples: int = 8  # of each model, for figure 7; 0: none
+    sampler: Any = MUST_BE_GIVEN  # of figure 7
+    guidance: Any = MUST_BE_GIVEN
+    runtime: Any = MUST_BE_GIVEN
+    seed: int = 0  # of figure 7
+    precision: Precision = Precision.fp32
+
+
+SETTINGS: dict[str, type[Settings]] = {
+    "train": TrainSettings,
+    "encode": EncodeSettings,
+    "verify": VerifySettings,
+    "sample": SampleSettings,
+    "evaluate": EvaluateSettings,
+    "export": ExportSettings,
+    "plan": PlanSettings,
+    "report": ReportSettings,
+    "reference": ReferenceSettings,
+}
+
+
+def register() -> None:
+    """Make the settings known to Hydra under ``{job}_schema``, and the launcher of sweeps."""
+    register_launcher()
+    for job, kind in SETTINGS.items():
+        ConfigStore.instance().store(name=f"{job}_schema", node=kind)

@@ -1,0 +1,289 @@
+"""Hydra's launcher of a sweep: each run is a process of its own, whose death is that run's failure alone."""
+
+import atexit
+import importlib
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Protocol
+
+from hydra import version
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, run_job, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from launch.command.cores import limit_threads, usable_cores
+from launch.command.parallel import PassedOn, started_by_torchrun, stop_without
+from train.signals import EX_TEMPFAIL, SIGNALS, StopSignals
+
+TARGET = "hydra_plugins.ditscale.SweepProcesses"  # Hydra takes launchers of that package alone, by their name
+
+log = logging.getLogger(__name__)
+
+
+class SweepTask(Protocol):
+    """Do the job of one run; its process shows progress in line ``row`` of the terminal."""
+
+    job: str
+    row: int
+
+    def __call__(self, config: DictConfig) -> None:
+        """Do it. Says what is wrong before it raises."""
+        ...
+
+    def name(self, config: DictConfig) -> str:
+        """Return what to call the run."""
+        ...
+
+    def exit_code(self, error: Exception) -> int:
+        """Return the code that a process exits with for what the run raised."""
+        ...
+
+
+class SweepFailedError(Exception):
+    """Some runs failed. What is wrong with each has been said."""
+
+    def __init__(self, sentence: str, code: int) -> None:
+        super().__init__(sentence)
+        self.code = code
+
+
+@dataclass
+class SweepProcessesConfig:
+    """``hydra.launcher``."""
+
+    _target_: str = TARGET
+    n_jobs: int = 1  # runs at a time; -1: as many as there are cores
+
+
+def register_launcher() -> None:
+    """Make ``hydra/launcher=processes`` known to Hydra."""
+    ConfigStore.instance().store(group="hydra/launcher", name="processes", node=SweepProcessesConfig)
+    Plugins.instance().class_name_to_class[TARGET] = SweepProcesses
+
+
+@dataclass
+class _Run:
+    """One run of the sweep; its exit code once it has ended."""
+
+    config: DictConfig
+    name: str
+    code: int | None = None
+
+    @property
+    def failed(self) -> bool:
+        return self.code not in (None, 0, EX_TEMPFAIL)
+
+
+@dataclass
+class _Origin:
+    """The process of the sweep, and what Hydra was told there."""
+
+    pid: int
+    hydra_version: str
+
+
+class SweepProcesses(Launcher):
+    """Trains ``n_jobs`` runs of a sweep at a time, each in a process of its own.
+
+    Runs of several processes that must stay together, under torchrun or on the hosts of a TPU, follow one another in
+    the process of the sweep instead.
+    """
+
+    def __init__(self, n_jobs: int) -> None:
+        if n_jobs == 0:
+            raise ValueError("hydra.launcher.n_jobs is 0; give how many runs train at a time, or -1 for one a core.")
+        cores = usable_cores()
+        self._places = n_jobs if n_jobs > 0 else max(1, cores + 1 + n_jobs)
+        self._threads = max(1, cores // self._places) if self._places > 1 else None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: Any, config: DictConfig) -> None:
+        """Keep what Hydra gives."""
+        self._context, self._config = hydra_context, config
+        self._task: SweepTask = task_function
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Train all runs.
+
+        Raises `SweepFailedError` in the end where some failed; exits with 75 where some were stopped.
+        """
+        setup_globals()
+        runs = [self._compose(list(words), number) for number, words in enumerate(job_overrides, initial_job_idx)]
+        if any(_stays_together(run.config) for run in runs):
+            return self._one_after_another(job_overrides, initial_job_idx)
+        signals = PassedOn()
+        with signals.watched():  # imports too: some swallow the exception of a Ctrl-C
+            self._announce(job_overrides, initial_job_idx)
+            method = _start_method()
+            if method == "fork":
+                _import_ahead(runs[0].config)
+            self._train_all(runs, method, signals)
+        self._conclude(runs, signals.requested)
+        return [JobReturn(overrides=words, status=JobStatus.COMPLETED) for words in job_overrides]
+
+    def _announce(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> None:
+        configure_log(self._config.hydra.hydra_logging, self._config.hydra.verbose)
+        Path(self._config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
+        log.info(f"Launching {len(job_overrides)} runs, {min(self._places, len(job_overrides))} at a time")
+        for number, words in enumerate(job_overrides, initial_job_idx):
+            log.info(f"\t#{number} : {' '.join(filter_overrides(words))}")
+
+    def _one_after_another(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        launcher = BasicLauncher()
+        launcher.setup(hydra_context=self._context, task_function=self._task, config=self._config)
+        return launcher.launch(job_overrides, initial_job_idx)
+
+    def _compose(self, overrides: list[str], number: int) -> _Run:
+        config: DictConfig = self._context.config_loader.load_sweep_config(self._config, overrides)
+        with open_dict(config):
+            config.hydra.job.id = f"{config.hydra.job.name}_{number}"
+            config.hydra.job.num = number
+        HydraConfig.instance().set_config(config)  # its name refers to it
+        try:
+            return _Run(config, self._task.name(config))
+        finally:
+            HydraConfig.instance().set_config(self._config)
+
+    def _train_all(self, runs: Sequence[_Run], method: str, signals: PassedOn) -> None:
+        """Start the runs in order, each when a place is free; after a signal only wait for those that train."""
+        waiting, rows = list(reversed(runs)), list(range(self._places))
+        training: dict[int, tuple[BaseProcess, _Run, int]] = {}
+        while training or (waiting and not signals.requested):
+            while waiting and rows and not signals.requested:
+                run, row = waiting.pop(), rows.pop(0)
+                process = self._start(run, row, method)
+                training[process.sentinel] = process, run, row
+            for sentinel in wait(list(training)):
+                assert isinstance(sentinel, int)
+                process, run, row = training.pop(sentinel)
+                process.join()
+                rows = sorted([*rows, row])
+                run.code = process.exitcode
+                process.close()
+                self._report_death(run, signals.requested)
+
+    def _start(self, run: _Run, row: int, method: str) -> BaseProcess:
+        """Start the process of a run. It receives signals from where it can stop for them."""
+        context: Any = multiprocessing.get_context(method)
+        origin = _Origin(os.getpid(), str(version.getbase()))
+        arguments = (self._task, run.config, self._context, row, self._threads, origin)
+        process: BaseProcess = context.Process(target=_train, args=arguments, name=run.name)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return process
+
+    def _report_death(self, run: _Run, requested: bool) -> None:
+        """Name a run whose process could not say itself why it ended."""
+        assert run.code is not None
+        killer = _killer(run.code)
+        if killer in SIGNALS and requested:  # by the second signal, at once
+            run.code = EX_TEMPFAIL
+        elif killer == signal.SIGKILL:
+            fewer = "train fewer at a time (hydra.launcher.n_jobs) or " if self._places > 1 else ""
+            self._say(
+                f"{run.name} failed: its process was killed by SIGKILL (often: the machine ran out of memory); {fewer}"
+                "free memory, then give the same command again, which continues it."
+            )
+        elif killer is not None:
+            self._say(f"{run.name} failed: its process was killed by {killer.name}; the same command continues it.")
+
+    def _conclude(self, runs: Sequence[_Run], requested: bool) -> None:
+        """Name the runs that are not finished and how they go on."""
+        if failed := [run for run in runs if run.failed]:
+            names = ", ".join(run.name for run in failed)
+            sentence = (
+                f"{len(failed)} of {len(runs)} runs failed: {names}; the reason of each is given above; once it is "
+                "dealt with, the same command continues the run and skips finished ones."
+            )
+            if not requested:
+                raise SweepFailedError(sentence, 2 if failed[0].code == 2 else 1)
+            self._say(sentence)
+        if requested or any(run.code == EX_TEMPFAIL for run in runs):
+            self._say("stopped; the same command continues.")
+            sys.exit(EX_TEMPFAIL)
+
+    def _say(self, sentence: str) -> None:
+        print(f"ditscale {self._task.job}: {sentence}", file=sys.stderr)
+
+
+def _killer(code: int) -> signal.Signals | None:
+    """Return the signal that ended a process, also where the process itself ended at the second one."""
+    number = -code if code < 0 else code - 128
+    return signal.Signals(number) if code < 0 or number in SIGNALS else None
+
+
+def _stays_together(config: DictConfig) -> bool:
+    """Return whether a run has processes besides this one, which must not meet those of another run."""
+    if started_by_torchrun() or os.environ.get("WORLD_SIZE", "1") != "1":
+        return True
+    from runtime.choice import has_tpu  # which imports PyTorch; showing help need not
+
+    target = OmegaConf.select(config, "runtime._target_")
+    return target == "runtime.choice.xla" or (target == "runtime.choice.auto" and has_tpu())
+
+
+def _start_method() -> str:
+    """Return how processes start: forked from this one, which has imported everything, where that is safe.
+
+    A fork takes no other thread along, and CUDA does not work in it once it has worked here.
+    """
+    import torch
+
+    alone = threading.active_count() == 1 and not torch.cuda.is_initialized()
+    return "fork" if sys.platform == "linux" and alone else "spawn"
+
+
+def _import_ahead(config: DictConfig) -> None:
+    """Import once what each run would import by itself, in seconds."""
+    names = ["runtime.accelerate", "torch._dynamo"]
+    if config.get("evaluate_every") is not None:
+        names.append("launch.report")
+    if str(OmegaConf.select(config, "logger._target_")).endswith("WandbLogger"):
+        names.append("wandb")
+    for name in names:
+        importlib.import_module(name)
+
+
+def _train(
+    task: SweepTask, config: DictConfig, context: HydraContext, row: int, threads: int | None, origin: _Origin
+) -> None:
+    """Be the process of one run. What a fork has of its parent, of signals and for the end, is the parent's alone."""
+    atexit._clear()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with StopSignals():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        stop_without(origin.pid)
+        if threads is not None:
+            limit_threads(threads)
+        version.setbase(origin.hydra_version)
+        setup_globals()
+        task.row = row
+        try:
+            done = run_job(
+                hydra_context=context,
+                task_function=task,
+                config=config,
+                job_dir_key="hydra.sweep.dir",
+                job_subdir_key="hydra.sweep.subdir",
+            )
+            if done.status == JobStatus.FAILED:
+                sys.exit(task.exit_code(done._return_value))
+        finally:
+            atexit._run_exitfuncs()  # multiprocessing does so from Python 3.13 on; wandb's process waits for it

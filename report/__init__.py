@@ -1,0 +1,1 @@
+"""The report: the records of a sweep to the paper's figures, one page, a table."""

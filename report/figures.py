@@ -1,0 +1,390 @@
+"""The paper's figures from the runs of a sweep. `NoDataError` says why there is nothing to draw."""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from report import paper
+from report.axes import label_axes, literal, log_x, log_y, once, steps_axis
+from report.bubbles import Bubble, draw_bubbles, draw_systems
+from report.fit import CONFIDENCE
+from report.study import (
+    MEASURES,
+    Measure,
+    Record,
+    Study,
+    distance_name,
+    model_name,
+    number_of,
+    size_name,
+)
+from report.style import GFLOPS, GREY, Palette, block_colour, block_name, legend_of_sizes, marker, new_figure
+
+DISTANCE = "frechet_distance"
+SampleGrid = tuple[list[str], NDArray[np.uint8]]  # names of runs, images [runs, columns, H, W, C]
+
+
+class NoDataError(Exception):
+    """A figure that these runs do not give; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class PaperFigure:
+    """A figure of the paper."""
+
+    number: int
+    title: str
+    draw: Callable[[Study], Figure]
+    note: Callable[[Study], str] = lambda study: ""  # what a reader who has the paper beside it must know
+
+
+def figure_2(study: Study) -> Figure:
+    """Bubbles: distance against Gflops, the area by Gflops; on the right our best model among other systems."""
+    records = _scaling(study, 2)
+    best = _best_beside_table_2(study)
+    figure = new_figure(11 if best else 6.4, 4.4)
+    left, *right = figure.subplots(1, 2 if best else 1, squeeze=False)[0]
+    palette = Palette([*records, *([best] if best else [])])
+    models = [Bubble(model_name(r), r["gmacs"], r[DISTANCE], palette(r)) for r in records]
+    draw_bubbles(left, models, study.distance_name)
+    left.set_title(f"Each model after {_moment(study)}; area by Gflops")
+    if best:
+        draw_systems(right[0], best, palette(best))
+    return figure
+
+
+def note_of_figure_2(study: Study) -> str:
+    """What stands on the right, or how to get it there."""
+    if _best_beside_table_2(study):
+        return (
+            "Right: our best model, and the systems of the paper's table 2, FID-50K as published, with the Gflops of "
+            "its table 6; each was trained, sampled and measured in its own way."
+        )
+    return (
+        "This is the left panel of the paper's figure. The right one, the best model beside ADM and LDM, is drawn "
+        "once a model has an FID of 50,000 images against ADM's reference at 256 px."
+    )
+
+
+def figure_5(study: Study) -> Figure:
+    """Blocks compared over training, a panel for each size and patch size that has several."""
+    curves = study.over_training()
+    by_model: defaultdict[str, list[str]] = defaultdict(list)
+    for name in sorted(curves, key=lambda name: study.chosen[name]["gmacs"]):
+        by_model[model_name(study.chosen[name])].append(name)
+    panels = {model: names for model, names in by_model.items() if len({study.chosen[n]["block"] for n in names}) > 1}
+    if not panels:
+        raise NoDataError("no size and patch size has runs of two block types; sweep model/block.")
+    figure, grid = _grid(len(panels), columns=3)
+    for axes, (model, names) in zip(grid, panels.items(), strict=False):
+        for name in names:
+            records, block = curves[name], study.chosen[name]["block"]
+            label = once(axes, literal(block_name(block)))
+            axes.plot(_steps(records), _values(records), "o-", color=block_colour(block), label=label, alpha=0.9)
+        for name in names:
+            _rings_over_training(axes, curves[name], block_colour(study.chosen[name]["block"]))
+        axes.set_title(model)
+        steps_axis(axes)
+        axes.legend()
+        log_y(axes)
+    figure.supxlabel("Training steps", fontsize=9)
+    figure.supylabel(literal(study.distance_name), fontsize=9)
+    return figure
+
+
+def figure_6(study: Study) -> Figure:
+    """Distance over training: above for each patch size all sizes, below for each size all patch sizes."""
+    curves = study.over_training()
+    names = list(study.scaling())
+    if max(len(curves[name]) for name in names) < 2:
+        raise NoDataError("no run was measured at two steps in one protocol; train with evaluate_every set.")
+    records = [study.chosen[name] for name in names]
+    patches = sorted({record["patch_size"] for record in records}, reverse=True)
+    palette = Palette(records)
+    sizes = list(palette.by_size)
+    columns = max(len(patches), len(sizes))
+    figure = new_figure(2.7 * columns + 0.6, 5.4)
+    axes_ = figure.subplots(2, columns, squeeze=False, sharey=True)
+    shades = dict(zip(patches, np.linspace(0.35, 1, len(patches)), strict=True))
+    for axes in axes_.flat:
+        axes.set_visible(False)
+    rows: list[tuple[int, str, list[str]]] = [
+        *((0, f"patch size {p}", [n for n in names if study.chosen[n]["patch_size"] == p]) for p in patches),
+        *((1, size, [n for n in names if size_name(study.chosen[n]) == size]) for size in sizes),
+    ]
+    places = {0: itertools.count(), 1: itertools.count()}
+    for row, title, members in rows:
+        axes = axes_[row, next(places[row])]
+        axes.set_visible(True)
+        for name in members:
+            record = study.chosen[name]
+            label = once(axes, size_name(record) if row == 0 else f"patch size {record['patch_size']}")
+            alpha = 1 if row == 0 else shades[record["patch_size"]]
+            style = marker(record) + "-"
+            axes.plot(
+                _steps(curves[name]), _values(curves[name]), style, color=palette(record), alpha=alpha, label=label
+            )
+        for name in members:
+            _rings_over_training(axes, curves[name], palette(study.chosen[name]))
+        axes.set_title(title)
+        steps_axis(axes)
+        axes.legend()
+        log_y(axes)
+    figure.supxlabel("Training steps", fontsize=9)
+    figure.supylabel(literal(study.distance_name), fontsize=9)
+    return figure
+
+
+def figure_7(samples: SampleGrid, study: Study) -> Figure:
+    """The same noise and label through all models: rows by size, in each the patch sizes side by side."""
+    names, images = samples
+    records = {name: study.chosen[name] for name in names}
+    patches = sorted({r["patch_size"] for r in records.values()}, reverse=True)
+    sizes = list(Palette(records.values()).by_size)
+    columns = images.shape[1]
+    width = min(11.0, 1.1 + 0.42 * columns * len(patches))
+    figure = new_figure(width, 0.9 + 0.9 * width / (len(patches) * columns) * len(sizes))
+    grid = figure.subplots(len(sizes), len(patches), squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[], frame_on=False)
+    for name, row in zip(names, images, strict=True):
+        record = records[name]
+        axes = grid[sizes.index(size_name(record)), patches.index(record["patch_size"])]
+        if axes.images:  # of another seed of this model
+            continue
+        strip = np.concatenate([np.pad(image, ((1, 1), (1, 1), (0, 0)), constant_values=255) for image in row], axis=1)
+        strip = strip[..., :3] if strip.shape[2] >= 3 else strip[..., 0]
+        axes.imshow(strip, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    for axes, patch in zip(grid[0], patches, strict=True):
+        axes.set_title(f"patch size {patch}", loc="center")
+    for axes, size in zip(grid[:, 0], sizes, strict=True):
+        axes.set_ylabel(size, rotation=0, ha="right", va="center", fontweight="bold")
+    return figure
+
+
+def figure_8(study: Study) -> Figure:
+    """Distance against Gflops on logarithmic axes, with the fit."""
+    records = _scaling(study, 2)
+    figure = new_figure(6.8, 4.6)
+    axes, palette = figure.subplots(), Palette(records)
+    if paper.shares_figure_8(study.protocol):
+        _rings(axes, [(point.gmacs, point.fid) for point in paper.SWEEP], GREY)
+        for point in paper.SWEEP:
+            if point.model not in map(model_name, records):
+                place = (point.gmacs, point.fid)
+                axes.annotate(point.model, place, (7, 4), textcoords="offset points", fontsize=7.5, color=GREY)
+    _points_and_fit(axes, study, DISTANCE, palette, names=True)
+    floor = study.protocol["frechet_distance_of_real_resample"]
+    if floor is not None and floor > min(_values(records)) / 4:  # else it would leave the curve no room
+        axes.axhline(floor, linestyle=":", color=GREY, linewidth=1.2)
+        axes.annotate(
+            "real images, resampled",
+            (1, floor),
+            (-4, 3),
+            ("axes fraction", "data"),
+            "offset points",
+            ha="right",
+            fontsize=7.5,
+            color=GREY,
+        )
+    log_y(axes)
+    label_axes(axes, GFLOPS, study.distance_name)
+    fit = study.fit()
+    held = f": slope {fit.slope:.2f}, correlation {fit.correlation:.2f}" if fit else ""
+    axes.set_title(f"{literal(study.distance_name.split(' on ')[0])} against Gflops{held}")
+    return figure
+
+
+def figure_9(study: Study) -> Figure:
+    """Distance against training compute, all models over training."""
+    curves = study.over_training()
+    names = [name for name in study.scaling() if len(curves[name]) > 1]
+    if not names:
+        raise NoDataError("no run was measured at two steps in one protocol; train with evaluate_every set.")
+    figure = new_figure(6.8, 4.6)
+    axes = figure.subplots()
+    _training_compute(axes, study, DISTANCE)
+    records = list(study.scaling().values())
+    for record in records:
+        _rings(axes, [(p.training_gmacs, p.fid) for p in paper.points_of(record)], Palette(records)(record))
+    legend_of_sizes(axes, Palette(records), records)
+    log_y(axes)
+    label_axes(axes, "Training compute (giga multiply-adds: Gflops x images seen x 3)", study.distance_name)
+    axes.set_title("At equal training compute")
+    return figure
+
+
+def figure_10(study: Study) -> Figure:
+    """Distance against sampling compute, a line a model over its numbers of steps."""
+    curves = study.over_sampling_steps()
+    if not curves:
+        raise NoDataError(
+            "no checkpoint was measured with several numbers of sampling steps, all else equal; run "
+            "`ditscale evaluate -m checkpoint=RUN sampler.steps=16,32,64,128,256,1000`."
+        )
+    every = [records[0] for records in curves.values()]
+    figure = new_figure(6.8, 4.6)
+    axes, palette = figure.subplots(), Palette(every)
+    for name, records in curves.items():
+        x = [record["sampling_gmacs"] for record in records]
+        block = study.chosen[name]["block"]
+        solid = block == study.main_block
+        axes.plot(x, _values(records), marker(records[0]) + ("-" if solid else ":"), color=palette(records[0]))
+        points = paper.sampling_points_of(records[0])
+        places = [(point.sampling_gmacs, point.fid) for point in points]
+        _rings(axes, places, palette(records[0]), paper.FIGURE_10_NAME)
+        for record, place in ((records[0], x[0]), (records[-1], x[-1])):
+            axes.annotate(
+                f"{record['sampler']['steps']}",
+                (place, record[DISTANCE]),
+                (4, 4),
+                textcoords="offset points",
+                fontsize=6.5,
+                color=GREY,
+            )
+    log_x(axes)
+    legend_of_sizes(axes, palette, every)
+    log_y(axes)
+    label_axes(axes, "Sampling compute of an image (giga multiply-adds: Gflops x steps)", distance_name(every[0]))
+    axes.set_title("At equal sampling compute (numbers: steps)")
+    return figure
+
+
+def figure_12(study: Study) -> Figure:
+    """The other metrics: left over training compute, right against Gflops."""
+    found = [m for m in MEASURES if all(number_of(r, m.key) is not None for r in study.scaling().values())]
+    if not found:
+        raise NoDataError(
+            "the runs hold no metric besides the distance; measure with "
+            "evaluation.metrics=[fid,sfid,inception_score,precision_recall] (or [frechet,precision_recall])."
+        )
+    records = _scaling(study, 2)
+    palette = Palette(records)
+    figure = new_figure(8.4, 2.7 * len(found) + 0.3)
+    grid = figure.subplots(len(found), 2, squeeze=False, sharey="row")
+    for (left, right), measure in zip(grid, found, strict=True):
+        _training_compute(left, study, measure.key)
+        _points_and_fit(right, study, measure.key, palette, names=False)
+        arrow = "lower is better" if measure.better == "lower" else "higher is better"
+        label_axes(left, "", f"{measure.name}\n({arrow})")
+        right.set_title(_held(study, measure), loc="right", fontweight="normal", fontsize=8)
+    legend_of_sizes(grid[0, 0], palette, records)
+    grid[-1, 0].set_xlabel("Training compute (giga multiply-adds)")
+    grid[-1, 1].set_xlabel(GFLOPS)
+    return figure
+
+
+FIGURES = (
+    PaperFigure(2, "Distance and Gflops of all models", figure_2, note_of_figure_2),
+    PaperFigure(5, "Block types over training", figure_5),
+    PaperFigure(6, "All models over training, by patch size and by model size", figure_6),
+    PaperFigure(8, "Distance against Gflops", figure_8),
+    PaperFigure(9, "Distance against training compute", figure_9),
+    PaperFigure(10, "Distance against sampling compute", figure_10),
+    PaperFigure(12, "Other metrics against training compute and Gflops", figure_12),
+)
+
+
+def _best_beside_table_2(study: Study) -> Record | None:
+    """Of all evaluations the one of lowest FID; with guidance where any was, as the paper shows it."""
+    fitting = [r for records in study.records.values() for r in records if paper.shares_table_2(r)]
+    guided = [record for record in fitting if paper.is_guided(record)]
+    return min(guided or fitting, key=lambda record: record["fid"], default=None)
+
+
+def _rings(axes: Axes, points: Sequence[tuple[float, float]], colour: str, label: str = paper.TABLE_4_NAME) -> None:
+    """The paper's own points: hollow, behind ours, named once in the legend."""
+    for x, y in points:
+        named = once(axes, label)
+        axes.plot(x, y, "o", color="none", markeredgecolor=colour, markersize=9, zorder=1, label=named)
+
+
+def _rings_over_training(axes: Axes, curve: Sequence[Record], colour: str) -> None:
+    """As far as ours was trained: later points would squeeze the curves."""
+    points = [p for p in paper.points_of(curve[-1]) if p.step <= curve[-1]["step"]]
+    _rings(axes, [(point.step, point.fid) for point in points], colour)
+
+
+def _scaling(study: Study, at_least: int) -> list[Record]:
+    records = list(study.scaling().values())
+    if len(records) < at_least:
+        raise NoDataError(
+            f"there are {len(records)} models of one block type, but a curve needs {at_least}; train more."
+        )
+    return records
+
+
+def _points_and_fit(axes: Axes, study: Study, key: str, palette: Palette, names: bool) -> None:
+    records = list(study.scaling().values())
+    fit = study.fit(key) if key == DISTANCE else None
+    x = [record["gmacs"] for record in records]
+    if fit:
+        line = np.geomspace(min(x) / 1.3, max(x) * 1.3, 100)
+        low, high = fit.band(line)
+        axes.fill_between(line, low, high, color="#c9ced8", alpha=0.45, linewidth=0, label=f"{CONFIDENCE:.0%} band")
+        axes.plot(line, fit.at(line), "--", color="#5a606b", linewidth=1.2, label=f"fit to {fit.count} models")
+    for record in records:
+        axes.plot(
+            record["gmacs"],
+            record[key],
+            marker(record),
+            color=palette(record),
+            markersize=7.5,
+            markeredgecolor="white",
+            markeredgewidth=0.8,
+        )
+        if names:
+            axes.annotate(
+                model_name(record), (record["gmacs"], record[key]), (7, 4), textcoords="offset points", fontsize=7.5
+            )
+    axes.margins(x=0.1, y=0.12)
+    log_x(axes)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower left")
+
+
+def _training_compute(axes: Axes, study: Study, key: str) -> None:
+    curves, records = study.over_training(key), study.scaling()
+    palette = Palette(records.values())
+    for name, record in records.items():
+        points = [r for r in curves[name] if number_of(r, key) is not None]
+        x = [r["training_gmacs"] for r in points]
+        axes.plot(x, [r[key] for r in points], marker(record) + "-", color=palette(record), alpha=0.9)
+    log_x(axes)
+
+
+def _held(study: Study, measure: Measure) -> str:
+    records = list(study.scaling().values())
+    values = [record[measure.key] for record in records]
+    if len(set(values)) < 3:
+        return ""
+    correlation = np.corrcoef(np.log10([r["gmacs"] for r in records]), values)[0, 1]
+    return f"correlation with log Gflops {correlation:.2f}"
+
+
+def _grid(count: int, columns: int) -> tuple[Figure, list[Axes]]:
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = new_figure(3.2 * columns + 0.6, 2.9 * rows + 0.2)
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for axes in grid.flat[count:]:
+        axes.set_visible(False)
+    return figure, list(grid.flat)
+
+
+def _steps(records: Sequence[Record]) -> list[int]:
+    return [record["step"] for record in records]
+
+
+def _values(records: Sequence[Record]) -> list[float]:
+    return [record[DISTANCE] for record in records]
+
+
+def _moment(study: Study) -> str:
+    return f"{study.protocol['images_seen']:,} images seen"

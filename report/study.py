@@ -1,0 +1,313 @@
+"""The evaluations of a sweep, sorted into curves. All points come from an ``evaluations.jsonl``, none is typed in."""
+
+import itertools
+import json
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from report.fit import PowerLaw, fit_power_law
+from report.paper import SIZES
+from report.records import Record, num_sampling_steps, read_records
+from train.runfolder import RunFolder
+
+# What must agree between points of one figure.
+PROTOCOL_KEYS = (
+    "step",
+    "weights",
+    "sampler",
+    "guidance",
+    "num_images",
+    "labels",
+    "sampling_seed",
+    "network_precision",
+    "decoder",
+    "reference_hash",
+    "feature_extractor_hash",
+)
+COLUMNS = (
+    "run",
+    "patch_size",
+    "width",
+    "depth",
+    "block",
+    "gmacs",
+    "parameters",
+    "training_gmacs",
+    "training_seed",
+    "step",
+    "images_seen",
+    "frechet_distance",
+    "recognized_fraction",
+)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number of a record that a figure may show."""
+
+    key: str
+    name: str
+    metric: str  # whose settings must agree as well
+    better: str  # "lower" or "higher"
+
+
+# Of the paper's figure 12, and what small data have instead.
+MEASURES = (
+    Measure("sfid", "sFID", "sfid", "lower"),
+    Measure("inception_score", "Inception Score", "inception_score", "higher"),
+    Measure("precision", "Precision", "precision_recall", "higher"),
+    Measure("recall", "Recall", "precision_recall", "higher"),
+    Measure("kernel_distance", "Kernel distance", "kernel", "lower"),
+    Measure("kid", "KID", "kid", "lower"),
+    Measure("recognized_fraction", "Fraction recognised as its class", "", "higher"),
+)
+
+
+@dataclass(frozen=True)
+class Study:
+    """The runs of a sweep and what they measured."""
+
+    sweep: Path
+    chosen: dict[str, Record]  # of each evaluated run one record, all of one protocol and step
+    records: dict[str, list[Record]]  # of each evaluated run all, in order
+    unevaluated: list[str]
+
+    @property
+    def name(self) -> str:
+        """The sweep folder's."""
+        return self.sweep.resolve().name
+
+    @property
+    def held_back(self) -> str | None:
+        """Which runs keep the others from being compared at a later step, in a sentence; None where none does."""
+        last = {name: curve[-1]["step"] for name, curve in self.over_training().items()}
+        step, latest = self.protocol["step"], max(last.values())
+        if latest == step:
+            return None
+        behind = ", ".join(name for name in last if last[name] == step)
+        return f"All are compared at step {step}, since {behind} was measured no later; others up to step {latest}."
+
+    @property
+    def rows(self) -> list[Record]:
+        """The chosen records as table rows, by rising gmacs."""
+        every = self.chosen.values()
+        more = [m.key for m in MEASURES if m.key not in COLUMNS and None not in [number_of(r, m.key) for r in every]]
+        columns = [*COLUMNS[:-2], *(["fid"] if self.is_fid else []), *COLUMNS[-2:], *more]
+        rows = [
+            {column: name if column == "run" else record[column] for column in columns}
+            for name, record in self.chosen.items()
+        ]
+        return sorted(rows, key=lambda row: row["gmacs"])
+
+    @property
+    def protocol(self) -> Record:
+        """What the chosen records share."""
+        return next(iter(self.chosen.values()))
+
+    @property
+    def is_fid(self) -> bool:
+        """Whether the distance is the 2015 Inception network's."""
+        return all("fid" in record for record in self.chosen.values())
+
+    @property
+    def distance_name(self) -> str:
+        """As "FID-50K", or what else the distance is."""
+        return distance_name(self.protocol) if self.is_fid else f"Frechet distance on {self._extractor}"
+
+    @property
+    def _extractor(self) -> str:
+        return str(self.protocol["feature_extractor"])
+
+    @property
+    def main_block(self) -> str:
+        """The block type of the scaling figures: the one of most runs; of equals AdaLNZeroBlock."""
+        blocks = [record["block"] for record in self.chosen.values()]
+        return max(blocks, key=lambda block: (blocks.count(block), block == "AdaLNZeroBlock"))
+
+    def scaling(self) -> dict[str, Record]:
+        """The chosen records of the main block, by rising gmacs."""
+        found = {name: record for name, record in self.chosen.items() if record["block"] == self.main_block}
+        return dict(sorted(found.items(), key=lambda item: item[1]["gmacs"]))
+
+    def fit(self, key: str = "frechet_distance") -> PowerLaw | None:
+        """Through the models of the main block, against gmacs; runs of one model, as of several seeds, are one point.
+
+        That point is their geometric mean: counted apart they would make the band narrower than it is.
+        """
+        values: defaultdict[tuple[str, float], list[float]] = defaultdict(list)
+        for record in self.scaling().values():
+            if (value := number_of(record, key)) is not None:
+                values[model_name(record), record["gmacs"]].append(value)
+        if any(min(of_model) <= 0 for of_model in values.values()):
+            return None
+        means = [float(np.exp(np.log(of_model).mean())) for of_model in values.values()]
+        return fit_power_law([gmacs for _, gmacs in values], means)
+
+    def over_training(self, key: str = "frechet_distance") -> dict[str, list[Record]]:
+        """Of each run all records that differ from the chosen one by step alone; the last of equals counts."""
+        metric = next((m.metric for m in MEASURES if m.key == key), "")
+        curves = {}
+        for name, record in self.chosen.items():
+            way = protocol_of(record, metric, ("step",))
+            same = {r["step"]: r for r in self.records[name] if protocol_of(r, metric, ("step",)) == way}
+            curves[name] = [same[step] for step in sorted(same)]
+        return curves
+
+    def over_sampling_steps(self) -> dict[str, list[Record]]:
+        """Of each run the records that differ by the sampler's steps alone, by rising steps; empty where none do.
+
+        Of several such protocols the one with most points is taken, of equals the newest.
+        """
+        families: defaultdict[str, dict[tuple[str, int], Record]] = defaultdict(dict)
+        for name, records in self.records.items():
+            for record in records:
+                if (steps := num_sampling_steps(record)) is not None and record["sampling_gmacs"] is not None:
+                    family = protocol_of(record, "", ("sampler",)) + json.dumps(record["sampler"]["name"])
+                    families[family][name, steps] = record
+        swept = {family: _with_several(points) for family, points in families.items()}
+        best = max(swept.values(), key=lambda curves: (sum(map(len, curves.values())), _newest(curves)), default={})
+        return best
+
+
+def read_study(sweep: Path, only: Sequence[str] | None = None) -> Study:
+    """The runs in ``sweep``, or those named in ``only``.
+
+    Where runs were measured in several ways that all of them share, the one of the latest training step is taken; of
+    several, the one that was measured at most steps, so that curves over training are of it; of equals the newest.
+    Raises ValueError where there is no run, no evaluation, or no shared protocol.
+    """
+    if not sweep.is_dir():
+        raise ValueError(f"There is no sweep folder {sweep}; give the folder that holds the runs.")
+    _printable(sweep.resolve())
+    folders = sorted({path.parent for name in ("config.yaml", "evaluations.jsonl") for path in _named(sweep, name)})
+    if not folders:
+        raise ValueError(_why_no_run(sweep))
+    by_run = {folder.name: _read_run(folder) for folder in folders if only is None or folder.name in only}
+    evaluated = {name: records for name, records in by_run.items() if records}
+    unevaluated = [name for name, records in by_run.items() if not records]
+    return Study(sweep, _of_shared_protocol(evaluated, sweep), evaluated, unevaluated)
+
+
+def _named(sweep: Path, name: str) -> list[Path]:
+    """Return what has this name in the folders of a sweep, whatever it is: also a link that leads nowhere."""
+    return [folder / name for folder in sweep.glob("[!.]*") if folder.is_dir() and os.path.lexists(folder / name)]
+
+
+def _read_run(folder: Path) -> list[Record]:
+    """Return a run's evaluations. Raises ValueError where its config, which the page shows, is not what was written."""
+    run = RunFolder(_printable(folder))
+    if not os.path.lexists(run.config):
+        raise ValueError(
+            f"{folder} has evaluations, but no config.yaml; the same training command writes it again, or move the "
+            "folder away."
+        )
+    run.read_config()
+    return read_records(run)
+
+
+def _why_no_run(sweep: Path) -> str:
+    if (sweep / "config.yaml").exists():
+        return f"{sweep} is one run; give the folder that holds it and those to compare it with: sweep={sweep.parent}."
+    sweeps = sorted({str(path.parent.parent) for path in sweep.glob("*/*/config.yaml")})
+    where = f"but in {', '.join(sweeps)}; give one of these" if sweeps else "give the folder that holds them"
+    return f"There are 0 runs in {sweep}, {where}: sweep=FOLDER."
+
+
+def _printable(folder: Path) -> Path:
+    """Return a folder. Raises ValueError for a name that a page or a terminal would not show as it is."""
+    if not folder.name.isprintable():
+        raise ValueError(f"The folder {str(folder)!r} has a name that cannot be shown; rename it.")
+    return folder
+
+
+def _of_shared_protocol(by_run: dict[str, list[Record]], sweep: Path) -> dict[str, Record]:
+    """One record a run, all measured the same way."""
+    if not by_run:
+        raise ValueError(
+            f"There are 0 evaluated runs in {sweep}: no evaluations.jsonl has a distance; train with evaluate_every "
+            "set, or run `ditscale evaluate checkpoint=RUN` first."
+        )
+    ways = [{protocol_of(record): record for record in records} for records in by_run.values()]  # the last of equals
+    shared = set(ways[0]).intersection(*ways)
+    if not shared:
+        raise ValueError(_why_no_curve(by_run))
+    first = next(iter(by_run.values()))
+
+    def preference(way: str) -> tuple[int, int, int]:
+        record = ways[0][way]
+        family = protocol_of(record, but=("step",))
+        steps = {r["step"] for r in first if protocol_of(r, but=("step",)) == family}
+        return record["step"], len(steps), first.index(record)
+
+    best = max(shared, key=preference)
+    return {name: records[best] for name, records in zip(by_run, ways, strict=True)}
+
+
+def protocol_of(record: Mapping[str, Any], metric: str = "", but: Sequence[str] = ()) -> str:
+    """How a record was measured, ``but`` for some of PROTOCOL_KEYS; with the settings of a metric."""
+    settings = record.get("metrics", {}).get(metric)
+    return json.dumps([settings, *(record[key] for key in PROTOCOL_KEYS if key not in but)], sort_keys=True)
+
+
+def number_of(record: Mapping[str, Any], key: str) -> float | None:
+    """What was measured, or None where it was not."""
+    value = record.get(key)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _why_no_curve(by_run: dict[str, list[Record]]) -> str:
+    """Name the first run that shares no protocol with those before it, and where it comes closest to one."""
+    first, *names = by_run
+    shared = {protocol_of(record): record for record in by_run[first]}
+    for name in names:
+        ways = {protocol_of(record): record for record in by_run[name]}
+        if not shared.keys() & ways.keys():
+            pairs = itertools.product(shared.values(), ways.values())
+            one, other = min(pairs, key=lambda pair: len(_differing(*pair)))
+            key = _differing(one, other)[0]
+            return (
+                f"{first} and {name} cannot share a curve: {key} is {json.dumps(one[key])} in one and "
+                f"{json.dumps(other[key])} in the other; evaluate both the same way with `ditscale evaluate`."
+            )
+        shared = {way: record for way, record in shared.items() if way in ways}
+    raise AssertionError("all of them share a protocol")
+
+
+def _differing(one: Record, other: Record) -> list[str]:
+    return [key for key in PROTOCOL_KEYS if one[key] != other[key]]
+
+
+def _with_several(points: dict[tuple[str, int], Record]) -> dict[str, list[Record]]:
+    curves: defaultdict[str, list[Record]] = defaultdict(list)
+    for name, steps in sorted(points):
+        curves[name].append(points[name, steps])
+    return {name: records for name, records in curves.items() if len(records) > 1}
+
+
+def _newest(curves: dict[str, list[Record]]) -> int:
+    return max((record["step"] for records in curves.values() for record in records), default=0)
+
+
+def distance_name(record: Mapping[str, Any]) -> str:
+    """Of one record's distance."""
+    count = record["num_images"]
+    images = f"{count // 1000}K" if count % 1000 == 0 else f"{count:,}"
+    return f"FID-{images}" if "fid" in record else f"Frechet distance on {record['feature_extractor']}"
+
+
+def size_name(record: Mapping[str, Any]) -> str:
+    """The paper's S, B, L, XL, or width and depth."""
+    width, depth = record["width"], record["depth"]
+    return SIZES.get((width, depth), f"d{width} n{depth}")
+
+
+def model_name(record: Mapping[str, Any]) -> str:
+    """As "XL/2", or "d64 n4 p2" for sizes that are none of the paper's."""
+    size, patch_size = size_name(record), record["patch_size"]
+    return f"{size}/{patch_size}" if size in SIZES.values() else f"{size} p{patch_size}"

@@ -1,0 +1,103 @@
+"""``ditscale report`` on disk: figures, a CSV, and a page that needs nothing beside it."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from core.atomic import make_folder, require_no_folder, write_bytes
+from report.figures import FIGURES, NoDataError, SampleGrid, figure_7
+from report.page import Shown, page_of, runs_of
+from report.study import Study
+from report.style import content_of, styled
+
+_BEGINNINGS_OF_FORMULAS = ("=", "+", "-", "@")
+NO_SAMPLES = "no samples were asked for; run `ditscale report sweep=... samples=8`."
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `write_report` wrote."""
+
+    study: Study
+    page: Path
+    table: Path
+    pictures: dict[int, Path]  # by the number of the paper's figure; an .svg lies beside each
+    missing: dict[int, str]  # figures that were not drawn, and why
+
+
+def write_report(study: Study, out: Path, samples: SampleGrid | str = NO_SAMPLES) -> Report:
+    """Write ``figure_N.png``, ``figure_N.svg``, ``fid_vs_gflops.csv`` and ``report.html``.
+
+    ``samples`` are images of the same noise and labels by all models, for figure 7, or why there are none. Figures
+    of an earlier report that these runs do not give any more are deleted.
+    """
+    runs = runs_of(study)  # which may be damaged, and is quickly read
+    pictures: dict[int, Path] = {}
+    missing: dict[int, str] = {}
+    shown: list[Shown] = []
+    files: dict[Path, bytes | None] = {}  # written when all of them are known; None: deleted
+    with styled():
+        for number, title, draw, note in _drawers(study, samples):
+            paths = [out / f"figure_{number}.{kind}" for kind in ("png", "svg")]
+            try:
+                figure = draw()
+            except NoDataError as reason:
+                missing[number] = str(reason)
+                files |= dict.fromkeys(paths)
+                shown.append(Shown(number, title, None, str(reason)))
+                continue
+            png, svg = (content_of(figure, kind) for kind in ("png", "svg"))
+            files |= dict(zip(paths, (png, svg), strict=True))
+            pictures[number] = paths[0]
+            content, kind = (svg, "svg+xml") if number != 7 else (png, "png")
+            shown.append(Shown(number, title, content, None, kind, note))
+    table, page = out / "fid_vs_gflops.csv", out / "report.html"
+    files |= {table: csv_of(study.rows), page: page_of(study, shown, runs).encode()}
+    _write(out, files)
+    return Report(study, page, table, pictures, missing)
+
+
+def _write(out: Path, files: Mapping[Path, bytes | None]) -> None:
+    """Write all files, and delete those without content. Raises ValueError, before any is written, where one cannot."""
+    make_folder(out)
+    for path in files:
+        require_no_folder(path)
+    for path, content in files.items():
+        if content is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_bytes(path, content)
+
+
+def _drawers(study: Study, samples: SampleGrid | str) -> list[tuple[int, str, Any, str]]:
+    """Number, title, what draws it, note."""
+
+    def draw_samples() -> Figure:
+        if isinstance(samples, str):
+            raise NoDataError(samples)
+        return figure_7(samples, study)
+
+    drawers: list[tuple[int, str, Any, str]] = [
+        (figure.number, figure.title, lambda draw=figure.draw: draw(study), figure.note(study)) for figure in FIGURES
+    ]
+    drawers.append((7, "The same noise and label through all models", draw_samples, ""))
+    return sorted(drawers, key=lambda drawer: drawer[0])
+
+
+def csv_of(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return rows with equal keys as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: _inert(value) for key, value in row.items()} for row in rows)
+    return text.getvalue().encode()
+
+
+def _inert(value: Any) -> Any:
+    """Return a cell that no spreadsheet takes for a formula: text that begins like one gets an apostrophe before it."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(_BEGINNINGS_OF_FORMULAS) else value
