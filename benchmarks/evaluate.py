@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.commit import current_commit
+from core.precision import allow_tf32
 from data.conditions import ClassLabels
 from data.manifest import LatentSpec
 from diffusion.guidance import ClassifierFreeGuidance
@@ -30,15 +31,14 @@ from diffusion.samplers import DDPM
 from diffusion.schedules import LinearSchedule
 from diffusion.variances import LearnedRangeVariance
 from evaluation.features.extractor import Features
-from evaluation.generate import Generator
-from evaluation.features.inception_network import Inception2015
 from evaluation.features.inception import InceptionFeatures
+from evaluation.features.inception_network import Inception2015
+from evaluation.generate import Generator
 from evaluation.metrics.manifolds import PrecisionRecall
-from evaluation.reference.reference import Reference
 from evaluation.metrics.statistics import FeatureStatistics, Gaussian, frechet_distance
+from evaluation.reference.reference import Reference
 from model.autoencoder import IdentityAutoencoder
 from model.dit import DiT, DiTConfig
-from core.precision import allow_tf32
 from runtime.accelerate import AccelerateRuntime
 
 ON_GPU = torch.cuda.is_available()

@@ -23,15 +23,15 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from benchmarks.commit import current_commit
+from core.npz import write_npz
+from core.prefetch import prefetch
+from core.reading import sha256_of
 from data.batches import TrainingBatches
 from data.conditions import ClassLabels
 from data.encode import encode
 from data.encodings import EncodeImages
 from data.images import ExactSize, Preparation
-from core.npz import write_npz
 from data.order import GlobalOrder, Order, WindowedOrder, positions_of_step
-from core.prefetch import prefetch
-from core.reading import sha256_of
 from data.shard_index import INDEX_NAME
 from data.shards import MappedShards
 from data.sources import Example

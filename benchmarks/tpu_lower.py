@@ -19,8 +19,8 @@ from omegaconf import OmegaConf
 
 from benchmarks.commit import current_commit
 from core.batch import Batch
-from launch.command.app import CONF
 from launch.builders.build import build
+from launch.command.app import CONF
 from launch.command.settings import register
 from model.checkpointing import checkpoint_units
 from model.dit import DiT

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 
 from benchmarks.commit import current_commit
-from core.prefetch import prefetch
 from core.batch import Batch, mapped
 from core.draws import Philox, training_draws
+from core.prefetch import prefetch
 from diffusion.objective import corrupt
 from diffusion.process import GaussianDiffusion
 from diffusion.schedules import LinearSchedule

@@ -5,12 +5,10 @@ has a stream of its own, so no use of randomness shifts another; nothing has a s
 """
 
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-
-from diffusion.times import Times
 
 
 class Purpose(IntEnum):
@@ -40,6 +38,16 @@ class Draws(NamedTuple):
     t: NDArray[np.generic]  # [B] of the objective's dtype
     drop_label: NDArray[np.bool_]  # [B]
     flip: NDArray[np.bool_]  # [B]
+
+
+class Times(Protocol):
+    """Draws the t of one sample."""
+
+    dtype: np.dtype[Any]  # of a batch's t
+
+    def draw(self, generator: np.random.Generator) -> float:
+        """Return one t. The generator is at the start of the stream of the sample's position."""
+        ...
 
 
 class Philox:

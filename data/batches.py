@@ -8,13 +8,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from core.batch import Batch
+from core.draws import Philox, Times, training_draws
+from core.prefetch import DEPTH
 from data.conditions import ConditionSource, with_dropped
 from data.order import Order, positions_of_step
-from core.prefetch import DEPTH
 from data.shards import MappedShards
-from core.batch import Batch
-from core.draws import Philox, training_draws
-from diffusion.times import Times
 from model.autoencoder import Autoencoder
 
 CHUNK = 32  # samples that the autoencoder draws at once: what it computes on the way stays in the processor's cache

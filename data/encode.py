@@ -18,14 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.atomic import require_no_folder, write_bytes
+from core.locks import HeldError, acquired
+from core.progress import Progress, ProgressBar
+from core.reading import sha256_of
 from data.channel_sums import channel_statistics, channel_sums
 from data.encodings import Encoding
-from core.locks import HeldError, acquired
 from data.manifest import FORMAT_VERSION, MANIFEST_NAME, MAX_SOURCE_ID, Manifest
 from data.pipeline import Encoded, encoded_batches
 from data.plan import Plan, shard_name
-from core.progress import Progress, ProgressBar
-from core.reading import sha256_of
 from data.shard_index import INDEX_NAME, write_index
 from data.shard_tars import write_shard
 from data.sidecars import Sidecar, SkippedImage, finished, sidecar_path, sound

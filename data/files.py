@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from data.local_tree import local_tree
 from core.reading import DamagedFileError, open_regular, read_regular
 from core.remote import Retry, files_below, is_remote, open_remote, with_retries
+from data.local_tree import local_tree
 from data.unread import LFS_REASON, is_lfs_pointer, is_litter, kind_of
 
 MAX_FILE_BYTES = 2**31  # of a file that is read whole

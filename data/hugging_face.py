@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, TypeVar
 
+from core.records import canonical_hash
 from data.files import Files, given
 from data.images import UnreadableImageError
 from data.named_files import named_files
-from core.records import canonical_hash
 from data.sources import Example
 
 Result = TypeVar("Result")

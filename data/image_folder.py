@@ -1,12 +1,12 @@
 """A folder with one folder of images per class, as ImageNet comes; or a zip file of one."""
 
+from core.reading import DamagedFileError
+from core.records import canonical_hash
 from data.class_folders import classes_of_folders
 from data.files import Files, Listing, given
 from data.images import UnreadableImageError
 from data.label_file import labels_of_file
 from data.left_out import instead, left_out_images
-from core.reading import DamagedFileError
-from core.records import canonical_hash
 from data.sources import Example
 from data.unread import image_suffixes
 from data.zip_files import ZipFiles, is_zip

@@ -7,10 +7,10 @@ number the images.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from data.files import Listing
-from data.images import UnreadableImageError
 from core.reading import MAX_RECORD_BYTES
 from core.records import parse_json
+from data.files import Listing
+from data.images import UnreadableImageError
 from data.tar_members import MAX_LABEL
 from data.unread import LeftOut
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from braceexpand import braceexpand
 
+from core.remote import is_remote
 from data.files import Files, IsFileError
 from data.left_out import instead, odd_entries
-from core.remote import is_remote
 from data.unread import COMPRESSED_TARS, LeftOut, is_litter
 
 

@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from core.prefetch import prefetch
 from data.encodings import Encoding
 from data.images import UnreadableImageError
 from data.plan import Plan
-from core.prefetch import prefetch
 from data.sources import Prepared, Source
 
 

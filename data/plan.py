@@ -7,12 +7,12 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from core.draws import Philox, Purpose, permutation
+from core.records import canonical_hash
 from data.images import Preparation
 from data.manifest import FORMAT_VERSION, AutoencoderIdentity, LatentSpec
-from core.records import canonical_hash
 from data.sources import Source
 from data.unread import LeftOut
-from core.draws import Philox, Purpose, permutation
 from model.autoencoder import Autoencoder
 
 

@@ -12,11 +12,11 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from data.cache import Cache, CachedFile
-from data.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from core.names import inside, plain_name
 from core.reading import DamagedFileError, is_absent, open_regular, read_regular, remedied, sha256_of
 from core.remote import DEFAULT_RETRY, DamagedError, Retry, download, join, read_limited, with_retries
+from data.cache import Cache, CachedFile
+from data.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from data.shard_index import INDEX_NAME
 
 Result = TypeVar("Result")

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data.manifest import MAX_SOURCE_ID, Manifest
 from core.npz import read_npz, write_npz
 from core.reading import DamagedFileError
+from data.manifest import MAX_SOURCE_ID, Manifest
 from data.shard_tars import Layout
 
 INDEX_NAME = "index.npz"

@@ -16,10 +16,10 @@ import webdataset
 from numpy.typing import NDArray
 
 from core.atomic import atomic_file
-from data.channel_sums import ChannelSums, channel_sums, total
-from data.manifest import LatentSpec, ShardEntry
 from core.npy import LONGEST_HEADER, Header, parse_header
 from core.reading import DamagedFileError, open_regular, sha256_of
+from data.channel_sums import ChannelSums, channel_sums, total
+from data.manifest import LatentSpec, ShardEntry
 
 _BLOCK = 512  # bytes, of a tar
 _OCTAL = re.compile(rb" *([0-7]+)[ \0]*")

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data.cache import Cache
-from data.manifest import LatentSpec
 from core.npy import LONGEST_HEADER, parse_header
 from core.reading import DamagedFileError, remedied
 from core.remote import DEFAULT_RETRY, Retry, is_remote, join
+from data.cache import Cache
+from data.manifest import LatentSpec
 from data.shard_files import LocalShardFiles, RemoteShardFiles, ShardFiles
 from data.shard_index import INDEX_NAME, read_index, read_source_ids
 from data.shard_tars import Layout

@@ -8,12 +8,12 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 
 from core.atomic import write_bytes
-from data.channel_sums import ChannelSums
-from data.manifest import FORMAT, MAX_SOURCE_ID, LatentSpec, Sha256, ShardEntry
 from core.names import inside
-from data.plan import Plan, shard_name
 from core.reading import DamagedFileError, read_regular, sha256_of
 from core.records import SEAL, check, parse_object, seal, unseal
+from data.channel_sums import ChannelSums
+from data.manifest import FORMAT, MAX_SOURCE_ID, LatentSpec, Sha256, ShardEntry
+from data.plan import Plan, shard_name
 from data.shard_tars import Layout, facts_of
 
 

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+from core.records import canonical_hash
 from data.files import MAX_FILE_BYTES, given
 from data.images import UnreadableImageError
 from data.named_files import named_files
-from core.records import canonical_hash
 from data.sources import Example
 from data.tar_members import Member, read_tar
 from data.unread import LeftOut

@@ -14,13 +14,13 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from data.channel_sums import ChannelSums, channel_statistics, statistics_agree
-from data.encode import CLASSES_NAME, SKIPPED_NAME, classes_text, skipped_text
-from data.manifest import FORMAT, MANIFEST_NAME, Manifest, ShardEntry
 from core.names import inside
 from core.progress import ProgressBar
 from core.reading import DamagedFileError, is_absent, open_regular, read_regular, sha256_of
 from core.records import check, parse_object
+from data.channel_sums import ChannelSums, channel_statistics, statistics_agree
+from data.encode import CLASSES_NAME, SKIPPED_NAME, classes_text, skipped_text
+from data.manifest import FORMAT, MANIFEST_NAME, Manifest, ShardEntry
 from data.shard_index import INDEX_NAME, read_index, read_source_ids
 from data.shard_tars import Layout, ShardFacts, facts_of
 from data.sidecars import Sidecar, SkippedImage, read_sidecar, sidecar_path

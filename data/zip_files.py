@@ -10,11 +10,11 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from data.files import MAX_FILE_BYTES, Files, Listing
-from data.images import UnreadableImageError
 from core.names import UnsafeNameError, tree_name
 from core.reading import kind_of_node
 from core.remote import is_remote
+from data.files import MAX_FILE_BYTES, Files, Listing
+from data.images import UnreadableImageError
 from data.unread import image_suffixes, is_litter
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, then the lengths of name and extra field

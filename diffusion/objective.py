@@ -9,8 +9,8 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from core.batch import Batch, Condition
+from core.draws import Times
 from diffusion.protocol import Denoiser
-from diffusion.times import Times
 
 LOSS = "loss"  # the name of the loss that is minimized
 

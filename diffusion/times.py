@@ -1,18 +1,6 @@
 """Distributions of t in training: drawn on the host, each from the stream of its sample's position."""
 
-from typing import Any, Protocol
-
 import numpy as np
-
-
-class Times(Protocol):
-    """Draws the t of one sample."""
-
-    dtype: np.dtype[Any]  # of a batch's t
-
-    def draw(self, generator: np.random.Generator) -> float:
-        """Return one t. The generator is at the start of the stream of the sample's position."""
-        ...
 
 
 class UniformSteps:

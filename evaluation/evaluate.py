@@ -9,19 +9,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.conditions import ConditionSource
-from core.progress import ProgressBar
 from core.batch import Condition
+from core.precision import exact_device
+from core.progress import ProgressBar
+from data.conditions import ConditionSource
 from evaluation.chunks import Chunk, ChunkStore, chunks_of
-from evaluation.metrics.collectors import Collects, start_all
 from evaluation.features.extractor import FeatureExtractor, Features, require_finite
-from evaluation.metrics.frechet import FrechetDistance
 from evaluation.generate import Generator
 from evaluation.image_files import ImageFiles, NoFiles
+from evaluation.metrics.collectors import Collects, start_all
+from evaluation.metrics.frechet import FrechetDistance
 from evaluation.metrics.metric import Metric
-from evaluation.reference.reference import Reference
 from evaluation.metrics.statistics import Gather
-from core.precision import exact_device
+from evaluation.reference.reference import Reference
 from train.lines import read_lines
 from train.runfolder import RunFolder
 

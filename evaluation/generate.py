@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from core.batch import Condition, mapped
+from core.draws import Philox, Purpose, draw_noise
 from data.conditions import ConditionSource, rows_of
 from data.images import to_uint8
 from data.manifest import LatentSpec
-from core.batch import Condition, mapped
-from core.draws import Philox, Purpose, draw_noise
 from diffusion.guidance import Cost, Guided
 from diffusion.objective import Objective
 from diffusion.samplers import Sampler

@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from core.progress import ProgressBar
-from data.shards import MappedShards
 from core.batch import mapped
 from core.draws import Philox, Purpose, draw_noise
+from core.progress import ProgressBar
+from data.shards import MappedShards
 from diffusion.likelihood import bits_per_dimension
 from diffusion.process import GaussianDiffusion, require_gaussian
 from evaluation.generate import Generator, equal_rounds

@@ -6,8 +6,8 @@ from importlib.metadata import version
 
 from core.urls import redacted
 from launch.command.check import closest
-from launch.jobs import JOBS, start
 from launch.command.words import MULTIRUN
+from launch.jobs import JOBS, start
 
 
 def _help() -> str:

@@ -6,18 +6,18 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
+from core.progress import ProgressBar
+from core.remote import is_remote
 from data.encode import encode
 from data.encodings import Encoding
 from data.manifest import Manifest
-from core.progress import ProgressBar
-from core.remote import is_remote
 from data.sources import Source
 from launch.builders.build import build_preparation
 from launch.builders.components import build
 from launch.builders.data_settings import write_record
-from launch.jobs import start
 from launch.command.settings import EncodeSettings
 from launch.command.workers import worker_device, workers_from_environment
+from launch.jobs import start
 
 
 def encode_job(config: EncodeSettings, progress: ProgressBar) -> None:

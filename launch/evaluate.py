@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from data.manifest import Manifest
 from core.progress import ProgressBar
 from core.reading import DamagedFileError
 from core.records import canonical_hash
+from data.manifest import Manifest
 from data.settings import DataSettings
 from data.shards import MappedShards
 from diffusion.process import require_gaussian
@@ -22,7 +22,6 @@ from evaluation.chunks import EVALUATING, TRAINING, ChunkStore, discard
 from evaluation.evaluate import Evaluator
 from evaluation.generate import Generator
 from evaluation.likelihood import measure_likelihood
-from launch.command.app import CONF
 from launch.builders.build import (
     CHUNKS,
     LoadedCheckpoint,
@@ -31,13 +30,13 @@ from launch.builders.build import (
     model_facts,
     precision_of_products,
 )
-from launch.command.check import closest
 from launch.builders.components import build
 from launch.builders.data_settings import settle_by, settle_by_shards
-from launch.builders.facts import facts_of_process, source_hash
-from launch.jobs import start
+from launch.builders.facts import code_hash, facts_of_process
 from launch.builders.runs import checkpoint_hash, read_checkpoint
+from launch.command.check import closest
 from launch.command.settings import EvaluateSettings
+from launch.jobs import start
 from model.network import Network
 from runtime.protocol import Devices
 from train.checkpoint import code_version, read_state_file
@@ -145,7 +144,7 @@ class EvaluationChunks:
 
     def __init__(self, checkpoint: LoadedCheckpoint, weights: str, evaluator: Evaluator) -> None:
         self._checkpoint, self._folder = checkpoint, checkpoint.run_dir / CHUNKS
-        self._code = {**code_version(), "source code": source_hash(CONF.parent)}
+        self._code = {**code_version(), "source code": code_hash()}
         way = {
             "weights": weights,
             "made of": [source.hash for source in checkpoint.sources],

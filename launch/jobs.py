@@ -14,7 +14,8 @@ class Job(NamedTuple):
 JOBS = {
     "encode": Job("images to webdataset shards of latents"),
     "verify": Job(
-        "re-reads shards against their manifest; repair=true mends them", "launch.builders.data_settings:settle_by_shards"
+        "re-reads shards against their manifest; repair=true mends them",
+        "launch.builders.data_settings:settle_by_shards",
     ),
     "train": Job(
         "shards to a run folder; -m sweeps over models; the same command continues; replay=DUMP explains a NaN",
@@ -23,12 +24,14 @@ JOBS = {
     "sample": Job("a checkpoint to a PNG grid and an .npz"),
     "evaluate": Job("a checkpoint to numbers", "launch.evaluate:settle_evaluation"),
     "reference": Job(
-        "real images to the statistics that generated ones are compared with", "launch.builders.data_settings:settle_by_shards"
+        "real images to the statistics that generated ones are compared with",
+        "launch.builders.data_settings:settle_by_shards",
     ),
     "export": Job("a checkpoint's weights to the released code's names or to diffusers"),
     "plan": Job("what a model or a sweep costs: Gflops, parameters, memory, hours, disk", "launch.plan:settle_by_data"),
     "report": Job(
-        "the runs of a sweep to the curve of distance against Gflops", "launch.command.logger_settings:settle_reports_logger"
+        "the runs of a sweep to the curve of distance against Gflops",
+        "launch.command.logger_settings:settle_reports_logger",
     ),
 }
 

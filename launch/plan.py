@@ -7,12 +7,12 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from data.manifest import Manifest
 from core.progress import ProgressBar
+from data.manifest import Manifest
 from data.shard_tars import shard_bytes_per_sample
 from launch.builders.components import build, target_of
-from launch.jobs import start
 from launch.command.settings import Format, PlanSettings, Precision
+from launch.jobs import start
 from model.flops import TRAINING_FACTOR, multiply_adds, num_parameters, weightless
 from model.memory import STATE_BYTES_PER_PARAMETER, activation_bytes_per_image
 from model.network import Network

@@ -5,13 +5,13 @@ from pathlib import Path
 from core.atomic import make_folder, require_no_folder
 from core.progress import ProgressBar
 from core.reading import sha256_of
-from evaluation.reference.image_sets import ImageSet
 from evaluation.reference.file import write_reference
+from evaluation.reference.image_sets import ImageSet
 from launch.builders.build import build_extractor
 from launch.builders.components import build
 from launch.builders.facts import facts_of_process
-from launch.jobs import start
 from launch.command.settings import ReferenceSettings
+from launch.jobs import start
 from runtime.protocol import Processes
 
 

@@ -12,22 +12,22 @@ import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from numpy.typing import NDArray
 
-from data.conditions import ConditionSource
+from core.batch import Batch
 from core.fields import free_settings
-from data.manifest import Manifest
-from data.order import positions_of_step
 from core.prefetch import prefetch
 from core.progress import ProgressBar
+from data.conditions import ConditionSource
+from data.manifest import Manifest
+from data.order import positions_of_step
 from data.settings import DataSettings
 from data.shards import MappedShards
-from core.batch import Batch
 from launch.builders.build import build_shards
-from launch.command.check import check_targets
 from launch.builders.components import build
-from launch.command.progress import make_progress
 from launch.builders.saved_configs import whole_config
-from launch.command.settings import TrainSettings
 from launch.builders.training import PreparedRun, prepare_run
+from launch.command.check import check_targets
+from launch.command.progress import make_progress
+from launch.command.settings import TrainSettings
 from runtime.protocol import Processes
 from train.checkpoint import code_version, load_newest
 from train.dump import FILE_NAME, DivergedError, Dump, read_dump

@@ -13,14 +13,14 @@ from core.locks import locked
 from core.progress import ProgressBar
 from core.reading import is_regular
 from evaluation.evaluate import distance_records
+from launch.builders.build import LoadedCheckpoint
+from launch.builders.components import build
+from launch.command.settings import ReportSettings
+from launch.jobs import start
 from report.figures import SampleGrid, figure_8
 from report.study import Study, read_study
 from report.style import block_name, content_of, styled
 from report.write import Report, write_report
-from launch.builders.build import LoadedCheckpoint
-from launch.builders.components import build
-from launch.jobs import start
-from launch.command.settings import ReportSettings
 from runtime.protocol import Devices
 from train.lines import is_cut
 from train.loggers import Logger

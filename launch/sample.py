@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from data.conditions import ClassLabels
+from core.batch import Condition
 from core.npz import write_npz
 from core.progress import ProgressBar
-from core.batch import Condition
+from data.conditions import ClassLabels
 from evaluation.grid import save_grid
 from launch.builders.build import LoadedCheckpoint
-from launch.command.check import closest
 from launch.builders.components import build, target_of
 from launch.builders.foreign import is_foreign, load_foreign
-from launch.jobs import start
+from launch.command.check import closest
 from launch.command.settings import SampleSettings
+from launch.jobs import start
 from runtime.protocol import Devices
 
 GRID_IMAGES = 100  # a picture with more is no longer looked at

@@ -10,10 +10,10 @@ from typing import Any, NoReturn
 from omegaconf import DictConfig
 
 from core.fields import free_settings
-from data.manifest import LatentSpec, Manifest
 from core.prefetch import prefetch
 from core.progress import ProgressBar
 from core.urls import redacted_config
+from data.manifest import LatentSpec, Manifest
 from evaluation.chunks import ChunkStore, TrainingChunks, discard_training
 from evaluation.evaluate import distance_records
 from evaluation.generate import Generator
@@ -28,12 +28,12 @@ from launch.builders.build import (
 from launch.builders.components import build
 from launch.builders.data_settings import settle_by_shards
 from launch.builders.facts import facts_of_process
-from launch.jobs import start
-from launch.command.logger_settings import settle_logger
-from launch.replay import replay_job
 from launch.builders.saved_configs import as_now
-from launch.command.settings import TrainSettings
 from launch.builders.training import prepare_run
+from launch.command.logger_settings import settle_logger
+from launch.command.settings import TrainSettings
+from launch.jobs import start
+from launch.replay import replay_job
 from model.network import Network
 from runtime.protocol import Processes, Runtime
 from train.checkpoint import code_version, load_newest, read_lines_copy, read_state_file

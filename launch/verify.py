@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from data.manifest import Manifest
 from core.progress import ProgressBar
 from core.remote import is_remote
+from data.manifest import Manifest
 from data.verify import files_of, verify
-from launch.encode import encode_shards
-from launch.jobs import start
 from launch.command.settings import VerifySettings
 from launch.command.workers import workers_from_environment
+from launch.encode import encode_shards
+from launch.jobs import start
 
 
 def verify_job(config: VerifySettings, progress: ProgressBar) -> None:

@@ -25,10 +25,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched
 os.environ["USE_TORCH_XLA"] = "0"  # as launch/__init__.py does, before a test imports diffusers
 
+from core.records import SEAL, seal
 from data.encode import encode
 from data.encodings import EncodeImages
 from data.images import ExactSize, Preparation
-from core.records import SEAL, seal
 from data.sources import DigitsSource, Example
 from model.autoencoder import IdentityAutoencoder
 from runtime.choice import require_torch_xla

@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from core.progress import ProgressBar
 from core.batch import Batch, mapped
+from core.progress import ProgressBar
 from diffusion.objective import LOSS, Objective
 from runtime.protocol import Metrics, Runtime, Step
 from train.dump import DivergedError

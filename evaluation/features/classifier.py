@@ -15,12 +15,12 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from core.atomic import atomic_folder, write_bytes
-from data.images import Crop, to_unit_range
+from core.draws import Philox, Purpose, permutation
 from core.locks import locked
 from core.reading import DamagedFileError, is_regular, read_regular
 from core.records import canonical_hash, read_record, seal
+from data.images import Crop, to_unit_range
 from data.sources import Source, load_images
-from core.draws import Philox, Purpose, permutation
 from evaluation.features.extractor import Features
 from evaluation.kept import Sha256, unless_damaged
 from train.tensor_files import write_tensors

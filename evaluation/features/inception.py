@@ -14,10 +14,10 @@ from torch import Tensor
 
 from core.archives import opened, require_sound
 from core.locks import locked
+from core.precision import exact_device, exact_float32
 from core.reading import read_regular, require_regular
 from evaluation.features.extractor import Features
 from evaluation.features.inception_network import Inception2015
-from core.precision import exact_device, exact_float32
 
 FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE_NAME}"

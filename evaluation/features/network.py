@@ -8,9 +8,9 @@ import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from core.precision import exact_device, exact_float32
 from core.records import canonical_hash
 from evaluation.features.extractor import Features
-from core.precision import exact_device, exact_float32
 
 
 class NetworkFeatures:

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from evaluation.metrics.collectors import StatisticsOf
 from evaluation.features.extractor import FeatureExtractor
+from evaluation.metrics.collectors import StatisticsOf
 from evaluation.metrics.metric import require_images, require_inception
-from evaluation.reference.reference import Reference
 from evaluation.metrics.statistics import FeatureStatistics, Moments, frechet_distance
+from evaluation.reference.reference import Reference
 
 _WHY = "a covariance"
 

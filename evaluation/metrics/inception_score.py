@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from evaluation.metrics.collectors import SplitSums, SplitSumsOf
 from evaluation.features.extractor import FeatureExtractor
+from evaluation.metrics.collectors import SplitSums, SplitSumsOf
 from evaluation.metrics.metric import require_images, require_inception
 from evaluation.reference.reference import Reference
 

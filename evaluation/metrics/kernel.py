@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from core.draws import Philox, Purpose, permutation
-from evaluation.metrics.collectors import RowsOf
 from evaluation.features.extractor import FeatureExtractor
+from evaluation.metrics.collectors import RowsOf
 from evaluation.metrics.metric import require_images, require_inception, require_reference_images
 from evaluation.reference.reference import Reference
 

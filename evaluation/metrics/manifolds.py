@@ -8,11 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evaluation.metrics.collectors import RowsOf
+from core.precision import exact_float32
 from evaluation.features.extractor import FeatureExtractor
+from evaluation.metrics.collectors import RowsOf
 from evaluation.metrics.metric import require_images, require_reference_images
 from evaluation.reference.reference import Reference
-from core.precision import exact_float32
 
 SquaredDistances = Callable[[Tensor, Tensor], Tensor]  # [n, D], [m, D] -> [n, m]
 

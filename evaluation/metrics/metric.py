@@ -5,9 +5,9 @@ from typing import Any, Protocol
 
 import torch
 
-from evaluation.metrics.collectors import Collects
 from evaluation.features.extractor import FeatureExtractor
 from evaluation.features.inception import InceptionFeatures
+from evaluation.metrics.collectors import Collects
 from evaluation.reference.reference import Reference
 
 

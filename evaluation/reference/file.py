@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from core.draws import Philox, Purpose, permutation
 from core.npz import Blocks, write_npz
 from core.prefetch import prefetch
 from core.progress import ProgressBar
-from core.draws import Philox, Purpose, permutation
-from evaluation.metrics.collectors import StatisticsCollector
 from evaluation.features.extractor import FeatureExtractor, require_finite
+from evaluation.metrics.collectors import StatisticsCollector
 from evaluation.reference.image_sets import ImageSet
 from runtime.protocol import Processes
 

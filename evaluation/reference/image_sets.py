@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from core.precision import exact_device
 from data.images import Crop, ExactSize, Preparation, UnreadableImageError, to_uint8
 from data.plan import identity_of
 from data.shards import open_shards
 from data.sources import Source, prepared, require_nothing_left_out, unwanted
 from model.autoencoder import Autoencoder
-from core.precision import exact_device
 
 
 class ImageSet(Protocol):

@@ -14,20 +14,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.images import Crop
+from core.draws import Philox, Purpose
 from core.locks import locked
 from core.npy import Header
 from core.npz import rows_of
 from core.progress import ProgressBar
 from core.reading import DamagedFileError, sha256_of
+from core.rooms import source_hash
+from data.images import Crop
 from data.sources import Source, load_images
-from core.draws import Philox, Purpose
 from evaluation.features.extractor import FeatureExtractor, require_finite
-from evaluation.features.inception_network import NUM_FEATURES, NUM_SPATIAL
 from evaluation.features.inception import InceptionFeatures
+from evaluation.features.inception_network import NUM_FEATURES, NUM_SPATIAL
 from evaluation.kept import npy_of, parse_npy, read_kept, unless_damaged, write_kept
-from evaluation.reference.schema import BATCH, IMAGES, About, read_about, read_gaussian, read_headers
 from evaluation.metrics.statistics import FeatureStatistics, Gaussian, Moments, frechet_distance
+from evaluation.reference.schema import BATCH, IMAGES, About, read_about, read_gaussian, read_headers
 
 MAX_BYTES_AT_ONCE = 2**33  # of decoded images
 
@@ -177,19 +178,12 @@ def _vectors_of(
     return np.concatenate(parts)
 
 
-def _code_hash() -> str:
-    """Return the hash of the code that computes features and roots: an earlier version's may be something else."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
 class _Kept:
     """Arrays of a reference by an extractor in a folder, computed once; other processes wait for the first."""
 
     def __init__(self, cache: Path, reference: str, extractor: str) -> None:
-        self._identity = {"reference": reference, "extractor": extractor, "code": _code_hash()}
+        code = source_hash("core", "evaluation")  # an earlier version's features may be others
+        self._identity = {"reference": reference, "extractor": extractor, "code": code}
         self._folder = cache / f"reference-{reference[:16]}-{extractor[:16]}-{self._identity['code'][:8]}"
 
     def get(

@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from core.progress import ProgressBar
+from core.records import validate
+from core.urls import redacted_config
 from data.conditions import ConditionSource
 from data.images import Preparation
 from data.manifest import LatentSpec, Manifest
 from data.plan import identity_of, latent_spec
-from core.progress import ProgressBar
-from core.records import validate
 from data.settings import DataSettings
 from data.shards import MappedShards, open_shards
-from core.urls import redacted_config
 from diffusion.guidance import Guided
 from diffusion.objective import Objective
 from diffusion.protocol import Denoiser
@@ -26,10 +26,10 @@ from evaluation.features.extractor import FeatureExtractor
 from evaluation.generate import Generator
 from evaluation.metrics.metric import Metric
 from evaluation.reference.reference import make_reference, read_reference
-from launch.command.check import closest
 from launch.builders.components import build, build_saved, target_of
 from launch.builders.runs import checkpoint_hash, pinned_sources, read_checkpoint
 from launch.builders.saved_configs import component, setting
+from launch.command.check import closest
 from launch.command.settings import EvaluateSettings, SamplingSettings, TrainSettings
 from model.autoencoder import Autoencoder
 from model.flops import multiply_adds, num_parameters, training_multiply_adds

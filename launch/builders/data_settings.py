@@ -13,14 +13,14 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from core.atomic import write_bytes
-from data.manifest import FORMAT, LatentSpec, Manifest
 from core.names import inside
 from core.reading import DamagedFileError, read_regular, remedied
 from core.records import parse_object, seal, unseal
 from core.remote import is_remote, join, read_bytes
 from core.urls import redacted_config
-from launch.command.app import CONF
+from data.manifest import FORMAT, LatentSpec, Manifest
 from launch.builders.components import from_file, plain_value
+from launch.command.app import CONF
 from launch.command.settings import EncodeSettings
 
 RECORD = "data.json"

@@ -9,19 +9,19 @@ from typing import Any
 
 from torch import Tensor
 
+from core.remote import is_remote
 from data.conditions import ClassLabels
 from data.images import ExactSize, Preparation
 from data.plan import latent_spec
-from core.remote import is_remote
 from diffusion.objective import Objective
 from launch.builders.build import LoadedCheckpoint, require_outputs
 from launch.builders.components import build, target_of
 from launch.builders.diffusers_folder import WEIGHTS, is_diffusers_folder, read_class_names, read_diffusers_folder
 from launch.builders.foreign_process import notes_on_process
 from launch.builders.hub import fetch_from_hub, may_be_hub_name
-from launch.command.settings import SampleSettings
 from launch.builders.weight_files import read_weight_file
 from launch.builders.weight_tables import EMA, choose_table
+from launch.command.settings import SampleSettings
 from model.autoencoder import Autoencoder
 from model.network import Network
 from model.released import ANCHOR, ROUNDING, Description, describe, from_reference, label_rows

@@ -7,8 +7,8 @@ from enum import Enum
 from typing import Any
 
 from core.fields import components
-from launch.command.check import check_type
 from launch.builders.components import from_file, plain_value
+from launch.command.check import check_type
 from launch.command.settings import TrainSettings
 
 # Components that the replay of a step builds out of a dump's config: all that decide its numbers, and where it runs.

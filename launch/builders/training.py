@@ -10,12 +10,12 @@ from data.manifest import LatentSpec, Manifest
 from data.shards import MappedShards
 from diffusion.objective import Objective
 from launch.builders.build import condition_source, expected_spec, fill_model
-from launch.command.check import check_readers
 from launch.builders.components import build
 from launch.builders.data_settings import require_shards
 from launch.builders.facts import facts_of_process
-from launch.command.settings import TrainSettings
 from launch.builders.starting_weights import load_starting_weights
+from launch.command.check import check_readers
+from launch.command.settings import TrainSettings
 from model.autoencoder import Autoencoder
 from model.checkpointing import checkpoint_units
 from model.network import Network

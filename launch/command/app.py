@@ -17,6 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from core.rooms import ROOT
 from launch import STARTED_BY
 from launch.command.check import check_known, check_targets, closest
 from launch.command.parallel import started_by_torchrun, stop_without
@@ -34,7 +35,7 @@ LESS_MEMORY = {  # of a GPU; roundings are all that changes
     "evaluation.batch_size",
     "evaluate": "set a smaller evaluation.batch_size",
 }
-CONF = Path(__file__).resolve().parent.parent / "conf"
+CONF = ROOT / "conf"
 JobFunction = Callable[..., None]  # (settings, progress)
 Settle = Callable[[DictConfig, list[str]], None]  # (config before anything is resolved, words of the command line)
 

@@ -1,7 +1,7 @@
 """``ditscale JOB --help``: what a job does, what may be chosen, and each setting with its default and what it means.
 
-Nothing is written twice: descriptions are the comments in ``conf/`` and beside the fields of `launch.command.settings`, and the
-first sentences of docstrings.
+Nothing is written twice: descriptions are the comments in ``conf/`` and beside the fields of
+`launch.command.settings`, and the first sentences of docstrings.
 """
 
 import ast
@@ -18,8 +18,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from launch.command.app import CONF, default_config
-from launch.jobs import JOBS
 from launch.command.settings import SETTINGS
+from launch.jobs import JOBS
 
 _PACKAGE = re.compile(r"^# @package (\S+)", re.MULTILINE)
 _LINE = re.compile(r"(?P<indent> *)(?P<key>[\w/.-]+):(?P<rest>.*)")

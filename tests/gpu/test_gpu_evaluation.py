@@ -16,21 +16,21 @@ from tiny_run import Case, diffusion
 from tiny_samples import SAMPLERS
 from torch import Tensor
 
+from core.precision import allow_tf32
 from data.conditions import ClassLabels, rows_of
 from data.encodings import EncodeImages
 from data.images import CenterCrop, Preparation
 from data.manifest import LatentSpec
 from diffusion.guidance import ClassifierFreeGuidance, Unguided
-from evaluation.generate import Generator
 from evaluation.features.inception import InceptionFeatures
+from evaluation.generate import Generator
 from evaluation.metrics.kernel import KernelDistance
 from evaluation.metrics.manifolds import PrecisionRecall
-from evaluation.reference.reference import Reference
 from evaluation.metrics.statistics import FeatureStatistics
+from evaluation.reference.reference import Reference
 from launch.command.app import _sentence
 from model.autoencoder import IdentityAutoencoder
 from model.autoencoder_kl import DiffusersAutoencoder
-from core.precision import allow_tf32
 from runtime.accelerate import AccelerateRuntime
 
 FLOAT32 = 1e-4  # relative, of the norm of a difference

@@ -23,24 +23,25 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from core.batch import Batch
+from core.precision import exact_float32
 from data.conditions import ClassLabels
 from data.encodings import EncodeImages
 from data.images import CenterCrop, ExactSize, Preparation, to_uint8
 from data.manifest import LatentSpec
 from data.pipeline import encoded_batches
 from data.plan import Plan
-from core.batch import Batch
 from diffusion.guidance import Autoguidance, ClassifierFreeGuidance, Unguided
 from diffusion.likelihood import bits_per_dimension
 from diffusion.process import GaussianDiffusion
 from diffusion.samplers import DDIM, DDPM
 from diffusion.schedules import LinearSchedule
 from diffusion.variances import FixedLargeVariance, LearnedRangeVariance
-from evaluation.generate import Generator
 from evaluation.features.inception_network import Inception2015
+from evaluation.features.network import NetworkFeatures
+from evaluation.generate import Generator
 from evaluation.metrics.kernel import squared_mmd
 from evaluation.metrics.manifolds import PrecisionRecall
-from evaluation.features.network import NetworkFeatures
 from launch.command import gpus
 from launch.command.workers import worker_device
 from model import blocks
@@ -49,7 +50,6 @@ from model.autoencoder import IdentityAutoencoder
 from model.autoencoder_kl import DiffusersAutoencoder
 from model.checkpointing import checkpoint_units
 from model.dit import DiT, DiTConfig
-from core.precision import exact_float32
 from runtime.accelerate import AccelerateRuntime
 from train import ema as averages_of
 from train.checkpoint import load_checkpoint

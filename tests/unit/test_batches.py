@@ -12,11 +12,11 @@ import torch
 from conftest import PatternSource, encode_pattern
 from torch.utils._pytree import tree_leaves
 
+from core.prefetch import prefetch
 from data.batches import TrainingBatches
 from data.conditions import ClassLabels
 from data.images import to_unit_range
 from data.order import GlobalOrder
-from core.prefetch import prefetch
 from data.shards import MappedShards
 from diffusion.times import UniformSteps
 from model.autoencoder import IdentityAutoencoder

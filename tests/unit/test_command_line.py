@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from launch.command.completion import script
 from launch.command.help import comments_of, help_of
-from launch.jobs import JOBS
 from launch.command.words import prepared, quoted
+from launch.jobs import JOBS
 
 NAMES = [
     *(

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from test_model import tiny
 from torch.utils._pytree import tree_leaves
 
-from data.conditions import ClassLabels, Unconditional, rows_of, with_dropped
 from core.batch import Batch, mapped, micro_batches_of
+from data.conditions import ClassLabels, Unconditional, rows_of, with_dropped
 from diffusion.guidance import ClassifierFreeGuidance
 from diffusion.process import GaussianDiffusion
 from diffusion.samplers import DDPM

@@ -9,8 +9,8 @@ import torch
 from test_model import golden_model, tiny, trained
 from torch import Tensor
 
-from data.conditions import ClassLabels
 from core.batch import Batch, Condition
+from data.conditions import ClassLabels
 from diffusion.diffusers_samplers import DPMSolverPP, Heun
 from diffusion.gaussians import Gaussian, gaussian_kl
 from diffusion.guidance import Autoguidance, ClassifierFreeGuidance, Unguided

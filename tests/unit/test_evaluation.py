@@ -24,14 +24,14 @@ from diffusion.samplers import DDPM
 from diffusion.schedules import LinearSchedule
 from diffusion.variances import LearnedRangeVariance
 from evaluation.chunks import ChunkStore, TrainingChunks
-from evaluation.features.classifier import ClassifierFeatures
 from evaluation.evaluate import Evaluator, MeasurementProtocol
+from evaluation.features.classifier import ClassifierFeatures
 from evaluation.features.extractor import Features
 from evaluation.generate import Generator
 from evaluation.grid import save_grid
 from evaluation.hooks import EvaluationHook
-from evaluation.reference.reference import make_reference
 from evaluation.metrics.statistics import FeatureStatistics, Gaussian, covariance_root, frechet_distance
+from evaluation.reference.reference import make_reference
 from model.autoencoder import IdentityAutoencoder
 from runtime.accelerate import AccelerateRuntime
 from train.loggers import NoLogger

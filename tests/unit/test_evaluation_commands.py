@@ -132,7 +132,7 @@ def test_a_killed_evaluation_goes_on_only_where_its_chunks_are_of_the_same(
     for number, words in enumerate((["weights=width_0.15"], ["sampler.steps=3"], ["evaluation.batch_size=8"])):
         interrupt_after(1, *words)
         assert sorted(kept(run).values()) == [1] * (number + 1) + [3]
-    monkeypatch.setattr(evaluate_module, "source_hash", lambda _: "of another version")
+    monkeypatch.setattr(evaluate_module, "code_hash", lambda: "of another version")
     interrupt_after(1)
     assert sorted(kept(run).values()) == [1, 1, 1, 1, 3]
 

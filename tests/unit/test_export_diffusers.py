@@ -22,8 +22,8 @@ from diffusion.process import GaussianDiffusion
 from diffusion.samplers import DDIM, Sampler
 from diffusion.schedules import CosineSchedule, LinearSchedule
 from diffusion.variances import LearnedRangeVariance
-from launch.command.app import CONF
 from launch.builders.diffusers_folder import read_class_names, read_diffusers_folder
+from launch.command.app import CONF
 from model.autoencoder_kl import DiffusersAutoencoder
 from model.diffusers_weights import to_diffusers
 from model.dit import DiT

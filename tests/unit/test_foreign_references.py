@@ -19,8 +19,8 @@ from test_references import Projected, write
 from core.archives import PIECE_BYTES
 from core.npz import headers_of, read_array, rows_of, write_npz
 from evaluation.metrics.frechet import FrechetDistance, SpatialFrechetInceptionDistance
-from evaluation.reference.reference import Reference, read_reference
 from evaluation.metrics.statistics import FeatureStatistics
+from evaluation.reference.reference import Reference, read_reference
 
 ABOUT = {"name": "real", "images": 50, "num_classes": 5, "feature_extractor": "projections"}
 ABOUT["feature_extractor_hash"] = "a" * 64

@@ -14,9 +14,9 @@ from damage import DAMAGES, within
 from PIL import Image
 from test_report import Parsed, record_of, write_finished_run, write_run
 
+from launch.report import update_group
 from report.study import read_study
 from report.write import write_report
-from launch.report import update_group
 from train.runfolder import RunFolder
 
 NUMBERS = ("frechet_distance", "gmacs", "training_gmacs", "recognized_fraction", "frechet_distance_of_real_resample")

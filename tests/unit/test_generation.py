@@ -21,21 +21,21 @@ from test_metrics import in_parallel
 from test_model import golden_model
 from test_references import write
 
-from data.conditions import ClassLabels
 from core.batch import Condition
+from data.conditions import ClassLabels
 from evaluation.chunks import Chunk, ChunkStore, TrainingChunks, chunks_of, discard, discard_training
 from evaluation.evaluate import Evaluator, MeasurementProtocol
 from evaluation.features.extractor import Features
-from evaluation.metrics.frechet import FrechetDistance, FrechetInceptionDistance
+from evaluation.features.inception import InceptionFeatures
 from evaluation.generate import Generator
 from evaluation.hooks import EVALUATED_BY_TRAINING, EvaluationHook
 from evaluation.image_files import NpzFile, PngFiles
-from evaluation.reference.image_sets import SourceImages
-from evaluation.features.inception import InceptionFeatures
+from evaluation.metrics.frechet import FrechetDistance, FrechetInceptionDistance
 from evaluation.metrics.manifolds import PrecisionRecall
-from evaluation.reference.file import write_reference
-from evaluation.reference.reference import Reference, make_reference
 from evaluation.metrics.statistics import FeatureStatistics
+from evaluation.reference.file import write_reference
+from evaluation.reference.image_sets import SourceImages
+from evaluation.reference.reference import Reference, make_reference
 from launch import cli
 from launch.evaluate import compile_units
 from runtime.agreement import require_same

@@ -13,11 +13,11 @@ from test_shards import contents
 from test_sources import make_tars
 
 from core import remote
+from core.remote import Retry
 from data.encode import encode
 from data.image_folder import ImageFolder
 from data.image_tars import ImageTars
 from data.images import CenterCrop
-from core.remote import Retry
 from data.shards import MappedShards
 from data.sources import Source
 from model.autoencoder import IdentityAutoencoder

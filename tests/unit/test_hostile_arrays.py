@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from conftest import silent_progress
 
-from data.manifest import Manifest
 from core.npy import parse_header
 from core.npz import read_npz, write_npz
 from core.reading import DamagedFileError, sha256_of
+from data.manifest import Manifest
 from data.shards import MappedShards
 from data.verify import verify
 

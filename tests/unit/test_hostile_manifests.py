@@ -13,12 +13,12 @@ from conftest import silent_progress
 from faulty_server import FaultyServer
 
 from core.atomic import write_bytes
-from data.cache import Cache, CachedFile
-from data.manifest import MAX_MANIFEST_BYTES, Manifest
 from core.names import UnsafeNameError
 from core.reading import DamagedFileError
 from core.records import SEAL, seal
 from core.remote import Retry
+from data.cache import Cache, CachedFile
+from data.manifest import MAX_MANIFEST_BYTES, Manifest
 from data.shards import MappedShards
 from data.verify import verify
 

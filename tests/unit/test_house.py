@@ -1,6 +1,7 @@
 """The rules of the house: which room may import which, and that every config builds something."""
 
 import ast
+import configparser
 import functools
 import pkgutil
 import re
@@ -13,24 +14,15 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+from core.rooms import MAY_IMPORT, ROOT, source_files
 from launch.command.app import CONF
 from launch.command.check import check_targets
-from launch.jobs import JOBS
 from launch.command.settings import register
+from launch.jobs import JOBS
 
-ROOT = CONF.parent
-# Rooms that each room may import, from the top of the house down.
-ALLOWED = {
-    "model": set(),
-    "diffusion": set(),
-    "data": {"diffusion", "model"},
-    "runtime": {"diffusion", "model"},
-    "train": {"runtime", "data", "diffusion", "model"},
-    "evaluation": {"train", "runtime", "data", "diffusion", "model"},
-    "launch": {"evaluation", "train", "runtime", "data", "diffusion", "model"},
-}
-ROOM_SIZE = len(list((ROOT / "model").rglob("*.py")))  # the model room comes first
-FILES = [path for room in ALLOWED for path in sorted((ROOT / room).rglob("*.py"))]
+FILES = source_files(*MAY_IMPORT)
+MODEL = source_files("model")
+LAUNCH = {path.relative_to(ROOT).as_posix() for path in source_files("launch")}
 PROGRAMS = [*FILES, *sorted((ROOT / "benchmarks").rglob("*.py"))]
 
 
@@ -53,14 +45,17 @@ def imports_of(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_between_rooms_point_one_way(path: Path) -> None:
     room = path.relative_to(ROOT).parts[0]
-    assert imports_of(path) & set(ALLOWED) <= ALLOWED[room] | {room}
+    assert imports_of(path) & set(MAY_IMPORT) <= MAY_IMPORT[room] | {room}
 
 
 @pytest.mark.parametrize(
     ("package", "homes"),
     [
-        ("hydra", {path.relative_to(ROOT).as_posix() for path in FILES if path.parent.name == "launch"}),
-        ("omegaconf", {path.relative_to(ROOT).as_posix() for path in FILES if path.parent.name == "launch"}),
+        ("hydra", {path.relative_to(ROOT).as_posix() for path in FILES if "launch" in path.relative_to(ROOT).parts}),
+        (
+            "omegaconf",
+            {path.relative_to(ROOT).as_posix() for path in FILES if "launch" in path.relative_to(ROOT).parts},
+        ),
         ("pickle", {"evaluation/features/inception.py"}),  # for the name of an exception
         ("huggingface_hub", {"launch/builders/hub.py"}),
     ],
@@ -102,10 +97,13 @@ def test_the_loop_and_what_it_calls_do_not_ask_which_runtime_it_is(name: str) ->
 
 
 def test_the_model_room_imports_nothing_that_knows_of_machines() -> None:
-    used = {path.name: imports_of(path) - set(sys.stdlib_module_names) - {"model"} for path in FILES[:ROOM_SIZE]}
+    used = {path.name: imports_of(path) - set(sys.stdlib_module_names) - {"model", "core"} for path in MODEL}
     for name in ("diffusers_weights.py", "autoencoder_kl.py"):
         assert used.pop(name) == {"torch", "diffusers"}
     assert set().union(*used.values()) == {"torch"}
+    of_core = {name for path in MODEL for name in re.findall(r"from (core\.\w+)", path.read_text())}
+    assert of_core == {"core.precision"}
+    assert imports_of(ROOT / "core/precision.py") - set(sys.stdlib_module_names) == {"torch"}
 
 
 WITHOUT_NETWORKS = [
@@ -198,3 +196,17 @@ def test_an_experiments_average_is_replaced_whole(experiment: str, name: str) ->
     alone = composed("train", f"train/ema={name}")["ema"]
     assert composed("train", f"experiment={experiment}", f"train/ema={name}")["ema"] == alone
     assert composed("train", f"experiment={experiment}")["ema"]["decay"] < 0.9999
+
+
+def test_packaging_types_and_docs_list_the_rooms_that_there_are() -> None:
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    rooms = list(MAY_IMPORT)
+    assert settings["options.packages.find"]["include"].replace("*", "").split(", ") == rooms
+    assert settings["mypy"]["files"].split(", ") == rooms
+    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"benchmarks"} == set(rooms)
+    table = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    for room, allowed in MAY_IMPORT.items():
+        row = next(line for line in table.splitlines() if line.startswith(f"| `{room}/` |"))
+        named = row.rsplit("|", 2)[1]
+        assert set(re.findall(r"`(\w+)`", named)) == allowed, row

@@ -10,12 +10,12 @@ from conftest import torch_fidelity
 from inception_weights import PREFIX, random_weights
 
 from core.reading import sha256_of
-from evaluation.features.inception_network import Inception2015, resize_like_tensorflow
 from evaluation.features.inception import SHA256, URL, InceptionFeatures, load_inception
+from evaluation.features.inception_network import Inception2015, resize_like_tensorflow
 from evaluation.metrics.inception_score import InceptionScore
 from evaluation.metrics.kernel import KernelInceptionDistance
-from evaluation.reference.reference import Reference
 from evaluation.metrics.statistics import FeatureStatistics
+from evaluation.reference.reference import Reference
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from evaluation.chunks import Chunk, ChunkStore, discard
 from evaluation.features.extractor import Features
 from evaluation.image_files import NpzFile, PngFiles
 from evaluation.kept import npy_of, parse_npy, read_kept, unless_damaged, write_kept
-from evaluation.reference.reference import read_reference
 from evaluation.metrics.statistics import FeatureStatistics, frechet_distance
+from evaluation.reference.reference import read_reference
 
 SILENT = {"missing"}  # kinds of damage that look as if nothing had been kept
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 from conftest import torch_fidelity
 
-from evaluation.metrics import manifolds
 from evaluation.chunks import chunks_of
-from evaluation.metrics.collectors import Collects, RowsOf, SplitSumsOf, StatisticsOf
 from evaluation.features.extractor import Features
+from evaluation.metrics import manifolds
+from evaluation.metrics.collectors import Collects, RowsOf, SplitSumsOf, StatisticsOf
 from evaluation.metrics.frechet import FrechetDistance
 from evaluation.metrics.inception_score import InceptionScore
 from evaluation.metrics.kernel import KernelDistance
 from evaluation.metrics.manifolds import PrecisionRecall
-from evaluation.reference.reference import Reference
 from evaluation.metrics.statistics import FeatureStatistics, Gaussian, frechet_distance
+from evaluation.reference.reference import Reference
 
 CPU = torch.device("cpu")
 

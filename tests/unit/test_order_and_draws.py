@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.order import GlobalOrder, Order, WindowedOrder, positions_of_step
 from core.draws import Philox, Purpose, draw_noise, permutation, training_draws
+from data.order import GlobalOrder, Order, WindowedOrder, positions_of_step
 from diffusion.times import UniformSteps
 
 PINNED_NOISE = [1.8699285984039307, 0.6554148197174072, 0.6459668278694153]

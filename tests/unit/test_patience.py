@@ -13,8 +13,8 @@ from faulty_server import FaultyServer
 from s3fs import S3FileSystem
 
 from core import remote
-from data.files import Files
 from core.remote import Retry
+from data.files import Files
 from launch.builders.runs import read_checkpoint
 
 

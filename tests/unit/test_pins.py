@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from test_training import new_state, run_steps, save
 
-from launch.command.app import CONF
 from launch.builders.runs import checkpoint_hash, pinned_sources, read_checkpoint
+from launch.command.app import CONF
 from train.checkpoint import read_state_file
 from train.pins import STATE_FILE, CheckpointGoneError, pinned, unless_pinned
 from train.runfolder import RunFolder

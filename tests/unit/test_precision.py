@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from model.autoencoder_kl import DiffusersAutoencoder
 from core.precision import exact_float32
+from model.autoencoder_kl import DiffusersAutoencoder
 
 CPU = torch.device("cpu")
 backends: Any = torch.backends

@@ -15,14 +15,14 @@ from test_metrics import in_parallel
 
 from core.npz import headers_of
 from data.sources import Example
-from evaluation.reference import reference as references
 from evaluation.features.extractor import Features
-from evaluation.metrics.frechet import FrechetDistance, SpatialFrechetInceptionDistance
-from evaluation.reference.image_sets import ShardImages, SourceImages
 from evaluation.features.inception import InceptionFeatures
-from evaluation.reference.file import write_reference
-from evaluation.reference.reference import make_reference, read_reference
+from evaluation.metrics.frechet import FrechetDistance, SpatialFrechetInceptionDistance
 from evaluation.metrics.statistics import FeatureStatistics, frechet_distance
+from evaluation.reference import reference as references
+from evaluation.reference.file import write_reference
+from evaluation.reference.image_sets import ShardImages, SourceImages
+from evaluation.reference.reference import make_reference, read_reference
 from model.autoencoder import IdentityAutoencoder
 
 
@@ -168,7 +168,7 @@ def test_features_and_roots_are_computed_once_for_a_file_an_extractor_and_a_vers
         path.write_bytes(path.read_bytes()[:-1])
     assert images_seen() == 20  # made again
     assert images_seen() == 0
-    monkeypatch.setattr(references, "_code_hash", lambda: "another version")
+    monkeypatch.setattr(references, "source_hash", lambda *_: "another version")
     assert images_seen() == 20
 
 

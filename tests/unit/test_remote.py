@@ -22,16 +22,16 @@ from torch.utils._pytree import tree_leaves
 
 from core import remote
 from core.atomic import write_bytes
+from core.batch import Batch
+from core.prefetch import prefetch
+from core.reading import sha256_of
+from core.remote import Retry
 from data.batches import TrainingBatches
 from data.cache import Cache, CachedFile
 from data.conditions import ClassLabels
 from data.order import GlobalOrder, Order, WindowedOrder
-from core.prefetch import prefetch
-from core.reading import sha256_of
-from core.remote import Retry
 from data.shard_files import FetchedAhead
 from data.shards import MappedShards
-from core.batch import Batch
 from diffusion.times import UniformSteps
 from launch.command.app import CONF
 from model.autoencoder import IdentityAutoencoder

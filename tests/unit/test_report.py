@@ -21,14 +21,13 @@ from PIL import Image
 from scipy import stats
 
 from evaluation.features.inception import SHA256
-from report import figures
-from report import paper
+from launch.report import group_of, update_group
+from report import figures, paper
 from report.bubbles import Bubble, draw_bubbles
 from report.fit import fit_power_law
 from report.records import read_records
 from report.study import Study, read_study
 from report.write import Report, write_report
-from launch.report import group_of, update_group
 from train.runfolder import RunFolder
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")  # as in the Makefile

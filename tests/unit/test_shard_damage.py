@@ -14,11 +14,11 @@ import pytest
 from conftest import InProcess, PatternSource, encode_pattern, silent_progress
 from test_shards import contents
 
-from data.images import UnreadableImageError
-from data.manifest import Manifest
 from core.npz import write_npz
 from core.reading import sha256_of
 from core.records import SEAL
+from data.images import UnreadableImageError
+from data.manifest import Manifest
 from data.shards import MappedShards
 from data.sidecars import read_sidecar
 from data.sources import Example

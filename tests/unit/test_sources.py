@@ -16,6 +16,7 @@ import webdataset
 from pictures import encoded, make_image_folder, photo
 from s3_server import BUCKET, s3_server
 
+from core.draws import Philox
 from data.hugging_face import ParquetImages, SavedDataset
 from data.image_folder import ImageFolder
 from data.image_tars import ImageTars
@@ -23,7 +24,6 @@ from data.images import CenterCrop, UnreadableImageError, decode
 from data.latent_tars import LatentTars
 from data.plan import encoding_order
 from data.sources import Source, load_images
-from core.draws import Philox
 
 
 def contents(source: Source) -> list[tuple[str, bytes, int]]:
