@@ -1,8 +1,8 @@
-"""Define the input of a training step and a condition, as trees of tensors, and divide a global batch."""
+"""Define a condition, the input of a training step and the network that takes them; divide a global batch."""
 
 from collections.abc import Callable, Mapping
 from operator import itemgetter
-from typing import NamedTuple, TypeVar, cast
+from typing import NamedTuple, Protocol, TypeVar, cast
 
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -20,6 +20,17 @@ class Batch(NamedTuple):
     noise: Tensor  # [B, c, h, w] float32
     t: Tensor  # [B] int64 steps or float32 times, by the objective
     condition: Condition  # already the null condition where it was dropped
+
+
+class Denoiser(Protocol):
+    """A network that knows no schedule, no guidance and drops no condition."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Return what the objective asks for: [B, k c, h, w], where k is its ``outputs_per_channel``.
+
+        x_t is [B, c, h, w] float, t [B] int64 or float, the condition has B rows.
+        """
+        ...
 
 
 def mapped(tree: Tree, function: Callable[[Tensor], Tensor]) -> Tree:

@@ -6,10 +6,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from core.batch import Condition
+from core.batch import Condition, Denoiser
 from diffusion.objective import Objective
 from diffusion.process import GaussianDiffusion, require_gaussian
-from diffusion.protocol import Denoiser
 from diffusion.respacing import kept_steps
 from diffusion.samplers import Noise
 

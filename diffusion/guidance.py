@@ -6,8 +6,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from core.batch import Condition
-from diffusion.protocol import Denoiser
+from core.batch import Condition, Denoiser
 
 Channels = int | Literal["all"]
 Null = Callable[[Condition], Condition]  # the dropped condition, of as many rows on the same device

@@ -5,11 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from core.batch import Condition
+from core.batch import Condition, Denoiser
 from diffusion.gaussians import Gaussian, gaussian_kl
 from diffusion.objective import mean_per_sample, predict
 from diffusion.process import GaussianDiffusion
-from diffusion.protocol import Denoiser
 from diffusion.samplers import Noise, step_of_rows
 
 

@@ -8,9 +8,8 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from core.batch import Batch, Condition
+from core.batch import Batch, Condition, Denoiser
 from core.draws import Times
-from diffusion.protocol import Denoiser
 
 LOSS = "loss"  # the name of the loss that is minimized
 

@@ -10,11 +10,10 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from core.batch import Condition
+from core.batch import Condition, Denoiser
 from diffusion.flow import Flow
 from diffusion.objective import Objective, predict
 from diffusion.process import require_gaussian
-from diffusion.protocol import Denoiser
 from diffusion.respacing import Steps, kept_steps, number_of
 
 

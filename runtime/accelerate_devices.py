@@ -16,8 +16,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor
 
+from core.batch import Denoiser
 from core.precision import allow_tf32
-from diffusion.protocol import Denoiser
 from runtime.agreement import require_same
 from runtime.launched import require_sound_environment
 from runtime.protocol import ModuleT, Precision

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from core.batch import Batch
-from diffusion.protocol import Denoiser
+from core.batch import Batch, Denoiser
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Metrics = dict[str, Tensor]

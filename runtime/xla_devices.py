@@ -16,8 +16,7 @@ import torch_xla.distributed.xla_backend  # gives torch.distributed the address 
 import torch_xla.runtime as xr
 from torch import Tensor, nn
 
-from core.batch import Condition
-from diffusion.protocol import Denoiser
+from core.batch import Condition, Denoiser
 from runtime.agreement import require_same
 from runtime.hosts import Hosts
 from runtime.protocol import ModuleT, Precision

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from core.batch import Denoiser
 from core.progress import ProgressBar
 from core.records import validate
 from core.urls import redacted_config
@@ -19,7 +20,6 @@ from data.settings import DataSettings
 from data.shards import MappedShards, open_shards
 from diffusion.guidance import Guided
 from diffusion.objective import Objective
-from diffusion.protocol import Denoiser
 from diffusion.samplers import Sampler
 from evaluation.evaluate import Evaluator, MeasurementProtocol
 from evaluation.features.extractor import FeatureExtractor

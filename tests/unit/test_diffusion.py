@@ -9,7 +9,7 @@ import torch
 from test_model import golden_model, tiny, trained
 from torch import Tensor
 
-from core.batch import Batch, Condition
+from core.batch import Batch, Condition, Denoiser
 from data.conditions import ClassLabels
 from diffusion.diffusers_samplers import DPMSolverPP, Heun
 from diffusion.gaussians import Gaussian, gaussian_kl
@@ -17,7 +17,6 @@ from diffusion.guidance import Autoguidance, ClassifierFreeGuidance, Unguided
 from diffusion.likelihood import bits_per_dimension, prior_bits
 from diffusion.objective import corrupt
 from diffusion.process import GaussianDiffusion
-from diffusion.protocol import Denoiser
 from diffusion.respacing import Steps, kept_steps
 from diffusion.samplers import DDIM, DDPM, Sampler
 from diffusion.schedules import CosineSchedule, LinearSchedule, ScaledLinearSchedule, Schedule

@@ -9,12 +9,11 @@ import torch
 from conftest import InProcess, json_lines
 from torch import Tensor
 
-from core.batch import Batch, Condition
+from core.batch import Batch, Condition, Denoiser
 from core.draws import Philox, Purpose
 from diffusion.flow import StraightFlow
 from diffusion.objective import corrupt, predict
 from diffusion.process import GaussianDiffusion
-from diffusion.protocol import Denoiser
 from diffusion.samplers import DDPM, Euler
 from diffusion.schedules import LinearSchedule
 from diffusion.times import UniformTimes

@@ -455,7 +455,7 @@ def write_list_read_and_remove(url: str) -> None:
 def test_a_protocol_without_its_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("s3fs", "gcsfs", "gcsfs.core"):
         monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, "data.google_storage", raising=False)
+    monkeypatch.delitem(sys.modules, "core.google_storage", raising=False)
     for name in ("s3", "gs"):
         monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, name, raising=False)
     with pytest.raises(ValueError, match=r"s3://a/b needs the Python package s3fs, .*; run `pip install s3fs`"):

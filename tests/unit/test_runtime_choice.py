@@ -49,7 +49,7 @@ from runtime.accelerate import AccelerateRuntime
 print(AccelerateRuntime("fp32").device.type, "torch_xla" in sys.modules)
 """
     # Not with the value that these tests set: alone, accelerate would prefer XLA.
-    env = {"USE_TORCH_XLA": "1", "PJRT_DEVICE": "CPU", "PYTHONPATH": str(CONF.parent)}
+    env = {"USE_TORCH_XLA": "1", "PJRT_DEVICE": "CPU", "PYTHONPATH": str(ROOT)}
     shown = run_process([sys.executable, "-c", script], tmp_path, expect=0, env=env)
     assert shown.split()[-2:] == ["cuda" if torch.cuda.is_available() else "cpu", "False"]
 
