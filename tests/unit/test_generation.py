@@ -23,6 +23,7 @@ from test_references import write
 
 from core.batch import Condition
 from data.conditions import ClassLabels
+from diffusion.guidance import Unguided
 from evaluation.chunks import Chunk, ChunkStore, TrainingChunks, chunks_of, discard, discard_training
 from evaluation.evaluate import Evaluator, MeasurementProtocol
 from evaluation.features.extractor import Features
@@ -294,7 +295,8 @@ def test_a_protocol_of_fewer_images_than_a_batch_generates_no_more(tmp_path: Pat
         sizes.append(len(x_t))
         return x_t.repeat(1, 2, 1, 1)
 
-    evaluator(batch_size=250).evaluate(counting(denoiser=seen), silent_progress)
+    guided = Unguided(seen, null=ClassLabels(10).null, latent_channels=1)
+    evaluator(batch_size=250).evaluate(counting(denoiser=guided, cost_of=lambda network: 1), silent_progress)
     assert set(sizes) == {30}
 
 
