@@ -3,14 +3,14 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY_RUN, command, ditscale, json_lines, run_process
+from conftest import TINY_RUN, ditscale, json_lines, warm
+from warm_jobs import TRAINING
+from warm_python import run_ranks
 
 WORDS = [
     "checkpoint=run",
@@ -26,9 +26,7 @@ WORDS = [
 
 def killed_with_chunks(chunks: Path, words: list[str], cwd: Path) -> None:
     """Start a job and kill -9 it when it has finished two or more of the 8 chunks of an evaluation."""
-    process = subprocess.Popen(
-        command(*words), cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
-    )
+    process = warm(*TRAINING).start(words, cwd, cwd / "log")
     deadline = time.monotonic() + 120
     while len(list(chunks.glob("*/*.json"))) < 2:
         assert process.poll() is None
@@ -57,8 +55,7 @@ def test_a_killed_evaluation_is_continued_by_two_processes(measured: Path, tmp_p
     chunks = tmp_path / "run/chunks"
     killed_with_chunks(chunks, ["evaluate", *WORDS], tmp_path)
     assert len(json_lines(tmp_path / "run/evaluations.jsonl")) == 1
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run_process([*launcher, "-m", "launch.evaluate", *WORDS], tmp_path, expect=0)
+    run_ranks(2, "evaluate", *WORDS, cwd=tmp_path)
     whole, continued = json_lines(tmp_path / "run/evaluations.jsonl")
     assert continued.pop("frechet_distance") == pytest.approx(whole.pop("frechet_distance"), rel=1e-9)
     for record in (continued, whole):  # of each line with its own last digits

@@ -18,6 +18,7 @@ from conftest import TINY_RUN, ditscale, json_lines, torchrun, warm
 from filelock import FileLock
 from safetensors.torch import load_file
 from warm_jobs import TRAINING, WarmJob
+from warm_python import run_ranks
 
 from train.stores import list_checkpoints, step_of
 
@@ -44,7 +45,7 @@ def whole_run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_of_two(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run of two processes."""
     folder = tmp_path_factory.mktemp("two")
-    torchrun(2, *TINY_RUN, f"data.shards={digits}", "run_dir=run", cwd=folder)
+    run_ranks(2, "train", *TINY_RUN, f"data.shards={digits}", "run_dir=run", cwd=folder)
     return folder / "run"
 
 
@@ -82,7 +83,7 @@ def test_two_killed_processes_end_with_the_bits_of_two_that_were_not(
 def test_a_run_changes_its_number_of_processes_on_the_way(whole_run: Path, digits: Path, tmp_path: Path) -> None:
     words = [*TINY_RUN, f"data.shards={digits}", "run_dir=run"]
     killed_after(20, words, tmp_path)
-    torchrun(2, *words, cwd=tmp_path)
+    run_ranks(2, "train", *words, cwd=tmp_path)
     alone, mixed = json_lines(whole_run / "metrics.jsonl"), json_lines(tmp_path / "run/metrics.jsonl")
     assert [line["step"] for line in mixed] == [line["step"] for line in alone]
     for one, two in zip(alone, mixed, strict=True):
@@ -97,7 +98,7 @@ def test_a_batch_that_does_not_divide_by_the_processes_is_refused(digits: Path, 
 
 def test_more_processes_than_shards_are_refused(tmp_path: Path) -> None:
     ditscale("encode", "data.shards=one", "data.samples_per_shard=2000", cwd=tmp_path)
-    shown = torchrun(2, *TINY_RUN, "data.shards=one", "run_dir=run", cwd=tmp_path, expect=1)
+    shown = run_ranks(2, "train", *TINY_RUN, "data.shards=one", "run_dir=run", cwd=tmp_path, expect=2)
     assert "2 processes would read 1 shards; encode with a smaller data.samples_per_shard" in shown
 
 
@@ -105,7 +106,7 @@ def test_two_processes_generate_and_measure_the_same_as_one(digits: Path, tmp_pa
     words = [*TINY_RUN, f"data.shards={digits}", "total_steps=10", "evaluate_every=10", "sampler.steps=5"]
     words += ["evaluation.num_images=101", "evaluation.batch_size=20", "evaluation.features.epochs=2"]
     ditscale("train", *words, "run_dir=one", cwd=tmp_path)
-    torchrun(2, *words, "run_dir=two", cwd=tmp_path)
+    run_ranks(2, "train", *words, "run_dir=two", cwd=tmp_path)
     (one,), (two,) = json_lines(tmp_path / "one/evaluations.jsonl"), json_lines(tmp_path / "two/evaluations.jsonl")
     assert two["frechet_distance"] == pytest.approx(one["frechet_distance"], rel=1e-2)
     assert two["feature_extractor_hash"] == one["feature_extractor_hash"]
@@ -113,7 +114,7 @@ def test_two_processes_generate_and_measure_the_same_as_one(digits: Path, tmp_pa
 
 def test_processes_of_different_settings_stop_at_the_start_and_name_them(digits: Path, tmp_path: Path) -> None:
     words = [*TINY_RUN, f"data.shards={digits}", "run_dir=run", "seed=${oc.env:RANK}"]
-    shown = torchrun(2, *words, cwd=tmp_path, expect=1)
+    shown = run_ranks(2, "train", *words, cwd=tmp_path, expect=2)
     assert "The processes of this job differ: " in shown
     assert "seed is 0 on process 0 and 1 on process 1" in shown
     assert not (tmp_path / "run/checkpoints").exists()
@@ -166,7 +167,7 @@ def test_ranks_whose_torchrun_was_killed_save_at_one_log_step_and_the_same_comma
     digits: Path, tmp_path: Path, adopted: None
 ) -> None:
     words = [*TINY_RUN, f"data.shards={digits}", "total_steps=200"]
-    torchrun(2, *words, "run_dir=whole", cwd=tmp_path)
+    run_ranks(2, "train", *words, "run_dir=whole", cwd=tmp_path)
     ranks = ranks_without_their_torchrun([*words, "run_dir=run"], tmp_path)
     for rank in ranks:
         rank.resume()

@@ -1,14 +1,12 @@
 """Samplers under XLA: the same images, and a fixed number of programs however many steps they take."""
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_process
 from tiny_samples import SAMPLERS, STEPS
+from warm_python import TRAINING, WITH_XLA, run_warm_python
 
 SCRIPT = str(Path(__file__).with_name("tiny_samples.py"))
 
@@ -16,9 +14,9 @@ SCRIPT = str(Path(__file__).with_name("tiny_samples.py"))
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("samples")
-    env = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": os.pathsep.join(sys.path)}
-    for runtime in ("accelerate", "xla"):
-        run_process([sys.executable, SCRIPT, str(folder), runtime], folder, 0, env=env)
+    env = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    for modules, runtime in ((TRAINING, "accelerate"), (WITH_XLA, "xla")):
+        run_warm_python(modules, SCRIPT, str(folder), runtime, cwd=folder, env=env)
     return folder
 
 
