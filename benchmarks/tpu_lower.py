@@ -37,7 +37,7 @@ def compose(overrides: list[str]) -> dict[str, Any]:
     """The config of ``ditscale train`` for XL/2 in bf16 under the XLA runtime, with overrides."""
     register()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = hydra.compose("train", ["runtime=xla", "precision=bf16", "default_name=step", *XL_2, *overrides])
+        config = hydra.compose("train", ["runtime=xla", "precision=bf16", "shape_name=step", *XL_2, *overrides])
     return OmegaConf.to_container(config, resolve=True, enum_to_str=True)  # type: ignore[return-value]
 
 

@@ -17,6 +17,7 @@ REPLAYED = frozenset({*components(TrainSettings), "runtime"})
 # Sections that earlier versions did not write, as they were understood then.
 EARLIER: dict[str, Any] = {
     "condition": {"_target_": "data.conditions.ClassLabels", "_partial_": True},
+    "shape_name": "",
     "model": {
         "block": {
             "norm": {"_target_": "model.norms.layer_norm", "_partial_": True},
@@ -38,10 +39,10 @@ def as_now(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _filled(config: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with the components of ``earlier`` that it does not have, in the sections that it has."""
+    """Return a config with the values of ``earlier`` that it does not have, in the sections that it has."""
     whole = dict(config)
     for key, inner in earlier.items():
-        if "_target_" in inner:
+        if not isinstance(inner, Mapping) or "_target_" in inner:
             whole.setdefault(key, inner)
         elif isinstance(config.get(key), Mapping):  # another network has no blocks
             whole[key] = _filled(config[key], inner)

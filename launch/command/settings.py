@@ -51,10 +51,9 @@ class TrainSettings(Settings):
     runtime: Any = free()
 
     group: str = free("dit")  # of runs that are compared with each other
-    # what the studies vary; a sweep over more adds it: 'name=${default_name}-lr${optimizer.lr}'
-    default_name: str = free(
-        "d${model.width}-n${model.depth}-p${model.patch_size}-${hydra:runtime.choices.model/block}-seed${seed}"
-    )
+    shape_name: str = free()  # what the studies vary of the network; its own config says how
+    # a sweep over more than shape and seed adds it: 'name=${default_name}-lr${optimizer.lr}'
+    default_name: str = free("${shape_name}-seed${seed}")
     name: str = free("${default_name}")
     sweep_dir: str = free("runs/${group}")
     run_dir: str = free("${sweep_dir}/${name}")
@@ -207,7 +206,8 @@ class PlanSettings(Settings):
     data: DataSettings = field(default_factory=DataSettings)
     model: Any = MUST_BE_GIVEN
     diffusion: Any = MUST_BE_GIVEN
-    name: str = "d${model.width}-n${model.depth}-p${model.patch_size}-${hydra:runtime.choices.model/block}"
+    shape_name: str = MUST_BE_GIVEN  # of the network; its own config says how
+    name: str = "${shape_name}"
     total_steps: int = positive(400_000)
     batch_size: int = positive(256)  # global
     precision: Precision = Precision.bf16

@@ -128,8 +128,8 @@ def composed(job: str, *overrides: str) -> dict[str, Any]:
     register()
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name=job):
-        needed = {"train": "default_name=x", "sample": "checkpoint=x", "evaluate": "checkpoint=x", "report": "sweep=x"}
-        needed["plan"] = "name=x"
+        needed = {"train": "shape_name=x", "sample": "checkpoint=x", "evaluate": "checkpoint=x", "report": "sweep=x"}
+        needed["plan"] = "shape_name=x"
         needed["export"] = "checkpoint=x"
         needed["reference"] = "out=x"
         given = [needed[job]] if job in needed else []
