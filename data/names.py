@@ -22,7 +22,7 @@ def plain_name(name: object, said_by: str) -> str:
     Raises UnsafeNameError for anything else: a path, a hidden file, an empty or overlong name, no text at all.
     """
     if not isinstance(name, str) or name.startswith(".") or not _is_part(name):
-        raise UnsafeNameError(f"{said_by} names the file {_shown(name)}, which is no plain file name; it is not read.")
+        raise UnsafeNameError(f"{said_by} names the file {_shown(name)}, which is not a plain file name; it is not read.")
     return name
 
 

@@ -163,7 +163,7 @@ def test_an_image_whose_name_does_not_say_so_is_named_and_anything_else_is_not(t
     (root / "bee" / name).write_bytes(b"a text of some length that is no image")
     source = ImageFolder(str(root))
     assert named(source) == {f"ant/{name}": True}
-    assert "it is a JPEG image, but its name does not end so; rename it" in source.left_out[0].reason
+    assert "it is a JPEG image, but its suffix is another; rename it" in source.left_out[0].reason
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_formats_are_told_by_their_first_bytes(tmp_path: Path, head: bytes, titl
     (tmp_path / "a.png").write_bytes(encoded(photo(0), "PNG"))
     (tmp_path / "b").write_bytes(head)
     assert [entry.reason for entry in ImageFolder(str(tmp_path)).left_out] == [
-        f"it is a {title} image, but its name does not end so; rename it"
+        f"it is a {title} image, but its suffix is another; rename it"
     ]
 
 

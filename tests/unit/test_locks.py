@@ -65,7 +65,7 @@ def test_a_cache_of_remote_shards_needs_locks_and_says_so(digits: Path, tmp_path
     with FaultyServer(digits).running() as server:
         done = run([*WORDS, f"data.shards={server.url}"], tmp_path, no_locks, errno.ENOLCK)
     assert done.returncode == 2
-    assert "cache/shards takes no locks (ENOLCK: No locks available)" in done.stderr
+    assert "cache/shards does not support locks (ENOLCK: No locks available)" in done.stderr
     assert "choose a folder on a file system that has them, such as a local disk" in done.stderr
 
 
