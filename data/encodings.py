@@ -44,7 +44,7 @@ class EncodeImages:
         self._preparation, self._flip, self._device = preparation, flip, device
 
     def spec(self, name: str, num_classes: int) -> LatentSpec:
-        """Return the description of the latents. Raises ValueError where the image size does not fit the autoencoder."""
+        """Return the description of the latents. Raises ValueError where the image size does not fit."""
         return latent_spec(name, num_classes, self._autoencoder, self._preparation, self._flip)
 
     def prepare(self, source: Source, index: int) -> Prepared:

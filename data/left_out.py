@@ -32,7 +32,7 @@ def left_out_images(listing: Listing, read: Collection[str]) -> list[LeftOut]:
 
 
 def odd_entries(listing: Listing) -> list[LeftOut]:
-    """Return the entries that are not files (a broken link, a pipe); one that may be an image by its name counts as one.
+    """Return the entries that are not files (a broken link, a pipe); those with an image's name count as images.
 
     A broken link without a suffix may be a folder of images.
     """

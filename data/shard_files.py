@@ -27,7 +27,7 @@ REMOTE_REPAIR = "copy it there again from the folder of `ditscale encode`, which
 
 
 class ShardFiles(Protocol):
-    """A reader of the files that a manifest lists. Its methods raise ValueError that names a missing or damaged file."""
+    """A reader of the files of a manifest. Its methods raise ValueError that names a missing or damaged file."""
 
     manifest: Manifest
     repair: str  # what to do about a damaged file

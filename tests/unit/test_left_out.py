@@ -234,7 +234,7 @@ def test_statistics_of_all_images_are_refused_where_one_is_left_out(tmp_path: Pa
     (root / "ant/film.mov").write_bytes(b"x")
     assert len(SourceImages(ImageFolder(str(root)), 40)) == 6
     (root / "ant/x.heic").write_bytes(HEIC)
-    sentence = r"Image ant/x.heic of image folder cannot be read \(its format is not read.*; take it away"
+    sentence = r"Image ant/x.heic of image folder cannot be read \(its format is not read.*; remove it"
     for refuses in (SourceImages, load_images):
         with pytest.raises(ValueError, match=sentence):
             refuses(ImageFolder(str(root)), 40)
