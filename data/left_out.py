@@ -34,7 +34,7 @@ def left_out_images(listing: Listing, read: Collection[str]) -> list[LeftOut]:
 def odd_entries(listing: Listing) -> list[LeftOut]:
     """Return the entries that are not files (a broken link, a pipe); those with an image's name count as images.
 
-    A broken link without a suffix may be a folder of images.
+    A broken link without a suffix counts as images too: it may have led to a folder of them.
     """
     return [LeftOut(name, f"it {reason}", _may_be_images(name, reason)) for name, reason in listing.odd.items()]
 

@@ -207,7 +207,7 @@ def test_parts_of_a_data_set_are_no_classes(tmp_path: Path) -> None:
     make_image_folder(tmp_path / "root/train", 2)
     make_image_folder(tmp_path / "root/val", 2)
     sentence = (
-        r"root holds train, val, which are parts of a data set and no classes; give one, data.source.root=.*root/train"
+        r"root holds train, val, which are parts of a data set, not classes; give one, data.source.root=.*root/train"
     )
     with pytest.raises(ValueError, match=sentence):
         ImageFolder(str(tmp_path / "root"))
