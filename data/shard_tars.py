@@ -152,7 +152,7 @@ def _sums(tar: IO[bytes], samples: Sequence[Sample], spec: LatentSpec, name: str
         parts.append(channel_sums(values, spec.channels))
     sums = total(parts, spec.channels)
     if not sums.is_finite:
-        raise DamagedFileError(f"{name} has log-variances whose variance is too large for a number.")
+        raise DamagedFileError(f"{name} has log-variances whose variance overflows.")
     return sums
 
 
