@@ -123,7 +123,10 @@ def test_a_kept_array_of_another_reference_or_extractor_is_not_taken(reference: 
 
 @pytest.mark.parametrize(
     ("place", "words"),
-    [("", "is not a folder, but files are written below it"), ("*/vectors.npy", "is a folder, but a file of that name")],
+    [
+        ("", "is not a folder, but files are written below it"),
+        ("*/vectors.npy", "is a folder, but a file of that name"),
+    ],
 )
 def test_what_cannot_be_replaced_in_a_cache_is_named(reference: Path, tmp_path: Path, place: str, words: str) -> None:
     cache = tmp_path / "cache"
