@@ -1,4 +1,4 @@
-"""Zip archives that anyone may have made: sizes before content, every checksum, nothing larger than it says."""
+"""Read untrusted zip archives: check sizes before content, verify every checksum, never exceed the stated size."""
 
 import io
 import zipfile
@@ -10,17 +10,17 @@ from typing import Any
 from core.names import plain_name
 from core.reading import DamagedFileError, open_regular
 
-PIECE_BYTES = 2**20  # of a file at once; also the longest directory of an archive
+PIECE_BYTES = 2**20  # read at once; also the largest directory of an archive
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _ENCRYPTED = 0x1
 _LONGEST_MESSAGE = 200
 
 
 class _InPieces(io.BufferedReader):
-    """A file of which nothing is read in one piece that an archive's own words could make too large."""
+    """A file that limits each read, because zipfile takes the length of a read from the untrusted archive."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Read as usual. Raises zipfile.BadZipFile for more than `PIECE_BYTES`."""
+        """Read up to ``size`` bytes. Raises zipfile.BadZipFile for more than `PIECE_BYTES`."""
         to_the_end = size is None or size < 0
         found = super().read(PIECE_BYTES + 1 if to_the_end else min(size or 0, PIECE_BYTES + 1))
         if len(found) > PIECE_BYTES:
@@ -30,10 +30,10 @@ class _InPieces(io.BufferedReader):
 
 @contextmanager
 def opened(source: Path | bytes, sentence: Callable[[str], str]) -> Iterator[zipfile.ZipFile]:
-    """Open an archive, a file or the content of one, to be read in the block.
+    """Open an archive, given as a path or as its content, for the block.
 
-    Raises OSError as `open` does, and DamagedFileError for what is no archive, or is damaged where the block meets it;
-    ``sentence`` makes one of what was wrong.
+    Raises OSError as `open` does, and DamagedFileError where it is not an archive or the block finds damage;
+    ``sentence`` turns the fault into the error's sentence.
     """
     raw: Any = io.BytesIO(source) if isinstance(source, bytes) else open_regular(source).detach()
     with _InPieces(raw) as pieces:
@@ -49,8 +49,8 @@ def opened(source: Path | bytes, sentence: Callable[[str], str]) -> Iterator[zip
 def members_of(archive: zipfile.ZipFile, path: Path | str, plain_names: bool) -> dict[str, zipfile.ZipInfo]:
     """Return the members of an archive by their names.
 
-    Raises DamagedFileError for a name that comes twice, an encrypted member, a rare kind of compression, and, with
-    ``plain_names``, UnsafeNameError for a name with a path in it.
+    Raises DamagedFileError for a duplicate name, an encrypted member or an unsupported compression, and, with
+    ``plain_names``, UnsafeNameError for a name that contains a path.
     """
     found: dict[str, zipfile.ZipInfo] = {}
     for member in archive.infolist():
@@ -58,21 +58,21 @@ def members_of(archive: zipfile.ZipFile, path: Path | str, plain_names: bool) ->
         if name in found:
             raise DamagedFileError(f"{path} is damaged: it holds {name!r} twice.")
         if member.compress_type not in _METHODS or member.flag_bits & _ENCRYPTED:
-            raise DamagedFileError(f"{path} is damaged: {name!r} in it is encrypted, or compressed in a rare way.")
+            raise DamagedFileError(f"{path} is damaged: {name!r} in it is encrypted, or its compression is not read.")
         found[name] = member
     return found
 
 
 def require_sound(archive: zipfile.ZipFile, path: Path, most_bytes: int) -> None:
-    """Read all members against their checksums and let go of them.
+    """Verify the checksums of all members, without keeping their content.
 
-    Raises DamagedFileError where they take more than ``most_bytes`` together, and zipfile.BadZipFile for damage.
+    Raises DamagedFileError where they unpack to more than ``most_bytes`` in total, and zipfile.BadZipFile for damage.
     """
     members = members_of(archive, path, plain_names=False)
     if (size := sum(member.file_size for member in members.values())) > most_bytes:
         raise DamagedFileError(f"{path} says that it unpacks to {size} bytes, but at most {most_bytes} are read of it.")
     if not any(member.CRC for member in members.values()):
-        return  # saved by PyTorch without checksums
+        return  # PyTorch can save without checksums
     for member in members.values():
         with archive.open(member) as content:
             while content.read(PIECE_BYTES):
@@ -80,5 +80,5 @@ def require_sound(archive: zipfile.ZipFile, path: Path, most_bytes: int) -> None
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an error says, in one line of bounded length."""
+    """Return an error's message as one line of bounded length."""
     return (" ".join(str(error).split()) or type(error).__name__)[:_LONGEST_MESSAGE]

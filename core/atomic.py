@@ -1,4 +1,4 @@
-"""Files that are complete or absent: written aside, synced, renamed."""
+"""Write files atomically: to a temporary name, synced, then renamed, so that a file is complete or absent."""
 
 import json
 import os
@@ -15,9 +15,9 @@ _BLOCK_BYTES = 2**16
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that appears under ``path`` only when the block ends without an exception.
+    """Yield a binary file that appears under ``path`` only when the block ends without an exception.
 
-    It takes the place of whatever has that name. Raises DamagedFileError where that is a folder.
+    It replaces any file of that name. Raises DamagedFileError where ``path`` is a folder.
     """
     require_no_folder(path)
     make_folder(path.parent)
@@ -34,25 +34,25 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def require_no_folder(path: Path) -> None:
-    """Raise DamagedFileError where a file that is written here could not take the place of a folder."""
+    """Raise DamagedFileError where ``path`` is a folder, which a file cannot replace."""
     if path.is_dir() and not path.is_symlink():
         raise DamagedFileError(f"{path} is a folder, but a file of that name is written there; remove it.")
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it that are missing. Raises DamagedFileError where one of them is a file."""
+    """Make a folder and its missing parents. Raises DamagedFileError where one of them is a file."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         at_fault = next(place for place in (path, *path.parents) if os.path.lexists(place))
-        raise DamagedFileError(f"{at_fault} is no folder, but files are written below it; remove it.") from None
+        raise DamagedFileError(f"{at_fault} is not a folder, but files are written below it; remove it.") from None
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which appears under ``path``, synced, only when the block ends without an exception.
+    """Yield a folder to fill, which appears under ``path``, synced, only when the block ends without an exception.
 
-    It takes the place of whatever has that name.
+    It replaces whatever has that name.
     """
     make_folder(path.parent)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -60,14 +60,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     aside.mkdir()
     try:
         yield aside
-        readable = aside.stat().st_mode & 0o666  # as the umask has it; libraries write some files for their owner alone
+        readable = aside.stat().st_mode & 0o666  # by the umask; some libraries write files only their owner can read
         for file in aside.rglob("*"):
             if file.is_file():
                 file.chmod(readable)
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
         sync_folder(aside)
-        if os.path.lexists(path):  # the same step saved again, by a run that replays it
+        if os.path.lexists(path):  # a run that replays a step saves it again
             remove_folder(path)
         os.replace(aside, path)
     finally:
@@ -76,9 +76,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder, or what is in its place; a link's target stays.
+    """Delete a folder, or whatever else has that name; the target of a link is kept.
 
-    A crash in the middle leaves it whole, or aside for `remove_leftovers`, never half.
+    A crash leaves the folder complete, or renamed for `remove_leftovers`, but never partly deleted under its name.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
     os.replace(path, aside)
@@ -89,7 +89,7 @@ def remove_folder(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what killed writers left aside in ``folder``. Only for a caller that knows of no other writer."""
+    """Delete the temporary files of killed writers in ``folder``. The caller must be the only writer."""
     for aside in folder.glob(".*.tmp"):
         if aside.is_dir():
             shutil.rmtree(aside)
@@ -104,10 +104,10 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one JSON line and sync it; a last line that a crash cut short is taken away first.
+    """Append one JSON line and sync it, after removing a last line that a crash truncated.
 
-    A last line that is whole but for its newline, as an editor may leave it, is kept. Raises DamagedFileError where the
-    path is no regular file, or its last line is no beginning of a JSON object.
+    A complete last line without a newline, as an editor may leave it, is kept. Raises DamagedFileError where the path
+    is not a regular file, or its last line is not the start of a JSON object.
     """
     make_folder(path.parent)
     if path.exists():
@@ -131,14 +131,14 @@ def _end_last_line(path: Path, file: IO[bytes]) -> None:
         json.loads(last)
     except (ValueError, RecursionError):
         if not last.startswith(b"{"):
-            raise DamagedFileError(f"{path} ends with a line that is no JSON; remove that line.") from None
+            raise DamagedFileError(f"{path} ends with a line that is not JSON; remove that line.") from None
         file.truncate(start)
     else:
         file.write(b"\n")
 
 
 def _start_of_last_line(file: IO[bytes], size: int) -> int:
-    """Return where the bytes after the last newline of a file begin."""
+    """Return the offset right after the last newline of a file."""
     end = size
     while end > 0:
         start = max(0, end - _BLOCK_BYTES)
@@ -150,7 +150,7 @@ def _start_of_last_line(file: IO[bytes], size: int) -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` survive a power cut."""
+    """Sync a folder, so that renames in it survive a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,7 +1,8 @@
-"""Settings: dataclasses whose fields say what must hold of them, made of plain values and given back as such.
+"""Define the base class of settings: dataclasses that state their constraints, converted from and to plain values.
 
-A class of settings lies beside what it configures. Hydra composes it, `of` makes it, its ``__post_init__`` checks it,
-and `plain` is the one form that is saved and hashed. Sections that name a component (``_target_``) stay mappings.
+A class of settings is defined next to the code that it configures. Hydra composes its values, `of` constructs it,
+``__post_init__`` validates it, and the result of `plain` is what is saved and hashed. Sections that name a component
+(``_target_``) stay mappings.
 """
 
 import typing
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any, ClassVar, Self
 
-MUST_BE_GIVEN: Any = "???"  # what Hydra takes for a value that has no default
+MUST_BE_GIVEN: Any = "???"  # Hydra's marker for a value without a default
 
 
 def positive(default: Any = MUST_BE_GIVEN, *, free: bool = False) -> Any:
@@ -19,13 +20,13 @@ def positive(default: Any = MUST_BE_GIVEN, *, free: bool = False) -> Any:
 
 
 def free(default: Any = MUST_BE_GIVEN) -> Any:
-    """Return a field that changes neither weights nor losses beyond float rounding: a run may continue with another."""
+    """Return a field that a resumed run may change: it affects weights and losses at most by float rounding."""
     return field(default=default, metadata={"free": True})
 
 
 @dataclass
 class Settings:
-    """Values of a section. Raises ValueError for a number that its field does not allow, by its dotted name."""
+    """The values of a section. Raises ValueError, with the dotted name, for a number that its field does not allow."""
 
     section: ClassVar[str] = ""  # the dotted name of the section; empty for a job's own settings
 
@@ -39,14 +40,14 @@ class Settings:
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Self:
-        """Return the settings of plain values, of which some may be absent where they have a default."""
+        """Return the settings made from plain values; those with a default may be absent."""
         hints = typing.get_type_hints(cls)
         return cls(
             **{each.name: _typed(plain[each.name], hints[each.name]) for each in fields(cls) if each.name in plain}
         )
 
     def plain(self) -> dict[str, Any]:
-        """Return the values as files hold them: mappings, lists, text and numbers, without what was not given."""
+        """Return the values as they are saved (mappings, lists, text and numbers), without those not given."""
         return {
             each.name: _plain(value)
             for each in fields(self)
@@ -64,7 +65,7 @@ def free_settings(kind: type[Settings], prefix: str = "") -> Iterator[str]:
 
 
 def components(kind: type[Settings], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of the sections that name a component, but for free ones."""
+    """Yield the dotted names of the sections that name a component, except free ones."""
     for each, hint in _hinted(kind):
         if each.metadata.get("free"):
             continue

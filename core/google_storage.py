@@ -1,4 +1,4 @@
-"""gs:// by gcsfs, as every other store: one request, one attempt; `core.remote.Retry` alone decides how many more."""
+"""Read gs:// with gcsfs in single attempts, as every other store: only `core.remote.Retry` decides on retries."""
 
 from typing import Any
 
@@ -7,15 +7,15 @@ from gcsfs.core import GCSFileSystem
 
 
 class GoogleStorage(GCSFileSystem):
-    """gcsfs's client of the JSON API without its own six attempts, which nest, and no setting of it turns off.
+    """gcsfs's client of the JSON API without its own six nested attempts, which no setting turns off.
 
-    The class that ``import gcsfs`` offers asks by gRPC what kind each bucket is, for up to a minute where gRPC does
-    not get through; this one does not, so that buckets of "Rapid" storage, which have no JSON API, are not read.
+    The class that ``import gcsfs`` offers queries the type of each bucket by gRPC, for up to a minute where gRPC is
+    blocked. This class does not, so it cannot read buckets of "Rapid" storage, which have no JSON API.
     """
 
     _request = GCSFileSystem._request.__wrapped__
     _download = GCSFileSystem._get_file_request.__wrapped__
 
     async def _get_file(self, rpath: str, lpath: str, callback: Callback | None = None, **kwargs: Any) -> None:
-        """In one request, where gcsfs takes several at once; several shards are fetched at once instead."""
+        """Fetch a file in one request; gcsfs splits it into parallel ones, but here shards are fetched in parallel."""
         await self._download(rpath, lpath, callback=callback, **kwargs)

@@ -1,8 +1,8 @@
-"""Locks on files, which die with their holder; on file systems that have none, a marker file that names its holder.
+"""Lock files, with locks that end with their process, or with a marker file where the file system has no locks.
 
-``flock`` does not work everywhere: network file systems answer ENOLCK, EOPNOTSUPP, EIO or ENOSYS. All processes that
-meet at such a folder see the same answer and fall back to the same marker, ``NAME.soft``. A marker whose holder was a
-process of this machine and is gone is taken over; one of another machine is removed by hand, so errors name it.
+Some network file systems do not support ``flock`` and answer ENOLCK, EOPNOTSUPP, EIO or ENOSYS. All processes that use
+such a folder get the same answer and fall back to the same marker, ``NAME.soft``. The marker of a local process that
+has ended is taken over; that of a process on another machine must be removed by hand, so errors name it.
 """
 
 import errno
@@ -17,11 +17,11 @@ from core.atomic import make_folder
 from core.reading import require_own_file
 
 NOT_SUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EIO, errno.ENOSYS, errno.EINVAL}
-_LEFT_TO_OTHERS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}  # said by the command line
+_LEFT_TO_OTHERS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}  # explained by launch
 
 
 class HeldError(Exception):
-    """Another process holds the lock. ``hint`` is what to say of a marker that nobody may hold any more, or empty."""
+    """Another process holds the lock. ``hint`` tells the user about a marker that may be stale, or is empty."""
 
     def __init__(self, path: Path, hint: str) -> None:
         super().__init__(f"{path} is held by another process{hint}")
@@ -29,10 +29,10 @@ class HeldError(Exception):
 
 
 def acquired(path: Path, timeout_sec: float = -1) -> BaseFileLock:
-    """Return a lock on ``path`` that is held; -1 waits for ever.
+    """Return a held lock on ``path``; a timeout of -1 waits forever.
 
-    Raises `HeldError` after the timeout, ValueError where the folder takes neither kind of lock, OSError where there is
-    no permission or no room.
+    Raises `HeldError` after the timeout, ValueError where the folder supports neither kind of lock, and OSError where
+    there is no permission or no space.
     """
     make_folder(path.parent)
     require_own_file(path)
@@ -44,7 +44,7 @@ def acquired(path: Path, timeout_sec: float = -1) -> BaseFileLock:
             raise _refusal(path, error) from error
     try:
         require_own_file(marker)
-        hint = f" (if no job is left, of this machine or another, remove {marker})"
+        hint = f" (if no job is running, on this machine or another, remove {marker})"
         return _acquired(SoftFileLock(marker), timeout_sec, hint)
     except OSError as error:
         raise _refusal(path, error) from error
@@ -63,8 +63,8 @@ def _refusal(path: Path, error: OSError) -> Exception:
         return error
     name = errno.errorcode.get(error.errno or 0, str(error.errno))
     return ValueError(
-        f"{path.parent} takes no locks ({name}: {error.strerror}), which keep two jobs from writing there at once; "
-        "choose a folder on a file system that has them, such as a local disk."
+        f"{path.parent} does not support locks ({name}: {error.strerror}), which keep two jobs from writing there at "
+        "once; choose a folder on a file system that has them, such as a local disk."
     )
 
 
@@ -79,7 +79,7 @@ def locked(path: Path, timeout_sec: float = -1) -> Iterator[None]:
 
 
 def require_locks(path: Path) -> None:
-    """Raise ValueError where the file system of ``path``, a lock file, has no locks that die with their holder."""
+    """Raise ValueError where the file system of the lock file ``path`` has no locks that end with their process."""
     try:
         with FileLock(path, fallback_to_soft=False):
             pass
@@ -88,12 +88,12 @@ def require_locks(path: Path) -> None:
 
 
 def share(descriptor: int) -> bool:
-    """Hold a file together with other readers; return False where the file system has no locks."""
+    """Take a shared lock on a file; return False where the file system has no locks."""
     return _flock(descriptor, fcntl.LOCK_SH)
 
 
 def own(descriptor: int) -> bool:
-    """Try to hold a file alone; return False where others hold it, or the file system has no locks."""
+    """Try to take an exclusive lock on a file; return False where others hold it or the file system has no locks."""
     try:
         return _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,7 +1,7 @@
-"""Turn names that were read from a file, an index or a bucket into paths: the one place where that is done.
+"""Turn names that were read from a file, an index or a bucket into paths; no other module does this.
 
-A name out of a file is a stranger's. It becomes a path only inside the folder that it is meant for: no separators where
-a plain name is expected, no ``..``, no absolute path, no link that leads out.
+Such a name is untrusted. It becomes a path only inside its intended folder: no separators where a plain name is
+expected, no ``..``, no absolute path, no link that leads out.
 """
 
 import re
@@ -13,16 +13,18 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class UnsafeNameError(ValueError):
-    """A name in a file, or in a bucket, that leads out of the folder it should lie in. The sentence names both."""
+    """A name in a file or in a bucket is not a path within the intended folder. The message gives both."""
 
 
 def plain_name(name: object, said_by: str) -> str:
-    """Return a name that is one file's in a folder, as it is; ``said_by`` is the file that it was read from.
+    """Return a name unchanged if it is a plain file name; ``said_by`` is the file that it was read from.
 
-    Raises UnsafeNameError for anything else: a path, a hidden file, an empty or overlong name, no text at all.
+    Raises UnsafeNameError for anything else: a path, a hidden file, an empty or too long name, or a non-string.
     """
     if not isinstance(name, str) or name.startswith(".") or not _is_part(name):
-        raise UnsafeNameError(f"{said_by} names the file {_shown(name)}, which is no plain file name; it is not read.")
+        raise UnsafeNameError(
+            f"{said_by} names the file {_shown(name)}, which is not a plain file name; it is not read."
+        )
     return name
 
 
@@ -32,15 +34,15 @@ def inside(folder: Path, name: object, said_by: str) -> Path:
 
 
 def tree_inside(folder: Path, name: object, said_by: str) -> Path:
-    """Return the path of a name with ``/`` in it, as an object store lists them, below ``folder``.
+    """Return the path below ``folder`` of a name that may contain ``/``, as an object store lists them.
 
-    Raises UnsafeNameError for ``..``, an empty part, an absolute path, and where a link leads out of the folder.
+    Raises UnsafeNameError for ``..``, an empty part or an absolute path, and where a link leads out of the folder.
     """
     return _without_leaving(folder, folder / PurePosixPath(tree_name(name, said_by)), said_by)
 
 
 def tree_name(name: object, said_by: str) -> str:
-    """Return a name with ``/`` in it, as it is. Raises UnsafeNameError for ``..``, an empty part, an absolute path."""
+    """Return a name that may contain ``/``. Raises UnsafeNameError for ``..``, an empty part or an absolute path."""
     parts = name.split("/") if isinstance(name, str) else [""]
     if not all(part not in (".", "..") and _is_part(part) for part in parts):
         raise UnsafeNameError(f"{said_by} has the name {_shown(name)}, which leads out of its folder; it is not read.")
@@ -49,7 +51,7 @@ def tree_name(name: object, said_by: str) -> str:
 
 
 def sha256_name(value: object, said_by: str) -> str:
-    """Return a SHA-256 that names a file. Raises UnsafeNameError for anything but 64 lower-case hexadecimal digits."""
+    """Return the SHA-256 that names a file. Raises UnsafeNameError unless it is 64 lowercase hexadecimal digits."""
     if not isinstance(value, str) or _SHA256.fullmatch(value) is None:
         raise UnsafeNameError(f"{said_by} has the sha256 {_shown(value)}, but one is 64 hexadecimal digits.")
     return value

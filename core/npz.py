@@ -1,4 +1,4 @@
-"""npz files of any size: written in blocks, without clocks; read without trusting what they say of themselves."""
+"""Write npz files of any size in blocks and without timestamps; read npz files as untrusted input."""
 
 import io
 import math
@@ -19,13 +19,13 @@ from core.reading import DamagedFileError
 
 _BLOCK_BYTES = 2**26
 _SUFFIX = ".npy"
-_ENTRY = b"PK\x01\x02"  # how the directory of a zip file begins each of its entries
+_ENTRY = b"PK\x01\x02"  # signature of each entry in the directory of a zip file
 _MOST_ENTRIES = 64
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """An array that comes in blocks of rows."""
+    """An array given as blocks of rows."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -33,7 +33,7 @@ class Blocks:
 
     @classmethod
     def of(cls, array: NDArray[Any]) -> "Blocks":
-        """Return an array at hand, in pieces."""
+        """Return an array in memory as blocks."""
         if array.ndim == 0:
             return cls(array.shape, array.dtype, [array])
         rows = max(1, _BLOCK_BYTES // max(1, array[:1].nbytes))
@@ -43,8 +43,8 @@ class Blocks:
 def write_npz(path: Path, arrays: Mapping[str, NDArray[Any] | Blocks], zip64: bool = False) -> None:
     """Write arrays uncompressed and atomically, so that equal arrays give equal bytes.
 
-    ``numpy.load`` reads the file without pickles. ``zip64`` gives small members the header of large ones, too, as
-    ``numpy.savez`` does.
+    ``numpy.load`` reads the file without pickles. ``zip64`` writes the header for large members also for small ones,
+    as ``numpy.savez`` does.
     """
     with atomic_file(path) as file, zipfile.ZipFile(file, "w") as archive:
         for name, array in arrays.items():
@@ -64,17 +64,17 @@ def _write_member(archive: zipfile.ZipFile, name: str, array: Blocks, zip64: boo
 
 
 def read_npz(content: bytes, name: str, wanted: Collection[str]) -> dict[str, NDArray[Any]]:
-    """Return the ``wanted`` arrays of an ``.npz`` that `write_npz` wrote; ``name`` stands in errors.
+    """Return the ``wanted`` arrays of an ``.npz`` that `write_npz` wrote; errors call the file ``name``.
 
-    Needs no more memory than ``content`` has bytes. Raises DamagedFileError where an array is missing, a name comes
-    twice, an array is compressed, holds objects, has another size than its header says, or fails its checksum.
+    The arrays need no more memory than ``content``. Raises DamagedFileError where an array is missing, a name is
+    duplicated, or an array is compressed, holds objects, does not have the size in its header, or fails its checksum.
     """
-    if content.count(_ENTRY) > _MOST_ENTRIES:  # before a directory of millions of entries is made
+    if content.count(_ENTRY) > _MOST_ENTRIES:  # before zipfile builds a directory of possibly millions of entries
         raise DamagedFileError(f"{name} is damaged: it has more than {_MOST_ENTRIES} members.")
-    with opened(content, lambda what: f"{name} is damaged: it is not a sound .npz file ({what}).") as archive:
+    with opened(content, lambda what: f"{name} is damaged: it is not a valid .npz file ({what}).") as archive:
         members = members_of(archive, name, plain_names=False)
         if any(member.file_size > len(content) for member in members.values()):
-            raise DamagedFileError(f"{name} is damaged: an array in it is said to be larger than the whole file.")
+            raise DamagedFileError(f"{name} is damaged: it states that an array is larger than the whole file.")
         return {array: _read_own(archive, members, name, array) for array in wanted}
 
 
@@ -91,16 +91,16 @@ def _read_own(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], 
 
 
 def headers_of(path: Path) -> dict[str, Header]:
-    """Return the header of each array in anyone's file.
+    """Return the header of each array in an untrusted file.
 
-    Raises OSError as `open` does, and ValueError, naming the file, for one that is no npz: also where a name comes
-    twice or has a path in it, an array holds Python objects, or a header says another size than its member has.
+    Raises OSError as `open` does, and ValueError that names the file where it is not an npz, a name is duplicated or
+    contains a path, an array holds Python objects, or the size in a header is not that of its member.
     """
     with opened(path, lambda what: f"{path} cannot be read as an .npz ({what}); is it complete?") as archive:
         found = {}
         for name, member in members_of(archive, path, plain_names=True).items():
             if not name.endswith(_SUFFIX):
-                raise DamagedFileError(f"{path} holds {name!r}, which is no array; fetch or make it again.")
+                raise DamagedFileError(f"{path} holds {name!r}, which is not an array; fetch or make it again.")
             with archive.open(member) as content:
                 found[name.removesuffix(_SUFFIX)] = _read_foreign(content, member, f"{name} in {path}")
     return found
@@ -109,7 +109,7 @@ def headers_of(path: Path) -> dict[str, Header]:
 def read_array(path: Path, name: str, most_bytes: int) -> NDArray[Any]:
     """Return one array of a reference.
 
-    Raises ValueError where it takes more than ``most_bytes``, or its bytes are not those that were written.
+    Raises ValueError where it takes more than ``most_bytes`` or is damaged.
     """
     with _reference(path, name) as archive, archive.open(f"{name}{_SUFFIX}") as member:
         header = _read_foreign(member, archive.getinfo(f"{name}{_SUFFIX}"), f"{name} in {path}")
@@ -119,9 +119,9 @@ def read_array(path: Path, name: str, most_bytes: int) -> NDArray[Any]:
 
 
 def rows_of(path: Path, name: str, rows: int) -> Iterator[NDArray[Any]]:
-    """Return an array of a reference in blocks of ``rows``, each read when it is asked for.
+    """Yield an array of a reference in blocks of ``rows``, each read on demand.
 
-    Raises ValueError as `read_array` does, after the last block where a checksum is wrong.
+    Raises ValueError as `read_array` does; a wrong checksum is detected after the last block.
     """
     with _reference(path, name) as archive, archive.open(f"{name}{_SUFFIX}") as member:
         header = _read_foreign(member, archive.getinfo(f"{name}{_SUFFIX}"), f"{name} in {path}")
@@ -147,7 +147,7 @@ def _read_foreign(content: IO[bytes], member: zipfile.ZipInfo, name: str) -> Hea
 
 
 def _require_size(header: Header, member: zipfile.ZipInfo, name: str) -> None:
-    """Raise DamagedFileError where a header says another size than its member has."""
+    """Raise DamagedFileError where the size in a header is not that of its member."""
     if (found := member.file_size - header.num_bytes) != header.num_value_bytes:
         raise DamagedFileError(
             f"{name} is damaged: {header.dtype} {header.shape} takes {header.num_value_bytes} bytes, but the file "
@@ -175,6 +175,6 @@ def _read_values(content: IO[bytes], count: int, dtype: np.dtype[Any]) -> NDArra
 
 
 def _require_end(content: IO[bytes]) -> None:
-    """Read to the end, where the checksum of all that was read is compared."""
+    """Read to the end, where zipfile compares the checksum. Raises EOFError where data are left."""
     if content.read(1):
         raise EOFError("it is longer than its header says")

@@ -1,23 +1,23 @@
-"""How long a host is asked again to which no connection is made: briefly, unless it has answered this process before.
+"""Decide how long to retry a host that accepts no connection: briefly, unless it has answered this process before.
 
-At the start of a job such an address is most likely a wrong one, and the user is waiting. A job under way has met the
-host already, so the network is away for a moment, and giving up would cost more than waiting.
+At the start of a job, such an address is most likely wrong and the user is waiting. Once the host has answered, the
+failure is most likely a short network outage, and giving up would cost more than waiting.
 """
 
 import errno
 import socket
 
-IMPATIENT_ATTEMPTS = 4  # to connect to a host that never answered: 3.5 seconds of waiting between them
-IMPATIENT_SEC = 5.0  # after which no further attempt is made
+IMPATIENT_ATTEMPTS = 4  # to connect to a host that never answered, with 3.5 seconds of waits in total
+IMPATIENT_SEC = 5.0  # no attempt starts later than this
 
 _NO_WAY_THERE = {errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN}
-_answered: set[str] = set()  # hosts, and buckets, that this process got an answer from
+_answered: set[str] = set()  # hosts and buckets that have answered this process
 
 
 def cannot_connect(error: BaseException) -> bool:
-    """Return whether an error says that nobody listens: connection refused, an unknown name, no route.
+    """Return whether an error means that the host is unreachable: connection refused, unknown name or no route.
 
-    A connection that is neither made nor refused in time says nothing: a host that is too busy looks the same.
+    A timeout does not count: a busy host looks the same.
     """
     found: BaseException | None = error
     while found is not None:
@@ -28,7 +28,7 @@ def cannot_connect(error: BaseException) -> bool:
 
 
 def note_answer(url: str) -> None:
-    """Remember that the host of a URL is there."""
+    """Record that the host of a URL has answered."""
     _answered.add(_host_of(url))
 
 
@@ -39,10 +39,10 @@ def has_answered(url: str) -> bool:
 
 def is_timeout(error: BaseException) -> bool:
     """Return whether an error says that no answer came in time."""
-    return any("Timeout" in kind.__name__ for kind in type(error).__mro__)  # each library has classes of its own
+    return any("Timeout" in kind.__name__ for kind in type(error).__mro__)  # each library has its own classes
 
 
 def _host_of(url: str) -> str:
-    """Return protocol and host of a URL, or its bucket; of a path in a file system, the bucket."""
+    """Return protocol and host (or bucket) of a URL, or the bucket of a path without protocol."""
     protocol, mark, rest = url.rpartition("://")
     return protocol + mark + rest.partition("/")[0].rpartition("@")[2]

@@ -1,4 +1,4 @@
-"""One thread that prepares items ahead of their use."""
+"""Prepare items ahead of their use, on one thread."""
 
 import queue
 import threading
@@ -6,13 +6,13 @@ from collections.abc import Generator, Iterable
 from typing import TypeVar
 
 Item = TypeVar("Item")
-DEPTH = 2  # items that are ready ahead of their use
+DEPTH = 2  # items that are prepared ahead of their use
 
 
 def prefetch(items: Iterable[Item], depth: int = DEPTH) -> Generator[Item]:
-    """The same items in the same order, up to ``depth`` of them computed ahead by a thread.
+    """Yield the same items in the same order, up to ``depth`` of them computed ahead by a thread.
 
-    An exception of the producer is raised here; leaving the loop early stops the thread.
+    An exception of the producer is raised to the consumer; leaving the loop early stops the thread.
     """
     ready: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(maxsize=depth)
     stopped = threading.Event()
@@ -31,7 +31,7 @@ def prefetch(items: Iterable[Item], depth: int = DEPTH) -> Generator[Item]:
                 if stopped.is_set():
                     return
             put(None, StopIteration())
-        except BaseException as error:  # handed to the consumer, whatever it is
+        except BaseException as error:  # the consumer raises it, whatever it is
             put(None, error)
 
     thread = threading.Thread(target=produce, name="prefetch", daemon=True)

@@ -1,4 +1,4 @@
-"""How a long job tells of its advance; the command line decides how that looks."""
+"""Define how a long job reports its progress; the command line decides how to show it."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -9,11 +9,11 @@ class Progress(Protocol):
     """A bar that is shown while its context is open."""
 
     def update(self, n: int = 1) -> Any:
-        """``n`` more are done."""
+        """Add ``n`` to what is done."""
         ...
 
     def note(self, text: str) -> None:
-        """Show a short text beside the bar from now on."""
+        """Show a short text next to the bar from now on."""
         ...
 
 

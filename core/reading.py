@@ -1,4 +1,4 @@
-"""Read files that anyone may have made: a regular file of a bounded size, or one sentence that names it."""
+"""Read untrusted files: only regular files of bounded size, with errors of one sentence that name the file."""
 
 import errno
 import hashlib
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
-MAX_RECORD_BYTES = 2**28  # of a file that is read whole to be parsed
+MAX_RECORD_BYTES = 2**28  # largest file that is read whole to be parsed
 _PIECE_BYTES = 2**24
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -21,12 +21,12 @@ _KINDS = {
 
 
 class DamagedFileError(ValueError):
-    """A file is not what it should be. The sentence names it."""
+    """A file is damaged or of the wrong kind. The message names it."""
 
 
 @contextmanager
 def remedied(remedy: str) -> Iterator[None]:
-    """End the sentence of each DamagedFileError of the block with the way out."""
+    """Append ``remedy`` to the message of each DamagedFileError of the block."""
     try:
         yield
     except DamagedFileError as error:
@@ -34,9 +34,9 @@ def remedied(remedy: str) -> Iterator[None]:
 
 
 def open_regular(path: Path | str) -> BufferedReader:
-    """Open a regular file, or a link to one, for reading. Never waits, as opening a named pipe would.
+    """Open a regular file, or a link to one, for reading, and never block, as opening a named pipe would.
 
-    Raises OSError as `open` does, and DamagedFileError for a folder, pipe, device, socket or a link to itself.
+    Raises OSError as `open` does, and DamagedFileError for a folder, pipe, device, socket or circular link.
     """
     try:
         mode = Path(path).stat().st_mode
@@ -44,7 +44,7 @@ def open_regular(path: Path | str) -> BufferedReader:
         if error.errno == errno.ELOOP:
             raise DamagedFileError(f"{path} is a link that leads back to itself, but it must be a file.") from None
         raise
-    _require_kind(path, mode)  # before it is opened: opening a device may act on it
+    _require_kind(path, mode)  # before opening: opening a device can have side effects
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         _require_kind(path, os.fstat(descriptor).st_mode)
@@ -55,7 +55,7 @@ def open_regular(path: Path | str) -> BufferedReader:
 
 
 def is_regular(path: Path | str) -> bool:
-    """Return whether there is a regular file, or a link to one, that may be looked at."""
+    """Return whether there is an accessible regular file, or a link to one."""
     try:
         return stat.S_ISREG(Path(path).stat().st_mode)
     except (OSError, ValueError):
@@ -63,12 +63,12 @@ def is_regular(path: Path | str) -> bool:
 
 
 def require_regular(path: Path | str) -> None:
-    """Raise OSError as `open` does, and DamagedFileError where there is no regular file. Reads nothing of it."""
+    """Raise OSError as `open` does, and DamagedFileError where the path is not a regular file, without reading it."""
     open_regular(path).close()
 
 
 def require_own_file(path: Path) -> None:
-    """Raise DamagedFileError where a file that this program opens to write in place is something else, also a link."""
+    """Raise DamagedFileError where the path of a file that is written in place has anything else, including a link."""
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
@@ -82,7 +82,7 @@ def read_regular(path: Path | str, limit_bytes: int = MAX_RECORD_BYTES) -> bytes
     """Return the content of a regular file. Raises as `open_regular` does, and DamagedFileError for a larger one."""
     with open_regular(path) as file:
         found, size = bytearray(), os.fstat(file.fileno()).st_size
-        while size <= limit_bytes and (piece := file.read(_PIECE_BYTES)):  # a file may grow, or tell no size
+        while size <= limit_bytes and (piece := file.read(_PIECE_BYTES)):  # a file may grow, or report no size
             found += piece
             size = max(size, len(found))
     if size > limit_bytes:
@@ -91,7 +91,7 @@ def read_regular(path: Path | str, limit_bytes: int = MAX_RECORD_BYTES) -> bytes
 
 
 def read_text(path: Path | str, limit_bytes: int = MAX_RECORD_BYTES) -> str:
-    """Return a UTF-8 file as text. Raises as `read_regular` does, and DamagedFileError for other bytes."""
+    """Return a UTF-8 file as text. Raises as `read_regular` does, and DamagedFileError for invalid UTF-8."""
     try:
         return read_regular(path, limit_bytes).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -112,15 +112,15 @@ def _require_kind(path: Path | str, mode: int) -> None:
 
 
 def kind_of_node(mode: int) -> str:
-    """Return what a path that is no file is, by its mode: a folder, a named pipe, a device or a socket."""
-    return _KINDS.get(stat.S_IFMT(mode), "no file")
+    """Return the kind of a path that is not a regular file: a folder, a named pipe, a device or a socket."""
+    return _KINDS.get(stat.S_IFMT(mode), "not a file")
 
 
 def reason(error: Exception, path: Path | str) -> str:
-    """Return what an error says of a file, for a sentence that names the file already."""
+    """Return an error's message without the file's name, for a sentence that already names the file."""
     return str(error).removeprefix(f"{path} is damaged: ").removeprefix(f"{path} ").rstrip(".")
 
 
 def is_absent(error: OSError) -> bool:
-    """Return whether an error of `open` says that there is no such file: none of its name, or none below a file."""
+    """Return whether an error of `open` says that the file does not exist, also where a parent is not a folder."""
     return error.errno in (errno.ENOENT, errno.ENOTDIR)

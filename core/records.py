@@ -1,7 +1,7 @@
-"""JSON records that carry a hash over all of themselves, checked against a schema when they are read back.
+"""Read and write JSON records that carry a hash of their own content, and check them against a schema.
 
-`seal` adds the hash as the field ``record_sha256``; `read_record` finds a flipped bit, a cut or a missing field, and
-says which file and what. Anything that a stranger may have written is parsed here and nowhere else.
+`seal` adds the hash as the field ``record_sha256``; `read_record` detects a flipped bit, a truncation or a missing
+field, and names the file and the fault. Untrusted JSON is parsed in this file only.
 """
 
 import hashlib
@@ -18,14 +18,14 @@ from core.reading import DamagedFileError, read_regular
 T = TypeVar("T")
 
 SEAL = "record_sha256"
-_LONGEST_PLACE = 100  # letters of a field's name in an error: keys are a stranger's too
+_LONGEST_PLACE = 100  # characters of a field's name in an error: keys are untrusted too
 
 
 def canonical_hash(content: Any, *, spaced: bool = False, then: Iterable[bytes] = ()) -> str:
-    """Return the SHA-256 of JSON values, whatever the order of keys, and of bytes that come after: 64 digits.
+    """Return the SHA-256 (64 hexadecimal digits) of JSON values and of the bytes in ``then``; key order is ignored.
 
-    ``spaced`` puts a space after each comma and colon: identities of plans, sources and kept results are hashes of
-    such a text, and stay what they are; seals are hashes of the other.
+    ``spaced`` puts a space after each comma and colon. Identities of plans, sources and kept results are hashes of the
+    spaced text and must not change; seals are hashes of the compact text.
     """
     text = json.dumps(content, sort_keys=True, separators=(", ", ": ") if spaced else (",", ":"))
     digest = hashlib.sha256(text.encode())
@@ -41,10 +41,10 @@ def seal(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unseal(content: dict[str, Any], name: str, required: bool = True) -> dict[str, Any]:
-    """Return the record without its hash; ``name`` stands in errors.
+    """Return the record without its hash; errors call the record ``name``.
 
-    Raises DamagedFileError where the hash is not that of the content, or is missing though ``required``: earlier
-    versions of this program wrote some records without one.
+    Raises DamagedFileError where the hash does not match the content, or is missing although ``required``. Earlier
+    versions of this program wrote some records without a hash.
     """
     if SEAL not in content:
         if required:
@@ -57,9 +57,10 @@ def unseal(content: dict[str, Any], name: str, required: bool = True) -> dict[st
 
 
 def parse_json(text: bytes | str, name: str) -> Any:
-    """Return the JSON values of a text; ``name`` stands in errors. Raises DamagedFileError for anything else.
+    """Return the JSON values of a text; errors call the text ``name``.
 
-    Numbers that JSON does not know (NaN, Infinity), numbers of thousands of digits and bottomless nesting are damage.
+    Raises DamagedFileError for invalid JSON, and for NaN, Infinity, numbers of thousands of digits and nesting that is
+    too deep to parse.
     """
     try:
         return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
@@ -70,7 +71,7 @@ def parse_json(text: bytes | str, name: str) -> Any:
 
 
 def parse_object(text: bytes | str, name: str) -> dict[str, Any]:
-    """Return the one JSON object of a text. Raises DamagedFileError for anything else."""
+    """Return the JSON object that a text consists of. Raises DamagedFileError for anything else."""
     content = parse_json(text, name)
     if not isinstance(content, dict):
         raise DamagedFileError(f"{name} is damaged: it holds {_kind(content)} where a JSON object should be.")
@@ -78,9 +79,9 @@ def parse_object(text: bytes | str, name: str) -> dict[str, Any]:
 
 
 def validate(kind: type[T], content: Any, name: str) -> T:
-    """Return an instance of a typed class (a dataclass, a pydantic model) made of JSON values.
+    """Return an instance of a typed class (a dataclass or a pydantic model) made from JSON values.
 
-    Types are strict: a number in quotes is no number. Raises DamagedFileError that names the first field at fault.
+    Types are strict: a number in quotes is not a number. Raises DamagedFileError that names the first invalid field.
     """
     try:
         adapter: TypeAdapter[T] = TypeAdapter(kind)
@@ -90,10 +91,10 @@ def validate(kind: type[T], content: Any, name: str) -> T:
 
 
 def check(kind: type[Any], content: Any, name: str) -> None:
-    """Raise as `validate` does, and leave the JSON values as they are.
+    """Raise as `validate` does, without converting the JSON values.
 
-    For values that must come out as they were read: a number that was written as 1 becomes no 1.0, and text may hold
-    what is left of a file's name that is not UTF-8.
+    Use it for values that must stay exactly as they were read: 1 does not become 1.0, and text may contain surrogates
+    from a file name that is not UTF-8.
     """
     try:
         text = json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
@@ -105,8 +106,8 @@ def check(kind: type[Any], content: Any, name: str) -> None:
 def read_record(path: Path, kind: type[T], required_seal: bool = True) -> T:
     """Read one sealed JSON record as ``kind``.
 
-    Raises OSError as `open` does, and DamagedFileError where the file is no regular one, too large, not JSON, has
-    another hash than it says, or fields of other types than ``kind`` has.
+    Raises OSError as `open` does, and DamagedFileError where the file is not a regular file, is too large, is not
+    JSON, does not match its hash, or has fields that ``kind`` does not allow.
     """
     content = unseal(parse_object(read_regular(path), str(path)), str(path), required_seal)
     return validate(kind, content, str(path))
@@ -137,4 +138,4 @@ def _finite(text: str) -> float:
 
 
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")

@@ -1,6 +1,6 @@
-"""Files behind a URL: s3://, gs://, http:// and https://, by fsspec; whole files, tried again after a failure.
+"""Read and write whole files behind a URL (s3://, gs://, http://, https://) with fsspec and retries.
 
-Keys and endpoints come from where each store's own tools take them: the environment or their config files.
+Credentials and endpoints come from the environment or config files that each store's own tools use.
 """
 
 import posixpath
@@ -28,51 +28,51 @@ from core.urls import MARK, is_redacted, redacted
 
 Result = TypeVar("Result")
 
-PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}  # of each protocol
+PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}  # by protocol
 WEB = ("http://", "https://")
-_WEB_DEPTH = 8  # of folders below each other: a listing may name itself, and then has no end
+_WEB_DEPTH = 8  # of nested folders: a listing may link to itself and would be infinite
 
 
 @dataclass(frozen=True)
 class Retry:
-    """How often a file is asked for, and how long without an answer an attempt lasts."""
+    """The number of attempts at a file, the waits between them, and the timeout of each attempt."""
 
     attempts: int = 8
     first_wait_sec: float = 0.5  # after the first failure; doubled after each further one
     longest_wait_sec: float = 30.0
-    timeout_sec: float = 60.0  # to connect, and between two pieces of an answer
+    timeout_sec: float = 60.0  # to connect, and between two pieces of a response
 
 
 DEFAULT_RETRY = Retry()
 
 
 class UnusableUrlError(ValueError):
-    """A URL that no attempt can read: of another protocol, or of one whose package is missing."""
+    """A URL cannot be opened at all: its protocol is unsupported, its package is missing, or its keys are misplaced."""
 
 
 class DamagedError(ValueError):
-    """A file whose content is not the one expected."""
+    """A remote file does not have the expected content."""
 
 
 class TooLargeError(DamagedError):
-    """A file of more bytes than are read of it: no other attempt will find fewer."""
+    """A remote file is larger than its limit; a retry is pointless."""
 
 
 def is_remote(place: str | Path) -> bool:
-    """Whether a folder or file is named by a URL."""
+    """Return whether a place is a URL."""
     return "://" in str(place)
 
 
 def join(folder: str | Path, name: str) -> str:
-    """The path or URL of a file in a folder."""
+    """Return the path or URL of a file in a folder."""
     return f"{str(folder).rstrip('/')}/{name}"
 
 
 def open_remote(url: str, timeout_sec: float = Retry.timeout_sec) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the URL's path in it.
+    """Return the fsspec file system of a URL, and the URL's path in it.
 
-    Raises ValueError for a protocol that is none of ours, where its package is missing, and for a URL that was
-    redacted, or has keys in it that belong elsewhere.
+    Raises ValueError for an unsupported protocol, for a missing package, and for a URL that was redacted or contains
+    keys that belong in the environment.
     """
     protocol = url.split("://", 1)[0]
     _require_usable(url, protocol)
@@ -89,7 +89,7 @@ def open_remote(url: str, timeout_sec: float = Retry.timeout_sec) -> tuple[Any, 
             f"{package}`."
         ) from error
     if protocol == "s3":
-        system.retries = 1  # `Retry` alone decides how often
+        system.retries = 1  # only `Retry` decides on retries
     return system, path
 
 
@@ -111,7 +111,7 @@ def _require_usable(url: str, protocol: str) -> None:
 
 
 def _options(protocol: str, timeout_sec: float) -> dict[str, Any]:
-    """What makes a file system give up an attempt after ``timeout_sec`` of silence, and make no further one."""
+    """Return the options that make a file system end an attempt after ``timeout_sec`` without data, and not retry."""
     if protocol == "s3":
         settings = {"connect_timeout": timeout_sec, "read_timeout": timeout_sec, "retries": {"total_max_attempts": 1}}
         return {"config_kwargs": settings}
@@ -128,12 +128,12 @@ def with_retries(
     stopped: threading.Event | None = None,
     done: str = "read",
 ) -> Result:
-    """Return what ``action`` returns, trying again with growing waits; ``url`` and what is ``done`` stand in errors.
+    """Return the result of ``action``, with retries after growing waits; errors contain ``url`` and the verb ``done``.
 
-    A host that cannot be connected to and never answered is given up within seconds (`core.patience`). Raises
-    FileNotFoundError and `TooLargeError` at once, ValueError at once where access is refused, `DamagedError` where the
-    last attempt ended with it, and else ValueError with the number of attempts and the last error. ``stopped`` ends
-    the waiting.
+    Attempts at a host that accepts no connection and has never answered end within seconds (`core.patience`). Raises
+    FileNotFoundError and `TooLargeError` at once, ValueError at once where access is denied, `DamagedError` where the
+    last attempt ended with it, and otherwise ValueError with the number of attempts and the last error. Setting
+    ``stopped`` ends the retries.
     """
     stopped, started = stopped or threading.Event(), time.monotonic()
     wait_sec, attempt = retry.first_wait_sec, 0
@@ -146,7 +146,7 @@ def with_retries(
         except (FileNotFoundError, TooLargeError):
             note_answer(url)
             raise
-        except Exception as error:  # each file system has exceptions of its own
+        except Exception as error:  # each file system raises its own exceptions
             if not (cannot_connect(error) or is_timeout(error)):
                 note_answer(url)
             if _is_refusal(error) or _is_enough(url, error, attempt, started, retry) or stopped.wait(wait_sec):
@@ -158,14 +158,14 @@ def with_retries(
 
 
 def _is_enough(url: str, error: Exception, attempt: int, started: float, retry: Retry) -> bool:
-    """Return whether no further attempt is made."""
+    """Return whether this was the last attempt."""
     if not cannot_connect(error) or has_answered(url):
         return attempt >= retry.attempts
     return attempt >= min(retry.attempts, IMPATIENT_ATTEMPTS) or time.monotonic() - started > IMPATIENT_SEC
 
 
 def _give_up(url: str, error: Exception, attempts: int, done: str) -> NoReturn:
-    """Raise one sentence, without secrets, on the last error."""
+    """Raise an error of one sentence on the last failure, without secrets."""
     if isinstance(error, DamagedError):
         raise error
     shown, reason = redacted(url), redacted(f"{type(error).__name__}: {error}")
@@ -183,7 +183,7 @@ def _give_up(url: str, error: Exception, attempts: int, done: str) -> NoReturn:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether asking again is no use: the store knows us not, or does not let us."""
+    """Return whether a retry is pointless: the store rejected the credentials or denied access."""
     status = getattr(error, "status", None) or getattr(error, "code", None)  # of aiohttp, of gcsfs
     no_keys = type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError")  # of botocore
     forbidden = isinstance(error, PermissionError) or str(error).startswith("Forbidden: ")  # gcsfs has no class for it
@@ -191,23 +191,23 @@ def _is_refusal(error: Exception) -> bool:
 
 
 def read_bytes(url: str, retry: Retry = DEFAULT_RETRY, limit_bytes: int = MAX_RECORD_BYTES) -> bytes:
-    """Return a whole small file. Raises as `with_retries` does, and `TooLargeError` for one of more bytes."""
+    """Return a whole small file. Raises as `with_retries` does, and `TooLargeError` above ``limit_bytes``."""
     return with_retries(url, lambda: read_limited(url, limit_bytes, retry.timeout_sec), retry)
 
 
 def fetch(url: str, to: Path, limit_bytes: int, retry: Retry = DEFAULT_RETRY) -> None:
-    """Copy a file to ``to``, and never more than ``limit_bytes`` of it. Raises as `read_bytes` does."""
+    """Download a file to ``to``, never more than ``limit_bytes`` of it. Raises as `read_bytes` does."""
     system, path = open_remote(url, retry.timeout_sec)
     with_retries(url, lambda: system.get_file(path, str(to), callback=_Limit(url, limit_bytes)), retry)
 
 
 def read_limited(url: str, limit_bytes: int, timeout_sec: float) -> bytes:
-    """Return a file, in one attempt that never takes more than ``limit_bytes``, whatever the server says or sends.
+    """Return a file, in one attempt that never reads more than ``limit_bytes``, whatever the server states or sends.
 
     Raises TooLargeError for a larger file.
     """
     system, path = open_remote(url, timeout_sec)
-    with tempfile.TemporaryDirectory() as folder:  # the one interface to pieces that all file systems have
+    with tempfile.TemporaryDirectory() as folder:  # only get_file has a callback per piece in all file systems
         aside = Path(folder) / "content"
         system.get_file(path, str(aside), callback=_Limit(url, limit_bytes))
         return aside.read_bytes()
@@ -220,7 +220,7 @@ def write_bytes(url: str, content: bytes, retry: Retry = DEFAULT_RETRY) -> None:
 
 
 def list_names(url: str, retry: Retry = DEFAULT_RETRY) -> list[str]:
-    """Names of the files in a folder, sorted; none where there is no such folder. Raises as `with_retries` does."""
+    """Return the sorted names of the files in a folder; none if it does not exist. Raises as `with_retries` does."""
     system, path = open_remote(url, retry.timeout_sec)
 
     def names() -> list[str]:
@@ -234,14 +234,14 @@ def list_names(url: str, retry: Retry = DEFAULT_RETRY) -> list[str]:
 
 
 def list_tree(url: str, retry: Retry = DEFAULT_RETRY) -> list[str]:
-    """Paths of all files below a folder, relative to it, sorted. Raises as `with_retries` does."""
+    """Return the sorted paths of all files below a folder, relative to it. Raises as `with_retries` does."""
     return sorted(list_sizes(url, retry))
 
 
 def list_sizes(url: str, retry: Retry = DEFAULT_RETRY) -> dict[str, int | None]:
-    """Return the bytes of each file below a folder by its path relative to it; None where a listing has no sizes.
+    """Return the size in bytes of each file below a folder, by relative path; None where the listing has no sizes.
 
-    Nobody has checked these names: `core.names` makes paths of them. Raises as `with_retries` does.
+    The names are untrusted: use `core.names` to turn them into paths. Raises as `with_retries` does.
     """
     system, path = open_remote(url, retry.timeout_sec)
     root = f"{path.rstrip('/')}/"
@@ -251,14 +251,14 @@ def list_sizes(url: str, retry: Retry = DEFAULT_RETRY) -> dict[str, int | None]:
         return {
             name.removeprefix(root): info.get("size")
             for name, info in files_below(system, path)
-            if name.startswith(root) and not name.endswith("/")  # an object that stands for a folder
+            if name.startswith(root) and not name.endswith("/")  # such an object stands for a folder
         }
 
     return with_retries(url, listed, retry)
 
 
 def files_below(system: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield name and description of each file below a path of a file system. What is described may have no size."""
+    """Yield name and description of each file below a path of a file system. The size may be missing."""
     if path.startswith(WEB):
         yield from _linked_files(system, path)
         return
@@ -268,10 +268,10 @@ def files_below(system: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _linked_files(system: Any, url: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Follow the listings of a web server, of which fsspec leaves out what it fails to read.
+    """Yield the files of a web server's listings; fsspec's own `find` omits folders that it fails to read.
 
-    A link is no object with a name: ``./a`` is ``a``, and one that leads out of the folder, or has parameters (such
-    as the order of the listing), is none of its files.
+    Links are normalized (``./a`` is ``a``). A link that leads out of the folder or has parameters (such as the sort
+    order of the listing) is skipped.
     """
     root = f"{url.rstrip('/')}/"
     waiting = [(root, 0)]
@@ -298,7 +298,7 @@ def remove(url: str, retry: Retry = DEFAULT_RETRY) -> None:
 
 
 def download(url: str, to: Path, size: int, timeout_sec: float) -> None:
-    """One attempt at a file of ``size`` bytes into ``to``, never writing more. Raises DamagedError for another size."""
+    """Download ``size`` bytes to ``to`` in one attempt, never writing more. Raises DamagedError for another size."""
     system, path = open_remote(url, timeout_sec)
     system.get_file(path, str(to), callback=_SizeCheck(url, size))
     if (found := to.stat().st_size) != size:
@@ -306,14 +306,14 @@ def download(url: str, to: Path, size: int, timeout_sec: float) -> None:
 
 
 class _Limit(Callback):
-    """Stops a download that is larger than it may be."""
+    """A callback that stops a download above its size limit."""
 
     def __init__(self, url: str, limit_bytes: int) -> None:
         super().__init__()
         self._url, self._limit_bytes = url, limit_bytes
 
     def set_size(self, size: int | None) -> None:
-        if size is not None:  # a smaller one may be that of an error's message
+        if size is not None:  # a size below the limit proves nothing: it may be that of an error page
             self._require(size)
 
     def relative_update(self, inc: int = 1) -> None:
@@ -332,7 +332,7 @@ class _Limit(Callback):
 
 
 class _SizeCheck(_Limit):
-    """Stops a download that is larger than the manifest says."""
+    """A callback that stops a download above the size in the manifest."""
 
     def too_large(self, size: int) -> DamagedError:
         """Return what to raise."""

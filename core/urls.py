@@ -1,7 +1,7 @@
 """Hide the passwords, tokens and signatures of URLs before a text is shown, logged or written.
 
-The name of a parameter does not say whether its value is secret, so all that may be secret is hidden: what precedes the
-``@`` of a host, and the value of every parameter.
+The name of a parameter does not show whether its value is secret, so everything that may be secret is hidden: the part
+before the ``@`` of a host, and the value of every parameter.
 """
 
 import re
@@ -9,21 +9,21 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import unquote
 
-MARK = "***"  # in place of what is hidden
+MARK = "***"  # replaces a secret
 
 _SCHEME = re.compile(r"\b[A-Za-z][A-Za-z0-9+.-]*:/+")  # a URL that became a Path has one slash
-_IN_TEXT = re.compile(rf"({_SCHEME.pattern})([^\s'\"]+)")  # its end is a guess: text around it may be in quotes
-# The second form is that of a password with a slash in it, which should have been written as %2F.
+_IN_TEXT = re.compile(rf"({_SCHEME.pattern})([^\s'\"]+)")  # the end is a guess: the URL may be in quotes
+# The second form is for a password that contains a slash, which should have been written as %2F.
 _LOGIN = re.compile(r"[^/?#]*@|[^/?#:\[]*:(?!\d*(?:[/?#]|$)).*@", re.DOTALL)
 _PARAMETER = re.compile(r"(?P<name>[?&;#][^=&;#]*)=(?P<value>[^&;#]+)")
 _NAMELESS = re.compile(r"\?(?P<value>[^=&;#]+)(?=$|[&;#])")
 _HEADER = re.compile(r"(?i)(authorization\W{1,8}(?:basic|bearer)\s+)[\w+/=.~-]+")
 _SECRET_NAME = re.compile(r"(?i)sig|token|key|secret|pass|pwd|auth|cred|code|policy")
-_SHORTEST = 6  # characters of a secret that is hidden wherever it stands: shorter ones are parts of words
+_SHORTEST = 6  # characters of a secret that is hidden anywhere in a text: shorter ones may be parts of words
 
 
 def redacted(text: str) -> str:
-    """Return a text without the secrets of the URLs in it. A text without URLs comes back as it is."""
+    """Return a text without the secrets of the URLs in it. A text without URLs is unchanged."""
     if ":/" in text:
         text = _IN_TEXT.sub(lambda url: url[1] + _redacted_rest(url[2]), text)
     return _HEADER.sub(rf"\1{MARK}", text) if "uthorization" in text else text
@@ -47,26 +47,27 @@ def is_redacted(url: str) -> bool:
 
 
 def secrets_in(value: Any) -> frozenset[str]:
-    """Return the secrets of the URLs in a config, or in any JSON value, as typed and with ``%xx`` decoded.
+    """Return the secrets of the URLs in a config, or in any JSON value, both as typed and with ``%xx`` decoded.
 
-    Libraries quote parts of a URL in their errors; `hidden` finds them there. Secrets of few characters are left out.
+    Libraries quote parts of a URL in their errors; `hidden` removes these secrets there. Very short secrets are left
+    out.
     """
     found = {secret for text in _texts(value) for secret in _secrets_of(text)}
     return frozenset(form for secret in found for form in (secret, unquote(secret)) if len(form) >= _SHORTEST)
 
 
 def hidden(text: str, secrets: frozenset[str]) -> str:
-    """Return a text `redacted`, and without these secrets wherever they stand in it."""
+    """Return a text after `redacted`, with these secrets replaced wherever they occur."""
     text = redacted(text)
-    for secret in sorted(secrets, key=len, reverse=True):  # one may be part of another
+    for secret in sorted(secrets, key=len, reverse=True):  # longest first: one secret may contain another
         text = text.replace(secret, MARK)
     return text
 
 
 def place_of(url: str) -> str:
-    """Return protocol, host and path of a URL as a relative path, such as ``s3/bucket/run``. It holds no secret.
+    """Return protocol, host and path of a URL as a relative path without secrets, such as ``s3/bucket/run``.
 
-    `core.names` says whether the path leads out of a folder. An empty part, as in ``s3://bucket//run``, is ``_``.
+    The path is untrusted: check it with `core.names`. An empty part, as in ``s3://bucket//run``, becomes ``_``.
     """
     scheme, _, rest = url.partition("://")
     login = _LOGIN.match(rest)
@@ -81,7 +82,7 @@ def _redacted_rest(rest: str) -> str:
 
 
 def _secrets_of(text: str) -> Iterator[str]:
-    """Yield the password of each URL, or its login where that is one token, and parameters named like secrets."""
+    """Yield the password of each URL (or a login that is a single token), and parameters named like secrets."""
     scheme = _SCHEME.match(text)
     for rest in [text[scheme.end() :]] if scheme else [url[2] for url in _IN_TEXT.finditer(text)]:
         login = _LOGIN.match(rest)

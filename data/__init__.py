@@ -1,1 +1,4 @@
-"""Images to latents to shards to batches. Knows no model but the autoencoder, no device, no step."""
+"""Turn images into latents, latents into shards, and shards into batches.
+
+This room depends on no model but the autoencoder, and on no device or training step.
+"""

@@ -1,4 +1,4 @@
-"""Position in, batch out: what the training loop eats."""
+"""Make the training loop's batches from positions in the order of samples."""
 
 import math
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ from data.order import Order, positions_of_step
 from data.shards import MappedShards
 from model.autoencoder import Autoencoder
 
-CHUNK = 32  # samples that the autoencoder draws at once: what it computes on the way stays in the processor's cache
+CHUNK = 32  # samples that the autoencoder draws at once, so that intermediate values fit the CPU cache
 
 
 class TrainingBatches:
-    """Batches as a pure function of (seed, step); ``rank`` of ``world`` reads its slice of each.
+    """Training batches as a pure function of (seed, step); process ``rank`` of ``world`` reads its slice of each.
 
-    Raises ValueError where the batch does not divide by the processes, or a cache is too small for the order.
+    Raises ValueError where the batch size is not a multiple of the world size, or a cache is too small for the order.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class TrainingBatches:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        positions_of_step(0, batch_size, rank, world)  # refuses a batch that does not divide
+        positions_of_step(0, batch_size, rank, world)  # raises where the batch size does not divide
         shards.require_room(_windows_at_hand(order, batch_size, world) * order.shards_per_window)
         self.shards = shards
         self.order = order
@@ -56,12 +56,12 @@ class TrainingBatches:
         self._philox = Philox(seed)
 
     def from_step(self, first_step: int, last_step: int) -> Iterator[Batch]:
-        """Batches of the steps first_step .. last_step - 1; the step number is all there is to resume."""
+        """Yield the batches of steps first_step .. last_step - 1; a resumed run needs only the step number."""
         for step in range(first_step, last_step):
             yield self.batch(step)
 
     def batch(self, step: int) -> Batch:
-        """This process's batch of one step."""
+        """Return this process's batch of one step."""
         spec = self.shards.manifest.spec
         shape = (spec.channels, spec.latent_size, spec.latent_size)
         positions = positions_of_step(step, self.batch_size, self.rank, self.world)
@@ -79,7 +79,7 @@ class TrainingBatches:
     def _moments(
         self, positions: NDArray[np.int64], rows: NDArray[np.int64], flips: NDArray[np.bool_]
     ) -> NDArray[np.float16]:
-        """[B, 2c, h, w] of consecutive positions, window by window: two windows are at hand at any time."""
+        """Return moments [B, 2c, h, w] of consecutive positions, window by window; at most two windows are local."""
         moments = np.empty((len(rows), *self.shards.manifest.spec.sample_shape[1:]), dtype=np.float16)
         start = 0
         while start < len(positions):
@@ -91,7 +91,7 @@ class TrainingBatches:
         return moments
 
     def _latents(self, moments: Tensor, posterior: Tensor) -> Tensor:
-        """[B, 2c, h, w] moments and [B, c, h, w] normals -> [B, c, h, w] scaled latents."""
+        """Return scaled latents [B, c, h, w], drawn with moments [B, 2c, h, w] and normals [B, c, h, w]."""
         latents = torch.empty_like(posterior)
         for chunk in range(0, len(latents), CHUNK):
             part = slice(chunk, chunk + CHUNK)
@@ -100,10 +100,10 @@ class TrainingBatches:
 
 
 def _windows_at_hand(order: Order, batch_size: int, world: int) -> int:
-    """Windows that the processes of a host, which share a cache, may need at once.
+    """Return how many windows the processes of a host, which share a cache, may need at once.
 
-    Each needs the one that it reads and the next. Processes of one run are in different places of a batch, and
-    ahead of each other by what `prefetch` holds, what it prepares and what the device computes on.
+    Each process needs its current window and the next. Processes of one run read different parts of a batch, and drift
+    apart by the batches that `prefetch` holds, the one it prepares and the one the device computes on.
     """
     drift = (DEPTH + 2) * batch_size if world > 1 else 0
     return 2 + math.ceil(drift / order.smallest_window)

@@ -1,12 +1,12 @@
-"""A folder of bounded size that keeps files which were fetched from afar; the processes of a host share it.
+"""Cache remote files in a local folder of bounded size, which the processes of a host share.
 
-A file is called by its SHA-256, so that data sets and jobs may share a folder. Whoever has a file mapped holds a
-shared `flock` on the mapping's own descriptor: it ends with the mapping, also where the process is killed. A file
-that is held is never evicted. Space for a file is reserved before it is fetched, so that the bound holds at
-every moment. The folder must be on a local disk.
+A file is named by its SHA-256, so data sets and jobs may share a folder. A process that has a file mapped holds a
+shared `flock` on the mapping's own descriptor; the lock ends with the mapping, also when the process is killed. A
+locked file is never evicted. Space is reserved before a file is fetched, so the size limit holds at all times. The
+folder must be on a local disk.
 
-Files of other names are left alone: not read, not counted, not deleted. A pipe, a device or a link that has the name of
-one of ours gives way to it.
+Files with other names are not read, counted or deleted. A pipe, device or link with the name of a cached file is
+replaced by the file.
 """
 
 import fcntl
@@ -32,21 +32,21 @@ from core.reading import require_own_file
 POLL_SEC = 0.05
 _KEPT = re.compile(r"[0-9a-f]{64}\.tar")
 _RESERVED = re.compile(r"\.[0-9a-f]{64}\.(\d{1,18})\.reserved")
-_OPEN = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC  # of what anyone may have put there
+_OPEN = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC  # others may have put pipes or links into the folder
 
 
 class CachedFile(NamedTuple):
-    """What a file must be."""
+    """The expected hash and size of a file."""
 
     sha256: str
     bytes: int
 
 
 class Cache:
-    """Files up to ``limit_bytes`` together.
+    """A cache of files up to ``limit_bytes`` in total.
 
-    ``needed`` holds the SHA-256 of files that are not to be evicted though they are not mapped yet. Safe to use
-    from several threads. Raises ValueError where the folder cannot be made.
+    ``needed`` holds the SHA-256 of files that must not be evicted although they are not mapped yet. Several threads
+    may use it at once. Raises ValueError where the folder cannot be made.
     """
 
     def __init__(self, folder: Path, limit_bytes: int, patience_sec: float = 600.0) -> None:
@@ -54,23 +54,23 @@ class Cache:
         self.limit_bytes = limit_bytes
         self.needed: Collection[str] = frozenset()
         self._patience_sec = patience_sec
-        self._verified: dict[str, int] = {}  # inode of each file that this process has read or fetched
-        self.stopped = threading.Event()  # set: all waiting ends, in whatever thread
+        self._verified: dict[str, int] = {}  # inode of each file that this process has verified or fetched
+        self.stopped = threading.Event()  # when set, all threads stop waiting
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"data.cache {folder} cannot be made ({error}); choose another folder.") from error
         require_own_file(folder / ".lock")
-        require_locks(folder / ".lock")  # a file that is read is held by one
-        # Held for moments only: nothing is fetched or read under it.
+        require_locks(folder / ".lock")  # mapped files are protected by locks
+        # It is held for moments only: no file is fetched or read meanwhile.
         self._lock = FileLock(folder / ".lock")
 
     def map(self, file: CachedFile, fetch: Callable[[Path], None], verify: bool) -> mmap.mmap:
-        """The file's bytes, mapped; it cannot be evicted while the mapping lives.
+        """Return the file's bytes, mapped; the file cannot be evicted while the mapping exists.
 
-        ``fetch(path)`` writes the file, checked, to ``path``; it is called where the cache has no sound copy and
-        no other process is fetching one. ``verify`` reads a copy that this process has not read before.
-        Raises what ``fetch`` raises, and ValueError where others hold all space for too long.
+        ``fetch(path)`` writes the verified file to ``path``; it is called where the cache has no undamaged copy and no
+        other process is fetching one. ``verify`` hashes a copy that this process has not verified before. Raises what
+        ``fetch`` raises, and ValueError where other jobs hold all space for too long.
         """
         give_up = time.monotonic() + self._patience_sec
         while True:
@@ -89,7 +89,7 @@ class Cache:
         return self.folder / f"{sha256_name(file.sha256, 'A manifest')}.tar"
 
     def _files(self, name: re.Pattern[str]) -> dict[Path, os.stat_result]:
-        """Return what the folder has of our files whose names match."""
+        """Return the regular files in the folder whose names match, with their status."""
         found = {}
         for path in self.folder.iterdir():
             if name.fullmatch(path.name):
@@ -98,7 +98,7 @@ class Cache:
         return {path: status for path, status in found.items() if stat.S_ISREG(status.st_mode)}
 
     def _map_present(self, file: CachedFile) -> tuple[mmap.mmap, int] | None:
-        """A copy of the right size, mapped and held, and its inode; a copy of another size goes."""
+        """Return a copy of the right size, mapped and locked, and its inode; delete a copy of another size."""
         path = self._path(file)
         _give_way(path)
         try:
@@ -110,13 +110,13 @@ class Cache:
             if status.st_size != file.bytes:
                 path.unlink()
                 return None
-            os.utime(descriptor)  # the time of its last use: the oldest is evicted first
+            os.utime(descriptor)  # the least recently used file is evicted first
             return _hold(descriptor), status.st_ino
         finally:
             os.close(descriptor)
 
     def _is_sound(self, file: CachedFile, mapped: mmap.mmap, inode: int) -> bool:
-        """Whether a copy has its content, read once by this process; a damaged one goes."""
+        """Return whether a copy has the right hash, computed once per process; delete a damaged copy."""
         if self._verified.get(file.sha256) == inode:
             return True
         if hashlib.sha256(mapped).hexdigest() == file.sha256:
@@ -129,7 +129,10 @@ class Cache:
         return False
 
     def _reserve(self, file: CachedFile) -> int | None:
-        """A locked reservation of space for the file, or None: another is fetching it, or no space is free yet."""
+        """Reserve space for the file and return the locked descriptor.
+
+        Returns None where another process is fetching the file, or no space is free yet.
+        """
         reserved = {path: _reservation_bytes(path) for path in self._live_reservations()}
         if any(path.name.startswith(f".{file.sha256}.") for path in reserved):
             return None
@@ -150,11 +153,11 @@ class Cache:
         return descriptor
 
     def _live_reservations(self) -> list[Path]:
-        """Reservations whose holders live; what killed ones left goes."""
+        """Return the reservations of live processes; delete those of killed ones."""
         paths = []
         for path in self._files(_RESERVED):
             if _remove_unless_held(path):
-                with suppress(IsADirectoryError):  # which none of ours is
+                with suppress(IsADirectoryError):  # not made by this program
                     self._aside(path).unlink(missing_ok=True)
             else:
                 paths.append(path)
@@ -168,7 +171,7 @@ class Cache:
         return reservation.with_suffix(".part")
 
     def _fill(self, file: CachedFile, reservation: int, fetch: Callable[[Path], None]) -> mmap.mmap:
-        """Fetch into a file aside, sync, rename, and hold."""
+        """Fetch into a temporary file, sync, rename, and return the locked mapping."""
         reserved = self._reservation(file)
         aside = self._aside(reserved)
         try:
@@ -197,18 +200,18 @@ class Cache:
         held = sum(status.st_size for status in self._files(_KEPT).values())
         return (
             f"The cache {self.folder} has no room for {file.bytes} more bytes: of its {self.limit_bytes}, {held} are "
-            "being read by this and other jobs; raise data.cache_bytes, or give this job a data.cache of its own."
+            "in use by this and other jobs; raise data.cache_bytes, or give this job a data.cache of its own."
         )
 
 
 def _hold(descriptor: int) -> mmap.mmap:
-    """Map a file and hold it. The mapping keeps a duplicate of the descriptor, and with it the lock."""
+    """Map a file and lock it. The mapping keeps a duplicate of the descriptor, and thus the lock."""
     fcntl.flock(descriptor, fcntl.LOCK_SH)
     return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
 
 
 def _remove_unless_held(path: Path) -> bool:
-    """Delete a file that nobody holds; whether it is gone."""
+    """Delete a file unless a process has it locked; return whether it is gone."""
     try:
         descriptor = os.open(path, os.O_RDONLY | _OPEN)
     except FileNotFoundError:
@@ -225,7 +228,7 @@ def _remove_unless_held(path: Path) -> bool:
 
 
 def _give_way(path: Path) -> None:
-    """Delete what has the name of one of our files but is none. Raises ValueError for a folder."""
+    """Delete anything that has the name of a cached file but is not a regular file. Raises ValueError for a folder."""
     require_no_folder(path)
     try:
         if not stat.S_ISREG(path.lstat().st_mode):

@@ -1,4 +1,4 @@
-"""Sums per channel of a shard's moments, and the statistics of latents that follow from all shards' sums."""
+"""Compute sums per channel of a shard's moments, and from the sums of all shards the statistics of latents."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _ROUNDING = 2e-3  # relative; the encode job sums before values are rounded to f
 
 @dataclass(frozen=True)
 class ChannelSums:
-    """Float64 sums per channel over ``count`` values: of the mean, and of mean^2 + variance."""
+    """The float64 sums per channel, over ``count`` values, of the mean and of mean^2 + variance."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -29,16 +29,16 @@ class ChannelSums:
         return bool(np.isfinite(self.mean).all() and np.isfinite(self.square).all())
 
     def agrees(self, other: "ChannelSums") -> bool:
-        """Return whether both can be sums of the same latents, one of them after rounding to float16."""
+        """Return whether both can be sums of the same latents, allowing for rounding to float16 in one of them."""
         if (self.count, len(self.mean), len(self.square)) != (other.count, len(other.mean), len(other.square)):
             return False
-        typical = np.sqrt(np.maximum(self.square, other.square) * self.count)  # of a sum of latents of the same sign
+        typical = np.sqrt(np.maximum(self.square, other.square) * self.count)  # the sum if all latents had one sign
         means_agree = np.abs(np.subtract(self.mean, other.mean)) <= _ROUNDING * max(typical, default=0.0)
         return bool(means_agree.all() and np.allclose(self.square, other.square, rtol=5 * _ROUNDING))
 
 
 def channel_sums(moments: NDArray[np.floating], channels: int) -> ChannelSums:
-    """Return the sums over [n, orientations, 2c, h, w], in float64."""
+    """Return the sums over moments [num_samples, orientations, 2c, h, w], in float64."""
     mean = moments[:, :, :channels].astype(np.float64)
     with np.errstate(over="ignore"):
         variance = np.exp(moments[:, :, channels:].astype(np.float64))
@@ -47,7 +47,7 @@ def channel_sums(moments: NDArray[np.floating], channels: int) -> ChannelSums:
 
 
 def total(parts: Sequence[ChannelSums], channels: int) -> ChannelSums:
-    """Return the sums over the values of all parts."""
+    """Return the sums over all parts together."""
     mean = np.sum([part.mean for part in parts], axis=0) if parts else np.zeros(channels)
     square = np.sum([part.square for part in parts], axis=0) if parts else np.zeros(channels)
     return ChannelSums(sum(part.count for part in parts), mean.tolist(), square.tolist())
@@ -65,5 +65,5 @@ def channel_statistics(parts: Sequence[ChannelSums]) -> tuple[list[float], list[
 
 
 def statistics_agree(found: Sequence[float], expected: Sequence[float], std: Sequence[float]) -> bool:
-    """Return whether statistics of latents with that deviation differ by no more than rounding to float16 makes."""
+    """Return whether two statistics of latents with standard deviation ``std`` agree up to rounding to float16."""
     return np.allclose(found, expected, rtol=_ROUNDING, atol=_ROUNDING * max(std))

@@ -1,4 +1,4 @@
-"""Classes of a folder that has one folder of images per class, and the folders that cannot be one."""
+"""Derive classes from a folder with one folder of images per class; reject folders that cannot be classes."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
@@ -13,17 +13,17 @@ _SHOWN = 3
 
 
 def classes_of_folders(listing: Listing, paths: Sequence[str], left_out: Sequence[LeftOut]) -> Labelled:
-    """Return the classes of the first folders of the paths, in alphabetical order; without folders, one class.
+    """Return the classes: the first folder of each path, in alphabetical order; one class if there are no folders.
 
-    Raises ValueError where images lie inside and outside of folders, where a folder has no image that can be read and
-    so gives no class, and where the folders are the parts of a data set: train, val.
+    Raises ValueError where some images lie inside folders and some outside, where a folder has no readable image, and
+    where the folders are the splits of a data set (train, val).
     """
     folders = [path.split("/")[0] if "/" in path else None for path in paths]
     loose = folders.count(None)
     if 0 < loose < len(folders):
         raise ValueError(
             f"{loose} of {len(folders)} images in {listing.place} lie outside the class folders, the first is "
-            f"{paths[folders.index(None)]}; move them into one, or away."
+            f"{paths[folders.index(None)]}; move them into one, or remove them."
         )
     if loose:
         return Labelled(["images"], [0] * len(paths), [], [], None)
@@ -36,7 +36,7 @@ def classes_of_folders(listing: Listing, paths: Sequence[str], left_out: Sequenc
 
 
 def _require_classes(listing: Listing, class_names: Sequence[str], left_out: Sequence[LeftOut]) -> None:
-    """Raise ValueError that names the folders which would be classes if something in them could be read."""
+    """Raise ValueError that names the folders which would be classes if their files could be read."""
     held: dict[str, list[str]] = {folder: [] for folder in listing.folders if folder not in class_names}
     for name in [*listing.sizes, *listing.odd]:
         folder = name.partition("/")[0]
@@ -60,7 +60,7 @@ def _require_classes(listing: Listing, class_names: Sequence[str], left_out: Seq
 
 
 def _why_lost(names: Sequence[str], reasons: Mapping[str, str]) -> str:
-    """Return why a folder gives no class though it should; empty where it holds texts and the like alone."""
+    """Return why a folder gives no class although it should; empty where it only holds text files and the like."""
     if not names:
         return "is empty"
     first = next((name for name in names if name in reasons), None)
@@ -73,13 +73,11 @@ def _require_no_parts(place: str, class_names: Sequence[str], paths: Sequence[st
         one = (
             "unpack it and give one" if is_zip(place) else f"give one, data.source.root={_below(place, class_names[0])}"
         )
-        raise ValueError(
-            f"{place} holds {', '.join(class_names)}, which are parts of a data set and no classes; {one}."
-        )
+        raise ValueError(f"{place} holds {', '.join(class_names)}, which are parts of a data set, not classes; {one}.")
 
 
 def _notes(place: str, class_names: Sequence[str], paths: Sequence[str]) -> list[str]:
-    """Return what a user should know of a folder of folders of images: it is one class."""
+    """Return a note to the user that a single folder which holds folders of images is one class."""
     inner = {path.split("/")[1] for path in paths if path.count("/") >= 2}
     if len(class_names) > 1 or len(inner) < 2 or not all(path.count("/") >= 2 for path in paths):
         return []

@@ -1,8 +1,8 @@
 """Make the conditions of samples on the host: class labels, or nothing.
 
-A source makes conditions: trees of host tensors, of samples of the shards and of images that are to be generated. All
-else passes them through unseen. Adding a kind of condition is a class here, an embedding in ``model/`` that reads it, a
-YAML in ``conf/data/condition`` and a test.
+A condition source makes conditions (trees of host tensors) for samples of the shards and for images to generate. All
+other code passes them through without looking inside. A new kind of condition needs a class here, an embedding in
+``model/`` that reads it, a YAML in ``conf/data/condition`` and a test.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from core.draws import Philox, Purpose
 
 
 class ConditionSource(Protocol):
-    """Make the conditions of one data set."""
+    """A maker of the conditions of one data set."""
 
     num_classes: int  # rows of the network's label table, without the null class; 0 where it has none
 
@@ -27,24 +27,24 @@ class ConditionSource(Protocol):
         ...
 
     def null(self, condition: Condition) -> Condition:
-        """Return the dropped condition, of as many rows on the same device."""
+        """Return the null condition, with as many rows and on the same device."""
         ...
 
     def in_turn(self, num_images: int, num_groups: int | None = None) -> Condition:
-        """Return conditions for images that are to be generated: the first ``num_groups`` values in turn, or all."""
+        """Return conditions for images to generate, cycling through the first ``num_groups`` values, or through all."""
         ...
 
     def random(self, num_images: int, seed: int) -> Condition:
-        """Return uniform conditions; image i's depends on (seed, i) alone."""
+        """Return uniformly drawn conditions; that of image i depends on (seed, i) only."""
         ...
 
     def classes(self, condition: Condition) -> NDArray[np.int64] | None:
-        """Return the class [B] that an image of each row should be recognised as, where the condition is one."""
+        """Return the class [B] that each row's image should be recognized as, or None without classes."""
         ...
 
 
 class ClassLabels:
-    """Integer labels [B] int64 in [0, num_classes); the null class has the number num_classes."""
+    """A source of integer labels [B] int64 in [0, num_classes); the null class has the number num_classes."""
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
@@ -62,7 +62,7 @@ class ClassLabels:
         return {"label": torch.arange(num_images) % (num_groups or self.num_classes)}
 
     def random(self, num_images: int, seed: int) -> Condition:
-        """Return uniform labels."""
+        """Return uniformly drawn labels."""
         philox = Philox(seed)
         drawn = (philox.at(index, Purpose.SAMPLE_LABEL).integers(self.num_classes) for index in range(num_images))
         return self.of_samples(np.fromiter(drawn, dtype=np.int64, count=num_images))
@@ -92,7 +92,7 @@ class ClassLabels:
 
 
 class Unconditional:
-    """No condition, whatever labels the data have. Takes what every source is built with."""
+    """A source of empty conditions, whatever labels the data have. It accepts the arguments of every source."""
 
     num_classes = 0
 
@@ -116,12 +116,12 @@ class Unconditional:
         return {}
 
     def classes(self, condition: Condition) -> NDArray[np.int64] | None:
-        """Return None: there is no class to recognise."""
+        """Return None: there is no class to recognize."""
         return None
 
 
 def with_dropped(source: ConditionSource, condition: Condition, dropped: NDArray[np.bool_]) -> Condition:
-    """Return a condition on the host with the null condition in the rows where ``dropped`` [B] says so."""
+    """Return a condition on the host with the null condition in the rows where ``dropped`` [B] is true."""
     null, rows = source.null(condition), torch.from_numpy(dropped)
     return {name: torch.where(_over(rows, value), null[name], value) for name, value in condition.items()}
 
@@ -133,5 +133,5 @@ def rows_of(condition: Condition, indices: NDArray[np.int64]) -> Condition:
 
 
 def _over(rows: Tensor, value: Tensor) -> Tensor:
-    """Return [B] as [B, 1, ...] with as many dimensions as the value."""
+    """Return [B] reshaped to [B, 1, ...], with as many dimensions as the value."""
     return rows.view(-1, *[1] * (value.dim() - 1))

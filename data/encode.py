@@ -1,8 +1,8 @@
-"""The encode job: images to a folder of shards. Running it again finishes or repairs what is there.
+"""Encode images to a folder of shards. A second run completes or repairs the folder.
 
-Every process owns whole shards; shards appear complete, each with a sidecar written after it; the first
-process waits for the others and writes index and manifest. The bytes depend on the plan and the batch size
-alone, not on processes and restarts.
+Each process owns whole shards. A shard is written atomically, and its sidecar after it. The first process waits for
+the others and writes index and manifest. The bytes depend on the plan and the batch size only, not on the number of
+processes or restarts.
 """
 
 import json
@@ -40,7 +40,7 @@ _OUR_SHARD = re.compile(r"shard-\d{6,}\.tar")
 
 @dataclass(frozen=True)
 class Workers:
-    """Which of the processes of a job this is, and how many threads it reads images with."""
+    """The rank of this process, the world size, and the number of threads that read images."""
 
     rank: int = 0
     world: int = 1
@@ -60,10 +60,10 @@ def encode(
     max_skipped_fraction: float = 0.01,
     workers: Workers = Workers(),
 ) -> Manifest | None:
-    """Encode a source into ``folder`` and keep sound shards of an earlier run.
+    """Encode a source into ``folder``, keeping undamaged shards of an earlier run.
 
-    Returns the manifest to the first process and None to the others. Raises ValueError where the folder holds
-    shards of another plan or another job works in it, an image does not fit, or more than the fraction of
+    Returns the manifest on the first process and None on the others. Raises ValueError where the folder holds shards of
+    another plan, another job is writing to it, an image does not fit, or more than ``max_skipped_fraction`` of the
     images cannot be read.
     """
     plan = Plan.of(source, encoding.spec(name, len(source.class_names)), samples_per_shard, seed)
@@ -89,17 +89,17 @@ def encode(
 
 @contextmanager
 def _claimed(folder: Path, workers: Workers) -> Iterator[None]:
-    """A lock that dies with its holder, one for each process of a job."""
+    """Hold a lock on the folder, one for each process of a job; the lock ends with its process."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(f"data.shards {folder} is no folder and cannot be made one; choose another.") from error
+        raise ValueError(f"data.shards {folder} is not a folder and cannot be made one; choose another.") from error
     path = folder / f".encode-{workers.rank}.lock"
     try:
         lock = acquired(path, timeout_sec=0)
     except HeldError as error:
         raise ValueError(
-            f"Another `ditscale encode` works in {folder} as process {workers.rank}; wait for it, or stop "
+            f"Another `ditscale encode` is running in {folder} as process {workers.rank}; wait for it, or stop "
             f"it{error.hint}."
         ) from error
     try:
@@ -109,7 +109,7 @@ def _claimed(folder: Path, workers: Workers) -> Iterator[None]:
 
 
 def require_same_plan(folder: Path, plan: Plan) -> None:
-    """Raise ValueError, naming what differs, where the folder holds finished shards of another plan."""
+    """Raise ValueError, naming the differences, where the folder holds finished shards of another plan."""
     if not (folder / MANIFEST_NAME).exists():
         return
     present = Manifest.load(folder)
@@ -130,19 +130,19 @@ def _require_no_folders(folder: Path, shards: Iterable[int]) -> None:
 
 
 def _remove_leftovers(folder: Path, shard: int) -> None:
-    """What a killed process left aside of a shard that this one owns."""
+    """Delete the temporary files of a shard that a killed process left; this process owns the shard."""
     for aside in folder.glob(f".{Path(shard_name(shard)).stem}.*.tmp"):
         _remove_file(aside)
 
 
 def _remove_file(path: Path) -> None:
-    """Delete a file, pipe or link; a folder of that name is nobody's of ours."""
+    """Delete a file, pipe or link; keep a folder, which this program did not make."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
 
 
 class _Tally:
-    """Images done by all processes, for the progress bar; others' shards count when they are finished."""
+    """A count of the images done by all processes; shards of other processes count once they are finished."""
 
     def __init__(self, folder: Path, plan: Plan, owned: set[int]) -> None:
         self._folder, self._plan, self._owned = folder, plan, owned
@@ -150,12 +150,12 @@ class _Tally:
         self._next_look = 0.0
 
     def done_before(self, missing: Sequence[int]) -> int:
-        """Rows of shards that need not be made, at the start."""
+        """Return the number of rows in shards that are done at the start."""
         kept = self._owned - set(missing)
         return sum(len(self._plan.rows(shard)) for shard in kept) + self._others_done()
 
     def look(self, bar: Progress, at_once: bool = False) -> None:
-        """Bring the bar up to date with the others, now and then or ``at_once``."""
+        """Add the other processes' progress to the bar, at intervals or ``at_once``."""
         if self._others and (at_once or time.monotonic() >= self._next_look):
             self._next_look = time.monotonic() + _POLL_SEC
             bar.update(self._others_done())
@@ -169,7 +169,7 @@ class _Tally:
 def _write_shards(
     folder: Path, plan: Plan, batches: Iterator[Encoded], tally: _Tally, bar: Progress, max_skipped_fraction: float
 ) -> None:
-    """Collect the batches of a shard, then write it on a thread while the next is encoded."""
+    """Collect the batches of each shard, and write it on a thread while the next one is encoded."""
     collected: list[Encoded] = []
     skipped: list[SkippedImage] = []
     writing: Future[None] | None = None
@@ -182,7 +182,7 @@ def _write_shards(
             tally.look(bar)
             if batch.is_last:
                 if writing is not None:
-                    writing.result()  # one shard is written while one is collected, never more
+                    writing.result()  # at most one shard is being written, to bound memory
                 writing = writer.submit(_write, folder, plan, collected)
                 collected = []
         if writing is not None:
@@ -194,7 +194,7 @@ def _skips(batch: Encoded) -> list[SkippedImage]:
 
 
 def _write(folder: Path, plan: Plan, batches: list[Encoded]) -> None:
-    """One shard, then its sidecar."""
+    """Write one shard, then its sidecar."""
     path = folder / shard_name(batches[0].shard)
     moments = np.concatenate([batch.moments for batch in batches])
     rows = [row for batch in batches for row in batch.rows]
@@ -204,8 +204,8 @@ def _write(folder: Path, plan: Plan, batches: list[Encoded]) -> None:
     sums = channel_sums(moments, plan.spec.channels)
     if not sums.is_finite:
         raise ValueError(
-            f"The latents of {path} have log-variances up to {moments[:, :, plan.spec.channels :].max()}, of which the "
-            "variance is too large for a number; are they log-variances?"
+            f"The latents of {path} have log-variances up to {moments[:, :, plan.spec.channels :].max()}, whose "
+            "variance overflows; are they log-variances?"
         )
     entry, layout = write_shard(path, rows, np.ascontiguousarray(moments, dtype=np.float16), labels)
     Sidecar(
@@ -220,7 +220,7 @@ def _write(folder: Path, plan: Plan, batches: list[Encoded]) -> None:
 
 
 def _require_storable(path: Path, moments: NDArray[np.float32], examples: Sequence[Prepared]) -> None:
-    """Raise ValueError for a value that float16 cannot hold and for a name that the index has no room for."""
+    """Raise ValueError for a value that float16 cannot hold, and for a name that is too long for the index."""
     axes = (1, 2, 3, 4)
     largest = np.maximum(moments.max(axes, initial=0), -moments.min(axes, initial=0))  # of each sample
     if len(too_large := np.flatnonzero(largest >= _FLOAT16_OVERFLOW)):
@@ -237,7 +237,10 @@ def _require_storable(path: Path, moments: NDArray[np.float32], examples: Sequen
 
 
 def _wait_for_all(folder: Path, plan: Plan, owned: range, tally: _Tally, bar: Progress) -> list[Sidecar]:
-    """Every shard's sidecar; the bytes of others' shards are checked, for they may just be being repaired."""
+    """Wait for every shard's sidecar and return them.
+
+    The hashes of other processes' shards are checked, because a damaged shard may still have an old sidecar.
+    """
     found: dict[int, Sidecar] = {}
     while len(found) < plan.num_shards:
         for shard in range(plan.num_shards):
@@ -245,7 +248,7 @@ def _wait_for_all(folder: Path, plan: Plan, owned: range, tally: _Tally, bar: Pr
                 sidecar = (finished if shard in owned else sound)(folder, shard, plan)
                 if sidecar is not None:
                     found[shard] = sidecar
-                elif shard in owned:  # it was found or written a moment ago
+                elif shard in owned:  # this process has just found or written it
                     raise ValueError(
                         f"{sidecar_path(folder / shard_name(shard))} was changed while this job ran; give the same "
                         "command again."
@@ -258,9 +261,9 @@ def _wait_for_all(folder: Path, plan: Plan, owned: range, tally: _Tally, bar: Pr
 
 
 def finish(folder: Path, plan: Plan, sidecars: Sequence[Sidecar], max_skipped_fraction: float) -> Manifest:
-    """Merge the sidecars into index and manifest; shards of an earlier, unfinished plan go.
+    """Merge the sidecars into index and manifest, and delete shards of an earlier, unfinished plan.
 
-    Raises ValueError where more than the fraction of images could not be read.
+    Raises ValueError where more than ``max_skipped_fraction`` of the images could not be read.
     """
     skipped = [skip for sidecar in sidecars for skip in sidecar.skipped]
     _require_few_skipped(folder, skipped, plan, max_skipped_fraction)
@@ -300,7 +303,7 @@ def skipped_text(skipped: Sequence[SkippedImage]) -> bytes:
 
 
 def _write_skipped(folder: Path, plan: Plan, skipped: Sequence[SkippedImage]) -> None:
-    """Write a line for each file of the source that gives no sample; no file where there is none."""
+    """Write one line for each file of the source that gives no sample; delete the file if there are none."""
     left_out = [SkippedImage(entry.source_id, entry.reason) for entry in plan.left_out]
     if left_out or skipped:
         write_bytes(folder / SKIPPED_NAME, skipped_text([*left_out, *skipped]))
@@ -311,9 +314,9 @@ def _write_skipped(folder: Path, plan: Plan, skipped: Sequence[SkippedImage]) ->
 def _require_few_skipped(
     folder: Path, skipped: Sequence[SkippedImage], plan: Plan, max_skipped_fraction: float
 ) -> None:
-    """Raise ValueError where too many images were set aside, or all; the file then names those met so far.
+    """Raise ValueError where too many images were skipped, or all, after writing the file that lists them.
 
-    Images that the source leaves out, for their format or because they are links to nothing, count as set aside.
+    Images that the source leaves out, for their format or because they are broken links, count as skipped.
     """
     count, total = len(skipped) + plan.num_images_left_out, len(plan.order) + plan.num_images_left_out
     if count > max_skipped_fraction * total or len(skipped) == len(plan.order):
@@ -321,6 +324,6 @@ def _require_few_skipped(
         reasons = [entry.reason for entry in plan.left_out if entry.is_image] + [skip.reason for skip in skipped]
         raise ValueError(
             f"{count} of {total} images cannot be read, the last for '{reasons[-1]}', more "
-            f"than max_skipped_fraction={max_skipped_fraction} allows; {folder / SKIPPED_NAME} names them: mend them, "
-            "or raise the fraction."
+            f"than max_skipped_fraction={max_skipped_fraction} allows; {folder / SKIPPED_NAME} lists them: repair "
+            "them, or raise the fraction."
         )

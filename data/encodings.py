@@ -1,4 +1,4 @@
-"""From a source's examples to moments: through an autoencoder, or as another program left them."""
+"""Convert a source's examples to moments: encode images, or import the latents of another program."""
 
 from typing import Any, Protocol
 
@@ -15,25 +15,28 @@ from model.autoencoder import Autoencoder
 
 
 class Encoding(Protocol):
-    """What the encode job does with an example."""
+    """The conversion of examples to moments by the encode job."""
 
     def spec(self, name: str, num_classes: int) -> LatentSpec:
-        """What the latents mean."""
+        """Return the description of the latents."""
         ...
 
     def prepare(self, source: Source, index: int) -> Prepared:
-        """On worker threads. Raises UnreadableImageError for an example to set aside, else ValueError."""
+        """Read an example, on a worker thread.
+
+        Raises UnreadableImageError for an example to skip, and ValueError for one that must stop the job.
+        """
         ...
 
     def moments(self, items: NDArray[Any]) -> Tensor:
-        """[B, ...] prepared -> [B, orientations, 2c, h, w] float32; on CUDA, not yet computed when this returns."""
+        """Return [B, orientations, 2c, h, w] float32 of prepared items [B, ...]; on CUDA, computed asynchronously."""
         ...
 
 
 class EncodeImages:
-    """Decode, crop, and the autoencoder; each orientation is encoded on its own, after the crop.
+    """An encoding that decodes, crops and runs the autoencoder; each orientation is encoded separately, after the crop.
 
-    A convolutional encoder is not flip-equivariant: the latents of a mirrored image are not mirrored latents.
+    A convolutional encoder is not flip-equivariant: the latent of a mirrored image is not the mirrored latent.
     """
 
     def __init__(self, autoencoder: Autoencoder, preparation: Preparation, flip: bool, device: torch.device) -> None:
@@ -41,13 +44,13 @@ class EncodeImages:
         self._preparation, self._flip, self._device = preparation, flip, device
 
     def spec(self, name: str, num_classes: int) -> LatentSpec:
-        """Raises ValueError where the image size does not fit the autoencoder."""
+        """Return the description of the latents. Raises ValueError where the image size does not fit."""
         return latent_spec(name, num_classes, self._autoencoder, self._preparation, self._flip)
 
     def prepare(self, source: Source, index: int) -> Prepared:
-        """Read, decode, crop: [image_size, image_size, C] uint8, with as many channels as the autoencoder takes.
+        """Read, decode and crop an image: [image_size, image_size, C] uint8, with the autoencoder's channels.
 
-        Raises ValueError for an image in colour where it takes one channel.
+        Raises ValueError for an image in color where the autoencoder takes one channel.
         """
         item = prepared(source, index, self._preparation)
         if self._autoencoder.image_channels == 1 and item.values.shape[2] == 3:
@@ -56,31 +59,31 @@ class EncodeImages:
 
     @torch.no_grad()
     def moments(self, items: NDArray[np.uint8]) -> Tensor:
-        """[B, H, W, C] uint8 -> [B, orientations, 2c, h, w] float32."""
+        """Return the moments [B, orientations, 2c, h, w] float32 of images [B, H, W, C] uint8."""
         pixels = to_unit_range(items, self._device)
         orientations = [pixels, pixels.flip(3)] if self._flip else [pixels]
         return torch.stack([self._autoencoder.moments(view) for view in orientations], dim=1)
 
 
 def _as_grey(pixels: NDArray[np.uint8], source_id: str, autoencoder: str) -> NDArray[np.uint8]:
-    """Return the one channel of [H, W, 3] whose channels are equal, as those of a decoded grey image are."""
+    """Return [H, W, 1] of [H, W, 3]. Raises ValueError where the channels differ, so that the image is not grey."""
     grey = pixels[:, :, :1]
     if (pixels != grey).any():
         raise ValueError(
-            f"{source_id} is in colour, but the autoencoder {autoencoder} takes 1 channel; make the images grey, or "
+            f"{source_id} is in color, but the autoencoder {autoencoder} takes 1 channel; make the images grey, or "
             "choose model/autoencoder=identity, which takes 3."
         )
     return grey
 
 
 class ImportLatents:
-    """Latents of another program, as they are: [c, h, w] (no posterior left to draw from) or [2c, h, w] moments.
+    """An encoding that imports latents of another program: [c, h, w] samples or [2c, h, w] moments.
 
-    ``scaled`` says that they were already scaled for the diffusion, as fast-DiT's are. Latents cannot be
-    mirrored, so ``flip`` must be off. Raises ValueError where it is on.
+    ``scaled`` says that they are already scaled for the diffusion, as fast-DiT's are. Latents cannot be mirrored.
+    Raises ValueError where ``flip`` is on.
     """
 
-    log_variance = -30.0  # diffusers' lower clamp: a posterior without width
+    log_variance = -30.0  # diffusers' lower clamp, in effect zero variance; for latents without a posterior
 
     def __init__(
         self, autoencoder: Autoencoder, preparation: Preparation, flip: bool, device: torch.device, scaled: bool = False
@@ -93,11 +96,11 @@ class ImportLatents:
         self._autoencoder, self._preparation, self._scaled = autoencoder, preparation, scaled
 
     def spec(self, name: str, num_classes: int) -> LatentSpec:
-        """The spec of the autoencoder that made them."""
+        """Return the description of the latents of the autoencoder that made them."""
         return latent_spec(name, num_classes, self._autoencoder, self._preparation, flip=False)
 
     def prepare(self, source: Source, index: int) -> Prepared:
-        """Moments [2c, h, w] float32. Raises ValueError for another shape."""
+        """Return moments [2c, h, w] float32. Raises ValueError for another shape."""
         source_id, content, label = source[index]
         require_label(source, source_id, label)
         assert not isinstance(content, bytes), "a source of latents gives arrays"
@@ -114,7 +117,7 @@ class ImportLatents:
         return Prepared(source_id, self._moments(values, channels), label)
 
     def _moments(self, values: NDArray[np.float32], channels: int) -> NDArray[np.float32]:
-        """Mean and log-variance of the unscaled latent, [2c, h, w]."""
+        """Return mean and log-variance of the unscaled latent, [2c, h, w]."""
         mean, log_variance = values[:channels], values[channels:]
         if not len(log_variance):
             log_variance = np.full_like(mean, self.log_variance)
@@ -125,5 +128,5 @@ class ImportLatents:
         return np.concatenate([mean, np.maximum(log_variance, self.log_variance)])
 
     def moments(self, items: NDArray[np.float32]) -> Tensor:
-        """[B, 2c, h, w] -> [B, 1, 2c, h, w]."""
+        """Return [B, 1, 2c, h, w] of [B, 2c, h, w]."""
         return torch.from_numpy(items).unsqueeze(1)

@@ -1,4 +1,4 @@
-"""Files below one place, a local folder or a URL: listed once, read whole or in part, from any thread."""
+"""List the files below one place, a local folder or a URL, and read them whole or in part, from any thread."""
 
 import io
 import os
@@ -12,8 +12,8 @@ from core.remote import Retry, files_below, is_remote, open_remote, with_retries
 from data.local_tree import local_tree
 from data.unread import LFS_REASON, is_lfs_pointer, is_litter, kind_of
 
-MAX_FILE_BYTES = 2**31  # of a file that is read whole
-LARGEST_POINTER_BYTES = 1024  # of Git LFS, by its specification
+MAX_FILE_BYTES = 2**31  # largest file that is read whole
+LARGEST_POINTER_BYTES = 1024  # by the specification of Git LFS
 
 
 class IsFileError(ValueError):
@@ -21,27 +21,27 @@ class IsFileError(ValueError):
 
 
 def given(place: str | None, setting: str) -> str:
-    """Return the place, which a config leaves open. Raises ValueError where it was not given."""
+    """Return the place of a source. Raises ValueError where the config does not give it."""
     if not place:
         raise ValueError(f"data.source.{setting} is missing; give it as data.source.{setting}=PATH.")
     return place
 
 
 class Listing:
-    """List the files of one place: a folder, a URL or a zip file."""
+    """The files of one place: a folder, a URL or a zip file."""
 
     place: str
     sizes: dict[str, int]  # bytes of each file, by its path below the place; sorted
-    folders: list[str]  # of the first level, also those without files where the place tells of them
-    odd: dict[str, str]  # what is there and no file (a link to nothing, a pipe), and why it cannot be read
-    is_near: bool  # whether looking into many files costs little
+    folders: list[str]  # at the first level; empty ones too, where the place lists them
+    odd: dict[str, str]  # entries that are not files (a broken link, a pipe), and why each cannot be read
+    is_near: bool  # whether the place is local, so that opening many files is cheap
 
     def with_suffix(self, *suffixes: str) -> list[str]:
-        """Return the names that end so, upper or lower case, in their order; hidden files and litter are left out."""
+        """Return the names with one of the suffixes, in any case, in order, without hidden files and litter."""
         return [name for name in self.sizes if name.lower().endswith(suffixes) and not is_litter(name)]
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
-        """Return the bytes start .. end - 1 of a file, or all of them. Raises OSError and ValueError."""
+        """Return the bytes start .. end - 1 of a file, or all of them. Raises OSError or ValueError."""
         raise NotImplementedError
 
     def refuse_pointer(self, name: str) -> None:
@@ -52,9 +52,9 @@ class Listing:
 
 
 class Files(Listing):
-    """Every file at or below ``place``, or with ``recursive=False`` those right in it.
+    """The files of a folder or URL; with ``recursive=False``, without those of its subfolders.
 
-    Raises ValueError where there is no such folder or it may not be listed, and IsFileError where it is a file.
+    Raises ValueError where the folder does not exist or may not be listed, and IsFileError where it is a file.
     """
 
     def __init__(self, place: str, recursive: bool = True) -> None:
@@ -62,7 +62,7 @@ class Files(Listing):
         self.is_near = not is_remote(place)
         self._system: Any = None
         if self.is_near:
-            self._root = os.path.abspath(Path(place).expanduser())  # noqa: PTH100 - which keeps links as they are
+            self._root = os.path.abspath(Path(place).expanduser())  # noqa: PTH100 - keeps links unresolved
             self._list_folder(recursive)
         else:
             self._list_remote()
@@ -102,8 +102,8 @@ class Files(Listing):
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
         """Return the bytes start .. end - 1 of a file, or all of them.
 
-        Raises ValueError where a server sends no parts, for a file that is no regular one any more, and for a whole
-        one of more than ``MAX_FILE_BYTES``.
+        Raises ValueError where a server does not serve parts, where the file is no longer a regular file, and where
+        the whole file is larger than ``MAX_FILE_BYTES``.
         """
         path = self._path(name)
         if end is None and self.sizes.get(name, 0) > MAX_FILE_BYTES:
@@ -121,14 +121,14 @@ class Files(Listing):
         return content
 
     def open(self, name: str, buffer_bytes: int = 0) -> Any:
-        """Return a seekable binary file object; of a remote file, it reads ahead that many bytes."""
+        """Return a seekable binary file object; for a remote file it reads ahead ``buffer_bytes``."""
         if self.is_near:
             return open_regular(self._path(name))
         file = _ReadInParts(self, name)
         return io.BufferedReader(file, buffer_bytes) if buffer_bytes else file
 
     def local_path(self, name: str) -> str | None:
-        """Return the path of a file on this machine, or None where it is elsewhere."""
+        """Return the path of a local file, or None where the file is remote."""
         return self._path(name) if self.is_near else None
 
     def _path(self, name: str) -> str:
@@ -155,7 +155,7 @@ def _is_file(place: str) -> IsFileError:
 
 
 def _is_hub_cache(place: str, names: Iterable[str]) -> ValueError:
-    """Return the error of a folder of the Hugging Face hub's cache, which holds all revisions and their blobs."""
+    """Return the error for a cache folder of the Hugging Face hub, which holds all revisions and their blobs."""
     revisions = sorted({name.split("/")[1] for name in names if name.startswith("snapshots/") and name.count("/") > 1})
     return ValueError(
         f"{place} is a cache folder of the Hugging Face hub with {len(revisions)} revisions; give one of them, "
@@ -164,7 +164,7 @@ def _is_hub_cache(place: str, names: Iterable[str]) -> ValueError:
 
 
 class _ReadInParts(io.RawIOBase):
-    """A remote file; each part that is asked for is tried again after a failure."""
+    """A remote file that is read in parts, with retries for each part."""
 
     def __init__(self, files: Files, name: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Images in Hugging Face's formats: parquet files as on its hub, and datasets saved to disk."""
+"""Define sources of images in Hugging Face's formats: parquet files as on its hub, and datasets saved to disk."""
 
 import json
 import threading
@@ -16,15 +16,15 @@ from data.sources import Example
 
 Result = TypeVar("Result")
 
-_ARROW_FILE = b"ARROW1"  # which begins Arrow's file format; `save_to_disk` writes its stream format
+_ARROW_FILE = b"ARROW1"  # start of Arrow's file format; `save_to_disk` writes the stream format
 
 
 class ParquetImages:
-    """Parquet files of a column of images ({bytes, path}, or bytes) and one of labels, local or at a URL.
+    """A source of parquet files, local or at a URL, with a column of images ({bytes, path} or bytes) and one of labels.
 
-    ``root`` is a folder, one file or a pattern (``data/train-*.parquet``). A row group is decoded whole, so the encode
-    job mixes images within runs of row groups and this source keeps the last ``cache_bytes`` of them. Raises
-    ValueError for damaged files, missing columns or packages.
+    ``root`` is a folder, one file or a pattern (``data/train-*.parquet``). Row groups are decoded whole, so the encode
+    job mixes images within runs of row groups, and this source caches the most recent ones, up to ``cache_bytes``.
+    Raises ValueError for damaged files, and for missing columns or packages.
     """
 
     name = "parquet"
@@ -74,9 +74,9 @@ class ParquetImages:
 
 
 class SavedDataset:
-    """A folder that ``datasets.Dataset.save_to_disk`` wrote, on this machine: its Arrow files are mapped.
+    """A source of a local folder that ``datasets.Dataset.save_to_disk`` wrote; its Arrow files are memory-mapped.
 
-    Raises ValueError for damaged files, missing columns or packages, and for a URL.
+    Raises ValueError for damaged files, for missing columns or packages, and for a URL.
     """
 
     name = "saved dataset"
@@ -87,7 +87,7 @@ class SavedDataset:
         root, pyarrow = given(root, "root"), _pyarrow(None)
         files, names, self.left_out = named_files(root, ".arrow")
         if not files.is_near:
-            raise ValueError(f"{root} is not on this machine, but a saved dataset is mapped; copy it, or use parquet.")
+            raise ValueError(f"{root} is not local, but a saved dataset is memory-mapped; copy it, or use parquet.")
         self._columns = [image_column, label_column]
         tables = [_sound(files, name, _mapped, files, name) for name in names]
         self.class_names = _classes(names, [table.schema for table in tables], self._columns)
@@ -147,7 +147,10 @@ def _require_rows(number: int, names: Sequence[str], root: str) -> None:
 
 
 def _classes(names: Sequence[str], schemas: Sequence[Any], columns: list[str]) -> list[str]:
-    """Return the classes of all files. Raises ValueError where a column is missing or no images, or classes differ."""
+    """Return the classes of all files.
+
+    Raises ValueError where a column is missing or holds no images, or where the files name different classes.
+    """
     for name, schema in zip(names, schemas, strict=True):
         _require_columns(schema, columns, name)
         _require_images(schema, columns[0], name)
@@ -155,7 +158,7 @@ def _classes(names: Sequence[str], schemas: Sequence[Any], columns: list[str]) -
     for name, schema in zip(names, schemas, strict=True):
         if (found := _described_classes(schema, columns[1])) not in (None, first):
             raise ValueError(
-                f"{name} names {len(found or [])} classes otherwise than the {len(first)} of {names[0]}; read them "
+                f"{name} names {len(found or [])} classes that differ from the {len(first)} of {names[0]}; read them "
                 "as two data sets."
             )
     return first
@@ -171,7 +174,7 @@ def _require_columns(schema: Any, columns: list[str], name: str) -> None:
 
 
 def _require_images(schema: Any, column: str, name: str) -> None:
-    """Raise ValueError where a column holds paths or pixels, not the bytes of image files."""
+    """Raise ValueError where a column holds paths or pixels instead of the bytes of image files."""
     types, kind = _pyarrow("types"), schema.field(column).type
     has_bytes = types.is_struct(kind) and kind.get_field_index("bytes") >= 0
     if types.is_string(kind) or types.is_large_string(kind):
@@ -187,7 +190,7 @@ def _require_images(schema: Any, column: str, name: str) -> None:
 
 
 def _class_names(schema: Any, label_column: str) -> list[str]:
-    """Return the classes that Hugging Face's description in the schema names. Raises ValueError for none."""
+    """Return the class names in the schema's Hugging Face metadata. Raises ValueError where there are none."""
     names = _described_classes(schema, label_column)
     if names is None:
         raise ValueError(

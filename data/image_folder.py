@@ -1,4 +1,4 @@
-"""A folder with one folder of images per class, as ImageNet comes; or a zip file of one."""
+"""Define the source of a folder, or a zip file, with one folder of images per class, as ImageNet is distributed."""
 
 from core.reading import DamagedFileError
 from core.records import canonical_hash
@@ -13,11 +13,11 @@ from data.zip_files import ZipFiles, is_zip
 
 
 class ImageFolder:
-    """``root/CLASS/.../image``, local or at a URL; classes in alphabetical order, images in order of their paths.
+    """A source of images ``root/CLASS/.../image``, local or at a URL; classes are sorted by name, images by path.
 
-    ``root`` may be a zip file of such a folder. Images without class folders make one class, named ``images``. Labels
-    in a ``dataset.json`` come before the folders. Raises ValueError where there are no images, some inside and some
-    outside class folders, or a class folder of which nothing can be read.
+    ``root`` may be a zip file of such a folder. Images without class folders form one class, named ``images``. Labels
+    in a ``dataset.json`` take precedence over folders. Raises ValueError where there are no images, where some lie
+    inside class folders and some outside, and where a class folder has no readable image.
     """
 
     name = "image folder"

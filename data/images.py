@@ -1,4 +1,4 @@
-"""Between images as people store and see them and as the network does."""
+"""Decode and crop image files, and convert pixels between uint8 and the network's range."""
 
 import io
 from typing import NamedTuple, Protocol
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from data.unread import LFS_REASON, is_lfs_pointer
 
-# Above it a file is taken for a decompression bomb. 23,170 x 23,170; decoded to RGB, 1.6 GB.
+# A larger image is treated as a decompression bomb. 23,170 x 23,170; decoded to RGB, 1.6 GB.
 MAX_PIXELS = 2**29
 
 
 class UnreadableImageError(Exception):
-    """An image that cannot be decoded, and why. One of them is no reason to stop a whole job."""
+    """An image cannot be decoded, for the given reason. A job skips the image and continues."""
 
     def __init__(self, reason: str, source_id: str = "") -> None:
         super().__init__(reason)
@@ -25,26 +25,26 @@ class UnreadableImageError(Exception):
 
 
 class Crop(Protocol):
-    """From any image to a square one."""
+    """A function that makes an image of any size square."""
 
     name: str  # recorded with the latents
 
     def __call__(self, image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-        """[H, W, C] -> [size, size, C]."""
+        """Return [size, size, C] of an image [H, W, C]."""
         ...
 
 
 class CenterCrop:
-    """ADM's crop: halve with a box filter while twice too large, resize the shorter side bicubically, take the middle.
+    """ADM's crop: halve with a box filter while twice too large, resize the shorter side bicubically, cut the center.
 
-    Dhariwal & Nichol 2021, as in their code's ``center_crop_arr``: the paper's training images and the
-    reference statistics are made so.
+    Dhariwal & Nichol 2021, ``center_crop_arr`` in their code: the paper's training images and the reference statistics
+    were made this way.
     """
 
     name = "center"
 
     def __call__(self, image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-        """[H, W, C] -> [size, size, C]; smaller images are enlarged."""
+        """Return [size, size, C] of an image [H, W, C]; smaller images are enlarged."""
         picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
         while min(picture.size) >= 2 * size:
             picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
@@ -56,12 +56,12 @@ class CenterCrop:
 
 
 class ExactSize:
-    """No crop: the images must have the size already, as the digits have."""
+    """No crop: the images must already have the right size, as the digits do."""
 
     name = "none"
 
     def __call__(self, image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-        """The image itself. Raises ValueError for another size than [size, size, C]."""
+        """Return the image unchanged. Raises ValueError where it is not [size, size, C]."""
         height, width = image.shape[:2]
         if (height, width) != (size, size):
             raise ValueError(
@@ -71,32 +71,32 @@ class ExactSize:
 
 
 class Preparation(NamedTuple):
-    """How a source's image becomes the square one that an autoencoder and a feature extractor see."""
+    """The steps that turn a source's image into the square one that an autoencoder or a feature extractor sees."""
 
     image_size: int  # pixels
     crop: Crop
-    apply_exif: bool = False  # turn the image as its camera says; ADM does not
+    apply_exif: bool = False  # rotate the image as its EXIF data say; ADM does not
 
     def __call__(self, content: bytes | NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """An encoded image, or pixels [H, W, C] -> [image_size, image_size, C] uint8.
+        """Return [image_size, image_size, C] uint8 of an encoded image or of pixels [H, W, C].
 
-        Raises UnreadableImageError for what cannot be decoded, ValueError for what the crop refuses.
+        Raises UnreadableImageError where the image cannot be decoded, and ValueError where the crop rejects it.
         """
         pixels = decode(content, self.apply_exif) if isinstance(content, bytes) else content
         return self.crop(pixels, self.image_size)
 
 
 def decode(content: bytes, apply_exif: bool = False) -> NDArray[np.uint8]:
-    """An encoded image of any kind -> [H, W, 3] uint8; of an animation, its first frame.
+    """Return the pixels [H, W, 3] uint8 of an encoded image in any format; of an animation, the first frame.
 
-    Transparency is dropped and CMYK and palettes converted as by Pillow (and so by ADM); 16-bit grey is
-    scaled to 8 bits, which Pillow would clip. Raises UnreadableImageError with the reason.
+    Transparency is dropped and CMYK and palettes are converted as Pillow (and so ADM) does; 16-bit grey is scaled to
+    8 bits, where Pillow would clip it. Raises UnreadableImageError with the reason.
     """
     if not content:
         raise UnreadableImageError("the file is empty")
     if is_lfs_pointer(content):
         raise UnreadableImageError(f"the file {LFS_REASON}")
-    assert not ImageFile.LOAD_TRUNCATED_IMAGES  # half an image would be filled up with grey
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES  # Pillow would fill the missing part of an image with grey
     try:
         with Image.open(io.BytesIO(content)) as picture:
             if picture.width * picture.height > MAX_PIXELS:
@@ -111,7 +111,7 @@ def decode(content: bytes, apply_exif: bool = False) -> NDArray[np.uint8]:
         raise UnreadableImageError(f"{type(error).__name__}: {error}".replace("\n", " ")) from error
 
 
-# Pillow would refuse at a size of its own choice; `decode` looks at the size before it decodes a pixel.
+# Pillow has a size limit of its own; `decode` checks the size before it decodes a pixel.
 Image.MAX_IMAGE_PIXELS = None
 
 
@@ -125,14 +125,14 @@ def _as_rgb(picture: Image.Image) -> Image.Image:
 
 
 def to_unit_range(images: NDArray[np.uint8], device: torch.device | str = "cpu") -> Tensor:
-    """[B, H, W, C] uint8 -> [B, C, H, W] float32 in [-1, 1] on the device, without waiting on CUDA."""
+    """Return [B, C, H, W] float32 in [-1, 1] on the device of [B, H, W, C] uint8, without waiting on CUDA."""
     pixels = torch.from_numpy(images)
-    if torch.device(device).type == "cuda":  # from memory that is not pinned, it would wait for all work before it
+    if torch.device(device).type == "cuda":  # a copy from unpinned memory would wait for all earlier work
         pixels = pixels.pin_memory()
     return pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 def to_uint8(images: Tensor) -> NDArray[np.uint8]:
-    """[B, C, H, W] float in [-1, 1] -> [B, H, W, C] uint8, rounded as in the released sampling code."""
+    """Return [B, H, W, C] uint8 of [B, C, H, W] float in [-1, 1], rounded as in the released sampling code."""
     levels = (127.5 * images.float() + 128.0).clamp(0, 255).to(torch.uint8)
     return levels.permute(0, 2, 3, 1).cpu().numpy()

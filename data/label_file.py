@@ -1,7 +1,7 @@
-"""Labels in a ``dataset.json`` beside the images, as NVlabs' ``dataset_tool.py`` writes it (StyleGAN, EDM, EDM2).
+"""Read labels from a ``dataset.json`` next to the images, as NVlabs' ``dataset_tool.py`` writes it (StyleGAN, EDM).
 
-``{"labels": [["00000/img00000000.png", 6], ...]}``, or ``{"labels": null}`` where there are none. Its folders only
-number the images.
+It is ``{"labels": [["00000/img00000000.png", 6], ...]}``, or ``{"labels": null}`` without labels. The folders in these
+paths number the images and are not classes.
 """
 
 from collections.abc import Sequence
@@ -18,19 +18,19 @@ LABEL_FILE = "dataset.json"
 
 
 class Labelled(NamedTuple):
-    """Images with their classes."""
+    """The classes of a source and the labels of its images."""
 
     class_names: list[str]
     labels: list[int]  # of the paths, in their order
     left_out: list[LeftOut]
     notes: list[str]
-    identity: list[int] | None  # labels that do not follow from the paths
+    identity: list[int] | None  # the labels, where they do not follow from the paths
 
 
 def labels_of_file(listing: Listing, paths: Sequence[str]) -> Labelled | None:
     """Return the labels of ``dataset.json``, or None where there is none in this format.
 
-    Raises ValueError where it is damaged, an image has no label in it, or a label is no whole number.
+    Raises ValueError where it is damaged, an image has no label in it, or a label is not a whole number.
     """
     if LABEL_FILE not in listing.sizes:
         return None
@@ -41,7 +41,7 @@ def labels_of_file(listing: Listing, paths: Sequence[str]) -> Labelled | None:
         )
     try:
         content = parse_json(listing.read(LABEL_FILE), where)
-    except UnreadableImageError as error:  # of a zip file
+    except UnreadableImageError as error:  # raised by a zip file
         raise ValueError(f"{where} cannot be read: {error.reason}.") from error
     if not isinstance(content, dict) or "labels" not in content:
         return None
@@ -57,12 +57,12 @@ def labels_of_file(listing: Listing, paths: Sequence[str]) -> Labelled | None:
         )
     labels = [_label(given[path], path, where) for path in paths]
     absent = sorted(given.keys() - set(paths))
-    left_out = [LeftOut(path, f"{LABEL_FILE} has a label of it, but it is not there", True) for path in absent]
+    left_out = [LeftOut(path, f"{LABEL_FILE} has a label for it, but it does not exist", True) for path in absent]
     return Labelled([str(number) for number in range(max(labels) + 1)], labels, left_out, [], labels)
 
 
 def _pairs(entries: Any) -> dict[str, Any] | None:
-    """Return the labels by path, or None where these are no pairs of them."""
+    """Return the labels by path, or None where the entries are not pairs of path and label."""
     if not isinstance(entries, list):
         return None
     pairs = [entry for entry in entries if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)]

@@ -1,4 +1,4 @@
-"""webdataset tars of latents that another program encoded."""
+"""Define the source of webdataset tars of latents that another program encoded."""
 
 import io
 
@@ -11,13 +11,13 @@ from data.unread import LFS_REASON, is_lfs_pointer
 
 
 class LatentTars(TarSamples):
-    """``KEY.npy`` ([c, h, w] latents, or [2c, h, w] moments) with ``KEY.cls``."""
+    """A source of samples ``KEY.npy`` ([c, h, w] latents or [2c, h, w] moments) with ``KEY.cls``."""
 
     name = "latent tars"
     suffixes = (".npy", ".moments.npy", ".latent.npy")
 
     def decoded(self, content: bytes, source_id: str) -> NDArray[np.generic]:
-        """The array. Raises UnreadableImageError where the bytes are none."""
+        """Return the array. Raises UnreadableImageError where the bytes are not an array."""
         if is_lfs_pointer(content):
             raise UnreadableImageError(f"the file {LFS_REASON}", source_id)
         try:
@@ -25,5 +25,5 @@ class LatentTars(TarSamples):
         except Exception as error:  # numpy's parser of headers raises ValueError, TokenError, MemoryError and more
             raise UnreadableImageError(f"{type(error).__name__}: {error}".replace("\n", " "), source_id) from error
         if not isinstance(values, np.ndarray):
-            raise UnreadableImageError("it is a collection of arrays and not one", source_id)
+            raise UnreadableImageError("it is a collection of arrays, not a single one", source_id)
         return values

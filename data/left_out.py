@@ -1,4 +1,4 @@
-"""Name the files of a source that it does not read; pass over in silence what is no data."""
+"""List the files of a source that it does not read; ignore files that are not data."""
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator
@@ -21,25 +21,28 @@ _ODD = Kind("links to nothing, pipes or devices", "mend or remove", ())
 
 
 def left_out_images(listing: Listing, read: Collection[str]) -> list[LeftOut]:
-    """Return what lies among the images that are ``read`` and is left out.
+    """Return the files that lie among the images in ``read`` and are left out.
 
-    An image in a format that is not read, a link to nothing and the like are named and count as images that cannot be
-    read. Archives and videos are named. Nothing is said of texts, tables and litter. Files with other names are images
-    where they begin like one; those of a store are not looked into, but named.
+    Images in an unsupported format, broken links and the like are listed and count as unreadable images. Archives and
+    videos are listed. Text files, tables and litter are ignored. A file with any other suffix counts as an image where
+    its first bytes are those of one; in a remote store it is listed without being opened.
     """
     found = [_of_file(listing, name) for name in listing.sizes if name not in read]
     return [entry for entry in found if entry is not None] + odd_entries(listing)
 
 
 def odd_entries(listing: Listing) -> list[LeftOut]:
-    """Return what is no file: a link to nothing, a pipe. It counts as an image where its name may be one's."""
+    """Return the entries that are not files (a broken link, a pipe); those with an image's name count as images.
+
+    A broken link without a suffix counts as images too: it may have led to a folder of them.
+    """
     return [LeftOut(name, f"it {reason}", _may_be_images(name, reason)) for name, reason in listing.odd.items()]
 
 
 def _may_be_images(name: str, reason: str) -> bool:
     if name.lower().endswith(image_suffixes()):
         return True
-    return reason.startswith("is a link to nothing") and "." not in name.rpartition("/")[2]  # it may be a folder
+    return reason.startswith("is a link to nothing") and "." not in name.rpartition("/")[2]
 
 
 def _of_file(listing: Listing, name: str) -> LeftOut | None:
@@ -50,18 +53,18 @@ def _of_file(listing: Listing, name: str) -> LeftOut | None:
     if is_companion(name):
         return None
     if not listing.is_near:
-        return LeftOut(name, "its name does not end as an image's", False)
+        return LeftOut(name, "its name does not end like an image's", False)
     try:
         title = image_format(listing.read(name, 0, HEAD_BYTES))
     except (OSError, ValueError, UnreadableImageError) as error:
-        return LeftOut(name, f"it cannot be looked into ({error})", False)
-    return LeftOut(name, f"it is a {title} image, but its name does not end so; rename it", True) if title else None
+        return LeftOut(name, f"it cannot be opened ({error})", False)
+    return LeftOut(name, f"it is a {title} image, but its suffix is another; rename it", True) if title else None
 
 
 def instead(listing: Listing) -> str:
-    """Return what a place holds that another source reads, or that can be made readable: the end of a sentence.
+    """Return the end of a sentence on files that another source reads or that can be converted.
 
-    It is ``", but N tar files, the first is a.tar; read them with ..."``, or empty where there is nothing such.
+    An example is ``", but 3 tar files, the first is a.tar; read with ..."``. It is empty where there are no such files.
     """
     names: dict[Kind, list[str]] = defaultdict(list)
     for kind, name in _kinds_in(listing):

@@ -1,4 +1,4 @@
-"""The files below a local folder: links are followed, and what is no file is named."""
+"""List the files below a local folder, following links, and report entries that are not files."""
 
 import errno
 import os
@@ -10,31 +10,31 @@ from typing import NamedTuple
 from core.reading import kind_of_node
 from data.unread import is_litter
 
-MAX_WAYS = 1000  # to one folder; links that lead to folders of links would else multiply without end
+MAX_WAYS = 1000  # paths to one folder; links to folders of links could otherwise multiply without end
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR)
 _Identity = tuple[int, int]
 
 
 class Tree(NamedTuple):
-    """List the entries below a folder by their relative paths."""
+    """The entries below a folder by their relative paths."""
 
     sizes: dict[str, int]  # bytes of each file
-    folders: list[str]  # of the first level
-    odd: dict[str, str]  # why anything else that is no folder cannot be read
+    folders: list[str]  # at the first level
+    odd: dict[str, str]  # every other entry, and why it cannot be read
 
 
 class _Folder(NamedTuple):
     path: str
-    prefix: str  # of the names in it
-    above: frozenset[_Identity]  # the folders that it lies in, and itself
+    prefix: str  # of the relative paths of its entries
+    above: frozenset[_Identity]  # itself and its parents
 
 
 def local_tree(root: str, recursive: bool = True) -> Tree:
-    """List a folder, and all folders below it unless ``recursive`` is False; hidden ones are left out.
+    """List a folder and, with ``recursive``, all folders below it except hidden ones.
 
-    A link to a folder that it lies in is odd, and so are links to nothing, pipes, devices and sockets; none of them is
-    opened. Raises OSError where ``root`` is no folder, and ValueError for a folder that may not be listed.
+    Links to a parent folder, broken links, pipes, devices and sockets are reported as odd and never opened. Raises
+    OSError where ``root`` is not a folder, and ValueError for a folder that may not be listed.
     """
     tree = Tree({}, [], {})
     todo = [_Folder(root, "", frozenset([_identity(Path(root).stat())]))]
@@ -68,7 +68,7 @@ def _entries(folder: _Folder, root: str) -> list["os.DirEntry[str]"]:
         with os.scandir(folder.path) as entries:
             return list(entries)
     except OSError as error:
-        if error.errno in _ABSENT and folder.prefix:  # deleted since
+        if error.errno in _ABSENT and folder.prefix:  # deleted in the meantime
             return []
         if folder.prefix or isinstance(error, PermissionError):
             raise ValueError(
@@ -79,7 +79,7 @@ def _entries(folder: _Folder, root: str) -> list["os.DirEntry[str]"]:
 
 
 def _status(entry: "os.DirEntry[str]", name: str, tree: Tree) -> os.stat_result | None:
-    """Return what an entry, or the end of a link, is; None, having named it, where there is nothing."""
+    """Return the status of an entry or of a link's target; where there is none, report the entry as odd."""
     try:
         return entry.stat()
     except OSError as error:
@@ -87,7 +87,7 @@ def _status(entry: "os.DirEntry[str]", name: str, tree: Tree) -> os.stat_result 
             return None
         if not entry.is_symlink():
             if error.errno not in _ABSENT:
-                tree.odd[name] = f"cannot be looked at ({error.strerror})"
+                tree.odd[name] = f"cannot be examined ({error.strerror})"
         elif error.errno in _ABSENT:
             tree.odd[name] = f"is a link to nothing ({_target(entry)})"
         else:
@@ -99,7 +99,7 @@ def _target(entry: "os.DirEntry[str]") -> str:
     try:
         return str(Path(entry.path).readlink())
     except OSError:
-        return "deleted since"
+        return "deleted in the meantime"
 
 
 def _identity(status: os.stat_result) -> _Identity:

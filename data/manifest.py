@@ -1,4 +1,4 @@
-"""What a folder of shards holds: ``manifest.json``."""
+"""Write, read and check ``manifest.json``, the description of a folder of shards."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from core.remote import DEFAULT_RETRY, DamagedError, Retry, is_remote, join, rea
 
 FORMAT_VERSION: Final = 2
 MANIFEST_NAME = "manifest.json"
-FORMAT = "the format of shards"  # where the names of a folder's other files come from
+FORMAT = "the format of shards"  # named in errors as the origin of the other files' names
 MAX_MANIFEST_BYTES = 2**25  # 190,000 shards
 MAX_SOURCE_ID = 1024  # characters
 
@@ -33,7 +33,7 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9_-]+\.tar")
 
 
 class AutoencoderIdentity(NamedTuple):
-    """Name the autoencoder that made latents, and say how it scales them."""
+    """The autoencoder that made latents, and how it scales them."""
 
     name: str
     revision: str
@@ -53,7 +53,7 @@ class AutoencoderIdentity(NamedTuple):
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """What latents mean. Shards are refused where it disagrees with the config, naming both."""
+    """The description of latents. Shards whose description disagrees with the config are rejected."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -65,12 +65,12 @@ class LatentSpec:
     downscale: Annotated[int, Field(ge=1, le=2**16)]  # image side / latent side
     channels: Annotated[int, Field(ge=1, le=2**12)]  # c of the latent
     dtype: Literal["float16"]  # of the stored moments
-    flip: bool  # whether both orientations are stored
+    flip: bool  # whether mirrored images are stored too
     num_classes: Annotated[int, Field(ge=1, le=2**24)]
     shift: Finite | list[Finite] = 0.0
     precision: Text = "fp32"  # of the autoencoder's network
     crop: Text = "none"  # `name` of the crop
-    apply_exif: bool = False  # whether images were turned as their camera says
+    apply_exif: bool = False  # whether images were rotated as their EXIF data say
 
     @property
     def made_by(self) -> AutoencoderIdentity:
@@ -81,26 +81,26 @@ class LatentSpec:
 
     @property
     def latent_size(self) -> int:
-        """H = w of the latent."""
+        """Return the side h = w of the latent."""
         return self.image_size // self.downscale
 
     @property
     def num_orientations(self) -> int:
-        """Rows of a sample: as is, and mirrored where `flip`."""
+        """Return the number of orientations of a sample: 1, or 2 with mirrored images."""
         return 2 if self.flip else 1
 
     @property
     def sample_shape(self) -> tuple[int, int, int, int]:
-        """[orientations, 2c, h, w] of one stored sample."""
+        """Return the shape [orientations, 2c, h, w] of one stored sample."""
         return (self.num_orientations, 2 * self.channels, self.latent_size, self.latent_size)
 
     @property
     def sample_bytes(self) -> int:
-        """Bytes of the values of one stored sample."""
+        """Return the bytes of the values of one stored sample."""
         return 2 * math.prod(self.sample_shape)
 
     def differences(self, other: "LatentSpec") -> list[str]:
-        """Sentences "name is A here and B there" for each field that differs."""
+        """Return "name is A and not B" for each field that differs, where B is the value in ``other``."""
         return [
             f"{field.name} is {getattr(self, field.name)!r} and not {getattr(other, field.name)!r}"
             for field in fields(self)
@@ -110,7 +110,7 @@ class LatentSpec:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One tar file."""
+    """One tar file of a folder of shards."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -122,7 +122,7 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that a reader must know. ``latent_mean`` and ``latent_std`` are per channel and unscaled."""
+    """The description of a folder of shards. ``latent_mean`` and ``latent_std`` are per channel and unscaled."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -134,32 +134,32 @@ class Manifest:
     index_sha256: Sha256
     latent_mean: list[Finite]
     latent_std: list[Annotated[Finite, Field(ge=0)]]
-    num_skipped: Count  # images that could not be read; skipped.jsonl says which and why
+    num_skipped: Count  # images that could not be read; skipped.jsonl lists them with the reasons
 
     @property
     def num_samples(self) -> int:
-        """N over all shards."""
+        """Return the number of samples in all shards."""
         return sum(shard.count for shard in self.shards)
 
     @property
     def max_index_bytes(self) -> int:
-        """The largest index that can belong to this manifest."""
+        """Return the bytes of the largest index that can belong to this manifest."""
         return 2**16 + self.num_samples * (8 + 4 * MAX_SOURCE_ID) + 16 * len(self.shards)
 
     @property
     def hash(self) -> str:
-        """The identity of the data that a run trains on: SHA-256 of the content as versions without a seal wrote it."""
+        """Return the identity of the data that a run trains on: the SHA-256 of the JSON without its seal."""
         return hashlib.sha256(json.dumps(asdict(self), indent=1).encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Write ``manifest.json``, with a hash over itself, last of all files of the folder."""
+        """Write ``manifest.json``, with a hash of its content; it must be the last file written to the folder."""
         write_bytes(folder / MANIFEST_NAME, json.dumps(seal(asdict(self)), indent=1).encode())
 
     @classmethod
     def load(cls, folder: Path | str, retry: Retry = DEFAULT_RETRY) -> "Manifest":
         """Read ``manifest.json`` of a folder or URL.
 
-        Raises ValueError where it is missing, damaged or of another version, or where a store does not answer.
+        Raises ValueError where it is missing, damaged or of another version, or where a remote store does not answer.
         """
         path, remedy = join(folder, MANIFEST_NAME), _REMOTE_REMEDY if is_remote(folder) else _REMEDY
         with remedied(remedy):
@@ -167,8 +167,8 @@ class Manifest:
 
     @classmethod
     def _parsed(cls, text: bytes, path: str) -> "Manifest":
-        """Make a manifest of a file's content: its values as they are, or the hash of the data would be another."""
-        content = unseal(parse_object(text, path), path, required=False)  # earlier versions wrote none
+        """Return the manifest in a file's content, with unconverted values, because `hash` depends on their text."""
+        content = unseal(parse_object(text, path), path, required=False)  # earlier versions wrote no hash
         version = content.get("format_version")
         if type(version) is int and version != FORMAT_VERSION:
             raise ValueError(
@@ -183,9 +183,9 @@ class Manifest:
         return manifest
 
     def require(self, expected: LatentSpec, folder: Path | str) -> None:
-        """Raise ValueError unless these shards are what the config describes.
+        """Raise ValueError unless these shards match the description in the config.
 
-        Shards that hold both orientations serve a config without flips.
+        Shards with both orientations also match a config without flips.
         """
         differences = [
             difference
@@ -211,10 +211,10 @@ def _content(folder: Path | str, path: str, retry: Retry) -> bytes:
 
 
 def _require_plausible(manifest: Manifest, path: str) -> None:
-    """Raise ValueError where parts of a manifest contradict each other, or a name in it is no shard's."""
+    """Raise ValueError where parts of a manifest contradict each other, or a shard's name in it is invalid."""
     for shard in manifest.shards:
         if _SHARD_NAME.fullmatch(plain_name(shard.name, path)) is None:
-            raise DamagedFileError(f"{path} is damaged: {shard.name!r} is no name of a shard.")
+            raise DamagedFileError(f"{path} is damaged: {shard.name!r} is not a shard's name.")
     if len({shard.name for shard in manifest.shards}) < len(manifest.shards):
         raise DamagedFileError(f"{path} is damaged: it lists a shard twice.")
     for fault in _contradictions(manifest):
@@ -224,7 +224,7 @@ def _require_plausible(manifest: Manifest, path: str) -> None:
 def _contradictions(manifest: Manifest) -> Iterator[str]:
     spec = manifest.spec
     if spec.image_size % spec.downscale:
-        yield f"spec.image_size {spec.image_size} is no multiple of spec.downscale {spec.downscale}"
+        yield f"spec.image_size {spec.image_size} is not a multiple of spec.downscale {spec.downscale}"
     if len(manifest.class_names) != spec.num_classes:
         yield f"it has {len(manifest.class_names)} class_names, but spec.num_classes is {spec.num_classes}"
     statistics = (("latent_mean", manifest.latent_mean), ("latent_std", manifest.latent_std))

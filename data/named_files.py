@@ -1,4 +1,4 @@
-"""Tars, parquet and Arrow files of a source: all of a folder, one alone, or those that a pattern names."""
+"""Find the tar, parquet or Arrow files of a source: all in a folder, a single one, or those that match a pattern."""
 
 import re
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from data.unread import COMPRESSED_TARS, LeftOut, is_litter
 
 
 class NamedFiles(NamedTuple):
-    """Files of a source, and what lies beside them."""
+    """The files of a source to read, and those left out."""
 
     files: Files
     names: list[str]  # to read
@@ -22,11 +22,11 @@ class NamedFiles(NamedTuple):
 
 
 def named_files(place: str, suffix: str) -> NamedFiles:
-    """Return the files of a place, and the names among them to read.
+    """Return the files of a place, and the names of those to read.
 
-    ``place`` is a folder, of which every file with the suffix is read; one file; or, with its names in braces or with
-    ``*``, a pattern (``s3://bucket/train-{0000..1023}.tar``). Raises ValueError where there is none, one is missing,
-    or one is there that cannot be read: a link to nothing, a pipe, a compressed tar file, a pointer of Git LFS.
+    ``place`` is a folder, where every file with the suffix is read; one file; or a pattern with braces or ``*``
+    (``s3://bucket/train-{0000..1023}.tar``). Raises ValueError where there are no such files, one is missing, or one
+    cannot be read: a broken link, a pipe, a compressed tar file or a Git LFS pointer.
     """
     if "{" in place or "*" in place or _is_one_file(place, suffix):
         found = _of_pattern(place, suffix)
@@ -45,7 +45,7 @@ def named_files(place: str, suffix: str) -> NamedFiles:
 
 
 def _is_one_file(place: str, suffix: str) -> bool:
-    """Return whether a place is a file: a folder may be named like one, as those that Spark writes."""
+    """Return whether a place is a file; a folder may have the suffix too, as those that Spark writes."""
     if not place.lower().endswith(suffix):
         return False
     if not is_remote(place):
@@ -65,7 +65,7 @@ def _of_pattern(place: str, suffix: str) -> NamedFiles:
     if len(folders) != 1 or any("*" in folder for folder in folders):
         raise ValueError(
             f"{place} names {max(2, len(folders))} folders, but the {suffix} files of a source lie in 1; put the "
-            "pattern into their names alone."
+            "pattern into the file names only."
         )
     folder = folders.pop()
     files = Files(folder, recursive=False)
@@ -100,13 +100,14 @@ def _matching(files: Files, pattern: str) -> Sequence[str]:
 
 
 def _left_out(files: Files, names: Sequence[str], suffix: str) -> list[LeftOut]:
-    """Return what lies in a folder beside the files to read.
+    """Return the files of a folder that are left out.
 
-    Raises ValueError for what should be one of them: a link to nothing of such a name, a compressed tar of a series.
+    Raises ValueError for an entry that should be read but cannot be: a broken link with the suffix, or a compressed
+    tar that belongs to the same series.
     """
     for name, reason in files.odd.items():
         if name.lower().endswith(suffix):
-            raise ValueError(f"{files.place}/{name} {reason}; mend it, or remove it.")
+            raise ValueError(f"{files.place}/{name} {reason}; repair it, or remove it.")
     compressed = [
         name for name in files.sizes if name.lower().endswith(COMPRESSED_TARS.suffixes) and not is_litter(name)
     ]
@@ -117,7 +118,7 @@ def _left_out(files: Files, names: Sequence[str], suffix: str) -> list[LeftOut]:
 
 
 def _series(name: str) -> str:
-    """Return what the names of a series have in common: the path up to the suffix, without digits."""
+    """Return the common part of the names of a series: the path up to the suffix, without digits."""
     folder, _, base = name.rpartition("/")
     return f"{folder}/{re.sub(r'[0-9]+', '', base.partition('.')[0])}"
 

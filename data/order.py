@@ -1,8 +1,8 @@
-"""The order of samples: a pure function of (seed, position), by one of the classes behind `Order`.
+"""Define the order of training samples: a pure function of (seed, position), one class for each kind of `Order`.
 
-``position`` counts samples seen since the start of training; N positions are an epoch. Every order visits each
-sample once per epoch, differently in each, and depends on no process, device or batch. A batch may straddle
-windows and epochs; none is ever short.
+``position`` counts samples seen since the start of training; an epoch is num_samples positions. Every order visits
+each sample once per epoch, in a different order each time, independent of processes, devices and batches. A batch may
+span windows and epochs; every batch is full.
 """
 
 from bisect import bisect_right
@@ -18,7 +18,7 @@ from core.draws import Philox, Purpose, permutation
 
 
 class Window(NamedTuple):
-    """The positions first .. last - 1, which visit rows of ``shards`` and of no others."""
+    """The positions first .. last - 1, which visit rows of ``shards`` only."""
 
     first: int
     last: int
@@ -26,28 +26,29 @@ class Window(NamedTuple):
 
 
 class Order(Protocol):
-    """Which row each position visits, and which shards must be at hand for it.
+    """A map from positions to rows, and to the shards that must be local for them.
 
-    Windows cut the positions into consecutive runs. ``shards_per_window`` is the most shards, and
-    ``smallest_window`` the fewest positions, of any of them.
+    Windows divide the positions into consecutive runs. ``shards_per_window`` is the largest number of shards of any
+    window, and ``smallest_window`` the smallest number of positions.
     """
 
     shards_per_window: int
     smallest_window: int
 
     def rows_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Rows that the given positions visit, [len(positions)] int64."""
+        """Return the rows that the given positions visit, [len(positions)] int64."""
         ...
 
     def window(self, position: int) -> Window:
-        """The window that the position lies in."""
+        """Return the window that the position lies in."""
         ...
 
 
 class GlobalOrder:
-    """An epoch is a permutation of all rows: the best mixing, for shards that are local and fast.
+    """An order that permutes all rows in each epoch: the best mixing, for shards on a fast local disk.
 
-    Position p lies in epoch p // N and visits row permutation(seed, epoch)[p % N]. The window is the epoch.
+    Position p lies in epoch p // num_samples and visits row permutation(seed, epoch)[p % num_samples]. The window is
+    the epoch.
     """
 
     def __init__(self, seed: int, shard_counts: Sequence[int]) -> None:
@@ -68,7 +69,7 @@ class GlobalOrder:
         return rows
 
     def window(self, position: int) -> Window:
-        """The whole epoch."""
+        """Return the whole epoch of the position."""
         first = position - position % self._num_samples
         return Window(first, first + self._num_samples, self._shards)
 
@@ -77,11 +78,11 @@ class GlobalOrder:
 
 
 class WindowedOrder:
-    """An epoch is a permutation of the shards, cut into windows; within a window its rows are permuted.
+    """An order that permutes the shards in each epoch, divides them into windows, and permutes the rows of each window.
 
-    For shards that are fetched from afar or lie on a slow disk: only the window that is read and the next one
-    need be at hand. Samples mix within ``shards_per_window`` shards, which are others in every epoch.
-    Raises ValueError for a window of no shards.
+    It suits remote shards and slow disks: only the current window and the next one must be local. Samples mix within
+    ``shards_per_window`` shards, a different set in every epoch. Raises ValueError where ``shards_per_window`` is
+    below 1.
     """
 
     def __init__(self, seed: int, shard_counts: Sequence[int], shards_per_window: int) -> None:
@@ -117,7 +118,7 @@ class WindowedOrder:
         return windows[bisect_right(windows, position, key=lambda window: window.first) - 1]
 
     def _cut_windows(self, epoch: int) -> list[Window]:
-        """The windows of one epoch."""
+        """Return the windows of one epoch."""
         shards = self._shards[permutation(Philox(self._seed), epoch, Purpose.WINDOWED_ORDER, len(self._shards))]
         windows, first = [], epoch * self._num_samples
         for start in range(0, len(shards), self.shards_per_window):
@@ -128,16 +129,16 @@ class WindowedOrder:
         return windows
 
     def _permuted_rows(self, first: int) -> NDArray[np.int64]:
-        """Rows in the order of the window that starts at position ``first``."""
+        """Return the rows of the window that starts at position ``first``, in order."""
         shards = self.window(first).shards
         rows = np.concatenate([np.arange(self._counts[shard]) + self._first_rows[shard] for shard in shards])
         return rows[permutation(Philox(self._seed), first, Purpose.WINDOWED_ORDER, len(rows), draw=1)]
 
 
 def positions_of_step(step: int, batch_size: int, rank: int, world: int) -> NDArray[np.int64]:
-    """Positions that one of ``world`` processes reads at ``step``: its slice of the global batch.
+    """Return the positions that process ``rank`` of ``world`` reads at ``step``: its slice of the global batch.
 
-    Raises ValueError where the batch does not divide.
+    Raises ValueError where the batch size is not a multiple of the world size.
     """
     require_divisible(batch_size, world, "processes")
     share = batch_size // world

@@ -1,4 +1,4 @@
-"""Reading, decoding, cropping and encoding at the same time; what comes out does not depend on the timing."""
+"""Read, decode, crop and encode images concurrently; the result does not depend on timing."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -18,13 +18,13 @@ from data.sources import Prepared, Source
 
 
 class Encoded(NamedTuple):
-    """A batch of one shard; a batch never holds images of two."""
+    """A batch of encoded images, all of the same shard."""
 
     shard: int
-    is_last: bool  # of its shard
+    is_last: bool  # whether it is the last batch of its shard
     rows: list[int]
     examples: list[Prepared]
-    skipped: list[UnreadableImageError]  # met on the way to this batch
+    skipped: list[UnreadableImageError]  # since the previous batch
     moments: NDArray[np.float32]  # [len(rows), orientations, 2c, h, w]
 
 
@@ -40,10 +40,10 @@ class _Batch(NamedTuple):
 def encoded_batches(
     source: Source, encoding: Encoding, plan: Plan, shards: Iterable[int], batch_size: int, threads: int
 ) -> Iterator[Encoded]:
-    """Every batch of the given shards, in order.
+    """Yield every batch of the given shards, in order.
 
-    ``threads`` read and crop a few batches ahead, one more stacks them, and on CUDA the encoder works on one
-    batch while the one before is copied to the host. Raises ValueError as the source and the encoding do.
+    ``threads`` threads read and crop a few batches ahead, another one stacks them, and on CUDA the encoder computes one
+    batch while the previous one is copied to the host. Raises ValueError as the source and the encoding do.
     """
     in_flight: deque[tuple[_Batch, Callable[[], Tensor] | None]] = deque()
     for batch in prefetch(_batches(source, encoding, plan, shards, batch_size, threads)):
@@ -55,7 +55,7 @@ def encoded_batches(
 
 
 def _to_host(moments: Tensor) -> Callable[[], Tensor]:
-    """Begin to copy to the host, behind what computes them; what is returned waits for this copy, and no later work."""
+    """Start an asynchronous copy to the host; return a function that waits for this copy, but not for later work."""
     if moments.device.type != "cuda":
         return moments.cpu
     copy = moments.to("cpu", non_blocking=True)  # pinned
@@ -103,7 +103,7 @@ def _batches(
 def _prepared_rows(
     source: Source, encoding: Encoding, plan: Plan, shards: Iterable[int], ahead: int, threads: int
 ) -> Iterator[tuple[int, int, Prepared | UnreadableImageError]]:
-    """(shard, row, what became of its image), in order, ``ahead`` of them worked on by threads."""
+    """Yield (shard, row, prepared image or its error), in order, while threads work on up to ``ahead`` rows."""
 
     def prepare(row: int) -> Prepared | UnreadableImageError:
         try:

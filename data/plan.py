@@ -1,4 +1,4 @@
-"""What goes into which shard, decided before anything is encoded."""
+"""Plan which image goes into which shard, before anything is encoded."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,21 +17,21 @@ from model.autoencoder import Autoencoder
 
 
 def identity_of(autoencoder: Autoencoder) -> AutoencoderIdentity:
-    """Return what latents of this autoencoder have in their spec."""
+    """Return the fields of an autoencoder that the spec of its latents records."""
     return AutoencoderIdentity(*(getattr(autoencoder, name) for name in AutoencoderIdentity._fields))
 
 
 def latent_spec(
     name: str, num_classes: int, autoencoder: Autoencoder, preparation: Preparation, flip: bool
 ) -> LatentSpec:
-    """The spec of latents that this autoencoder gives of the data set ``name``.
+    """Return the spec of the latents that this autoencoder makes from the data set ``name``.
 
-    Raises ValueError where the image size is no multiple of the autoencoder's factor.
+    Raises ValueError where the image size is not a multiple of the autoencoder's downscale factor.
     """
     image_size, factor = preparation.image_size, autoencoder.downscale
     if image_size % factor:
         raise ValueError(
-            f"data.image_size {image_size} is no multiple of {factor}, the factor of the autoencoder "
+            f"data.image_size {image_size} is not a multiple of {factor}, the downscale factor of the autoencoder "
             f"{autoencoder.name}; use {max(1, image_size // factor) * factor}."
         )
     return LatentSpec(
@@ -54,7 +54,7 @@ def latent_spec(
 
 @dataclass(frozen=True)
 class Plan:
-    """Which image becomes which row, and which rows a shard holds."""
+    """An assignment of images to rows, and of rows to shards."""
 
     spec: LatentSpec
     class_names: list[str]
@@ -62,44 +62,44 @@ class Plan:
     samples_per_shard: int
     seed: int
     source_fingerprint: str
-    left_out: tuple[LeftOut, ...] = ()  # of the source; in no row, and no part of the plan's identity
+    left_out: tuple[LeftOut, ...] = ()  # files of the source without a row; not part of the plan's identity
 
     @classmethod
     def of(cls, source: Source, spec: LatentSpec, samples_per_shard: int, seed: int) -> "Plan":
-        """The plan of a source: a function of its listing, the spec, the size of shards and the seed."""
+        """Return the plan of a source: a function of its listing, the spec, the shard size and the seed."""
         order = encoding_order(Philox(seed), len(source), source.block_sizes, samples_per_shard)
         left_out = tuple(source.left_out)
         return cls(spec, source.class_names, order, samples_per_shard, seed, source.fingerprint, left_out)
 
     @property
     def hash(self) -> str:
-        """Identity of the plan; a shard made by another plan is never reused."""
+        """Return the identity of the plan; shards of another plan are never reused."""
         content = {"version": FORMAT_VERSION, "spec": asdict(self.spec), "seed": self.seed}
         content |= {"source": self.source_fingerprint, "samples_per_shard": self.samples_per_shard}
         return canonical_hash(content, spaced=True)
 
     @cached_property
     def num_images_left_out(self) -> int:
-        """Images that the source has and that are in no row."""
+        """Return the number of images of the source that have no row."""
         return sum(entry.is_image for entry in self.left_out)
 
     @property
     def num_shards(self) -> int:
-        """Shards, the last of which may be smaller."""
+        """Return the number of shards; the last may be smaller."""
         return -(-len(self.order) // self.samples_per_shard)
 
     def rows(self, shard: int) -> range:
-        """The rows of a shard; a row's number is the key of its sample."""
+        """Return the rows of a shard; a row's number is the key of its sample."""
         return range(shard * self.samples_per_shard, min((shard + 1) * self.samples_per_shard, len(self.order)))
 
 
 def encoding_order(
     philox: Philox, num_images: int, block_sizes: Sequence[int] | None, samples_per_shard: int
 ) -> NDArray[np.int64]:
-    """Source indices in the order of the rows: a permutation of everything, for a plain streaming reader's sake.
+    """Return the source index of each row: a permutation, so that a reader that streams shards gets mixed classes.
 
-    Of a source that is read in blocks, the blocks are permuted and then the images within runs of blocks of
-    about a shard's size, so that a shard needs few blocks and holds images of many.
+    For a source that is read in blocks, the blocks are permuted, and then the images within runs of blocks of about a
+    shard's size. A shard thus needs few blocks and still mixes the images of several.
     """
     if block_sizes is None:
         return permutation(philox, 0, Purpose.ENCODING_ORDER, num_images)
@@ -117,5 +117,5 @@ def encoding_order(
 
 
 def shard_name(number: int) -> str:
-    """File name of a shard."""
+    """Return the file name of a shard."""
     return f"shard-{number:06d}.tar"

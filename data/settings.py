@@ -1,4 +1,4 @@
-"""The section ``data`` of a config."""
+"""Define the settings of the section ``data`` of a config."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -8,7 +8,7 @@ from core.fields import MUST_BE_GIVEN, Settings, free, positive
 
 @dataclass
 class DataSettings(Settings):
-    """Images, and the shards of their latents."""
+    """The settings of a data set: its images, and the shards of their latents."""
 
     section: ClassVar[str] = "data"
 
@@ -17,11 +17,11 @@ class DataSettings(Settings):
     crop: Any = MUST_BE_GIVEN
     name: str = MUST_BE_GIVEN
     image_size: int = positive()  # pixels
-    apply_exif: bool = MUST_BE_GIVEN  # turn images as their camera says
+    apply_exif: bool = MUST_BE_GIVEN  # rotate images as their EXIF data say
     flip: bool = MUST_BE_GIVEN  # train on mirrored images too
     shards: str = free()  # folder, or a URL to read from: s3://, gs://, http(s)://
     order: Any = None  # of the samples in training
     cache: str = free("cache/shards")  # folder on a local disk for shards that are read from a URL
-    cache_bytes: int = positive(32 * 2**30, free=True)  # that it may take
+    cache_bytes: int = positive(32 * 2**30, free=True)  # largest size of the cache
     samples_per_shard: int = positive(free=True)
     verify_checksums: bool = free()  # read every shard once at the start

@@ -1,4 +1,4 @@
-"""Where the files of a folder of shards lie: on a local disk, or behind a URL with a cache on a local disk."""
+"""Read the files of a folder of shards from a local disk, or from a URL through a cache on a local disk."""
 
 import hashlib
 import mmap
@@ -21,41 +21,41 @@ from data.shard_index import INDEX_NAME
 
 Result = TypeVar("Result")
 
-OTHER_OPEN_FILES = 512  # that a process may have beside its shards
-REPAIR = "run the same `ditscale encode` again, which rewrites just what is damaged"
-REMOTE_REPAIR = "copy it there again from the folder of `ditscale encode`, which `ditscale verify repair=true` mends"
+OTHER_OPEN_FILES = 512  # files that a process may have open in addition to its shards
+REPAIR = "run the same `ditscale encode` again, which rewrites only what is damaged"
+REMOTE_REPAIR = "copy it there again from the folder of `ditscale encode`, which `ditscale verify repair=true` repairs"
 
 
 class ShardFiles(Protocol):
-    """Reads the files that a manifest lists. Each method raises ValueError that names a missing or damaged file."""
+    """A reader of the files of a manifest. Its methods raise ValueError that names a missing or damaged file."""
 
     manifest: Manifest
     repair: str  # what to do about a damaged file
-    keeps_all: bool  # whether all shards are at hand at all times, so that nobody need expect any
+    keeps_all: bool  # whether all shards are always local, so that `expect` is unnecessary
 
     def read_index(self) -> bytes:
-        """The content of the index."""
+        """Return the content of the index."""
         ...
 
     def map(self, shard: int) -> mmap.mmap:
-        """The bytes of an expected shard, mapped read-only; waits until they are at hand."""
+        """Return the bytes of an expected shard, mapped read-only; wait until they are local."""
         ...
 
     def expect(self, shards: Sequence[int]) -> None:
-        """The shards that are needed now and next, in this order; others may go."""
+        """Announce the shards that are needed now and next, in this order; all others may be evicted."""
         ...
 
     def require_room(self, num_shards: int) -> None:
-        """Raise ValueError where that many of the shards cannot be at hand together."""
+        """Raise ValueError where that many shards cannot be local at the same time."""
         ...
 
     def close(self) -> None:
-        """End what runs in the background."""
+        """Stop the background threads."""
         ...
 
 
 class LocalShardFiles:
-    """A folder. Every file is checked at the start: its size and, with ``verify_checksums``, its content."""
+    """Shards in a local folder; the size and, with ``verify_checksums``, the hash of each is checked at the start."""
 
     keeps_all = True
     repair = REPAIR
@@ -68,7 +68,7 @@ class LocalShardFiles:
             self._open(shard, verify_checksums).close()
 
     def read_index(self) -> bytes:
-        """As `ShardFiles` says."""
+        """Return the content of the index."""
         try:
             with remedied(REPAIR):
                 content = read_regular(self._path(INDEX_NAME), self.manifest.max_index_bytes)
@@ -78,24 +78,24 @@ class LocalShardFiles:
         return content
 
     def map(self, shard: int) -> mmap.mmap:
-        """As `ShardFiles` says."""
+        """Return the bytes of a shard, mapped read-only."""
         with self._open(self.manifest.shards[shard], verify=False) as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def expect(self, shards: Sequence[int]) -> None:
-        """All are at hand."""
+        """Do nothing: all shards are local."""
 
     def require_room(self, num_shards: int) -> None:
-        """There is room for all."""
+        """Do nothing: there is room for all shards."""
 
     def close(self) -> None:
-        """Nothing runs in the background."""
+        """Do nothing: there are no background threads."""
 
     def _path(self, name: str) -> Path:
         return inside(self._folder, name, str(self._folder / MANIFEST_NAME))
 
     def _open(self, shard: ShardEntry, verify: bool) -> BufferedReader:
-        """A shard's file, found to have its size and, with ``verify``, its content."""
+        """Return a shard's open file after checking its size and, with ``verify``, its hash."""
         path = self._path(shard.name)
         try:
             with remedied(REPAIR):
@@ -120,7 +120,7 @@ class LocalShardFiles:
             )
 
     def _wrong_size(self, shard: ShardEntry, size: int) -> str:
-        found = "" if size > shard.bytes else f", {sha256_of(self._path(shard.name))} found"  # the other may be endless
+        found = "" if size > shard.bytes else f", {sha256_of(self._path(shard.name))} found"  # a larger may be endless
         return (
             f"{self._folder / shard.name} is damaged: the manifest says {shard.bytes} bytes, the file has {size} "
             f"(sha256 {shard.sha256} expected{found}); {REPAIR}."
@@ -134,10 +134,10 @@ class LocalShardFiles:
 
 
 class RemoteShardFiles:
-    """A URL, and a `Cache` into which ``num_threads`` threads fetch shards ahead of need.
+    """Shards behind a URL, and a `Cache` into which ``num_threads`` threads prefetch them.
 
-    What is fetched is checked against the manifest's SHA-256; so is a copy that the cache already has, with
-    ``verify_checksums``, when this process first uses it.
+    A fetched shard is checked against the manifest's SHA-256. With ``verify_checksums``, so is a copy that the cache
+    already has, when this process first uses it.
     """
 
     keeps_all = False
@@ -155,7 +155,7 @@ class RemoteShardFiles:
         self._ahead = FetchedAhead(self._mapped, num_threads)
 
     def read_index(self) -> bytes:
-        """As `ShardFiles` says."""
+        """Return the content of the index."""
         url = join(self._url, INDEX_NAME)
 
         def read() -> bytes:
@@ -166,7 +166,7 @@ class RemoteShardFiles:
         return self._whole(url, read)
 
     def require_room(self, num_shards: int) -> None:
-        """As `ShardFiles` says."""
+        """Raise ValueError where the cache cannot hold that many shards."""
         largest = sorted((shard.bytes for shard in self.manifest.shards), reverse=True)[:num_shards]
         if (needed := sum(largest)) > self._cache.limit_bytes:
             raise ValueError(
@@ -176,16 +176,16 @@ class RemoteShardFiles:
             )
 
     def map(self, shard: int) -> mmap.mmap:
-        """As `ShardFiles` says."""
+        """Return the bytes of a shard, mapped read-only; wait until they are local."""
         return self._ahead.get(shard)
 
     def expect(self, shards: Sequence[int]) -> None:
-        """As `ShardFiles` says: fetching of the missing ones begins."""
+        """Announce the shards that are needed now and next, and start to fetch the missing ones."""
         self._cache.needed = frozenset(self.manifest.shards[shard].sha256 for shard in shards)
         self._ahead.want(shards)
 
     def close(self) -> None:
-        """As `ShardFiles` says."""
+        """Stop the background threads."""
         self._cache.stopped.set()
         self._ahead.close()
 
@@ -205,7 +205,7 @@ class RemoteShardFiles:
         self._whole(url, fetch)
 
     def _whole(self, url: str, action: Callable[[], Result]) -> Result:
-        """What ``action`` reads, tried again, with the way out in what it raises."""
+        """Return what ``action`` reads, with retries; errors say how to repair the file."""
         try:
             return with_retries(url, action, self._retry, self._cache.stopped)
         except FileNotFoundError as error:
@@ -220,7 +220,10 @@ def _require_content(url: str, expected: str, found: str) -> None:
 
 
 def _allow_open_files(num_shards: int) -> None:
-    """Make room for every shard to be mapped, which keeps its file open. Raises ValueError where there is none."""
+    """Raise the limit on open files so that every shard can stay mapped.
+
+    Raises ValueError where the system does not allow so many.
+    """
     needed = num_shards + OTHER_OPEN_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if resource.RLIM_INFINITY != hard < needed:
@@ -233,7 +236,7 @@ def _allow_open_files(num_shards: int) -> None:
 
 
 class FetchedAhead:
-    """Mappings of wanted shards, made by daemon threads in the order in which they are wanted. For one user."""
+    """Mappings of wanted shards, made by daemon threads in the order of the request. It serves a single caller."""
 
     def __init__(self, fetch: Callable[[int], mmap.mmap], num_threads: int) -> None:
         self._fetch = fetch
@@ -244,7 +247,7 @@ class FetchedAhead:
             thread.start()
 
     def want(self, shards: Sequence[int]) -> None:
-        """From now on these; what others there are is let go, or not begun."""
+        """Fetch these shards next; release or cancel all others."""
         for shard in self._futures.keys() - set(shards):
             self._futures.pop(shard).cancel()
         for shard in shards:
@@ -252,14 +255,17 @@ class FetchedAhead:
                 self._put(shard)
 
     def get(self, shard: int) -> mmap.mmap:
-        """The mapping of a wanted shard, awaited. What failed ahead of need is tried again, then its error raised."""
+        """Wait for the mapping of a wanted shard and return it.
+
+        A prefetch that failed is retried once; then its error is raised.
+        """
         future = self._futures[shard]
         if future.done() and future.exception() is not None:
             self._put(shard)
         return self._futures[shard].result()
 
     def close(self) -> None:
-        """Let everything go; threads end when what they are fetching has arrived or failed."""
+        """Release all shards; each thread ends when its current fetch has succeeded or failed."""
         self.want([])
         for _ in self._threads:
             self._queue.put(None)
@@ -271,12 +277,12 @@ class FetchedAhead:
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
             self._serve(*item)
-            del item  # or it would hold the mapping until the next one is wanted
+            del item  # otherwise it would keep the mapping alive until the next request
 
     def _serve(self, shard: int, future: "Future[mmap.mmap]") -> None:
         if not future.set_running_or_notify_cancel():
             return
         try:
             future.set_result(self._fetch(shard))
-        except BaseException as error:  # raised where the shard is used
+        except BaseException as error:  # `get` raises it where the shard is used
             future.set_exception(error)

@@ -1,4 +1,4 @@
-"""The index of a folder of shards, ``index.npz``, checked against its manifest when it is read."""
+"""Write the index of a folder of shards, ``index.npz``, and check it against the manifest when it is read."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +17,9 @@ _LARGEST_CHARACTER = 0x10FFFF
 
 
 class ShardIndex(NamedTuple):
-    """Hold the parts of the index that training reads."""
+    """The parts of the index that training reads."""
 
-    labels: NDArray[np.int64]  # [N]
+    labels: NDArray[np.int64]  # [num_samples]
     layouts: list[Layout]  # of each shard
 
 
@@ -34,10 +34,10 @@ def write_index(folder: Path, labels: Sequence[int], source_ids: Sequence[str], 
 
 
 def read_index(content: bytes, manifest: Manifest, name: str) -> ShardIndex:
-    """Return labels and layouts of an index with this content; ``name`` stands in errors.
+    """Return labels and layouts of an index with this content; errors call the index ``name``.
 
-    Raises DamagedFileError where they do not belong to the manifest: another number, a label of no class, samples that
-    would lie outside their shard.
+    Raises DamagedFileError where they contradict the manifest: another number of samples, a label that is not a class,
+    or samples that would lie outside their shard.
     """
     arrays = read_npz(content, name, ("label", "layout"))
     labels, layouts = arrays["label"], arrays["layout"]
@@ -55,12 +55,12 @@ def read_index(content: bytes, manifest: Manifest, name: str) -> ShardIndex:
 
 
 def read_source_ids(content: bytes, manifest: Manifest, name: str) -> NDArray[np.str_]:
-    """Return the name of each row's image in its source, [N]. Raises as `read_index` does."""
+    """Return the name of each row's image in its source, [num_samples]. Raises as `read_index` does."""
     source_ids: NDArray[np.str_] = read_npz(content, name, ("source_id",))["source_id"]
     if source_ids.dtype.kind != "U" or source_ids.dtype.byteorder == ">" or source_ids.shape != (manifest.num_samples,):
         raise _unlike("source_id", source_ids, f"text[{manifest.num_samples}]", name)
     if source_ids.dtype.itemsize > 4 * MAX_SOURCE_ID or source_ids.view("<u4").max(initial=0) > _LARGEST_CHARACTER:
-        raise DamagedFileError(f"{name} is damaged: source_id holds what is no text.")
+        raise DamagedFileError(f"{name} is damaged: source_id holds values that are not text.")
     return source_ids
 
 

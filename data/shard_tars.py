@@ -1,8 +1,8 @@
-"""The tar file of a shard: written with webdataset, and read back without trusting a word in it.
+"""Write the tar file of a shard with webdataset, and read it back as untrusted input.
 
-A sample is ``{key}.cls`` (the label as text) and ``{key}.moments.npy`` (float16 [orientations, 2c, h, w]). Every member
-has the same size, so a sample is found by multiplication. Any webdataset reader opens the same files; what is read
-here is plain USTAR files and nothing else: no links, devices, holes or extended headers.
+A sample is ``{key}.cls`` (the label as text) and ``{key}.moments.npy`` (float16 [orientations, 2c, h, w]). All samples
+have the same size, so an offset and a stride locate each of them. Any webdataset reader opens these files; this module
+reads plain USTAR files only: no links, devices, sparse files or extended headers.
 """
 
 import re
@@ -25,17 +25,17 @@ _BLOCK = 512  # bytes, of a tar
 _OCTAL = re.compile(rb" *([0-7]+)[ \0]*")
 _LABEL = re.compile(rb"\d{1,9}")
 _MOST_LABEL_BYTES = 20
-_CHUNK = 64  # samples whose values are in memory at a time
+_CHUNK = 64  # samples in memory at a time
 
 
 class Layout(NamedTuple):
-    """Locate the float16 values of a shard's samples: offset and stride in bytes."""
+    """The location of the float16 values of a shard's samples: offset and stride in bytes."""
 
     offset: int
     stride: int
 
     def fits(self, count: int, spec: LatentSpec, num_bytes: int) -> bool:
-        """Return whether ``count`` samples that lie so are apart from each other and inside ``num_bytes``."""
+        """Return whether ``count`` samples of this layout do not overlap and lie within ``num_bytes``."""
         if count == 0:
             return self.offset >= 0 and self.stride >= 0
         apart = count == 1 or self.stride >= spec.sample_bytes
@@ -44,7 +44,7 @@ class Layout(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Describe one sample by the tar's own headers."""
+    """One sample as the tar's headers describe it."""
 
     key: str
     label: int
@@ -57,9 +57,9 @@ def write_shard(
 ) -> tuple[ShardEntry, Layout]:
     """Write samples as one tar, atomically; the same input gives the same bytes.
 
-    ``moments`` is [n, orientations, 2c, h, w].
+    ``moments`` is [num_samples, orientations, 2c, h, w].
     """
-    # mtime=0: webdataset would otherwise add a clock and an extended header of 1 KB to every member.
+    # mtime=0: otherwise webdataset adds the time and an extended header of 1 KB to every member.
     with atomic_file(path) as file, webdataset.TarWriter(file, mtime=0) as writer:
         for key, sample, label in zip(keys, moments, labels, strict=True):
             writer.write({"__key__": f"{key:08d}", "moments.npy": sample, "cls": label})
@@ -69,30 +69,30 @@ def write_shard(
 
 
 def shard_bytes_per_sample(num_values: int) -> int:
-    """Bytes that a sample of ``num_values`` float16 takes in a tar: two headers, the label, header and values."""
+    """Return the bytes of a sample of ``num_values`` float16 in a tar: two tar headers, label, npy header, values."""
     npy_header = 128
     return 3 * _BLOCK + -(-(npy_header + 2 * num_values) // _BLOCK) * _BLOCK
 
 
 def samples_of(tar: IO[bytes], name: str) -> Iterator[Sample]:
-    """Yield each sample of a tar, in order; ``name`` stands in errors. Reads no values.
+    """Yield each sample of a tar, in order, without reading its values; errors call the tar ``name``.
 
-    Raises DamagedFileError where the tar is cut, or holds anything but a label and an array for each key.
+    Raises DamagedFileError where the tar is truncated, or holds anything but a label and an array for each key.
     """
     members = _members(tar, name)
     for first in members:
         second = next(members, None)
         (key, suffix), (other, other_suffix) = _split(first), _split(second) if second else ("", "")
         if second is None or key != other or {suffix, other_suffix} != {"cls", "moments.npy"}:
-            raise DamagedFileError(f"{name} is damaged: {first.name!r} is no half of a pair of .cls and .moments.npy.")
+            raise DamagedFileError(f"{name} is damaged: {first.name!r} is not half of a pair .cls and .moments.npy.")
         cls, array = (first, second) if suffix == "cls" else (second, first)
         yield Sample(key, _label(tar, cls, name), array.offset, array.num_bytes)
 
 
 def layout_of(tar: IO[bytes], samples: Sequence[Sample], name: str) -> Layout:
-    """Return offset and stride as the file has them, so that no assumption on the tar writer is needed.
+    """Return offset and stride as found in the file, independent of which program wrote the tar.
 
-    Raises DamagedFileError where samples lie at unequal distances.
+    Raises DamagedFileError where the distances between samples differ.
     """
     if not samples:  # none of the shard's images could be read
         return Layout(0, 0)
@@ -104,7 +104,7 @@ def layout_of(tar: IO[bytes], samples: Sequence[Sample], name: str) -> Layout:
 
 
 def values_of(tar: IO[bytes], sample: Sample, spec: LatentSpec, name: str) -> NDArray[np.float16]:
-    """Return the moments of a sample. Raises DamagedFileError where they are of another type or shape than the spec."""
+    """Return the moments of a sample. Raises DamagedFileError where their dtype or shape is not that of the spec."""
     header = _array_header(tar, sample, name)
     if header.shape != spec.sample_shape or header.dtype != spec.dtype:
         raise DamagedFileError(
@@ -117,7 +117,7 @@ def values_of(tar: IO[bytes], sample: Sample, spec: LatentSpec, name: str) -> ND
 
 
 class ShardFacts(NamedTuple):
-    """Describe a shard by its own bytes."""
+    """Facts about a shard, computed from its own bytes."""
 
     labels: list[int]
     layout: Layout
@@ -127,8 +127,8 @@ class ShardFacts(NamedTuple):
 def facts_of(path: Path, spec: LatentSpec, count: int, with_sums: bool = True) -> ShardFacts:
     """Return the labels, the layout and, with ``with_sums``, the sums of a shard of ``count`` samples.
 
-    Raises OSError as `open` does, and DamagedFileError where the tar is damaged, has another number of samples, a label
-    of no class, or (with ``with_sums``) a sample of another shape or type or with a value that is not finite.
+    Raises OSError as `open` does, and DamagedFileError where the tar is damaged, has another number of samples, has a
+    label that is not a class, or (with ``with_sums``) a sample of another shape or dtype or with non-finite values.
     """
     name = str(path)
     with open_regular(path) as tar:
@@ -152,7 +152,7 @@ def _sums(tar: IO[bytes], samples: Sequence[Sample], spec: LatentSpec, name: str
         parts.append(channel_sums(values, spec.channels))
     sums = total(parts, spec.channels)
     if not sums.is_finite:
-        raise DamagedFileError(f"{name} has log-variances whose variance is too large for a number.")
+        raise DamagedFileError(f"{name} has log-variances whose variance overflows.")
     return sums
 
 
@@ -167,10 +167,10 @@ def _members(tar: IO[bytes], name: str) -> Iterator[_Member]:
     while any(header := _read(tar, position, _BLOCK, name)):
         checksum = sum(header) - sum(header[148:156]) + 8 * ord(" ")
         if _number(header[148:156], name) != checksum:
-            raise DamagedFileError(f"{name} is damaged: there is no header of a tar's member at byte {position}.")
+            raise DamagedFileError(f"{name} is damaged: there is no valid tar header at byte {position}.")
         member = header[:100].rstrip(b"\0").decode("ascii", "backslashreplace")
         if header[156:157] not in (b"0", b"\0") or any(header[345:500]):
-            raise DamagedFileError(f"{name} is damaged: its member {member!r} is no plain file.")
+            raise DamagedFileError(f"{name} is damaged: its member {member!r} is not a plain file.")
         num_bytes = _number(header[124:136], name)
         yield _Member(member, position + _BLOCK, num_bytes)
         position += _BLOCK + -(-num_bytes // _BLOCK) * _BLOCK
@@ -184,14 +184,14 @@ def _split(member: _Member) -> tuple[str, str]:
 def _number(field: bytes, name: str) -> int:
     found = _OCTAL.fullmatch(field)
     if found is None:
-        raise DamagedFileError(f"{name} is damaged: {field!r} is no number of a tar's header.")
+        raise DamagedFileError(f"{name} is damaged: {field!r} is not a number of a tar header.")
     return int(found[1], 8)
 
 
 def _label(tar: IO[bytes], member: _Member, name: str) -> int:
     content = _read(tar, member.offset, min(member.num_bytes, _MOST_LABEL_BYTES), name)
     if _LABEL.fullmatch(content) is None:
-        raise DamagedFileError(f"{name} is damaged: {member.name} is {content!r}, which is no label.")
+        raise DamagedFileError(f"{name} is damaged: {member.name} is {content!r}, which is not a label.")
     return int(content)
 
 
@@ -204,5 +204,5 @@ def _read(tar: IO[bytes], position: int, size: int, name: str) -> bytes:
     tar.seek(position)
     content = tar.read(size)
     if len(content) < size:
-        raise DamagedFileError(f"{name} is damaged: it has no {size} bytes at byte {position}.")
+        raise DamagedFileError(f"{name} is damaged: it does not have {size} bytes at byte {position}.")
     return content

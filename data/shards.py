@@ -1,4 +1,4 @@
-"""The samples of a folder or URL of shards, mapped and addressable by row."""
+"""Map the samples of a folder or URL of shards, and address them by row."""
 
 import mmap
 from collections.abc import Iterable
@@ -18,10 +18,10 @@ from data.shard_tars import Layout
 
 
 class MappedShards:
-    """All samples of a folder or URL, addressable by row; files are mapped, not read.
+    """The samples of a folder or URL of shards, addressable by row; files are mapped, not read.
 
-    ``cache`` is where shards of a URL are kept, ``retry`` how they are asked for. Raises ValueError where a file
-    is missing, has another size or (with ``verify_checksums``) another content than the manifest says, naming it.
+    ``cache`` stores the shards of a URL, and ``retry`` sets how they are fetched. Raises ValueError that names a file
+    which is missing or does not have the size or (with ``verify_checksums``) the hash that the manifest states.
     """
 
     def __init__(
@@ -46,20 +46,20 @@ class MappedShards:
 
     @property
     def counts(self) -> list[int]:
-        """Samples of each shard."""
+        """Return the number of samples of each shard."""
         return [shard.count for shard in self.manifest.shards]
 
     @property
     def source_ids(self) -> NDArray[np.str_]:
-        """Name of each row's image in its source, read anew: training never needs them."""
+        """Return the name of each row's image in its source, read on each call: training never needs them."""
         content, name = self._files.read_index(), join(self.place, INDEX_NAME)
         with remedied(self._files.repair):
             return read_source_ids(content, self.manifest, name)
 
     def expect(self, shards: Iterable[int]) -> None:
-        """Say which shards are read now and next, in this order: remote ones are fetched ahead, others let go.
+        """Announce the shards that are read now and next, in this order; prefetch remote ones and release all others.
 
-        Rows of other shards can be read too; a remote one then takes the place of those expected.
+        Rows of other shards can still be read; a remote one then replaces the expected shards.
         """
         if self._files.keeps_all:
             return
@@ -75,18 +75,18 @@ class MappedShards:
     def gather(
         self, rows: NDArray[np.int64], flips: NDArray[np.bool_], out: NDArray[np.float16] | None = None
     ) -> NDArray[np.float16]:
-        """Moments of the given rows, [len(rows), 2c, h, w] float16, mirrored where ``flips``; into ``out`` if given."""
+        """Return moments [len(rows), 2c, h, w] float16 of rows, mirrored where ``flips``; write to ``out`` if given."""
         if out is None:
             out = np.empty((len(rows), *self.manifest.spec.sample_shape[1:]), dtype=np.float16)
         shards = np.searchsorted(self._first_rows, rows, side="right") - 1
-        # One copy per sample: as fast for a few shards as for thousands.
+        # One copy per sample takes the same time for a few shards as for thousands.
         places = zip(shards.tolist(), (rows - self._first_rows[shards]).tolist(), flips.tolist(), strict=True)
         for sample, (shard, row, flip) in zip(out, places, strict=True):
             sample[...] = self._view(shard)[row, int(flip)]
         return out
 
     def close(self) -> None:
-        """Let all shards go, and end fetching."""
+        """Release all shards and stop fetching."""
         self._views = {}
         self._files.close()
 
@@ -98,7 +98,7 @@ class MappedShards:
         return self._views[shard]
 
     def _mapped(self, shard: int) -> NDArray[np.float16]:
-        """A shard's samples, of which the first and the last have the header that the manifest wants."""
+        """Return a shard's samples, after checking the headers of the first and the last against the manifest."""
         layout, count = self._layouts[shard], self.manifest.shards[shard].count
         mapped, spec = self._files.map(shard), self.manifest.spec
         for row in {0, count - 1}:
@@ -112,7 +112,7 @@ class MappedShards:
 
 
 def open_shards(place: str, verify_checksums: bool, cache: str, cache_bytes: int) -> MappedShards:
-    """Return the shards of a folder, or those of a URL by way of up to ``cache_bytes`` in the folder ``cache``."""
+    """Return the shards of a folder, or those of a URL through a cache of ``cache_bytes`` in the folder ``cache``."""
     kept = Cache(Path(cache), cache_bytes) if is_remote(place) else None
     return MappedShards(place, verify_checksums, kept)
 
@@ -125,7 +125,7 @@ def _shard_files(place: Path | str, verify_checksums: bool, cache: Cache | None,
 
 
 def _begins(mapped: mmap.mmap, offset: int, spec: LatentSpec) -> bool:
-    """Return whether the values of a sample begin there: right after a header that says so."""
+    """Return whether values of a sample begin at ``offset``, right after a header of the right shape and dtype."""
     start = mapped.rfind(b"\x93NUMPY", max(0, offset - LONGEST_HEADER), offset)
     if start < 0:
         return False
@@ -137,7 +137,7 @@ def _begins(mapped: mmap.mmap, offset: int, spec: LatentSpec) -> bool:
 
 
 def _strided(mapped: mmap.mmap, count: int, layout: Layout, spec: LatentSpec) -> NDArray[np.float16]:
-    """A read-only strided view [count, orientations, 2c, h, w] of a mapped tar."""
+    """Return a read-only strided view [count, orientations, 2c, h, w] of a mapped tar."""
     inner = np.empty(spec.sample_shape, dtype=np.float16).strides
     return np.ndarray(
         shape=(count, *spec.sample_shape),

@@ -1,4 +1,4 @@
-"""The record of one finished shard, next to it: its presence says that the shard is complete."""
+"""Write and read sidecars: the record of one finished shard, next to it. A sidecar marks its shard as complete."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -19,7 +19,7 @@ from data.shard_tars import Layout, facts_of
 
 @dataclass(frozen=True)
 class SkippedImage:
-    """An image that could not be read."""
+    """An image that could not be read, and the reason."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -29,7 +29,7 @@ class SkippedImage:
 
 @dataclass(frozen=True)
 class Sidecar:
-    """What the manifest and the index need to know of a shard."""
+    """The facts about a shard that manifest and index are made from."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -42,20 +42,20 @@ class Sidecar:
     sums: ChannelSums
 
     def save(self, folder: Path) -> None:
-        """Write it, with a hash over itself, after its shard."""
+        """Write the record with a hash of its content; call it after the shard is written."""
         write_bytes(sidecar_path(folder / self.entry.name), json.dumps(seal(asdict(self))).encode())
 
 
 def sidecar_path(shard: Path) -> Path:
-    """Where a shard's record lies."""
+    """Return the path of a shard's record."""
     return shard.with_suffix(".json")
 
 
 def read_sidecar(folder: Path, shard: str, spec: LatentSpec) -> tuple[Sidecar, bool]:
-    """Return the record of the shard of that name, and whether it carries a hash over itself.
+    """Return the record of the shard of that name, and whether it carries a hash of its content.
 
-    Raises OSError as `open` does, and ValueError where it is damaged: another hash than it says, a field of another
-    type, or fields that contradict each other. Earlier versions wrote no hash.
+    Raises OSError as `open` does, and ValueError where it is damaged: it does not match its hash, has a field of
+    another type, or fields that contradict each other. Earlier versions wrote no hash.
     """
     path = inside(folder, sidecar_path(Path(shard)).name, FORMAT)
     content = parse_object(read_regular(path), str(path))
@@ -85,22 +85,22 @@ def _contradiction(sidecar: Sidecar, shard: str, spec: LatentSpec) -> str | None
     if max(sidecar.labels, default=0) >= spec.num_classes:
         return f"it has the label {max(sidecar.labels)}, but there are {spec.num_classes} classes"
     if not sidecar.layout.fits(entry.count, spec, entry.bytes):
-        return f"samples that lie as {tuple(sidecar.layout)} are not within the {entry.bytes} bytes of the shard"
+        return f"samples of layout {tuple(sidecar.layout)} are not within the {entry.bytes} bytes of the shard"
     if (sums.count, len(sums.mean), len(sums.square)) != (values, spec.channels, spec.channels):
         return f"its sums are of {sums.count} values of {len(sums.mean)} channels, not {values} of {spec.channels}"
     return None
 
 
 def finished(folder: Path, shard: int, plan: Plan) -> Sidecar | None:
-    """Return the record of a shard that this plan finished, the shard not looked at; None where there is none."""
+    """Return the record of a shard that this plan finished, without reading the shard; None where there is none."""
     found = _found(folder, shard, plan)
     return None if found is None else found[0]
 
 
 def sound(folder: Path, shard: int, plan: Plan) -> Sidecar | None:
-    """Return the record of a shard as `finished` does, where it is the shard's: hash, labels and places of samples.
+    """Return the record as `finished` does, if the shard's hash, labels and layout match it; otherwise None.
 
-    A record without a hash over itself must have the sums of the shard's values, too.
+    For a record without a hash, the sums of the shard's values must match too.
     """
     found = _found(folder, shard, plan)
     if found is None:

@@ -1,4 +1,4 @@
-"""Where images and labels come from, and the images inside the package."""
+"""Define the interface of image sources, the source of scikit-learn's digits, and the preparation of examples."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from data.unread import LeftOut
 
 
 class Example(NamedTuple):
-    """One labelled image as it is stored."""
+    """One labeled image as it is stored."""
 
     source_id: str  # names the image within its source
     content: bytes | NDArray[Any]  # an encoded image; pixels [H, W, C] uint8; or a latent [c or 2c, h, w]
@@ -20,19 +20,19 @@ class Example(NamedTuple):
 
 
 class Source(Protocol):
-    """A finite, ordered collection of labelled images. Reading is safe from several threads."""
+    """A finite, ordered collection of labeled images. Several threads may read it at once."""
 
     name: str
     class_names: list[str]
     fingerprint: str  # changes where an image, a label or their order changes
-    block_sizes: Sequence[int] | None  # lengths of runs that are read together; None: any image costs the same
-    left_out: Sequence[LeftOut]  # what lies among the images and gives none
+    block_sizes: Sequence[int] | None  # lengths of runs that are read together; None: images are read one by one
+    left_out: Sequence[LeftOut]  # files among the images that give no example
     notes: Sequence[str]  # sentences for the user on what was found
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example:
-        """Raises UnreadableImageError where this one image cannot be read."""
+        """Return an example. Raises UnreadableImageError where this one image cannot be read."""
         ...
 
 
@@ -61,7 +61,7 @@ class DigitsSource:
 
 
 class Prepared(NamedTuple):
-    """One labelled example as a network sees it."""
+    """One labeled example as a network sees it."""
 
     source_id: str
     values: NDArray[Any]  # an image [image_size, image_size, C] uint8, or imported moments [2c, h, w] float32
@@ -69,7 +69,7 @@ class Prepared(NamedTuple):
 
 
 def require_label(source: Source, source_id: str, label: int) -> None:
-    """Raise ValueError that names the image where the label is none of the source's classes."""
+    """Raise ValueError that names the image where the label is not one of the source's classes."""
     if not 0 <= label < len(source.class_names):
         raise ValueError(
             f"Image {source_id} of {source.name} has label {label}, but there are "
@@ -78,25 +78,25 @@ def require_label(source: Source, source_id: str, label: int) -> None:
 
 
 def require_nothing_left_out(source: Source) -> None:
-    """Raise ValueError that names an image of a source's place that gives none, where all of them are wanted."""
+    """Raise ValueError that names an image which the source leaves out, for a caller that needs all images."""
     for entry in source.left_out:
         if entry.is_image:
             raise unwanted(source, entry.source_id, entry.reason)
 
 
 def unwanted(source: Source, source_id: str, reason: str) -> ValueError:
-    """Return the error of an image that cannot be read where statistics of all are wanted."""
+    """Return the error for an unreadable image where the statistics of all images are needed."""
     return ValueError(
-        f"Image {source_id} of {source.name} cannot be read ({reason}); take it away, or make the reference of the "
-        "shards, where it is left out, by evaluation/image_set=shards."
+        f"Image {source_id} of {source.name} cannot be read ({reason}); remove it, or make the reference from the "
+        "shards, where it is left out, with evaluation/image_set=shards."
     )
 
 
 def prepared(source: Source, index: int, preparation: Preparation) -> Prepared:
     """Read, decode and crop one image.
 
-    Raises UnreadableImageError for an image to set aside, and ValueError that names the image where its size
-    or label cannot be right.
+    Raises UnreadableImageError for an image to skip, and ValueError that names the image where its size or label is
+    invalid.
     """
     source_id, content, label = source[index]
     require_label(source, source_id, label)
@@ -111,10 +111,10 @@ def prepared(source: Source, index: int, preparation: Preparation) -> Prepared:
 def load_images(
     source: Source, image_size: int, crop: Crop | None = None, apply_exif: bool = False
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Every image of a small source: [N, image_size, image_size, C] uint8 and its labels [N] int64.
+    """Return the images [num_images, image_size, image_size, C] uint8 and labels [num_images] int64 of a small source.
 
-    Images must have the size where there is no ``crop``. Raises ValueError for an image that cannot be
-    read, has another size or a label that cannot be right.
+    Without a ``crop``, images must already have the size. Raises ValueError for an image that cannot be read, or whose
+    size or label is invalid.
     """
     require_nothing_left_out(source)
     preparation = Preparation(image_size, crop or ExactSize(), apply_exif)

@@ -1,4 +1,4 @@
-"""Samples of webdataset tars: where they lie, by one pass over the headers, then any of them by its offset."""
+"""Index the samples of webdataset tars in one pass over the headers, then read any sample by its offset."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,15 +11,15 @@ from data.sources import Example
 from data.tar_members import Member, read_tar
 from data.unread import LeftOut
 
-READ_AHEAD_BYTES = 4 * 2**20  # of a remote tar, whose headers lie among the images
+READ_AHEAD_BYTES = 4 * 2**20  # for a remote tar, whose headers lie between the images
 
 
 class TarIndex:
     """The samples ``KEY.SUFFIX`` with labels ``KEY.cls`` of every tar of ``tars``, in order.
 
-    ``tars`` is a folder, one tar or, with its names in braces or with ``*``, a pattern as webdataset takes it
-    (``s3://bucket/train-{0000..1023}.tar``). Raises ValueError that names the tar and the key where a label is
-    missing or no number, a key comes twice, or a tar is missing, compressed or damaged.
+    ``tars`` is a folder, one tar, or a pattern with braces or ``*`` as in webdataset
+    (``s3://bucket/train-{0000..1023}.tar``). Raises ValueError that names the tar and the key where a label is missing
+    or not a number, a key is duplicated, or a tar is missing, compressed or damaged.
     """
 
     def __init__(self, tars: str, suffixes: Sequence[str]) -> None:
@@ -45,16 +45,16 @@ class TarIndex:
         return max(member.label for member in self.members) + 1
 
     def read(self, member: Member) -> bytes:
-        """Return a sample's content. Raises UnreadableImageError where it is too large for one."""
+        """Return a sample's content. Raises UnreadableImageError where it is too large."""
         if member.size > MAX_FILE_BYTES:
             raise UnreadableImageError(f"it has {member.size} bytes, more than {MAX_FILE_BYTES}", member.source_id)
         return self._files.read(member.tar, member.offset, member.offset + member.size)
 
 
 class TarSamples:
-    """A `Source` of ``KEY.SUFFIX`` and ``KEY.cls`` in tars, local or at a URL; its classes say which suffixes.
+    """A `Source` of ``KEY.SUFFIX`` and ``KEY.cls`` in tars, local or at a URL; subclasses define the suffixes.
 
-    ``tars`` is a folder, a tar or a pattern. Classes are numbers unless ``class_names`` are given.
+    ``tars`` is a folder, a tar or a pattern. Without ``class_names``, the classes are named by their numbers.
     Raises ValueError as `TarIndex` does.
     """
 
@@ -76,5 +76,5 @@ class TarSamples:
         return Example(member.source_id, self.decoded(self._index.read(member), member.source_id), member.label)
 
     def decoded(self, content: bytes, source_id: str) -> Any:
-        """Return what an `Example` holds of a sample's bytes."""
+        """Return the content of the `Example` for a sample's bytes."""
         return content

@@ -1,4 +1,4 @@
-"""The samples of one webdataset tar, by one pass over its headers."""
+"""Find the samples of one webdataset tar in one pass over its headers."""
 
 import tarfile
 from collections import defaultdict
@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 from data.unread import LeftOut, compression, image_suffixes, is_litter, kind_of
 
-MAX_LABEL = 10**6  # a label more makes a class more, and its row of the network's table
-_LABEL_BYTES = 64  # that a label takes at most
+MAX_LABEL = 10**6  # the largest label sets the number of classes, and so the size of the network's table
+_LABEL_BYTES = 64  # largest size of a label
 _SHOWN_MEMBERS = 4
-_LOOK_BEHIND_BYTES = 2**16  # behind the end of a tar, which is filled up with at most 10 kB of zeros
+_LOOK_BEHIND_BYTES = 2**16  # checked after the end of a tar, which is padded with at most 10 kB of zeros
 
 
 class Member(NamedTuple):
-    """One sample: its content's place in a tar, and its label."""
+    """One sample: the location of its content in a tar, and its label."""
 
     tar: str
     key: str
@@ -26,13 +26,13 @@ class Member(NamedTuple):
 
     @property
     def source_id(self) -> str:
-        """Return a name that is unique over all tars; keys may come again in another tar."""
+        """Return a name that is unique over all tars; two tars may use the same key."""
         return f"{self.tar}/{self.key}"
 
 
 @dataclass
 class _Found:
-    """Group the headers of a tar by the keys of samples."""
+    """The headers of a tar, grouped by the keys of samples."""
 
     places: dict[str, tuple[int, int]] = field(default_factory=dict)  # offset and size
     labels: dict[str, int] = field(default_factory=dict)
@@ -40,21 +40,21 @@ class _Found:
 
 
 class _Other(NamedTuple):
-    """A member with a key and no suffix of the samples'; or with one, and no file."""
+    """A member that has another suffix than the samples, or is not a regular file."""
 
     name: str
-    place: tuple[int, int] | None  # where it is an image of another format that Pillow may read
-    reason: str  # why it cannot be the sample; empty where it never could
-    is_dotted: bool = False
+    place: tuple[int, int] | None  # offset and size, if it is an image in another format that Pillow reads
+    reason: str  # why it cannot be the sample; empty where it is no candidate
+    is_dotted: bool = False  # whether its name has several dots
 
 
 def read_tar(file: Any, tar_name: str, suffixes: Sequence[str]) -> tuple[list[Member], list[LeftOut]]:
     """Return the samples ``KEY.SUFFIX`` with labels ``KEY.cls`` of a tar, in order, and those left out.
 
-    A key without such a sample is one of another image format where it has that. It is left out where the sample is a
-    link, a device, of a format that is not read, or has another dot in its name, at the first of which the key ends.
-    Raises ValueError that names the tar and the key where a label is missing or no number, a key comes twice, or the
-    tar is damaged.
+    A key without such a sample may have an image in another format that Pillow reads. It is left out where its sample
+    is a link, a device or in a format that is not read, or has several dots in its name, since the key ends at the
+    first dot. Raises ValueError that names the tar and the key where a label is missing or not a number, a key is
+    duplicated, or the tar is damaged.
     """
     found = _Found()
     for tar, info in _infos(file, tar_name):
@@ -78,7 +78,7 @@ def read_tar(file: Any, tar_name: str, suffixes: Sequence[str]) -> tuple[list[Me
 
 
 def _infos(file: Any, tar_name: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """Yield the members of a tar, having looked that each lies behind the one before, and that the last is the last."""
+    """Yield the members of a tar, after checking that each lies after the previous one and that none is missed."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             end = 0
@@ -91,20 +91,20 @@ def _infos(file: Any, tar_name: str) -> Iterator[tuple[tarfile.TarFile, tarfile.
     except (tarfile.TarError, EOFError, OverflowError, UnicodeError) as error:
         raise _unsound(file, tar_name, error) from error
     except ValueError as error:
-        if tar_name in str(error):  # a store's, which names the file
+        if tar_name in str(error):  # raised by a store, and names the file already
             raise
         raise _unsound(file, tar_name, error) from error
 
 
 def _require_end(file: Any, offset: int) -> None:
-    """Raise ReadError where a tar goes on: tarfile takes a damaged header for the end, and stops at the first end."""
+    """Raise ReadError where more data follow: tarfile stops at the first end mark, or at a damaged header."""
     file.seek(offset)
     rest = file.read(_LOOK_BEHIND_BYTES)
     if any(rest[: tarfile.BLOCKSIZE]):
         raise tarfile.ReadError(f"the header at byte {offset} is damaged")
     for start in range(0, len(rest), tarfile.BLOCKSIZE):
         if rest[start + 257 : start + 262] == b"ustar":
-            raise tarfile.ReadError(f"another tar begins at byte {offset + start}, behind its end")
+            raise tarfile.ReadError(f"another tar begins at byte {offset + start}, after its end")
 
 
 def _unsound(file: Any, tar_name: str, error: Exception) -> ValueError:
@@ -112,11 +112,11 @@ def _unsound(file: Any, tar_name: str, error: Exception) -> ValueError:
     packed = compression(file.read(8))
     if packed == "zip":
         return ValueError(
-            f"{tar_name} is a zip file; name it so, for data/source=image_folder data.source.root=....zip."
+            f"{tar_name} is a zip file; rename it to .zip, for data/source=image_folder data.source.root=....zip."
         )
     if packed:
         return ValueError(f"{tar_name} is compressed with {packed}, which cannot be read at random; unpack it.")
-    return ValueError(f"{tar_name} is no sound tar file ({error}); fetch or make it again.")
+    return ValueError(f"{tar_name} is not a valid tar file ({error}); fetch or make it again.")
 
 
 def _other(info: tarfile.TarInfo, suffix: str, is_file: bool, suffixes: Sequence[str]) -> _Other:
@@ -180,7 +180,7 @@ def _require_pairs(found: _Found, tar_name: str) -> None:
 
 
 def split_key(name: str) -> tuple[str, str]:
-    """Return key and suffix of a member. The key ends at the first dot of the file's name, as for webdataset."""
+    """Return key and suffix of a member. The key ends at the first dot of the file name, as in webdataset."""
     path = PurePosixPath(name)
     stem, dot, rest = path.name.partition(".")
     return str(path.with_name(stem)) if stem else name, f"{dot}{rest}".lower()

@@ -1,10 +1,10 @@
-"""Files that a source finds and does not read: what they are, and what to do about them."""
+"""Classify files that a source finds but does not read, and say what to do about them."""
 
 from typing import NamedTuple
 
 from PIL import Image
 
-HEAD_BYTES = 32  # that tell a format
+HEAD_BYTES = 32  # enough to recognize a format
 
 
 class LeftOut(NamedTuple):
@@ -12,16 +12,16 @@ class LeftOut(NamedTuple):
 
     source_id: str
     reason: str
-    is_image: bool  # one that should have given a row: it counts as an image that cannot be read
+    is_image: bool  # whether it should have given a row; it then counts as an unreadable image
 
 
 class Kind(NamedTuple):
-    """Files that some names end in."""
+    """A kind of file, recognized by its suffix."""
 
     plural: str
-    way_out: str  # with the {place} that was given, the {folder} that they lie in, and the {first} of them
+    way_out: str  # may contain {place} as the user gave it, {folder} of the files, and {first} of them
     suffixes: tuple[str, ...]
-    reason: str = ""  # why one of them among images is left out; without one, nothing is said of it
+    reason: str = ""  # why such a file among images is left out; empty: it is not reported
     is_image: bool = False
 
 
@@ -85,7 +85,7 @@ _DATABASES = Kind(
     "write the images into class folders",
     _words(".tfrecord .tfrecords .lmdb .mdb .rec .h5 .hdf5 .hdf .beton .npz .mat .pkl .pt .mds"),
 )
-# In the order in which a name is looked up: ``.tar.gz`` before ``.gz``.
+# The first match counts: ``.tar.gz`` must come before ``.gz``.
 _KINDS = (
     _UNREAD_IMAGES,
     _POINTERS,
@@ -99,7 +99,7 @@ _KINDS = (
     _ARRAYS,
     _DATABASES,
 )
-# Files that lie beside images and are none; they are not even looked into.
+# Files that often lie next to images; they are ignored without being opened.
 _COMPANIONS = frozenset(
     _words(
         ".txt .json .jsonl .csv .tsv .xml .yaml .yml .toml .ini .cfg .md .rst .html .htm .css .js .py .pyc .ipynb .sh "
@@ -107,7 +107,7 @@ _COMPANIONS = frozenset(
         ".onnx .doc .docx .xls .xlsx .ppt .pptx .rtf .tex .bib .url .lnk .exe .dll .sqlite .db .lst .names"
     )
 )
-# What operating systems and editors leave behind. Names that begin with a dot are litter too.
+# Files that operating systems and editors leave behind. Names that begin with a dot are litter too.
 _LITTER = frozenset(
     ["thumbs.db", "desktop.ini", "__macosx", "lost+found", "$recycle.bin", "system volume information", "__pycache__"]
 )
@@ -136,30 +136,30 @@ _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"mif1", b"msf1", b"avif", b"avis")
 
 
 def image_suffixes() -> tuple[str, ...]:
-    """Return how the names of images end that Pillow may read here."""
+    """Return the suffixes of the image formats that the installed Pillow reads."""
     Image.init()
     return tuple(Image.registered_extensions())
 
 
 def is_litter(name: str) -> bool:
-    """Return whether a file or folder is hidden, or what a system leaves behind: nothing is said of those."""
+    """Return whether a file or folder is hidden, or left behind by a system; such files are not reported."""
     return any(part.startswith(".") or part.lower() in _LITTER for part in name.split("/"))
 
 
 def is_placeholder(name: str) -> bool:
-    """Return whether a hidden file stands for one that iCloud keeps elsewhere, ``.photo.jpg.icloud``."""
+    """Return whether a hidden file is a placeholder for one that iCloud stores, as ``.photo.jpg.icloud``."""
     folder, _, base = name.rpartition("/")
     return base.startswith(".") and base.endswith(".icloud") and not (folder and is_litter(folder))
 
 
 def kind_of(name: str) -> Kind | None:
-    """Return the kind of a file that is no image Pillow may read, by its name; None where it has none of them."""
+    """Return the kind of a file with one of the suffixes that image sources do not read; None for any other name."""
     lower = name.lower()
     return next((kind for kind in _KINDS if lower.endswith(kind.suffixes)), None)
 
 
 def is_companion(name: str) -> bool:
-    """Return whether a file is a text, a table or the like, which lies beside images."""
+    """Return whether a file is a text, a table or the like, which often lies next to images."""
     return f".{name.rpartition('.')[2].lower()}" in _COMPANIONS
 
 
@@ -173,12 +173,12 @@ def image_format(head: bytes) -> str | None:
 
 
 def compression(head: bytes) -> str | None:
-    """Return how a file is compressed, by its first bytes, or None where it is not."""
+    """Return the compression of a file by its first bytes, or None where it is not compressed."""
     return next((title for start, title in _COMPRESSIONS.items() if head.startswith(start)), None)
 
 
 def is_lfs_pointer(content: bytes) -> bool:
-    """Return whether these bytes only name the file that Git LFS keeps elsewhere."""
+    """Return whether these bytes are a Git LFS pointer, which only names the real file."""
     return content.startswith(_LFS_START)
 
 

@@ -1,7 +1,7 @@
-"""Re-reads every byte of a folder of shards, and recomputes from the shards what the other files say of them.
+"""Verify a folder of shards: read every byte, and recompute from the shards what the other files state.
 
-Only what training reads must be there: manifest, index and shards. Sidecars, ``classes.json`` and ``skipped.jsonl``
-may have stayed behind when a folder was copied; where they are, they must be right.
+Only the files that training reads are required: manifest, index and shards. Sidecars, ``classes.json`` and
+``skipped.jsonl`` may be missing, for example from a copy of the folder; where they exist, they must be correct.
 """
 
 import os
@@ -29,14 +29,14 @@ Result = TypeVar("Result")
 
 
 class Damage(NamedTuple):
-    """A file that is not what it should be."""
+    """A damaged file and the reason."""
 
     file: str
     reason: str
 
 
 class _Rows(NamedTuple):
-    """Hold the index's entries of one shard."""
+    """The index's entries of one shard."""
 
     labels: list[int]
     source_ids: list[str]
@@ -44,7 +44,7 @@ class _Rows(NamedTuple):
 
 
 class _Checked(NamedTuple):
-    """Hold the findings on one shard and its sidecar; None where there is nothing sound."""
+    """The findings on one shard and its sidecar; None where a file is missing or damaged."""
 
     damages: list[Damage]
     sums: ChannelSums | None
@@ -54,9 +54,9 @@ class _Checked(NamedTuple):
 def verify(folder: Path, progress: ProgressBar, threads: int = 2) -> tuple[Manifest, list[Damage]]:
     """Return the manifest and every file that is damaged or contradicts the shards.
 
-    Read are sizes, hashes, every sample's label, place, shape, type and values, the statistics of all, and all that
-    index, sidecars, ``classes.json`` and ``skipped.jsonl`` say. Raises ValueError where the manifest itself is missing
-    or damaged.
+    The checks cover sizes, hashes, every sample's label, offset, shape, dtype and values, the statistics, and all
+    content of index, sidecars, ``classes.json`` and ``skipped.jsonl``. Raises ValueError where the manifest itself is
+    missing or damaged.
     """
     manifest = Manifest.load(folder)
     damages: list[Damage] = []
@@ -86,11 +86,11 @@ def files_of(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def _attempt(damages: list[Damage], folder: Path, name: str, action: Callable[[], Result]) -> Result | None:
-    """Return what ``action`` makes of a file, or None after the reason why it is damaged was noted."""
+    """Return the result of ``action``; where the file ``name`` is damaged, append the reason and return None."""
     try:
         return action()
     except PermissionError:
-        raise  # no damage, but a mistake that has its own sentence
+        raise  # not damage: the command line has its own message for missing permissions
     except OSError as error:
         reason = "is missing" if is_absent(error) else f"cannot be read: {error.strerror}"
     except ValueError as error:
@@ -100,7 +100,7 @@ def _attempt(damages: list[Damage], folder: Path, name: str, action: Callable[[]
 
 
 def _rows(folder: Path, manifest: Manifest) -> Iterator[_Rows]:
-    """Yield what the index says of each shard. Raises OSError and ValueError where it is damaged."""
+    """Yield the index's entries of each shard. Raises OSError or ValueError where the index is damaged."""
     path = inside(folder, INDEX_NAME, FORMAT)
     if (found := sha256_of(path)) != manifest.index_sha256:
         raise DamagedFileError(f"{path} has sha256 {found}, not {manifest.index_sha256}.")
@@ -130,7 +130,7 @@ def _checked(folder: Path, manifest: Manifest, shard: ShardEntry, rows: _Rows | 
 
 
 def _facts(folder: Path, manifest: Manifest, shard: ShardEntry) -> ShardFacts:
-    """Read a shard's bytes. Raises OSError and ValueError where they are not those of the manifest."""
+    """Read a shard's bytes. Raises OSError or ValueError where they do not match the manifest."""
     path = inside(folder, shard.name, str(folder / MANIFEST_NAME))
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -144,7 +144,7 @@ def _facts(folder: Path, manifest: Manifest, shard: ShardEntry) -> ShardFacts:
 def _sidecar(
     folder: Path, manifest: Manifest, shard: ShardEntry, rows: _Rows | None, facts: ShardFacts | None
 ) -> Sidecar:
-    """A shard's sidecar. Raises OSError and ValueError where it contradicts the shard, the manifest or the index."""
+    """Read a shard's sidecar. Raises OSError or ValueError where it contradicts the shard, manifest or index."""
     sidecar, _ = read_sidecar(folder, shard.name, manifest.spec)
     path = sidecar_path(folder / shard.name)
     if (sidecar.plan, sidecar.entry) != (manifest.plan_hash, shard):
@@ -160,7 +160,7 @@ def _sidecar(
 
 
 def _statistics(manifest: Manifest, checked: Sequence[_Checked]) -> list[Damage]:
-    """The manifest's follow from the sidecars' sums; those of the shards differ by the rounding to float16."""
+    """Check the manifest's statistics against the sidecars, and against the shards up to rounding to float16."""
     stated = (manifest.latent_mean, manifest.latent_std)
     recorded = [result.sidecar.sums for result in checked if result.sidecar is not None]
     if len(recorded) == len(checked) and not np.allclose(channel_statistics(recorded), stated, rtol=1e-9, atol=1e-12):
@@ -175,7 +175,7 @@ def _statistics(manifest: Manifest, checked: Sequence[_Checked]) -> list[Damage]
 
 
 def _texts(folder: Path, manifest: Manifest, sidecars: Sequence[Sidecar | None]) -> list[Damage]:
-    """Return the damage of the files that are there for people."""
+    """Return the damage of the files that only people read."""
     damages: list[Damage] = []
     known = [sidecar for sidecar in sidecars if sidecar is not None]
     skipped = [skip for sidecar in known for skip in sidecar.skipped] if len(known) == len(sidecars) else None
@@ -202,6 +202,6 @@ def _require_skipped(folder: Path, manifest: Manifest, skipped: list[SkippedImag
         check(SkippedImage, line, str(path))
     if len(lines) < manifest.num_skipped:
         raise DamagedFileError(f"{path} has {len(lines)} lines, but the manifest counts {manifest.num_skipped} images.")
-    # Before them are files of the source that are no rows; of these the shards know nothing.
+    # The first lines are files of the source that give no rows; the shards do not know about those.
     if skipped is not None and not content.endswith(skipped_text(skipped)):
         raise DamagedFileError(f"{path} names other images or reasons than the sidecars.")

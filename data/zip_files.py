@@ -1,7 +1,7 @@
-"""The files in a zip file, local or at a URL, read one by one and never unpacked to disk.
+"""Read the files in a zip file, local or at a URL, one by one, without unpacking them to disk.
 
-A zip file is a stranger's: names that lead out of it, links and devices are left out, and of each file no more is
-unpacked than the zip file says and ``MAX_FILE_BYTES`` allow.
+A zip file is untrusted: names that lead out of it, links and devices are left out, and no file is unpacked beyond the
+size that the zip file states or beyond ``MAX_FILE_BYTES``.
 """
 
 import stat
@@ -18,19 +18,19 @@ from data.images import UnreadableImageError
 from data.unread import image_suffixes, is_litter
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, then the lengths of name and extra field
-_EXTRA_BYTES = 256  # that an extra field seldom exceeds: header and content in one request
-_READ_AHEAD_BYTES = 2**20  # of the directory of a remote file
+_EXTRA_BYTES = 256  # extra fields are rarely longer, so header and content are read in one request
+_READ_AHEAD_BYTES = 2**20  # when the directory of a remote file is read
 
 
 def is_zip(place: str) -> bool:
-    """Return whether a place is named as a zip file, and no folder."""
+    """Return whether a place has the name of a zip file and is not a folder."""
     return place.lower().endswith(".zip") and (is_remote(place) or not Path(place).expanduser().is_dir())
 
 
 class ZipFiles(Listing):
-    """Every file of a zip file. Where all images lie in folders of one folder, the names begin below that.
+    """The files of a zip file. Where all images lie in subfolders of one folder, names are relative to that folder.
 
-    Raises ValueError where it is missing, damaged, or has a name twice.
+    Raises ValueError where the zip file is missing or damaged, or has two files of the same name.
     """
 
     def __init__(self, place: str) -> None:
@@ -59,18 +59,18 @@ class ZipFiles(Listing):
             with self._files.open(self._name, _READ_AHEAD_BYTES) as file, zipfile.ZipFile(file) as archive:
                 infos = archive.infolist()
         except (zipfile.BadZipFile, NotImplementedError, EOFError, OverflowError, struct.error, UnicodeError) as error:
-            raise ValueError(f"{self.place} is no sound zip file ({error}); fetch or make it again.") from error
+            raise ValueError(f"{self.place} is not a valid zip file ({error}); fetch or make it again.") from error
         for info in infos:
-            name = info.filename.replace("\\", "/")  # as some programs on Windows write
+            name = info.filename.replace("\\", "/")  # some programs on Windows write backslashes
             if name in found and not name.endswith("/"):
                 raise ValueError(f"{self.place} has {name} twice; names must be unique within a zip file.")
             found[name] = info
         return found
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
-        """Return the bytes start .. end - 1 of a file, or all of them, whose checksum must be right.
+        """Return the bytes start .. end - 1 of a file, or all of them; the checksum of a whole file is verified.
 
-        Raises UnreadableImageError where it cannot be unpacked.
+        Raises UnreadableImageError where the file cannot be unpacked or its checksum does not match.
         """
         info = self._entry_of[name]
         whole = info.file_size if end is None else min(end, info.file_size)
@@ -78,13 +78,13 @@ class ZipFiles(Listing):
             raise UnreadableImageError(reason, name)
         content = self._unpacked(name, info, whole)
         if len(content) != whole:
-            raise UnreadableImageError(f"it has not the {info.file_size} bytes that the zip file says", name)
+            raise UnreadableImageError(f"it does not have the {info.file_size} bytes that the zip file states", name)
         if whole == info.file_size and zlib.crc32(content) != info.CRC:
-            raise UnreadableImageError("its checksum in the zip file is another", name)
+            raise UnreadableImageError("it does not match its checksum in the zip file", name)
         return content[start or 0 :]
 
     def _unpacked(self, name: str, info: zipfile.ZipInfo, limit: int) -> bytes:
-        """Return at most ``limit`` bytes, and one more where a whole file is longer than the zip file says."""
+        """Return at most ``limit`` bytes, plus one where a whole file is longer than the zip file states."""
         packed = self._packed(name, info)
         if info.compress_type == zipfile.ZIP_STORED:
             return packed[:limit]
@@ -95,7 +95,7 @@ class ZipFiles(Listing):
             raise UnreadableImageError(f"it cannot be unpacked ({error})", name) from error
 
     def _packed(self, name: str, info: zipfile.ZipInfo) -> bytes:
-        """Return the content as it is in the zip file, behind a header of its own."""
+        """Return the content as stored in the zip file, without its local header."""
         start = info.header_offset
         size = _LOCAL_HEADER.size + len(info.orig_filename.encode()) + _EXTRA_BYTES + info.compress_size
         block = self._part(max(0, start), size)
@@ -120,7 +120,7 @@ def _is_inside(name: str) -> bool:
 
 
 def _why_no_file(info: zipfile.ZipInfo) -> str:
-    """Return why an entry is no file to be read, or an empty string."""
+    """Return why an entry is not a regular file, or an empty string."""
     mode = info.external_attr >> 16
     if stat.S_IFMT(mode) in (0, stat.S_IFREG):
         return ""
@@ -138,7 +138,7 @@ def _why_not_unpacked(info: zipfile.ZipInfo) -> str:
 
 
 def _root_of(names: list[str]) -> str:
-    """Return the folder, with its ``/``, in whose folders all images lie; empty where it is the zip file itself."""
+    """Return the folder (ending in ``/``) whose subfolders hold all images; empty where it is the zip file itself."""
     images = [name for name in names if name.lower().endswith(image_suffixes()) and not is_litter(name)]
     root = ""
     while images:

@@ -181,7 +181,7 @@ def test_a_model_trains_on_encoded_images_and_its_samples_are_decoded(words: lis
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ("data.image_size=33", "data.image_size 33 is no multiple of 2"),
+        ("data.image_size=33", "data.image_size 33 is not a multiple of 2"),
         ("data.autoencoder.pretrained=absent", "The autoencoder 'absent' cannot be loaded"),
         ("data.source.root=absent", "There are no files in absent"),
         ("data.source.root=null", "data.source.root is missing"),

@@ -50,7 +50,7 @@ def test_older_and_sharded_folders_of_diffusers_are_read(diffusers_folder: Path)
     change_json(index, weight_map=places)
     assert_same_weights(read_foreign(str(diffusers_folder), "ema", Facts()).model, random_model())
     change_json(index, weight_map={**places, names[0]: "../../../etc/passwd"})
-    with pytest.raises(ValueError, match="which is no plain file name; it is not read"):
+    with pytest.raises(ValueError, match="which is not a plain file name; it is not read"):
         read_foreign(str(diffusers_folder), "ema", Facts())
 
 

@@ -114,7 +114,7 @@ def test_two_jobs_in_one_folder_are_refused(tmp_path: Path) -> None:
     class Nosy(PatternSource):
         def __getitem__(self, index: int) -> Any:
             if index == 0:
-                with pytest.raises(ValueError, match="Another `ditscale encode` works in"):
+                with pytest.raises(ValueError, match="Another `ditscale encode` is running in"):
                     encode_pattern(tmp_path)
             return super().__getitem__(index)
 

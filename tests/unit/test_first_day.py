@@ -140,7 +140,7 @@ def test_grey_images_of_ones_own_train_as_grey_and_are_measured(tmp_path: Path, 
     assert np.load("x.npz")["arr_0"].shape == (2, 8, 8, 1)
     Image.new("RGB", (8, 8), (1, 2, 3)).save("fashion/boot/colour.png")
     shown = in_process("encode", *own, "model/autoencoder=identity_grey", "data.shards=other", expect=2)
-    assert "boot/colour.png is in colour, but the autoencoder identity takes 1 channel" in shown
+    assert "boot/colour.png is in color, but the autoencoder identity takes 1 channel" in shown
 
 
 def test_an_autoencoders_own_factor_beats_a_default(tmp_path: Path, in_process: InProcess) -> None:

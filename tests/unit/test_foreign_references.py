@@ -161,7 +161,7 @@ HEADERS = {
     "of a lying shape": ("(7,)", "says 48"),
     "of a huge shape": ("(1000000000000,)", "takes 8000000000000 bytes, but the file says 48"),
     "of a shape beyond numbers": ("(99999999999999999999, 99999999999999999999)", "but the file says 48"),
-    "of a negative length": ("(-6,)", "which is no array of plain values"),
+    "of a negative length": ("(-6,)", "which is not an array of plain values"),
     "of no shape": ("6", "is complete"),
 }
 
@@ -200,7 +200,7 @@ def test_pickled_objects_in_a_reference_do_not_run(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "ran",))  # type: ignore[return-value]
 
     np.savez(tmp_path / "r.npz", **arrays(mu=np.array([Runs()], dtype=object)))
-    refused(tmp_path / "r.npz", "which is no array of plain values")
+    refused(tmp_path / "r.npz", "which is not an array of plain values")
     assert not (tmp_path / "ran").exists()
 
 
@@ -208,7 +208,7 @@ def test_pickled_objects_in_a_reference_do_not_run(tmp_path: Path) -> None:
     ("members", "words"),
     [
         (["mu", "sigma", "mu"], "holds 'mu.npy' twice"),
-        (["mu", "sigma", "../mu"], "names the file '../mu.npy', which is no plain file name"),
+        (["mu", "sigma", "../mu"], "names the file '../mu.npy', which is not a plain file name"),
         (["mu", "sigma", "/etc/passwd"], "no plain file name"),
         (["mu", "sigma", "a\\b"], "no plain file name"),
         (["mu", "sigma", "a\x1bb"], "no plain file name"),
@@ -262,7 +262,7 @@ def test_an_archive_with_an_endless_directory_is_refused(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_rare_compression_is_refused(tmp_path: Path, method: int) -> None:
-    refused(zipped(tmp_path / "r.npz", [("mu.npy", npy(np.zeros(6)))], method), "compressed in a rare way")
+    refused(zipped(tmp_path / "r.npz", [("mu.npy", npy(np.zeros(6)))], method), "its compression is not read")
 
 
 def test_a_file_replaced_while_a_job_runs_is_not_taken_for_the_one_before(tmp_path: Path) -> None:
@@ -299,5 +299,5 @@ def test_where_a_reference_cannot_be_written_nothing_is_computed(in_process: Any
     (tmp_path / "file").touch()
     words = "r.npz is a folder, but a file of that name is written there"
     assert words in in_process("reference", "out=r.npz", expect=2)
-    assert "file is no folder, but files are written below it" in in_process("reference", "out=file/r.npz", expect=2)
+    assert "file is not a folder, but files are written below it" in in_process("reference", "out=file/r.npz", expect=2)
     assert not (tmp_path / "cache").exists()

@@ -182,7 +182,7 @@ def test_where_a_report_cannot_be_written_the_place_is_named(tmp_path: Path) -> 
     write_run(tmp_path, "a", record_of(16, 40.0))
     study = read_study(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="file is no folder, but files are written below it"):
+    with pytest.raises(ValueError, match="file is not a folder, but files are written below it"):
         write_report(study, tmp_path / "file")
     for name in ("report.html", "fid_vs_gflops.csv", "figure_10.png"):
         out = tmp_path / f"out-{name}"

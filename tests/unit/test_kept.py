@@ -123,7 +123,10 @@ def test_a_kept_array_of_another_reference_or_extractor_is_not_taken(reference: 
 
 @pytest.mark.parametrize(
     ("place", "words"),
-    [("", "is no folder, but files are written below it"), ("*/vectors.npy", "is a folder, but a file of that name")],
+    [
+        ("", "is not a folder, but files are written below it"),
+        ("*/vectors.npy", "is a folder, but a file of that name"),
+    ],
 )
 def test_what_cannot_be_replaced_in_a_cache_is_named(reference: Path, tmp_path: Path, place: str, words: str) -> None:
     cache = tmp_path / "cache"
@@ -291,7 +294,7 @@ def test_where_an_npz_cannot_be_written_nothing_is_generated(tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"x\.npz is a folder, but a file of that name is written there"):
         NpzFile(str(tmp_path / "x.npz")).start("p", is_main=True)
     (tmp_path / "y.npz.parts").touch()
-    with pytest.raises(ValueError, match=r"y\.npz\.parts is no folder, but files are written below it"):
+    with pytest.raises(ValueError, match=r"y\.npz\.parts is not a folder, but files are written below it"):
         NpzFile(str(tmp_path / "y.npz")).start("p", is_main=True)
 
 

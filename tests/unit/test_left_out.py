@@ -163,7 +163,7 @@ def test_an_image_whose_name_does_not_say_so_is_named_and_anything_else_is_not(t
     (root / "bee" / name).write_bytes(b"a text of some length that is no image")
     source = ImageFolder(str(root))
     assert named(source) == {f"ant/{name}": True}
-    assert "it is a JPEG image, but its name does not end so; rename it" in source.left_out[0].reason
+    assert "it is a JPEG image, but its suffix is another; rename it" in source.left_out[0].reason
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_formats_are_told_by_their_first_bytes(tmp_path: Path, head: bytes, titl
     (tmp_path / "a.png").write_bytes(encoded(photo(0), "PNG"))
     (tmp_path / "b").write_bytes(head)
     assert [entry.reason for entry in ImageFolder(str(tmp_path)).left_out] == [
-        f"it is a {title} image, but its name does not end so; rename it"
+        f"it is a {title} image, but its suffix is another; rename it"
     ]
 
 
@@ -207,7 +207,7 @@ def test_parts_of_a_data_set_are_no_classes(tmp_path: Path) -> None:
     make_image_folder(tmp_path / "root/train", 2)
     make_image_folder(tmp_path / "root/val", 2)
     sentence = (
-        r"root holds train, val, which are parts of a data set and no classes; give one, data.source.root=.*root/train"
+        r"root holds train, val, which are parts of a data set, not classes; give one, data.source.root=.*root/train"
     )
     with pytest.raises(ValueError, match=sentence):
         ImageFolder(str(tmp_path / "root"))
@@ -234,7 +234,7 @@ def test_statistics_of_all_images_are_refused_where_one_is_left_out(tmp_path: Pa
     (root / "ant/film.mov").write_bytes(b"x")
     assert len(SourceImages(ImageFolder(str(root)), 40)) == 6
     (root / "ant/x.heic").write_bytes(HEIC)
-    sentence = r"Image ant/x.heic of image folder cannot be read \(its format is not read.*; take it away"
+    sentence = r"Image ant/x.heic of image folder cannot be read \(its format is not read.*; remove it"
     for refuses in (SourceImages, load_images):
         with pytest.raises(ValueError, match=sentence):
             refuses(ImageFolder(str(root)), 40)

@@ -179,11 +179,11 @@ def test_a_tar_parquet_or_arrow_file_that_is_no_file_is_refused_by_name(tmp_path
     read = {"tar": ImageTars, "parquet": ParquetImages, "arrow": SavedDataset}[kind]
     read(str(tmp_path / kind))
     link(tmp_path / kind / f"z.{kind}", "gone")
-    with pytest.raises(ValueError, match=rf"z.{kind} is a link to nothing \(gone\); mend it, or remove it"):
+    with pytest.raises(ValueError, match=rf"z.{kind} is a link to nothing \(gone\); repair it, or remove it"):
         read(str(tmp_path / kind))
     (tmp_path / kind / f"z.{kind}").unlink()
     os.mkfifo(tmp_path / kind / f"z.{kind}")
-    with pytest.raises(ValueError, match=rf"z.{kind} is a named pipe; mend it, or remove it"):
+    with pytest.raises(ValueError, match=rf"z.{kind} is a named pipe; repair it, or remove it"):
         read(str(tmp_path / kind))
 
 

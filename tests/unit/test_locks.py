@@ -61,7 +61,7 @@ def test_encoding_and_evaluating_need_no_locks(tmp_path: Path, no_locks: str) ->
 def test_a_cache_of_remote_shards_needs_locks_and_says_so(digits: Path, tmp_path: Path, no_locks: str) -> None:
     with FaultyServer(digits).running() as server:
         shown = run([*WORDS, f"data.shards={server.url}"], tmp_path, no_locks, errno.ENOLCK, expect=2)
-    assert "cache/shards takes no locks (ENOLCK: No locks available)" in shown
+    assert "cache/shards does not support locks (ENOLCK: No locks available)" in shown
     assert "choose a folder on a file system that has them, such as a local disk" in shown
 
 

@@ -217,7 +217,7 @@ def test_an_append_keeps_every_whole_line_and_takes_a_cut_one_away(tmp_path: Pat
 def test_an_append_to_something_else_is_refused_and_loses_nothing(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"notes of mine")
-    with pytest.raises(DamagedFileError, match=r"metrics\.jsonl ends with a line that is no JSON"):
+    with pytest.raises(DamagedFileError, match=r"metrics\.jsonl ends with a line that is not JSON"):
         append_line(path, "{}")
     assert path.read_bytes() == b"notes of mine"
     os.mkfifo(tmp_path / "pipe")

@@ -294,7 +294,9 @@ def test_a_lock_that_is_a_link_does_not_empty_what_it_points_to(folder: Path, tm
 def test_shards_are_made_in_a_folder_alone(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "file", tmp_path / "file/below"):
-        with pytest.raises(ValueError, match=f"data.shards {path} is no folder and cannot be made one; choose another"):
+        with pytest.raises(
+            ValueError, match=f"data.shards {path} is not a folder and cannot be made one; choose another"
+        ):
             encode(path)
 
 

@@ -124,7 +124,7 @@ def test_a_tar_ends_where_a_key_or_label_cannot_be_right(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"There are no samples"):
         ImageTars(tar("d.tar", {"x.txt": b"1"}))
     (tmp_path / "e.tar").write_bytes(b"garbage" * 1000)
-    with pytest.raises(ValueError, match=r"e.tar is no sound tar file"):
+    with pytest.raises(ValueError, match=r"e.tar is not a valid tar file"):
         ImageTars(str(tmp_path / "e.tar"))
     tar("a-0.tar", {"x.jpg": b"1", "x.cls": b"0"})
     with pytest.raises(ValueError, match=r"1 of 2 tars are missing in .*, the first is a-1.tar"):

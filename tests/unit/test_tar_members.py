@@ -140,13 +140,15 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
         content = bytearray(sound)
         content[damaged] ^= 4
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"a.tar is no sound tar file \(the header at byte {header} is damaged\)"):
+        with pytest.raises(
+            ValueError, match=rf"a.tar is not a valid tar file \(the header at byte {header} is damaged\)"
+        ):
             ImageTars(str(path))
     path.write_bytes(sound[: header + 100])
-    with pytest.raises(ValueError, match=rf"a.tar is no sound tar file \(the header at byte {header} is damaged\)"):
+    with pytest.raises(ValueError, match=rf"a.tar is not a valid tar file \(the header at byte {header} is damaged\)"):
         ImageTars(str(path))
     path.write_bytes(sound[: header + 600])
-    with pytest.raises(ValueError, match=r"a.tar is no sound tar file \(unexpected end of data\)"):
+    with pytest.raises(ValueError, match=r"a.tar is not a valid tar file \(unexpected end of data\)"):
         ImageTars(str(path))
     path.write_bytes(sound[:header])  # without the zeros at the end, as some programs leave it
     assert len(ImageTars(str(path))) == 1
@@ -157,7 +159,7 @@ def test_a_second_tar_behind_the_end_of_the_first_is_named(tmp_path: Path) -> No
     second = Path(tar_of(tmp_path / "b.tar", {"b.jpg": PICTURE, "b.cls": b"1"}))
     second.write_bytes(first.read_bytes() + second.read_bytes())
     with pytest.raises(
-        ValueError, match=r"b.tar is no sound tar file \(another tar begins at byte 10240, behind its end\)"
+        ValueError, match=r"b.tar is not a valid tar file \(another tar begins at byte 10240, after its end\)"
     ):
         ImageTars(str(second))
 
@@ -169,7 +171,7 @@ def test_a_member_of_a_negative_size_ends_no_run_in_a_circle(tmp_path: Path) -> 
     content[148:156] = b" " * 8
     content[148:156] = f"{sum(content[:512]):06o}\0 ".encode()
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"a.tar is no sound tar file \(a.jpg has a negative size\)"):
+    with pytest.raises(ValueError, match=r"a.tar is not a valid tar file \(a.jpg has a negative size\)"):
         ImageTars(str(path))
 
 
@@ -207,9 +209,9 @@ def test_a_compressed_tar_of_a_series_is_refused_and_another_is_named(tmp_path: 
         (b"\x1f\x8b\x08\x00", "is compressed with gzip, which cannot be read at random; unpack it"),
         (b"\x28\xb5\x2f\xfd", "is compressed with zstandard"),
         (b"\xfd7zXZ\x00", "is compressed with xz"),
-        (b"PK\x03\x04", "is a zip file; name it so, for data/source=image_folder"),
+        (b"PK\x03\x04", "is a zip file; rename it to .zip, for data/source=image_folder"),
         (LFS_POINTER, "is a Git LFS pointer and not the file itself; run `git lfs pull`"),
-        (b"", "is no sound tar file"),
+        (b"", "is not a valid tar file"),
     ],
 )
 def test_a_tar_that_is_something_else_is_told_apart(tmp_path: Path, head: bytes, words: str) -> None:

@@ -101,7 +101,7 @@ def test_one_parquet_file_in_a_store_is_read(tmp_path: Path) -> None:
 def test_parquet_files_that_disagree_are_refused(tmp_path: Path) -> None:
     parquet.write_table(table_of([b"a", b"b"]), tmp_path / "a.parquet")
     parquet.write_table(table_of([b"a", b"b"], ("bee", "ant")), tmp_path / "b.parquet")
-    with pytest.raises(ValueError, match=r"b.parquet names 2 classes otherwise than the 2 of a.parquet"):
+    with pytest.raises(ValueError, match=r"b.parquet names 2 classes that differ from the 2 of a.parquet"):
         ParquetImages(str(tmp_path))
     parquet.write_table(pyarrow.table({"image": [b"a"]}), tmp_path / "b.parquet")
     with pytest.raises(ValueError, match=r"b.parquet has no column 'label', but image"):

@@ -183,7 +183,7 @@ def test_a_bomb_is_one_unreadable_image_and_takes_no_memory(tmp_path: Path) -> N
     assert source[0].content == PICTURE
     with pytest.raises(UnreadableImageError, match=f"it has {3 * 2**30} bytes unpacked, but at most {2**31} are read"):
         source[1]
-    with pytest.raises(UnreadableImageError, match="it has not the 1000 bytes that the zip file says"):
+    with pytest.raises(UnreadableImageError, match="it does not have the 1000 bytes that the zip file states"):
         source[2]
 
 
@@ -203,7 +203,7 @@ def test_what_cannot_be_unpacked_is_set_aside_with_its_reason(tmp_path: Path) ->
     assert manifest.num_samples == 1
     assert manifest.class_names == ["bits", "crypt", "header", "lzma", "sound"]
     assert skipped(tmp_path / "shards") == {
-        "bits/x.png": "its checksum in the zip file is another",
+        "bits/x.png": "it does not match its checksum in the zip file",
         "crypt/x.png": "it is encrypted in the zip file",
         "header/x.png": "its header in the zip file is damaged",
         "lzma/x.png": "its compression in the zip file, method 14, is not read; make the zip with deflate",
@@ -226,7 +226,7 @@ def test_a_zip_file_that_is_damaged_missing_or_no_file_is_one_sentence(tmp_path:
     sound = Path(place).read_bytes()
     for cut in (b"", b"garbage" * 100, sound[:-30], sound[: len(sound) // 2]):
         Path(place).write_bytes(cut)
-        with pytest.raises(ValueError, match=r"a.zip is no sound zip file \(.*\); fetch or make it again"):
+        with pytest.raises(ValueError, match=r"a.zip is not a valid zip file \(.*\); fetch or make it again"):
             ImageFolder(place)
     Path(place).unlink()
     (tmp_path / "x").write_bytes(b"")
