@@ -1,1 +1,1 @@
-"""Generate images, take features, compute statistics and metrics, report how they scale."""
+"""Generate images, compute features, statistics and metrics, and report how they scale."""

@@ -1,4 +1,4 @@
-"""Images in chunks: the unit of work that is divided over processes and that a killed evaluation keeps."""
+"""Divide images into chunks, the unit of work that processes share and that a killed evaluation keeps."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +23,7 @@ from evaluation.kept import read_kept, unless_damaged, write_kept
 
 @dataclass(frozen=True)
 class Chunk:
-    """Images first .. last - 1."""
+    """The images first .. last - 1."""
 
     number: int
     first: int
@@ -31,25 +31,25 @@ class Chunk:
 
     @property
     def indices(self) -> NDArray[np.int64]:
-        """[last - first]."""
+        """Return the indices of the images, [last - first]."""
         return np.arange(self.first, self.last, dtype=np.int64)
 
 
 def chunks_of(num_images: int, size: int, rank: int, world: int) -> list[Chunk]:
-    """The chunks of one of ``world`` processes: every ``world``-th. Chunks do not depend on ``world``."""
+    """Return every ``world``-th chunk, for the process ``rank``. The chunks do not depend on ``world``."""
     firsts = range(0, num_images, size)
     chunks = [Chunk(number, first, min(first + size, num_images)) for number, first in enumerate(firsts)]
     return chunks[rank::world]
 
 
-TRAINING, EVALUATING = "train-", "evaluate-"  # how labels of the two jobs begin
-LOCK_NAME = ".lock"  # shared by the processes that use the chunks beside it; dies with them
+TRAINING, EVALUATING = "train-", "evaluate-"  # prefixes of the labels of the two jobs
+LOCK_NAME = ".lock"  # locked by the processes that use the chunks in its folder; released when they end
 
 
 class ChunkStore:
-    """Features of finished chunks in a folder named by what they are features of: ``label``, then a hash of it all.
+    """The features of finished chunks, in a folder named by ``label`` and a hash of ``identity``.
 
-    A chunk counts only where its record is there and has the file's hash. Without a folder nothing is kept.
+    A chunk counts as finished only if its record exists and has the file's hash. Without a folder nothing is kept.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ChunkStore:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """While the block runs, `discard` leaves these chunks alone. Several processes may use them at once."""
+        """Keep `discard` from deleting these chunks while the block runs. Several processes may use them at once."""
         if self._folder is None:
             yield
             return
@@ -68,20 +68,20 @@ class ChunkStore:
         require_own_file(self._folder / LOCK_NAME)
         descriptor = os.open(self._folder / LOCK_NAME, os.O_CREAT | os.O_RDWR, 0o666)
         try:
-            share(descriptor)  # where there are no locks, what is discarded meanwhile is made again
+            share(descriptor)  # without file locks, chunks that are discarded meanwhile are computed again
             yield
         finally:
             os.close(descriptor)
 
     def read(self, chunk: Chunk) -> Features | None:
-        """Return its features, or None where they have to be made."""
+        """Return the features of a chunk, or None where they must be computed."""
         if self._folder is None:
             return None
         path = self._path(chunk)
         return unless_damaged(lambda: _parse(read_kept(path, self._identity(chunk)), chunk, path))
 
     def write(self, chunk: Chunk, features: Features) -> None:
-        """Keep them; the record comes last."""
+        """Store the features of a chunk; the record is written last."""
         if self._folder is None:
             return
         parts = {name: np.ascontiguousarray(part) for name, part in features._asdict().items() if part is not None}
@@ -96,7 +96,7 @@ class ChunkStore:
 
 
 def _parse(content: bytes, chunk: Chunk, path: Path) -> Features:
-    """Return the features in a chunk's file. Raises DamagedFileError where they are not those of so many images."""
+    """Return the features in a chunk's file. Raises DamagedFileError where they do not fit the chunk's images."""
     try:
         parts = load(content)
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
@@ -113,9 +113,9 @@ def _parse(content: bytes, chunk: Chunk, path: Path) -> Features:
 
 
 class TrainingChunks:
-    """Chunks of the evaluations during a run's training: of its ``origin``, which decides the weights of each step.
+    """The chunks of evaluations during a run's training. Its ``origin`` determines the weights at each step.
 
-    Of one process's run, which no other trains; other jobs leave them alone.
+    They belong to one run, which only one job trains; other jobs do not delete them.
     """
 
     def __init__(self, folder: Path, origin: Mapping[str, Any]) -> None:
@@ -123,36 +123,36 @@ class TrainingChunks:
         self._label = f"{TRAINING}{canonical_hash(dict(origin), spaced=True)[:16]}-step_"
 
     def of_step(self, step: int) -> ChunkStore:
-        """Those of the weights after ``step`` steps."""
+        """Return the chunks of the weights after ``step`` steps."""
         return ChunkStore(self._folder, {**self._origin, "step": step}, f"{self._label}{step:08d}")
 
     def discard_foreign(self, step: int) -> None:
-        """When training begins at ``step``: delete those that it will not come to, of other origins.
+        """Delete chunks of other origins, which this run will never use, when training begins at ``step``.
 
-        At step 0 all of them: nothing says that the weights to start with (``init_from``) are still the same.
+        At step 0 delete all chunks, since the initial weights (``init_from``) may have changed.
         """
         discard(self._folder, lambda name: _is_of_training(name) and (step == 0 or not name.startswith(self._label)))
 
     def discard_until(self, step: int) -> None:
-        """Delete those up to ``step``, whose number is on record."""
+        """Delete the chunks up to ``step``, whose results are recorded."""
         last = f"{self._label}{step:08d}~"
         discard(self._folder, lambda name: name.startswith(self._label) and name < last)
 
 
 def discard_training(folder: Path) -> None:
-    """Delete all chunks of evaluations during training: for a run that makes none any more."""
+    """Delete all chunks of evaluations during training, for a run that makes no evaluations any more."""
     discard(folder, _is_of_training)
 
 
 def _is_of_training(name: str) -> bool:
-    """What has neither label is of an earlier version of this program, which no later one reads."""
+    """Return whether chunks belong to training; those without a label are an earlier version's, which none reads."""
     return not name.startswith(EVALUATING)
 
 
 def discard(folder: Path, unwanted: Callable[[str], bool]) -> None:
     """Delete the chunk folders in ``folder`` whose name is ``unwanted``, except those that are in use.
 
-    Every process may call it at once; hosts may share the folder or not.
+    All processes may call it at once; hosts may share the folder or not.
     """
     for path in folder.iterdir() if folder.is_dir() else ():
         if unwanted(path.name):
@@ -160,12 +160,12 @@ def discard(folder: Path, unwanted: Callable[[str], bool]) -> None:
 
 
 def _remove_unless_used(path: Path) -> None:
-    if path.is_symlink() or not path.is_dir():  # none of ours
+    if path.is_symlink() or not path.is_dir():  # not a chunk folder
         return
     try:
         require_own_file(path / LOCK_NAME)
         descriptor = os.open(path / LOCK_NAME, os.O_CREAT | os.O_RDWR, 0o666)
-    except (OSError, DamagedFileError):  # another process has just deleted it, or its lock is none
+    except (OSError, DamagedFileError):  # another process has just deleted it, or the lock is not a file
         return
     try:
         if own(descriptor):

@@ -1,4 +1,4 @@
-"""Evaluate a denoiser: generate, compare with the reference, and write down the protocol with the numbers."""
+"""Evaluate a denoiser: generate images, compare them with the reference, and record numbers and protocol."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -28,13 +28,13 @@ from train.runfolder import RunFolder
 
 @dataclass(frozen=True)
 class MeasurementProtocol:
-    """How a number was measured. Numbers of two protocols are never drawn in one curve."""
+    """The way in which a number is measured. A curve never has numbers of two protocols."""
 
-    sampler: Mapping[str, Any]  # class and arguments
+    sampler: Mapping[str, Any]  # name and arguments
     guidance: Mapping[str, Any]
     num_images: int
-    sampling_seed: int  # of the noise, and of random labels
-    network_precision: str  # fp32, tf32 or bf16; `precision` is a metric
+    sampling_seed: int  # for the noise and for random labels
+    network_precision: str  # fp32, tf32 or bf16; not named `precision`, which is a metric
     labels: Literal["balanced", "random"] = "balanced"
 
     def __post_init__(self) -> None:
@@ -57,11 +57,11 @@ class Evaluator:
     extractor: FeatureExtractor
     reference: Reference
     protocol: MeasurementProtocol
-    batch_size: int  # images of a process at once, and of a chunk; changes no number
+    batch_size: int  # images of a process at once, and of a chunk; does not affect results
     metrics: Mapping[str, Metric] = field(default_factory=lambda: {"frechet": FrechetDistance()})
 
     def require(self, image_size: int, num_classes: int) -> None:
-        """Raise ValueError, before anything is generated, where the reference or a metric does not fit."""
+        """Raise ValueError, before images are generated, where the reference or a metric does not fit."""
         self.reference.require(image_size, num_classes)
         for metric in self.metrics.values():
             metric.require(self.extractor, self.reference, self.protocol.num_images)
@@ -73,10 +73,10 @@ class Evaluator:
         store: ChunkStore | None = None,
         files: ImageFiles | None = None,
     ) -> dict[str, Any]:
-        """Metrics of the protocol's images, with the protocol: most of a record of evaluations.jsonl.
+        """Return the metrics of the protocol's images and the protocol: most of a record of evaluations.jsonl.
 
-        Every process must call it; each generates its share and all return the same record. What ``store``
-        and ``files`` have already is not generated again.
+        Every process must call it; each generates its share and all return the same record. Chunks that ``store``
+        and ``files`` already have are not generated again.
         """
         self.require(generator.spec.image_size, generator.spec.num_classes)
         protocol, runtime = self.protocol, generator.runtime
@@ -98,7 +98,7 @@ class Evaluator:
                 if classes is not None:
                     recognition.add(classes[chunk.indices], features)
                 bar.update((chunk.last - chunk.first) * runtime.data_world)
-        runtime.wait()  # until the files of all processes are there
+        runtime.wait()  # until the files of all processes are written
         if runtime.is_main:
             files.finish(chunks_of(protocol.num_images, self.batch_size, 0, 1), classes)
         collected = {kind: collector.merged(runtime.gather) for kind, collector in collectors.items()}
@@ -110,7 +110,7 @@ class Evaluator:
         return {**facts, **numbers, "recognized_fraction": recognition.merged(runtime.gather)}
 
     def _rounds(self, rank: int, world: int) -> list[Chunk | None]:
-        """The chunks of a process; where others have one more, None at the end."""
+        """Return the chunks of a process, then None if other processes have one more."""
         mine: list[Chunk | None] = [*chunks_of(self.protocol.num_images, self.batch_size, rank, world)]
         longest = len(chunks_of(self.protocol.num_images, self.batch_size, 0, world))
         return mine + [None] * (longest - len(mine))
@@ -123,10 +123,10 @@ class Evaluator:
         store: ChunkStore,
         files: ImageFiles,
     ) -> Features | None:
-        """Of a finished chunk the kept ones, else of new images.
+        """Return the stored features of a finished chunk, else the features of new images.
 
-        Where one process generates all do, with as many rows, and throw away what they need not: a network that is
-        spread over processes has no other way.
+        If one process generates images, all do, with the same number of rows, and discard those that they do not need:
+        a network that is sharded over processes requires it.
         """
         kept = None if chunk is None or not files.has(chunk) else store.read(chunk)
         wants = chunk is not None and kept is None
@@ -143,7 +143,7 @@ class Evaluator:
         return features
 
     def _numbers(self, collected: Mapping[Collects, Any], device: torch.device) -> dict[str, float]:
-        """Of all metrics; matrix products on a GPU where there is one, else on the host."""
+        """Return the numbers of all metrics; ``device`` computes matrix products."""
         numbers: dict[str, float] = {}
         for metric in self.metrics.values():
             numbers |= metric.compute(collected[metric.collects], self.reference, device)
@@ -151,7 +151,7 @@ class Evaluator:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What two numbers must share to stand in one curve, but for the weights that they are of."""
+        """Return the facts, apart from the weights, that two numbers must share to be in one curve."""
         return {
             **asdict(self.protocol),
             "feature_extractor_hash": self.extractor.hash,
@@ -160,7 +160,7 @@ class Evaluator:
         }
 
     def _facts(self, generator: Generator) -> dict[str, Any]:
-        """What a number means: extractor, reference, decoder, protocol, settings of the metrics."""
+        """Return the facts that define a number: extractor, reference, decoder, protocol, settings of the metrics."""
         return {
             "feature_extractor": self.extractor.title,
             **self.extractor.facts,
@@ -175,29 +175,29 @@ class Evaluator:
 
 
 class _Recognition:
-    """How many images are recognised as their label, by an extractor that knows the data's classes."""
+    """Counts the images that an extractor which knows the data's classes recognizes as their label."""
 
     def __init__(self) -> None:
-        self._counts = np.zeros((1, 2), np.int64)  # recognised, judged
+        self._counts = np.zeros((1, 2), np.int64)  # recognized, judged
 
     def add(self, labels: NDArray[np.int64], features: Features) -> None:
-        """Labels [B] and features of a batch."""
+        """Count a batch with these labels [B] and features."""
         if features.classes is not None:
             self._counts += [[(features.classes == labels).sum(), len(labels)]]
 
     def merged(self, gather: Gather) -> float | None:
-        """The fraction over all processes, or None where the extractor knows no classes."""
+        """Return the recognized fraction over all processes, or None if the extractor does not know the classes."""
         recognized, judged = gather(self._counts).sum(axis=0).tolist()
         return recognized / judged if judged else None
 
 
 def _shared(compute: Callable[[], dict[str, float]], is_main: bool, gather: Gather) -> dict[str, float]:
-    """What the main process computes, on all of them."""
+    """Return, on all processes, the numbers that the main process computes."""
     content = json.dumps(compute()).encode() if is_main else b""
     numbers: dict[str, float] = json.loads(gather(np.frombuffer(content, np.uint8)).tobytes())
     return numbers
 
 
 def distance_records(folder: RunFolder) -> list[dict[str, Any]]:
-    """The lines of ``evaluations.jsonl`` that hold a distance; others may hold bits per dimension alone."""
+    """Return the lines of ``evaluations.jsonl`` that have a distance; others may have bits per dimension alone."""
     return [line for line in read_lines(folder.evaluations) if "frechet_distance" in line]

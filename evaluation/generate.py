@@ -1,4 +1,4 @@
-"""Images from a denoiser: image i depends on (seed, i) and its condition alone."""
+"""Generate images with a denoiser; image i depends on (seed, i) and its condition alone."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from model.autoencoder import Autoencoder
 from model.flops import cost_of_call
 from runtime.protocol import Devices
 
-DECODED_AT_ONCE = 32  # images: an autoencoder takes far more memory for one than a sampler does
+DECODED_AT_ONCE = 32  # images: an autoencoder needs far more memory for an image than a sampler does
 
 
 @dataclass(frozen=True)
 class Generator:
-    """Turn an image's index and condition into an image."""
+    """Generates images from their indices and conditions."""
 
     denoiser: Guided
     objective: Objective
@@ -34,17 +34,17 @@ class Generator:
     conditions: ConditionSource
     seed: int
     runtime: Devices
-    cost_of: Cost = cost_of_call  # multiply-adds of one call of a network for an image
+    cost_of: Cost = cost_of_call  # multiply-adds of one call of a network for one image
 
     def cost(self) -> int:
-        """Return the multiply-adds of an image, without its decoding."""
+        """Return the multiply-adds of one image, without its decoding."""
         return self.sampler.calls() * self.denoiser.cost(self.cost_of)
 
     @torch.no_grad()
     def images(self, indices: NDArray[np.int64], condition: Condition) -> NDArray[np.uint8]:
-        """Return images [B, H, W, C] uint8 of the given indices [B] and their condition, on the host.
+        """Return images [B, H, W, C] uint8 of the given indices [B] and their condition, on the CPU.
 
-        B is a multiple of the runtime's devices. Every process must call it, with as many.
+        B is a multiple of the number of the process's devices. Every process must call it, with the same B.
         """
         parts = self.runtime.parts(self._latents(indices, condition), DECODED_AT_ONCE)
         decoded = torch.cat([self.runtime.rows(self.autoencoder.decode(part)) for part in parts])
@@ -52,7 +52,7 @@ class Generator:
         return to_uint8(decoded)
 
     def _latents(self, indices: NDArray[np.int64], condition: Condition) -> torch.Tensor:
-        """Samples [B, c, h, w] on the device; nothing is read from it."""
+        """Return samples [B, c, h, w] on the device, without a device read."""
         philox, runtime = Philox(self.seed), self.runtime
         shape = (self.spec.channels, self.spec.latent_size, self.spec.latent_size)
 
@@ -64,9 +64,10 @@ class Generator:
             return self.sampler(denoiser, self.objective, noise, mapped(condition, runtime.put))
 
     def images_in_step(self, indices: NDArray[np.int64], condition: Condition, at_most: int) -> NDArray[np.uint8]:
-        """Return `images` of these rows of all images' condition, for any number of indices up to ``at_most``, or none.
+        """Return `images` of 0 to ``at_most`` indices, whose rows of ``condition`` are their conditions.
 
-        The network always sees as many. Every process must call it with the same ``at_most``.
+        The network's batch always has the size for ``at_most``, which must be the same on every process. Every process
+        must call it.
         """
         filled = _filled(indices, at_most + -at_most % self.runtime.num_local_devices)
         return self.images(filled, rows_of(condition, filled))[: len(indices)]
@@ -74,10 +75,10 @@ class Generator:
     def batches(
         self, condition: Condition, num_images: int, batch_size: int
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
-        """This process's share of the images of a condition as (indices, images), about ``batch_size`` at once.
+        """Yield this process's share of the images of a condition as (indices, images), about ``batch_size`` at once.
 
-        Every round of every process has the same number of rows, which its devices divide; rows over are
-        repetitions that are thrown away. Every process must exhaust it.
+        Every round of every process has the same number of rows, a multiple of its devices; excess rows are
+        repetitions, which are discarded. Every process must exhaust it.
         """
         for indices, count in equal_rounds(num_images, batch_size, self.runtime):
             images = self.images(indices, rows_of(condition, indices))
@@ -93,10 +94,10 @@ class Generator:
 
 
 def equal_rounds(num_items: int, batch_size: int, runtime: Devices) -> Iterator[tuple[NDArray[np.int64], int]]:
-    """This process's share of range(num_items), in rounds of about ``batch_size``: indices, how many of them count.
+    """Yield this process's share of range(num_items) in rounds of about ``batch_size``: indices, how many count.
 
-    Rounds are as many and as large on every process, as devices that compute together need; what does not
-    count at the end of a round are repetitions.
+    Rounds are equal in number and size on every process, as devices that compute together require; the indices at the
+    end of a round that do not count are repetitions.
     """
     multiple = runtime.num_local_devices
     share = -(-num_items // runtime.data_world)
@@ -110,12 +111,12 @@ def equal_rounds(num_items: int, batch_size: int, runtime: Devices) -> Iterator[
 
 
 def _filled(values: NDArray[np.int64], rows: int) -> NDArray[np.int64]:
-    """The values, then repetitions of them, or zeros where there are none: [rows]."""
+    """Return the values repeated to length ``rows``, or zeros if there are no values: [rows]."""
     return np.resize(values if len(values) else np.zeros(1, np.int64), rows)
 
 
 def _require_finite(decoded: torch.Tensor, indices: NDArray[np.int64], runtime: Devices) -> None:
-    """Raise ValueError for images [B, C, H, W] that are not numbers, which would become black ones."""
+    """Raise ValueError for images [B, C, H, W] that are not finite, which would become black."""
     bad = indices[~decoded.isfinite().flatten(1).all(dim=1).numpy()]
     if len(bad):
         with runtime.autocast():

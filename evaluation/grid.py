@@ -1,4 +1,4 @@
-"""Sample grids: what people would rather look at."""
+"""Write grids of samples as PNGs."""
 
 import io
 import math
@@ -15,7 +15,7 @@ GAP = 2
 
 
 def save_grid(path: Path, images: NDArray[np.uint8], columns: int) -> None:
-    """Write [N, H, W, C] uint8 images row by row as one PNG; of other than 1 or 3 channels, the first 3 or 1."""
+    """Write images [num_images, H, W, C] uint8 row by row as one PNG of the first 3 channels (of C < 3: the first)."""
     images = images[..., : 3 if images.shape[3] >= 3 else 1]
     count, height, width, channels = images.shape
     factor = max(1, SHOWN_SIDE // height)

@@ -1,4 +1,4 @@
-"""Hooks of the training loop that generate images from the EMA weights."""
+"""Hooks of the training loop that generate images with the EMA weights."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -17,42 +17,42 @@ from train.loggers import Logger
 from train.runfolder import RunFolder
 from train.state import TrainState
 
-EVALUATED_BY_TRAINING = "train"  # in a record; the job `evaluate` writes its own name
+EVALUATED_BY_TRAINING = "train"  # the value of "evaluated_by" in a record; the job `evaluate` writes its own name
 
 
 class _CatchingUpHook:
-    """Acts each ``every`` steps and at the end, and once at the start where a killed run had not done so."""
+    """Acts every ``every`` steps and at the end, and once at the start if a killed run missed that."""
 
     def __init__(self, every: int | None, runtime: Processes) -> None:
         self._every = every
         self._runtime = runtime
 
     def start(self, state: TrainState) -> None:
-        """Do what was due at the step that this run continues from, unless the main process finds it done."""
+        """Act if that was due at the step which this run continues from, unless the main process finds the result."""
         if due(state, self._every):
             done = np.array([self._runtime.is_main and self.is_done(state)])
             if not self._runtime.gather(done).any():
                 self.act(state)
 
     def __call__(self, state: TrainState, metrics: Metrics) -> None:
-        """Act where it is due."""
+        """Act when due."""
         if due(state, self._every):
             self.act(state)
 
     def finish(self) -> None:
-        """Nothing to do: the last step was due."""
+        """Do nothing: the action was due at the last step."""
 
     def is_done(self, state: TrainState) -> bool:
-        """Whether the result of this step is on disk."""
+        """Return whether the result of this step is on disk."""
         raise NotImplementedError
 
     def act(self, state: TrainState) -> None:
-        """Make the result of this step."""
+        """Produce the result of this step."""
         raise NotImplementedError
 
 
 class SampleGridHook(_CatchingUpHook):
-    """A PNG with ``per_class`` samples of up to 10 classes, always of the same noise."""
+    """Writes a PNG with ``per_class`` samples of up to 10 classes, always from the same noise."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class SampleGridHook(_CatchingUpHook):
         return is_regular(self._folder.grid(state.step))
 
     def act(self, state: TrainState) -> None:
-        """Draw on all processes, write on the main one."""
+        """Generate images on all processes, and write the grid on the main one."""
         condition = self._generator.conditions.in_turn(self._count, self._columns)
         images = self._generator.all_images(condition, self._count, self._count)
         if not self._runtime.is_main:
@@ -87,9 +87,9 @@ class SampleGridHook(_CatchingUpHook):
 class EvaluationHook(_CatchingUpHook):
     """Appends a record to evaluations.jsonl.
 
-    ``evaluate`` gives its metrics, ``chunks`` where a step's finished chunks are kept until its record is written,
-    ``facts`` what is known of the model after so many images seen, and ``identity`` what tells the hook's own
-    records from those that others append to the file.
+    ``evaluate`` returns the metrics. ``chunks`` stores a step's finished chunks until its record is written. ``facts``
+    returns facts of the model after a number of images seen. ``identity`` distinguishes the hook's records from those
+    that other jobs append to the file.
     """
 
     def __init__(
@@ -112,12 +112,12 @@ class EvaluationHook(_CatchingUpHook):
         self._logger = logger
 
     def start(self, state: TrainState) -> None:
-        """Delete chunks that training will not come to; then do what is owed."""
+        """Delete chunks this run will never use, then run a missed evaluation."""
         self._chunks.discard_foreign(state.step)
         super().start(state)
 
     def require_one_protocol(self) -> None:
-        """Raise ValueError where the run's curve was measured in another way until now."""
+        """Raise ValueError where the run's earlier evaluations have another protocol."""
         for record in read_lines(self._folder.evaluations):
             if record.get("evaluated_by") != EVALUATED_BY_TRAINING:
                 continue
@@ -130,13 +130,13 @@ class EvaluationHook(_CatchingUpHook):
                     )
 
     def is_done(self, state: TrainState) -> bool:
-        """Whether the record exists."""
+        """Return whether the record exists."""
         wanted = {**self._identity, "step": state.step}
         records = read_lines(self._folder.evaluations)
         return any(wanted.items() <= record.items() for record in records)
 
     def act(self, state: TrainState) -> None:
-        """Evaluate on all processes, write on the main one."""
+        """Evaluate on all processes, and write the record on the main one."""
         store = self._chunks.of_step(state.step)
         with store.used():
             metrics = self._evaluate(store)

@@ -1,4 +1,4 @@
-"""Where generated images go, besides the metrics: nowhere, into one file of ADM's format, or into PNGs."""
+"""Write generated images to one file of ADM's format or to PNGs, or discard them after the metrics."""
 
 import io
 import itertools
@@ -21,12 +21,12 @@ from core.records import read_record, seal
 from evaluation.chunks import Chunk
 from evaluation.kept import Sha256, npy_of, parse_npy, read_kept, unless_damaged, write_kept
 
-PLAN_NAME = ".plan"  # which evaluation the images in a folder are of
+PLAN_NAME = ".plan"  # the file that names the evaluation of the images in a folder
 _LONGEST_PLAN = 1000
 
 
 def _plan_in(folder: Path) -> str | None:
-    """Return the plan in a folder, or None where it has none. Raises DamagedFileError where it cannot be read."""
+    """Return the plan in a folder, or None if it has none. Raises DamagedFileError where it cannot be read."""
     try:
         return read_text(folder / PLAN_NAME, _LONGEST_PLAN)
     except (FileNotFoundError, NotADirectoryError):
@@ -34,33 +34,33 @@ def _plan_in(folder: Path) -> str | None:
 
 
 class ImageFiles(Protocol):
-    """Takes images chunk by chunk, from several processes that see one file system."""
+    """Writes images chunk by chunk, from several processes that share a file system."""
 
     def start(self, plan: str, is_main: bool) -> None:
-        """Images of evaluation ``plan`` follow; those of another are not mixed with them. All processes call it."""
+        """Prepare for images of evaluation ``plan``, apart from those of others. Every process must call it."""
         ...
 
     def has(self, chunk: Chunk) -> bool:
-        """Return whether the chunk's images are there as they were written, so that none is generated again."""
+        """Return whether the chunk's images exist unchanged, so that they need not be generated again."""
         ...
 
     def write(self, chunk: Chunk, images: NDArray[np.uint8]) -> None:
-        """Images [n, H, W, C] of a chunk."""
+        """Write the images [B, H, W, C] of a chunk."""
         ...
 
     def finish(self, chunks: list[Chunk], classes: NDArray[np.int64] | None) -> None:
-        """All chunks are written, of images of these classes. Called on the main process only."""
+        """Finish when all chunks, with images of these classes, are written. Called on the main process only."""
         ...
 
 
 class NoFiles:
-    """Images are looked at and forgotten."""
+    """Discards the images."""
 
     def start(self, plan: str, is_main: bool) -> None:
         """Do nothing."""
 
     def has(self, chunk: Chunk) -> bool:
-        """Return True: nothing is missing."""
+        """Return True, since no file is missing."""
         return True
 
     def write(self, chunk: Chunk, images: NDArray[np.uint8]) -> None:
@@ -71,9 +71,10 @@ class NoFiles:
 
 
 class NpzFile:
-    """``arr_0`` uint8 [N, H, W, C] and ``arr_1`` int64 labels [N], where there are some, as ADM's evaluator reads.
+    """An .npz file for ADM's evaluator: ``arr_0`` uint8 [num_images, H, W, C], and ``arr_1`` int64 [num_images].
 
-    Chunks wait in ``{path}.parts``, each with a record of its hash; a damaged one is generated again.
+    ``arr_1`` has the labels, if there are any. Finished chunks are stored in ``{path}.parts``, each with a record of its
+    hash; a damaged one is generated again.
     """
 
     def __init__(self, path: str) -> None:
@@ -84,7 +85,7 @@ class NpzFile:
         self._plan = ""
 
     def start(self, plan: str, is_main: bool) -> None:
-        """Throw the parts of another evaluation away. Raises ValueError where the file cannot be written."""
+        """Delete the parts of another evaluation. Raises ValueError where the file cannot be written."""
         self._plan = plan
         require_no_folder(self._path)
         if is_main and unless_damaged(lambda: _plan_in(self._parts)) != plan:
@@ -103,15 +104,15 @@ class NpzFile:
         return parse_npy(read_kept(path, self._identity(chunk)), path, shape, np.uint8)
 
     def has(self, chunk: Chunk) -> bool:
-        """Return whether its part is there, and whole."""
+        """Return whether the chunk's part exists and is sound."""
         return unless_damaged(lambda: self._read(chunk)) is not None
 
     def write(self, chunk: Chunk, images: NDArray[np.uint8]) -> None:
-        """Write one part."""
+        """Write the part of one chunk."""
         write_kept(self._part(chunk), npy_of(images), self._identity(chunk))
 
     def finish(self, chunks: list[Chunk], classes: NDArray[np.int64] | None) -> None:
-        """Put the parts together and delete them. Raises ValueError where one was damaged since it was written."""
+        """Join the parts and delete them. Raises ValueError where one was damaged after it was written."""
         first = self._last_read(chunks[0])
         others = (self._last_read(chunk) for chunk in chunks[1:])
         images = Blocks((chunks[-1].last, *first.shape[1:]), np.dtype(np.uint8), itertools.chain([first], others))
@@ -129,7 +130,7 @@ class NpzFile:
 
 @dataclass(frozen=True)
 class _Pictures:
-    """The PNGs of a chunk, in their record."""
+    """The record of a chunk's PNGs."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -140,9 +141,9 @@ class _Pictures:
 
 
 class PngFiles:
-    """``{index:06d}.png`` in a folder; of other than 1 or 3 channels nothing can be written.
+    """A folder of ``{index:06d}.png``, for images of 1 or 3 channels.
 
-    A hidden record a chunk has the hashes of its pictures; those of a damaged one are generated again.
+    A hidden record of each chunk has the hashes of its pictures; if one is damaged, the chunk is generated again.
     """
 
     def __init__(self, path: str) -> None:
@@ -172,7 +173,7 @@ class PngFiles:
         return self._folder / f".{chunk.first:08d}-{chunk.last:08d}.json"
 
     def has(self, chunk: Chunk) -> bool:
-        """Return whether all its pictures are there, and whole."""
+        """Return whether all pictures of the chunk exist and are sound."""
         return unless_damaged(lambda: self._require(chunk)) is not None
 
     def _require(self, chunk: Chunk) -> bool:
@@ -186,7 +187,7 @@ class PngFiles:
         return True
 
     def write(self, chunk: Chunk, images: NDArray[np.uint8]) -> None:
-        """Write one file an image, and the record of them last."""
+        """Write one file an image, then their record."""
         if images.shape[3] not in (1, 3):
             raise ValueError(
                 f"The images have {images.shape[3]} channels, but a PNG has 1 or 3; use evaluation/image_file=npz."
@@ -201,4 +202,4 @@ class PngFiles:
         write_bytes(self._record(chunk), json.dumps(seal(record)).encode())
 
     def finish(self, chunks: list[Chunk], classes: NDArray[np.int64] | None) -> None:
-        """Do nothing: the pictures are there already."""
+        """Do nothing: the pictures are already written."""

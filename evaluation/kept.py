@@ -1,7 +1,7 @@
-"""Results that a later job takes instead of making them again: files with a sealed record of what they are.
+"""Cache results for later jobs as files, each with a sealed record of its identity and hash.
 
-A file counts only where the record beside it has its hash and says that it is of the same. What is damaged is named on
-the standard error and made again.
+A file is used only if the record next to it has its hash and the wanted identity. Damaged files are reported on standard
+error and computed again.
 """
 
 import io
@@ -23,13 +23,13 @@ from core.records import read_record, seal
 
 T = TypeVar("T")
 
-MAX_BYTES = 2**34  # of one kept file, which is read whole
+MAX_BYTES = 2**34  # of one cached file, which is read whole
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True)
 class _Record:
-    """Describe a kept file, in its record."""
+    """The record of a cached file."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -39,17 +39,17 @@ class _Record:
 
 
 def write_kept(path: Path, content: bytes, identity: Mapping[str, Any]) -> None:
-    """Write a file, and last the record of what it is."""
+    """Write a file, then its record with the identity."""
     record = {"identity": dict(identity), "num_bytes": len(content), "sha256": sha256(content).hexdigest()}
     write_bytes(path, content)
     write_bytes(record_of(path), json.dumps(seal(record)).encode())
 
 
 def read_kept(path: Path, identity: Mapping[str, Any]) -> bytes:
-    """Return a kept file's content.
+    """Return a cached file's content.
 
-    Raises OSError as `open` does, and DamagedFileError where the file or its record is not what was written, or is of
-    something else.
+    Raises the OSErrors of `open`, and DamagedFileError where the file or its record was changed, or has another
+    identity.
     """
     record = read_record(record_of(path), _Record)
     if record.identity != json.loads(json.dumps(identity)):
@@ -63,14 +63,14 @@ def read_kept(path: Path, identity: Mapping[str, Any]) -> bytes:
 
 
 def record_of(path: Path) -> Path:
-    """Return where the record of a kept file lies."""
+    """Return the path of a cached file's record."""
     return path.with_suffix(".json")
 
 
 def unless_damaged(read: Callable[[], T]) -> T | None:
-    """Return what ``read`` reads, or None where it has to be made: nothing was kept, or it is damaged.
+    """Return the result of ``read``, or None where the cached file does not exist or is damaged.
 
-    Damage is told in one line on the standard error. Raises PermissionError where it may not be read.
+    Damage is reported in one line on standard error. Raises PermissionError where the file may not be read.
     """
     try:
         return read()
@@ -91,13 +91,13 @@ def npy_of(array: NDArray[Any]) -> bytes:
 
 
 def parse_npy(content: bytes, path: Path, shape: tuple[int | None, ...], dtype: type[np.generic]) -> NDArray[Any]:
-    """Return the array of a ``.npy`` file's content; None in ``shape`` is any length.
+    """Return the array of a ``.npy`` file's content; None in ``shape`` accepts any length.
 
-    Raises DamagedFileError that names ``path`` for another shape or type, or values that are not finite.
+    Raises DamagedFileError that names ``path`` for another shape or dtype, or values that are not finite.
     """
     try:
         array: NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
-    except Exception as error:  # of many kinds, for a header of anything
+    except Exception as error:  # of many types, since a damaged header can hold anything
         raise DamagedFileError(f"{path} is damaged: it is not a .npy file ({type(error).__name__}).") from None
     fits = len(array.shape) == len(shape) and all(
         wanted in (None, found) for wanted, found in zip(shape, array.shape, strict=True)

@@ -1,4 +1,4 @@
-"""Bits per dimension of a model over a data set."""
+"""Measure bits per dimension of a model over a data set."""
 
 from typing import Any
 
@@ -23,9 +23,9 @@ def measure_likelihood(
     network_precision: str,
     progress: ProgressBar,
 ) -> dict[str, Any]:
-    """The bound over the first ``num_images`` samples of the shards (they are in a fixed random order).
+    """Return the variational bound, averaged over the first ``num_images`` samples, in the shards' fixed random order.
 
-    Takes the generator's denoiser without its sampler. Every process must call it; each takes its share.
+    Uses the generator's denoiser without its sampler. Every process must call it; each computes its share.
     """
     process = require_gaussian(generator.objective, "metric nll")
     count = min(num_images, len(shards))
@@ -46,7 +46,7 @@ def measure_likelihood(
 
 
 def _bits_of(generator: Generator, process: GaussianDiffusion, shards: MappedShards, rows: np.ndarray) -> np.ndarray:
-    """[len(rows)] float64; a sample's noise depends on (seed, row, step) alone."""
+    """Return the bits of each row, [B] float64; a sample's noise depends on (seed, row, step) alone."""
     philox, runtime = Philox(generator.seed), generator.runtime
     shape = (generator.spec.channels, generator.spec.latent_size, generator.spec.latent_size)
 

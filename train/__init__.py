@@ -1,1 +1,1 @@
-"""The one loop, its step, its state, EMA, checkpoints, hooks, loggers."""
+"""The training loop, its step, its state, EMA, checkpoints, hooks and loggers."""

@@ -1,13 +1,14 @@
-"""Checkpoints: complete or absent, in safetensors that a stranger can read.
+"""Read checkpoints, which are complete or absent and hold tensors as safetensors, readable without this program.
 
-``step_00000500/``: ``model``, ``ema`` and ``optimizer`` ``.safetensors``, a file for each further average, and
-``state.json`` with the step, the facts of the run, the SHA-256 of each file and, last, of all that it says itself. A
-large part that several processes wrote is several files, ``ema-00001-of-00004.safetensors``, with an index
-``ema.safetensors.index.json`` as Hugging Face's libraries have it. ``metrics.jsonl`` and ``timing.jsonl`` are copies of
-the run's lines up to the step. `train.saving` writes them.
+``step_00000500/`` holds ``model``, ``ema`` and ``optimizer`` ``.safetensors``, one file for each further average, and
+``state.json`` with the step, the facts of the run, the SHA-256 of each file and, last, the SHA-256 of its own content.
+A large part that several processes wrote has several files, ``ema-00001-of-00004.safetensors``, and an index
+``ema.safetensors.index.json`` in the format of Hugging Face's libraries. ``metrics.jsonl`` and ``evaluations.jsonl``
+are copies of the run's lines up to the step. `train.saving` writes checkpoints.
 
-A checkpoint may be a stranger's: every file is a regular one of a known hash, every name stays inside the folder, every
-field has its type. `launch.builders.saved_configs` says what its config may build.
+A checkpoint may come from somebody else, so reading checks that every file is regular and has its recorded hash, that
+every name stays inside the folder and that every field has its type. `launch.builders.saved_configs` defines what its config may
+build.
 """
 
 import re
@@ -36,7 +37,7 @@ _PART_OF = re.compile(r"(.+)-\d{5}-of-\d{5}")
 
 
 def file_names(part: str, owners: Sequence[Sequence[str]]) -> list[str | None]:
-    """The file in which each process writes its tensors of a part; None for a process that has none of them."""
+    """Return the file in which each process writes its tensors of a part; None for a process without any."""
     writers = [rank for rank, names in enumerate(owners) if names] or [0]
     if len(writers) == 1:
         return [f"{part}.safetensors" if rank in writers else None for rank in range(len(owners))]
@@ -45,12 +46,12 @@ def file_names(part: str, owners: Sequence[Sequence[str]]) -> list[str | None]:
 
 
 def index_name(part: str) -> str:
-    """The file that says which of a part's files has which tensor."""
+    """Return the name of the index that maps each tensor of a part to its file."""
     return f"{part}.safetensors.index.json"
 
 
 def part_of(file_name: str) -> str:
-    """The part that a safetensors file belongs to."""
+    """Return the part that a safetensors file belongs to."""
     stem = file_name.removesuffix(".safetensors")
     match = _PART_OF.fullmatch(stem)
     return match.group(1) if match else stem
@@ -58,7 +59,7 @@ def part_of(file_name: str) -> str:
 
 @dataclass(frozen=True)
 class StateRecord:
-    """Types of what ``state.json`` holds."""
+    """The fields of ``state.json`` and their types."""
 
     format_version: int
     step: Annotated[int, Field(ge=0)]
@@ -66,7 +67,7 @@ class StateRecord:
     config: dict[str, Any]
     spec: dict[str, Any]
     data_manifest_hash: str
-    sha256: dict[str, str]  # of each other file
+    sha256: dict[str, str]  # of each other file, by name
     code: dict[str, str] = field(default_factory=dict)
     interval: dict[str, list[float]] = field(default_factory=dict)
     recent_grad_norms: list[float] = field(default_factory=list)
@@ -74,14 +75,14 @@ class StateRecord:
 
 
 class UnknownVersionError(ValueError):
-    """A checkpoint of a later program: no damage, and no reason to go on from an older one."""
+    """A checkpoint was written by a later version of this program. It is sound, so no older one replaces it."""
 
 
 def read_state_file(path: Path) -> dict[str, Any]:
     """Return ``state.json`` of a checkpoint folder, with the fields and types of `StateRecord`.
 
-    Raises ValueError where there is none that can be read, where it has another hash than it says, or another step than
-    the folder's name, and PermissionError where it may not be read.
+    Raises ValueError where it is missing or damaged, does not match its own hash, or has another step than the folder's
+    name, and PermissionError where it may not be read.
     """
     if not path.is_dir():
         raise ValueError(f"There is no checkpoint folder {path}; give one like RUN/checkpoints/step_00000500.")
@@ -112,11 +113,11 @@ def read_state_file(path: Path) -> dict[str, Any]:
 
 def _require_own_step(path: Path, step: int) -> None:
     if FOLDER_NAME.fullmatch(path.name) and step_of(path) != step:
-        raise DamagedFileError(f"it is of step {step}, but lies in {path.name}")
+        raise DamagedFileError(f"it has step {step}, but is in {path.name}")
 
 
 def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
-    """Return the tensors of the part ``name`` on the host. Raises ValueError where a file is damaged, naming it."""
+    """Return the tensors of the part ``name`` on the CPU. Raises ValueError that names the file if one is damaged."""
     hashes: dict[str, str] = read_state_file(path)["sha256"]
     parts = {file_name: part_of(file_name) for file_name in hashes if file_name.endswith(".safetensors")}
     files = [file_name for file_name, part in parts.items() if part == name]
@@ -134,16 +135,16 @@ def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
 
 
 def read_lines_copy(path: Path, name: str) -> bytes | None:
-    """Return a checkpoint's copy of a file of lines, up to its step; None where it was saved without.
+    """Return a checkpoint's copy of a JSON Lines file, up to its step; None where the checkpoint has no copy.
 
-    Raises ValueError where the copy is damaged, naming it.
+    Raises ValueError that names the copy if it is damaged.
     """
     expected = read_state_file(path)["sha256"].get(name)
     return None if expected is None else read_regular(_sound_file(path, name, expected), MAX_BYTES)
 
 
 def _sound_file(path: Path, file_name: str, expected: str) -> Path:
-    """Return a file of a checkpoint whose content has the expected hash. Raises ValueError that names it."""
+    """Return the path of a checkpoint's file. Raises ValueError that names it unless it has the expected hash."""
     try:
         file = inside(path, file_name, str(path / STATE_FILE))
         found = sha256_of(file)
@@ -161,12 +162,12 @@ def _sound_file(path: Path, file_name: str, expected: str) -> Path:
 
 
 def load_weights(module: nn.Module, path: Path, name: str) -> None:
-    """Load ``model`` weights or an average. Raises ValueError for a damaged file or another architecture."""
+    """Load ``model`` weights or an average. Raises ValueError for a damaged file or a different architecture."""
     fill(module, path, read_tensors(path, name))
 
 
 def fill(module: nn.Module, path: Path, tensors: dict[str, Tensor]) -> None:
-    """Give a module the weights of a checkpoint. Raises ValueError where they are of another architecture."""
+    """Copy a checkpoint's weights into a module. Raises ValueError where their architecture differs."""
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
@@ -174,7 +175,7 @@ def fill(module: nn.Module, path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def load_checkpoint(path: Path, state: TrainState) -> None:
-    """Restore everything in place. Raises ValueError for a damaged checkpoint."""
+    """Restore the whole training state in place. Raises ValueError for a damaged checkpoint."""
     load_weights(state.model, path, "model")
     for name, module in state.ema.modules.items():
         load_weights(module, path, name)
@@ -192,8 +193,8 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
 def load_newest(store: CheckpointStore, state: TrainState) -> tuple[Path | None, list[str]]:
     """Restore the newest checkpoint that can be read.
 
-    Returns a folder with it, None where there is no checkpoint at all, and a sentence for each damaged one
-    passed over. Raises ValueError where all of them are damaged, or one was met that a later program wrote.
+    Returns its folder, or None where there is no checkpoint at all, and one sentence for each damaged checkpoint that
+    was skipped. Raises ValueError where all are damaged, or where a later version of this program wrote one.
     """
     complaints: list[str] = []
     for step in reversed(store.steps()):
@@ -214,7 +215,7 @@ def load_newest(store: CheckpointStore, state: TrainState) -> tuple[Path | None,
 
 
 def code_version() -> dict[str, str]:
-    """What computed a checkpoint."""
+    """Return the versions of the packages that compute a checkpoint."""
     from importlib.metadata import version
 
     return {"ditscale": version("ditscale"), "torch": torch.__version__}

@@ -1,9 +1,9 @@
-"""What a diverged run leaves behind, so that its last step can be run again: `train.replay` does.
+"""Write and read the dump of a diverged run, from which `train.replay` repeats the step that diverged.
 
-``RUN/nonfinite_00001234/``: ``dump.json`` and ``checkpoints/step_00001200/``, the last good checkpoint before that
-step. A batch follows from seed and step, and the state before the step from the checkpoint and the steps since, so
-no tensor of the step itself is kept. The checkpoint's files are hard links where the disk has them: they take no
-room while the run keeps that checkpoint, and stay when it lets it go.
+``RUN/nonfinite_00001234/`` holds ``dump.json`` and ``checkpoints/step_00001200/``, the last good checkpoint before that
+step. The seed and the step determine a batch, and the checkpoint and the steps since determine the state before the
+step, so no tensor of the step itself is stored. The checkpoint's files are hard links where the file system supports
+them: they take no space while the run keeps that checkpoint, and remain when the run deletes it.
 """
 
 import json
@@ -28,7 +28,7 @@ FILE_NAME = "dump.json"
 
 
 class DivergedError(FloatingPointError):
-    """``metric`` was not finite in ``step``, which counts from 1."""
+    """The metric ``metric`` was not finite in step ``step``, which counts from 1."""
 
     def __init__(self, sentence: str, step: int, metric: str, value: float) -> None:
         super().__init__(sentence)
@@ -39,11 +39,11 @@ class DivergedError(FloatingPointError):
 
 @dataclass(frozen=True)
 class Dump:
-    """A diverged run up to the step at fault, which counts from 1."""
+    """A diverged run up to the step that diverged, which counts from 1."""
 
     path: Path
     step: int
-    metric: str  # the first that was not finite
+    metric: str  # the first one that was not finite
     value: float
     processes: int
     config: dict[str, Any]
@@ -52,25 +52,26 @@ class Dump:
 
     @property
     def checkpoints(self) -> Path:
-        """Where the checkpoint to continue from lies; without one the run diverged before its first."""
+        """Return the folder of the checkpoint to continue from; missing if the run diverged before its first."""
         return self.path / "checkpoints"
 
 
 def write_dump(
     path: Path, store: CheckpointStore, error: DivergedError, facts: Mapping[str, Any], processes: int
 ) -> None:
-    """Keep what leads to the step at fault: the newest checkpoint before it, and the ``facts`` that checkpoints have.
+    """Store what is needed to repeat the step that diverged: the newest checkpoint before it and the run's ``facts``.
 
-    A dump of the same step is replaced. Only for the job that holds the run's lock.
+    ``facts`` are those of a checkpoint. A dump of the same step is replaced. Only the job that holds the run's lock may
+    call this.
     """
-    for leftover in path.parent.glob(".nonfinite_*.tmp"):  # of a job that was killed here
+    for leftover in path.parent.glob(".nonfinite_*.tmp"):  # from a job that was killed while it wrote a dump
         shutil.rmtree(leftover, ignore_errors=True)
     earlier = [step for step in store.steps() if step < error.step]
     content = {
         "format_version": FORMAT_VERSION,
         "step": error.step,
         "metric": error.metric,
-        "value": str(error.value),  # JSON has no number for it
+        "value": str(error.value),  # JSON has no NaN and no infinity
         "processes": processes,
         **{key: facts[key] for key in ("config", "data_manifest_hash", "code")},
     }
@@ -89,7 +90,7 @@ def _link_or_copy(source: str, target: str) -> None:
 
 @dataclass(frozen=True)
 class _Record:
-    """Types of what ``dump.json`` holds."""
+    """The fields of ``dump.json`` and their types."""
 
     format_version: int
     step: Annotated[int, Field(ge=1)]
@@ -102,7 +103,10 @@ class _Record:
 
 
 def read_dump(path: Path) -> Dump:
-    """Raise ValueError for a folder that is no dump, or a damaged one; PermissionError where it may not be read."""
+    """Return the dump in a folder.
+
+    Raises ValueError where the folder is not a dump or is damaged, and PermissionError where it may not be read.
+    """
     file = path / FILE_NAME
     try:
         content = parse_object(read_regular(file), str(file))
@@ -118,7 +122,7 @@ def read_dump(path: Path) -> Dump:
         return Dump(path=path, value=float(record.value), **fields)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(
-            f"{path} is no dump of a diverged run: it has no {FILE_NAME}; give a folder like RUN/nonfinite_00001234."
+            f"{path} is not a dump of a diverged run: it has no {FILE_NAME}; give a folder like RUN/nonfinite_00001234."
         ) from error
     except UnknownVersionError:
         raise

@@ -1,7 +1,7 @@
-"""Averages of the weights over training, behind one interface.
+"""Define moving averages of the weights over training, behind one interface.
 
-A step's weight in an average may depend on the step. It is then computed on the device from a count that lies
-there, so that no runtime sees another program at another step.
+The weight that an average gives to the newest weights may depend on the step. It is then computed on the device from a
+step count that is stored there, so that the compiled program is the same at every step.
 """
 
 import copy
@@ -17,15 +17,15 @@ MAIN = "ema"  # the average that training samples from and measures
 
 
 class Average:
-    """One average: ``module`` is a copy of the model that holds it, in float32.
+    """One average of the weights, held in float32 by ``module``, a copy of the model.
 
-    ``step_weight`` says what weight the newest weights get; the rest is the average so far.
+    ``step_weight`` is the weight of the newest weights in an update; the average so far gets the rest.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self.module = copy.deepcopy(model).requires_grad_(False).eval()
-        # Lies where the runtime puts the module; no part of its weights on disk, since the step is in a checkpoint.
+        # A buffer, so that the runtime moves it with the module; not persistent, since a checkpoint has the step.
         self.module.register_buffer("_num_updates", torch.zeros(()), persistent=False)
 
     def start_at(self, step: int) -> None:
@@ -33,11 +33,11 @@ class Average:
         self.module.register_buffer("_num_updates", torch.tensor(float(step)), persistent=False)
 
     def step_weight(self, num_updates: Tensor) -> Tensor | float:
-        """Of the weights after update number ``num_updates`` [] float32, which counts from 1: a scalar in [0, 1]."""
+        """Return the weight, a scalar in [0, 1], of the weights at update ``num_updates`` [] float32, from 1."""
         raise NotImplementedError
 
     def initial_share(self, steps: int) -> float:
-        """Return the share of the weights before the first step in the average after so many steps, in [0, 1]."""
+        """Return the share, in [0, 1], that the initial weights have in the average after ``steps`` steps."""
         updates = torch.arange(1, steps + 1, dtype=torch.float64)
         share = self.step_weight(updates)
         kept = 1.0 - torch.as_tensor(share, dtype=torch.float64).expand(steps)
@@ -46,7 +46,7 @@ class Average:
     @torch.no_grad()
     def update(self) -> None:
         """Set average = average + step_weight x (weights - average), with the weights after this step."""
-        # Looked up each time: a runtime may have put other parameters into both modules.
+        # Looked up at each update: a runtime may have replaced the parameters of both modules.
         averages: list[Tensor] = list(self.module.parameters())
         weights: list[Tensor] = list(self._model.parameters())
         num_updates = cast(Tensor, self.module._num_updates).add_(1)
@@ -59,33 +59,34 @@ class Average:
 
 
 class ConstantAverage(Average):
-    """Constant decay: average = decay x average + (1 - decay) x weights."""
+    """An average with constant decay: average = decay x average + (1 - decay) x weights."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__(model)
         self.decay = require_decay(decay)
 
     def step_weight(self, num_updates: Tensor) -> float:
-        """The same at every step."""
+        """Return 1 - decay, the same at every step."""
         return 1.0 - self.decay
 
 
 class WarmedUpAverage(Average):
-    """Decay min(decay, (1 + n) / (10 + n)) at update n, which forgets a short run's first weights."""
+    """An average with decay min(decay, (1 + n) / (10 + n)) at update n, which soon forgets the initial weights."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__(model)
         self.decay = require_decay(decay)
 
     def step_weight(self, num_updates: Tensor) -> Tensor:
-        """9 / (10 + n), until that is less than 1 - decay."""
+        """Return max(9 / (10 + n), 1 - decay) for update n."""
         return (9.0 / (10.0 + num_updates)).clamp(min=1.0 - self.decay)
 
 
 class PowerAverage(Average):
-    """The power-function average of Karras et al. 2024, section 3.1: weights of step i count as i^gamma.
+    """The power-function average of Karras et al. 2024, section 3.1, in which the weights of step i count as i^gamma.
 
-    Its update at step t keeps (1 - 1/t)^(gamma + 1) of the average (equation 4), so the first weights go at once.
+    The update at step t keeps (1 - 1/t)^(gamma + 1) of the average (equation 4), so the first one drops the initial
+    weights.
     """
 
     def __init__(self, model: nn.Module, relative_std: float) -> None:
@@ -93,12 +94,12 @@ class PowerAverage(Average):
         self.gamma = gamma_of(relative_std)
 
     def step_weight(self, num_updates: Tensor) -> Tensor:
-        """1 - (1 - 1/t)^(gamma + 1), without the cancellation that float32 has at late steps."""
+        """Return 1 - (1 - 1/t)^(gamma + 1), computed without the cancellation of float32 at late steps."""
         return -torch.expm1((self.gamma + 1.0) * torch.log1p(-1.0 / num_updates))
 
 
 class Averages:
-    """Those of one run, by the name under which a checkpoint and ``weights=`` know them; the first is `MAIN`."""
+    """The averages of one run, by their name in a checkpoint and in ``weights=``; the first is `MAIN`."""
 
     def __init__(self, by_name: Mapping[str, Average]) -> None:
         assert next(iter(by_name)) == MAIN
@@ -106,12 +107,12 @@ class Averages:
 
     @property
     def module(self) -> nn.Module:
-        """The average that is sampled from and measured during training."""
+        """Return the average that training samples from and measures."""
         return self.by_name[MAIN].module
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """All of them."""
+        """Return the modules of all averages, by name."""
         return {name: average.module for name, average in self.by_name.items()}
 
     def start_at(self, step: int) -> None:
@@ -120,16 +121,16 @@ class Averages:
             average.start_at(step)
 
     def update(self) -> None:
-        """After the optimizer's step."""
+        """Update each average with the weights after the optimizer's step."""
         for average in self.by_name.values():
             average.update()
 
 
-MOST_INITIAL_SHARE = 0.05  # of untrained weights in an average, above which it is no average of trained ones
+MOST_INITIAL_SHARE = 0.05  # above this share of untrained weights, an average is reported
 
 
 def initial_share_note(average: Average, name: str, steps: int) -> str | None:
-    """Return a sentence where an average is still much of the untrained weights after so many steps; else None."""
+    """Return a sentence if untrained weights still have a large share in an average after ``steps`` steps, or None."""
     if (share := average.initial_share(steps)) <= MOST_INITIAL_SHARE:
         return None
     return (
@@ -140,17 +141,20 @@ def initial_share_note(average: Average, name: str, steps: int) -> str | None:
 
 
 def constant(model: nn.Module, decay: float = 0.9999) -> Averages:
-    """One average of constant decay (paper, section 4: 0.9999)."""
+    """Return one average with constant decay (paper, section 4: 0.9999)."""
     return Averages({MAIN: ConstantAverage(model, decay)})
 
 
 def warmed_up(model: nn.Module, decay: float = 0.9999) -> Averages:
-    """One average for runs of fewer steps than its decay remembers."""
+    """Return one average for runs with fewer steps than the memory of its decay, 1 / (1 - decay)."""
     return Averages({MAIN: WarmedUpAverage(model, decay)})
 
 
 def several(model: nn.Module, decays: list[float]) -> Averages:
-    """Constant decays at once: ``ema`` is the first, the others are ``ema_DECAY``. Raises ValueError for none."""
+    """Return averages of several constant decays: the first is ``ema``, the others are ``ema_DECAY``.
+
+    Raises ValueError where there is no decay, or where two are equal.
+    """
     if not decays or len(set(decays)) < len(decays):
         raise ValueError(f"ema.decays is {decays}, but it must be one or more different decays.")
     names = [MAIN, *(f"{MAIN}_{decay:g}" for decay in decays[1:])]
@@ -158,9 +162,9 @@ def several(model: nn.Module, decays: list[float]) -> Averages:
 
 
 def power(model: nn.Module, relative_stds: list[float]) -> Averages:
-    """Power-function averages of these widths, relative to the run: ``ema`` is the first, the others ``ema_WIDTH``.
+    """Return power-function averages of widths relative to the run: the first is ``ema``, the others ``ema_WIDTH``.
 
-    Any other width is made of two of them after training (`train.posthoc`).
+    `train.posthoc` reconstructs any other width from two of them after training.
     """
     if not relative_stds or len(set(relative_stds)) < len(relative_stds):
         raise ValueError(f"ema.relative_stds is {relative_stds}, but it must be one or more different widths.")
@@ -169,21 +173,22 @@ def power(model: nn.Module, relative_stds: list[float]) -> Averages:
 
 
 def require_decay(decay: float) -> float:
-    """The decay, if it is in [0, 1); else raises ValueError."""
+    """Return the decay. Raises ValueError where it is not in [0, 1)."""
     if not 0 <= decay < 1:
         raise ValueError(f"ema.decay is {decay}, but it must be in [0, 1); the paper uses 0.9999.")
     return decay
 
 
 def relative_std_of(gamma: float) -> float:
-    """Width of the profile tau^gamma on [0, 1], its standard deviation: Karras et al. 2024, section 3.1."""
+    """Return the width of the profile tau^gamma on [0, 1], its standard deviation (Karras et al. 2024, section 3.1)."""
     return math.sqrt(gamma + 1) / ((gamma + 2) * math.sqrt(gamma + 3))
 
 
 def gamma_of(relative_std: float) -> float:
-    """The exponent of a width. Raises ValueError outside (0, 0.28): wider profiles would grow into the past.
+    """Return the exponent gamma of a width, the largest root of gamma^3 + 7 gamma^2 + (16 - s) gamma + 12 - s.
 
-    The largest root of gamma^3 + 7 gamma^2 + (16 - s) gamma + 12 - s with s = width^-2.
+    Here s = width^-2. Raises ValueError outside (0, 0.28): wider profiles would give early steps more weight than late
+    ones.
     """
     if not 0 < relative_std < 0.28:
         raise ValueError(f"The width {relative_std} of an average is not in (0, 0.28); Karras et al. use 0.05 and 0.1.")

@@ -1,4 +1,4 @@
-"""What happens around the steps: logging, progress, checkpoints."""
+"""Hooks that run around the training steps: logging, progress, checkpoints."""
 
 import math
 import time
@@ -19,23 +19,23 @@ from train.summary import summary
 
 
 class Hook(Protocol):
-    """Called around every step, on every process, in the order of the list."""
+    """Runs around every step, on every process, in the order of the list of hooks."""
 
     def start(self, state: TrainState) -> None:
-        """Before the first step of this process; state.step is where the run stands."""
+        """Run before the first step of this process; ``state.step`` steps of the run are done."""
         ...
 
     def __call__(self, state: TrainState, metrics: Metrics) -> None:
-        """After each step; metrics are scalars on the device."""
+        """Run after each step; metrics are scalars on the device."""
         ...
 
     def finish(self) -> None:
-        """After the last step, or after an exception."""
+        """Run after the last step, or after an exception."""
         ...
 
 
 def due(state: TrainState, every: int | None) -> bool:
-    """Whether something that happens each ``every`` steps, and at the end, happens now. None is never."""
+    """Return whether an action of every ``every`` steps, and of the last step, is due now. None is never."""
     return every is not None and state.step > 0 and (state.step % every == 0 or state.finished)
 
 
@@ -48,12 +48,12 @@ class ProgressHook:
         self._stack = ExitStack()
 
     def start(self, state: TrainState) -> None:
-        """Show where the run stands."""
+        """Show a bar at the current step."""
         bar = self._progress("train", state.step, state.total_steps, "step")
         self._bar = self._stack.enter_context(bar)
 
     def __call__(self, state: TrainState, metrics: Metrics) -> None:
-        """One step further, with the loss of the last log line."""
+        """Advance the bar by one step and show the loss of the last log line."""
         if self._log.last_loss is not None:
             self._bar.note(f"loss {self._log.last_loss:.4f}")
         self._bar.update(1)
@@ -64,35 +64,35 @@ class ProgressHook:
 
 
 class Clock:
-    """Measures the time between log steps without what other hooks do there: it is the last hook."""
+    """Measures the time between log steps without the time of other hooks there; it must be the last hook."""
 
     def __init__(self) -> None:
         self._since = 0.0
         self._read = False
 
     def start(self, state: TrainState) -> None:
-        """Start, after whatever other hooks did before the first step."""
+        """Start, after the other hooks have started."""
         self._since = time.perf_counter()
 
     def __call__(self, state: TrainState, metrics: Metrics) -> None:
-        """Start again where the time was read at this step."""
+        """Restart if the time was read at this step."""
         if self._read:
             self._since, self._read = time.perf_counter(), False
 
     def read(self) -> float:
-        """Seconds since the last start; the next interval begins when this step's hooks are through."""
+        """Return the seconds since the last start; the next interval begins after all hooks of this step."""
         self._read = True
         return time.perf_counter() - self._since
 
     def finish(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
 
 class LogHook:
-    """Means over the last ``every`` steps, as one line of metrics.jsonl and to the logger.
+    """Writes means over the last ``every`` steps as one line of metrics.jsonl and to the logger.
 
-    ``metrics.jsonl`` holds only what the config determines; times go to ``timing.jsonl``. Raises
-    DivergedError at the first value that is not finite, which keeps later checkpoints from being written.
+    ``metrics.jsonl`` holds only values that the config determines; times go to ``timing.jsonl``. Raises
+    DivergedError at the first value that is not finite, so that no later checkpoint is written.
     """
 
     def __init__(
@@ -116,19 +116,19 @@ class LogHook:
         self.last_loss: float | None = None  # mean over the last interval
 
     def start(self, state: TrainState) -> None:
-        """What a stopped run had measured since its last line is in the state."""
+        """Start the guard; the state already has what a stopped run measured since its last line."""
         if self._guard is not None:
             self._guard.start(state)
 
     def __call__(self, state: TrainState, metrics: Metrics) -> None:
-        """Keep what the step left on the device; read at log steps only."""
+        """Store the step's metrics on the device; read them at log steps only."""
         self._history.append(metrics)
         self._steps_timed += 1
         if due(state, self._every):
             self._log(state)
 
     def settle(self, state: TrainState) -> None:
-        """Move what is on the device to ``state.interval``. Every process must call it."""
+        """Move metrics from the device to ``state.interval``. Every process must call it."""
         if self._history:
             for name, values in self._runtime.fetch(self._history).items():
                 state.interval.setdefault(name, []).extend(values)
@@ -136,7 +136,7 @@ class LogHook:
             self._require_finite(state)
 
     def note_timing(self, seconds: Mapping[str, float]) -> None:
-        """For the next line of ``timing.jsonl``."""
+        """Add durations to the next line of ``timing.jsonl``."""
         self._further_timing |= seconds
 
     def _log(self, state: TrainState) -> None:
@@ -179,14 +179,14 @@ class LogHook:
         return DivergedError(sentence, step, name, value)
 
     def finish(self) -> None:
-        """Nothing is left: the last step is always logged."""
+        """Do nothing: the last step is always logged."""
 
 
 class CheckpointHook:
-    """Saves the state each ``every`` steps, at the end, and when the run is asked to stop, which it then does.
+    """Saves the state every ``every`` steps, at the end, and when the run is asked to stop, which ends the run.
 
-    One process stops after any step; several agree at log steps, ``agree_every`` steps apart. Files are written
-    beside the next steps; the newest ``keep`` checkpoints stay, and those of the steps that ``keep_every`` divides.
+    A single process stops after any step; several agree at log steps, ``agree_every`` steps apart. Files are written
+    asynchronously. The newest ``keep`` checkpoints are kept, and those whose step is a multiple of ``keep_every``.
     """
 
     def __init__(
@@ -214,11 +214,11 @@ class CheckpointHook:
         self._saved_at = 0
 
     def start(self, state: TrainState) -> None:
-        """What was restored is saved already."""
+        """Remember the restored step, which is already saved."""
         self._saved_at = state.step
 
     def __call__(self, state: TrainState, metrics: Metrics) -> None:
-        """Save where it is due. Raises `Stopped` where the run was asked to stop, and what the last save met."""
+        """Save when due. Raises `Stopped` if the run was asked to stop, and any error of the last save."""
         self._writer.check()
         self._folder.check()
         stops = due(state, self._agree_every) and self._signals.agreed(self._runtime)
@@ -229,14 +229,14 @@ class CheckpointHook:
             raise Stopped
 
     def stop_if_asked(self, state: TrainState) -> None:
-        """Between two steps, for one process: save and raise `Stopped` where the run was asked to stop."""
+        """Save and raise `Stopped` if the run was asked to stop; only for a single process, between two steps."""
         if self._runtime.data_world == 1 and self._signals.requested:
             self.save(state)
             self._writer.wait()
             raise Stopped
 
     def save(self, state: TrainState) -> None:
-        """Begin to save, unless this step is saved. Every process must call it."""
+        """Start saving, unless this step is already saved. Every process must call it."""
         if state.step == self._saved_at:
             return
         self._log.settle(state)
@@ -245,5 +245,5 @@ class CheckpointHook:
         self._saved_at = state.step
 
     def finish(self) -> None:
-        """The last step was saved; wait until it is on disk."""
+        """Wait until the last checkpoint is on disk."""
         self._writer.wait()

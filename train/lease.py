@@ -1,6 +1,6 @@
-"""A lock behind a URL: an object that its holder renews, since object stores have no locks.
+"""Define a lock behind a URL: an object that its holder renews, since object stores have no locks.
 
-A holder that dies leaves its object behind; who finds it waits for a sign of life before taking it over.
+A holder that dies leaves its object behind; a job that finds it waits for a renewal before it takes the lock over.
 """
 
 import threading
@@ -14,24 +14,24 @@ from core import remote
 from core.urls import redacted
 from train.holder import Holder, read_holder, this_process
 
-PERIOD_SEC = 10.0  # between two signs of life
-PATIENCE = 3  # periods without one, after which the holder counts as dead
+PERIOD_SEC = 10.0  # between two renewals
+PATIENCE = 3  # periods without a renewal after which the holder counts as dead
 MAX_BYTES = 2**16  # of a lock
 
 
 class LeaseLostError(ValueError):
-    """Another job took the lease over, because it saw no sign of life of this one."""
+    """Another job took the lease over, because it saw no renewal by this one."""
 
 
 class Seen(NamedTuple):
-    """A lock as it was found. Any change of it is a sign of life, also of one that nobody can read."""
+    """A lock as it was found. Any change of its content counts as a renewal, even if it cannot be parsed."""
 
     content: bytes
     holder: Holder | None
 
 
 class Lease:
-    """Held by one job at a time. ``what`` is what it stands for, in errors."""
+    """A lock that one job at a time holds. ``what`` names the locked thing in errors."""
 
     def __init__(self, url: str, what: str, period_sec: float = PERIOD_SEC) -> None:
         self._url, self._what, self._period_sec = url, redacted(what), period_sec
@@ -41,7 +41,7 @@ class Lease:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Raises ValueError where another job holds it, which takes up to three periods to find out."""
+        """Hold the lock while the block runs. Raises ValueError, after up to three periods, if another job holds it."""
         self._take()
         thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         thread.start()
@@ -51,7 +51,7 @@ class Lease:
             self._ended.set()
             thread.join()
             if self._lost is None:
-                with suppress(ValueError, FileNotFoundError):  # out of reach: it will be seen to be dead
+                with suppress(ValueError, FileNotFoundError):  # unreachable: the lock expires without renewals
                     remote.remove(self._url)
 
     def check(self) -> None:
@@ -64,7 +64,7 @@ class Lease:
         if seen is not None and not (seen.holder is not None and seen.holder.is_gone()):
             self._await_death(seen)
         self._write(0)
-        time.sleep(self._period_sec / 10)  # who started in the same moment has written by then
+        time.sleep(self._period_sec / 10)  # a job that started at the same moment has written by then
         now = self._read()
         if now is None or not self._is_mine(now):
             raise self._refusal(now)
@@ -89,7 +89,7 @@ class Lease:
                     return
                 beat += 1
                 self._write(beat)
-            except ValueError:  # out of reach: others take over after a while, and this is seen when it is back
+            except ValueError:  # unreachable: a takeover by others is noticed once the store answers again
                 continue
 
     def _is_mine(self, seen: Seen) -> bool:

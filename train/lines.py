@@ -1,7 +1,7 @@
-"""Files of JSON lines, one record of a step each: ``metrics.jsonl``, ``timing.jsonl``, ``evaluations.jsonl``.
+"""Read and write JSON Lines files, one record of a step a line: ``metrics``, ``timing`` and ``evaluations.jsonl``.
 
-Lines of the last two carry a hash over themselves. ``metrics.jsonl`` is plain, for whatever reads it; checkpoints have
-a copy of its lines, and of those of ``evaluations.jsonl``.
+Lines of the last two carry a hash over themselves. ``metrics.jsonl`` is plain JSON for other programs. Checkpoints have
+a copy of the lines of ``metrics.jsonl`` and ``evaluations.jsonl``.
 """
 
 import json
@@ -25,7 +25,7 @@ class Line(NamedTuple):
 
 
 def append_record(file: Path, record: Mapping[str, Any], sealed: bool) -> None:
-    """Append one record, with a hash over it where ``sealed``. Raises as `append_line` does."""
+    """Append one record, with a hash over it if ``sealed``. Raises the errors of `append_line`."""
     append_line(file, json.dumps(seal(record) if sealed else dict(record)))
 
 
@@ -37,8 +37,8 @@ def read_lines(file: Path, whole: bool = False) -> list[dict[str, Any]]:
 def lines_of(file: Path, whole: bool = False) -> list[Line]:
     """Return the lines of a file; none where it does not exist.
 
-    A last line that a crash cut short is left out, or, where the file must be ``whole``, refused. Raises ValueError
-    that names the file and line where another line is damaged: no JSON object, no step, another hash than it says.
+    A last line that a crash cut short is skipped, or refused where the file must be ``whole``. Raises ValueError that
+    names the file and the line where another line is damaged: not a JSON object, without a step, or with a wrong hash.
     """
     try:
         content = read_regular(file, MAX_BYTES)
@@ -48,7 +48,7 @@ def lines_of(file: Path, whole: bool = False) -> list[Line]:
 
 
 def parse_lines(content: bytes, name: str, whole: bool = False) -> list[Line]:
-    """Return the lines of a file's content; ``name`` stands in errors. Raises as `lines_of` does."""
+    """Return the lines of a file's content; errors mention ``name``. Raises the errors of `lines_of`."""
     *texts, last = content.split(b"\n")
     lines = [_line(text, f"Line {number} of {name}") for number, text in enumerate(texts, start=1)]
     if last:
@@ -77,7 +77,7 @@ def _line(text: bytes, name: str) -> Line:
     try:
         record = parse_object(text, name)
         last = next(reversed(record.items()), ("", None))
-        # A hash whose name was damaged must not make its line one of an earlier version, which had no hashes.
+        # A line whose hash has a damaged name must not pass for a line of an earlier version, which had no hashes.
         sealed = SEAL in record or (isinstance(last[1], str) and len(last[1]) == _HASH_DIGITS)
         record = unseal(record, name, required=sealed)
         if type(record.get("step")) is not int or record["step"] < 0:

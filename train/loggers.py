@@ -1,4 +1,4 @@
-"""Where scalars and pictures go besides the run folder."""
+"""Send scalars and pictures to Weights & Biases, besides the run folder."""
 
 import hashlib
 import os
@@ -29,7 +29,7 @@ OVER_IMAGES_SEEN = (
     "kernel_distance",
     "recognized_fraction",
 )
-MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")  # what wandb takes as WANDB_MODE
+MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")  # values of WANDB_MODE that wandb accepts
 
 
 class Logger(Protocol):
@@ -41,19 +41,19 @@ class Logger(Protocol):
         ...
 
     def log(self, scalars: Mapping[str, Any]) -> None:
-        """Scalars of one moment; among them step and images_seen."""
+        """Log the scalars of one step, among them step and images_seen."""
         ...
 
     def log_image(self, name: str, path: Path, step: int) -> None:
-        """A picture on disk."""
+        """Log a picture on disk."""
         ...
 
     def log_table(self, name: str, rows: list[dict[str, Any]]) -> None:
-        """Rows with equal keys."""
+        """Log a table of rows with equal keys."""
         ...
 
     def log_chart(self, name: str, rows: list[dict[str, Any]], x: str, y: str, title: str) -> None:
-        """A scatter plot of two columns of a table."""
+        """Log a scatter plot of two columns of a table."""
         ...
 
     def finish(self) -> None:
@@ -62,7 +62,7 @@ class Logger(Protocol):
 
 
 class NoLogger:
-    """Keeps nothing: the run folder has it all. Takes what every logger is built with."""
+    """Logs nothing, since the run folder has all results. Accepts the arguments of every logger."""
 
     description = "no wandb"
 
@@ -86,16 +86,16 @@ class NoLogger:
 
 
 class WandbLogger:
-    """Weights & Biases: online where the user is logged in, else offline files in ``folder``.
+    """Logs to Weights & Biases: online if the user is logged in, else to offline files in ``folder``.
 
     ``WANDB_MODE`` overrides that choice. The same folder continues the same wandb run (its id is kept in
-    ``wandb/id``), whose axis is the logged ``step``, so lines that are logged again after a restart do no harm.
-    The run is opened at the first thing to log, so that a finished run that is started again leaves nothing.
-    Raises ValueError where WANDB_MODE is no mode, and at the first thing to log where wandb does not open the run.
+    ``wandb/id``). Its axis is the logged ``step``, so lines that are logged again after a restart do no harm.
+    The run is opened at the first call that logs, so that a finished run that is started again leaves nothing.
+    Raises ValueError where WANDB_MODE is not a mode, and at the first call that logs if wandb does not open the run.
     """
 
     def __init__(self, folder: Path, project: str, group: str, name: str, config: Mapping[str, Any], job: str) -> None:
-        import wandb  # most of a second, which runs without it need not spend
+        import wandb  # takes most of a second, which runs without wandb need not spend
 
         mode = os.environ.get("WANDB_MODE")
         if mode is not None and mode not in MODES:
@@ -103,7 +103,7 @@ class WandbLogger:
         self._wandb = wandb
         self._folder, self._id_file = folder, folder / "wandb/id"
         if self._id_file.exists():
-            self._id()  # which raises before anything is trained
+            self._id()  # raises before anything is trained
         self._secrets = secrets_in(config)
         self._settings: dict[str, Any] = {
             "project": project,
@@ -134,7 +134,7 @@ class WandbLogger:
 
     @property
     def description(self) -> str:
-        """Name the mode."""
+        """Return the destination in words, with wandb's mode."""
         return f"wandb {self._mode()}"
 
     def _mode(self) -> str:
@@ -169,23 +169,23 @@ class WandbLogger:
         return found
 
     def log(self, scalars: Mapping[str, Any]) -> None:
-        """One row of history."""
+        """Log one row of the history."""
         self._run().log(dict(scalars))
 
     def log_image(self, name: str, path: Path, step: int) -> None:
-        """A picture of a step."""
+        """Log a picture of a step."""
         self._run().log({name: self._wandb.Image(str(path)), "step": step})
 
     def log_table(self, name: str, rows: list[dict[str, Any]]) -> None:
-        """A wandb table."""
+        """Log a wandb table."""
         self._run().log({name: self._table(rows)})
 
     def log_chart(self, name: str, rows: list[dict[str, Any]], x: str, y: str, title: str) -> None:
-        """A chart of wandb's own, over a table that it keeps beside it."""
+        """Log a scatter plot of wandb's, which stores the table with it."""
         self._run().log({name: self._wandb.plot.scatter(self._table(rows), x, y, title=title)})
 
     def finish(self) -> None:
-        """Wait until everything is on disk or sent."""
+        """Wait until everything is sent or on disk."""
         if self._opened is not None:
             self._opened.finish()
 
@@ -196,7 +196,7 @@ class WandbLogger:
 
 @contextmanager
 def _words_without(secrets_of_config: frozenset[str]) -> Iterator[None]:
-    """While the block runs, let this process's command line read as if its URLs had no secrets."""
+    """Replace secrets of URLs in this process's command line while the block runs."""
     before = sys.argv
     sys.argv = [hidden(word, secrets_of_config) for word in before]
     try:

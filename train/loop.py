@@ -1,4 +1,4 @@
-"""The training loop. There is one."""
+"""The training loop."""
 
 from collections.abc import Iterable, Sequence
 
@@ -15,10 +15,10 @@ def train(
     runtime: Runtime,
     hooks: Sequence[Hook],
 ) -> None:
-    """Run every batch through the step; hooks do all that is not training.
+    """Run every batch through the step; hooks do everything that is not training.
 
-    Hooks start before the first batch, also in a run that has nothing left to do: one that was killed
-    between its last step and its last hook then catches up.
+    Hooks start before the first batch, even in a run that has no steps left: a run that was killed between its last
+    step and its last hook then catches up.
     """
     try:
         for hook in hooks:

@@ -1,4 +1,4 @@
-"""Runs that are kept behind a URL."""
+"""Store runs behind a URL."""
 
 import re
 from collections.abc import Iterator
@@ -17,21 +17,21 @@ from train.runfolder import RunFolder
 from train.stores import FOLDER_NAME, BucketStore, FolderStore, folder_name
 
 LOCK = "lock.json"
-# What a run folder holds besides checkpoints, and the bytes that such a file may have.
+# The files of a run folder besides checkpoints, and the most bytes that each may have.
 RESULTS = (
     (re.compile(r"config\.yaml"), 2**24),
     (re.compile(r"(?:metrics|timing|evaluations)\.jsonl"), MAX_RECORD_BYTES),
     (re.compile(r"samples/[^./][^/]*\.png"), 2**28),
     (re.compile(r"wandb/id"), 2**12),
 )
-ATTEMPTS = 20  # to copy a run whose retention deletes what is being copied
+ATTEMPTS = 20  # to copy a run whose retention may delete a checkpoint during the copy
 
 
 class MirroredRunFolder(RunFolder):
-    """A run that is kept behind a URL, gs:// or s3://; ``path`` is its working copy, without checkpoints.
+    """The folder of a run that is stored behind a URL, gs:// or s3://; ``path`` is a local copy, without checkpoints.
 
-    With each checkpoint goes what the folder holds by then, so that any machine can continue from the URL alone.
-    What is there wins over what is here. Raises ValueError for a URL that cannot be written to.
+    Each checkpoint is sent with the other files of the folder, so that any machine can continue from the URL alone.
+    Files behind the URL replace local ones. Raises ValueError for a URL that is neither gs:// nor s3://.
     """
 
     def __init__(self, path: Path, url: str) -> None:
@@ -40,21 +40,21 @@ class MirroredRunFolder(RunFolder):
                 f"remote_dir is {redacted(url)}, but a run is kept behind gs:// or s3:// only; give such a URL."
             )
         self._url = url.rstrip("/")
-        tree_inside(path, place_of(self._url), f"remote_dir={redacted(url)}")  # a bucket knows no ..
+        tree_inside(path, place_of(self._url), f"remote_dir={redacted(url)}")  # a bucket does not resolve ..
         super().__init__(path, BucketStore(f"{self._url}/checkpoints", path / "checkpoints"))
         self._lease = Lease(f"{self._url}/{LOCK}", self._url)
-        self._published: dict[str, tuple[int, int]] = {}  # size and time of each file when it was sent
+        self._published: dict[str, tuple[int, int]] = {}  # size and modification time of each file when it was sent
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """On this machine and, by a lease, on all others; then fetch what is there."""
+        """Lock the run on this machine and, by a lease, on all others; then fetch the files behind the URL."""
         with super().locked(), self._lease.held():
             self._require_no_other_history()
             _fetch(self._url, results_of(self._url, self.path), self.path)
             yield
 
     def publish(self) -> None:
-        """Send what has changed since the last time."""
+        """Send the files that have changed since the last call."""
         for file in self._files():
             name, stat = file.relative_to(self.path).as_posix(), file.stat()
             version = (stat.st_size, stat.st_mtime_ns)
@@ -63,11 +63,11 @@ class MirroredRunFolder(RunFolder):
                 self._published[name] = version
 
     def check(self) -> None:
-        """Raise where another machine has taken the run over."""
+        """Raise `LeaseLostError` if another machine has taken the run over."""
         self._lease.check()
 
     def _files(self) -> list[Path]:
-        """Results, pictures and the id of the wandb run; no locks, no checkpoints."""
+        """Return results, pictures and the id of the wandb run, without locks and checkpoints."""
         found = [*self.path.iterdir(), *self.samples.glob("*.png"), self.path / "wandb/id"]
         names = {path: path.relative_to(self.path).as_posix() for path in found if path.is_file()}
         return sorted(path for path, name in names.items() if _limit_of(name) is not None)
@@ -82,10 +82,11 @@ class MirroredRunFolder(RunFolder):
 
 
 def fetch_run(url: str, copies: Path) -> Path:
-    """Copy a run, or one of its checkpoints, to a folder below ``copies``; returns the copy of what ``url`` names.
+    """Copy a run, or one of its checkpoints, to a folder below ``copies``; return the copy of what ``url`` names.
 
-    Of a run come the newest checkpoint and those that are kept for ever, since averages are made of them; copies of
-    others go. Results that the copy has already stay as they are. Raises ValueError where there is no run of ours.
+    A run is copied with all its checkpoints, since averages of other widths are made of them; local copies of deleted
+    ones are removed. Results that the copy already has are not replaced. Raises ValueError where there is no complete
+    checkpoint.
     """
     run_url, is_in_run, name = url.rstrip("/").rpartition("/checkpoints/")
     if not (is_checkpoint := bool(is_in_run) and FOLDER_NAME.fullmatch(name) is not None):
@@ -116,10 +117,10 @@ def fetch_run(url: str, copies: Path) -> Path:
 
 
 def results_of(run_url: str, run: Path) -> dict[str, int]:
-    """Return the results of a run behind a URL that its folder ``run`` is to have, each with the bytes it may have.
+    """Return the names of the result files of a run behind a URL, each with the most bytes it may have.
 
-    Raises UnsafeNameError, whatever kind of file it is, where a name leads out of the folder, and ValueError for a
-    file that is too large: before anything is written.
+    Before anything is written, raises UnsafeNameError where the name of any file leads out of the folder ``run``, and
+    ValueError for a file that is too large.
     """
     found: dict[str, int] = {}
     for name, size in list_sizes(run_url).items():
@@ -135,7 +136,7 @@ def results_of(run_url: str, run: Path) -> dict[str, int]:
 
 
 def _limit_of(name: str) -> int | None:
-    """The bytes that a result may have, or None for a name that is none of a result."""
+    """Return the most bytes that a result may have, or None for a file that is not a result."""
     return next((limit for pattern, limit in RESULTS if pattern.fullmatch(name)), None)
 
 

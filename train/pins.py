@@ -1,7 +1,7 @@
-"""Who reads a checkpoint pins it: retention leaves its folder alone until the reader is done, or dies.
+"""Pin checkpoints: retention does not delete a checkpoint's folder until its reader is done, or dies.
 
-A pin is a shared `flock` on the checkpoint's state file, which needs no permission to write. A file system without
-such locks (some network ones) has no pins: a reader there may find its checkpoint deleted, and takes the next one.
+A pin is a shared `flock` on the checkpoint's state file, which needs no permission to write. File systems without
+such locks (some network ones) have no pins: a reader there may find its checkpoint deleted, and takes the next one.
 """
 
 import fcntl
@@ -23,7 +23,7 @@ class CheckpointGoneError(ValueError):
 def pinned(checkpoint: Path) -> Iterator[None]:
     """Keep retention from deleting a checkpoint's folder while the block runs.
 
-    Raises CheckpointGoneError where it is being deleted. What else is wrong with the folder is for its reader to say.
+    Raises CheckpointGoneError if it is being deleted. The reader reports any other fault of the folder.
     """
     path = checkpoint / STATE_FILE
     descriptor = _opened(path, os.O_RDONLY)
@@ -37,9 +37,9 @@ def pinned(checkpoint: Path) -> Iterator[None]:
 
 
 def unless_pinned(checkpoint: Path, remove: Callable[[Path], None]) -> None:
-    """Call ``remove(checkpoint)`` unless somebody reads the checkpoint; nobody can begin to meanwhile."""
+    """Call ``remove(checkpoint)`` unless somebody reads the checkpoint; no reader can pin it meanwhile."""
     path = checkpoint / STATE_FILE
-    descriptor = _opened(path, os.O_RDWR)  # NFS gives no other descriptor a lock that excludes all others
+    descriptor = _opened(path, os.O_RDWR)  # NFS grants an exclusive lock only to a writable descriptor
     descriptor = _opened(path, os.O_RDONLY) if descriptor is None else descriptor
     if descriptor is None:
         remove(checkpoint)
@@ -50,7 +50,7 @@ def unless_pinned(checkpoint: Path, remove: Callable[[Path], None]) -> None:
 
 
 def _opened(path: Path, mode: int) -> int | None:
-    """A descriptor of a file, or None where there is none that may be opened so."""
+    """Return a descriptor of a file, or None where it does not exist or cannot be opened in this mode."""
     try:
         require_regular(path)
         return os.open(path, mode | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -60,14 +60,14 @@ def _opened(path: Path, mode: int) -> int | None:
 
 @contextmanager
 def _locked(descriptor: int, kind: int) -> Iterator[bool]:
-    """Lock a file until the block ends, then close it. False: another process holds a lock that excludes this one."""
+    """Lock a file until the block ends, then close it. Yields False if another process holds a conflicting lock."""
     try:
         try:
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
             return
-        except OSError:  # a file system that has no locks
+        except OSError:  # a file system without locks
             pass
         yield True
     finally:
@@ -77,7 +77,7 @@ def _locked(descriptor: int, kind: int) -> Iterator[bool]:
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
-    """Return whether a path still leads to an open file."""
+    """Return whether a path still refers to an open file."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except OSError:

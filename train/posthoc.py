@@ -1,8 +1,8 @@
-"""Averages of any width, made after training of those that a run kept: Karras et al. 2024, section 3.2.
+"""Reconstruct averages of any width after training from those that a run kept (Karras et al. 2024, section 3.2).
 
 An average is a weighting of the run's weights over time, p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1) on [0, t].
-The wanted profile is approached by those of the snapshots in the least-squares sense, and the snapshots are added up
-with the same coefficients.
+A least-squares fit approximates the wanted profile by those of the snapshots, and the snapshots are summed with the
+same coefficients.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class Profile(NamedTuple):
 
 
 def inner_product(first: Profile, second: Profile) -> float:
-    """Integral of the product of two profiles over time.
+    """Return the integral over time of the product of two profiles.
 
     With t the earlier step: (g1 + 1)(g2 + 1) / (g1 + g2 + 1) x t^(g1 + g2 + 1) / (t1^(g1 + 1) t2^(g2 + 1)).
     """
@@ -42,20 +42,20 @@ def inner_product(first: Profile, second: Profile) -> float:
 
 
 def coefficients(snapshots: Sequence[Profile], wanted: Profile) -> NDArray[np.float64]:
-    """Of the snapshots in the wanted average, [S] float64.
+    """Return the snapshots' coefficients in the wanted average, [num_snapshots] float64.
 
-    They solve A x = b with A the snapshots' inner products with each other and b those with the wanted profile.
+    They solve A x = b, where A has the inner products of the snapshots and b those with the wanted profile.
     """
     pairs = np.array([[inner_product(one, other) for other in snapshots] for one in snapshots])
     right = np.array([inner_product(one, wanted) for one in snapshots])
-    scale = 1.0 / np.sqrt(np.diag(pairs))  # profiles of length 1: late steps have small products
+    scale = 1.0 / np.sqrt(np.diag(pairs))  # normalizes the profiles: those of late steps have small products
     solution = np.linalg.lstsq(pairs * scale[:, None] * scale, right * scale, rcond=1e-13)[0]
     found: NDArray[np.float64] = solution * scale
     return found
 
 
 def reconstruct(checkpoints: Sequence[Path], relative_std: float) -> dict[str, Tensor]:
-    """The average of width ``relative_std`` at the last of a run's checkpoints, by parameter name, in float32.
+    """Return the average of width ``relative_std`` at the last of a run's checkpoints, by parameter name, in float32.
 
     Raises ValueError where the run kept no power-function averages.
     """

@@ -1,7 +1,7 @@
-"""The step at which a run diverged, once more: which samples, which module, which parameter.
+"""Repeat the step at which a run diverged, and find the samples, modules and parameters that are not finite.
 
-Everything goes through the runtime, as in training, so a dump of any runtime and sharding can be looked at where it
-was made. Nothing is written. Unlike training, the host reads after every step.
+Everything goes through the runtime, as in training, so a dump of any runtime and sharding can be examined where it was
+made. Nothing is written. Unlike training, values are read from the device after every step.
 """
 
 import math
@@ -26,12 +26,12 @@ from train.hooks import due
 from train.state import TrainState
 from train.step import sample_losses
 
-MAX_NAMED = 20  # samples at fault that are looked for one by one
+MAX_NAMED = 20  # the most samples that the search sample by sample names
 OUTPUT = "the network's output"
 
 
 class FollowHook:
-    """Brings a restored run to the step before the one at fault: what `LogHook` does, without a line written."""
+    """Follows a restored run to the step before the one that diverged, as `LogHook` does but without writing."""
 
     def __init__(
         self, every: int, last: int, runtime: Runtime, guard: SpikeGuard | None, progress: ProgressBar
@@ -44,13 +44,13 @@ class FollowHook:
         self._stack = ExitStack()
 
     def start(self, state: TrainState) -> None:
-        """Show how far it is."""
+        """Start the guard and show a progress bar."""
         if self._guard is not None:
             self._guard.start(state)
         self._bar = self._stack.enter_context(self._progress("replay", state.step, self._last, "step"))
 
     def __call__(self, state: TrainState, metrics: Metrics) -> None:
-        """Raises DivergedError where this step, which was finite in the run, is not."""
+        """Raise DivergedError if this step, which was finite in the run, is not finite now."""
         self._bar.update(1)
         for name, (value,) in self._runtime.fetch([metrics]).items():
             state.interval.setdefault(name, []).append(value)
@@ -68,16 +68,16 @@ class FollowHook:
 
 @dataclass(frozen=True)
 class Passes:
-    """A forward and a backward pass, the same on every process."""
+    """The results of a forward and a backward pass, the same on every process."""
 
     losses: NDArray[np.float64]  # [B] of the whole batch, in the order of positions
-    activations: list[str]  # modules whose output is not finite, in the order in which they are through
+    activations: list[str]  # modules whose output is not finite, in the order in which they finish
     gradients: list[str]  # parameters whose gradient's norm is not finite, from the loss backwards
 
 
 @dataclass(frozen=True)
 class Findings:
-    """The step at fault."""
+    """The results of repeating the step that diverged."""
 
     metrics: dict[str, float]  # as training has them: loss, norms
     passes: Passes
@@ -86,14 +86,14 @@ class Findings:
 
     @property
     def not_finite(self) -> dict[str, float]:
-        """Of the metrics; empty where the step is sound."""
+        """Return the metrics that are not finite; empty if the step is sound."""
         return {name: value for name, value in self.metrics.items() if not math.isfinite(value)}
 
 
 class Replay:
-    """One step of a prepared run. Every process must call what it has.
+    """Examines one step of a prepared run. Every process must call its methods.
 
-    ``model`` and ``step`` are the runtime's; ``state`` stands before the step.
+    ``model`` and ``step`` are the runtime's; ``state`` is that before the step.
     """
 
     def __init__(self, model: nn.Module, state: TrainState, step: Step, objective: Objective, runtime: Runtime) -> None:
@@ -115,7 +115,7 @@ class Replay:
         return Findings(metrics, passes, weights, samples)
 
     def passes(self, batch: Batch) -> Passes:
-        """Forward and backward, watched; the state stays as it is."""
+        """Run a forward and a backward pass and record what is not finite; the state does not change."""
         losses: list[Tensor] = []
         order: dict[str, Tensor] = {}
 
@@ -139,7 +139,7 @@ class Replay:
         return Passes(self._runtime.gather(mine), outputs, gradients)
 
     def _one_by_one(self, whole: Batch, rows: int, progress: ProgressBar) -> list[int]:
-        """Rows whose own gradient is not finite: the batch filled with one sample, which any runtime can split."""
+        """Return the rows whose own gradient is not finite; each fills a batch, which any runtime can split."""
         found: list[int] = []
         count = len(whole.t)
         with progress("each sample's gradient", 0, count, "img") as bar:
@@ -153,7 +153,7 @@ class Replay:
         return found
 
     def _parameters_backwards(self, modules_in_order: list[str]) -> list[str]:
-        """Names of parameters, those of the module that was through last first."""
+        """Return the names of parameters, starting with those of the module that finished last."""
         place = {name: number for number, name in enumerate(modules_in_order)}
         names = [name for name, _ in self._state.model.named_parameters()]
         return sorted(names, key=lambda name: -place.get(name.rpartition(".")[0], -1))
@@ -167,7 +167,7 @@ class Replay:
 
 @contextmanager
 def _watched(model: nn.Module, finite: dict[str, Tensor]) -> Iterator[None]:
-    """In the block, ``finite`` gets 1.0 or 0.0 [] for each module's output, on the device, in the order of ends."""
+    """Store in ``finite`` 1.0 or 0.0 [] on the device for each module's output, in the order in which they finish."""
     with ExitStack() as stack:
         for name, module in model.named_modules():
 

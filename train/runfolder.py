@@ -1,4 +1,4 @@
-"""The folder of one run, and the rules for continuing it."""
+"""Define the folder of one run, and the rules for continuing it."""
 
 import hashlib
 import itertools
@@ -22,10 +22,10 @@ _CONFIG_HASH = "# sha256 of the lines above: "  # last line of config.yaml
 
 
 class RunFolder:
-    """``config.yaml``, ``metrics.jsonl``, ``timing.jsonl``, ``evaluations.jsonl``, ``checkpoints/``, ``samples/``.
+    """The folder of a run: its ``config.yaml``, JSON Lines files, ``checkpoints/`` and ``samples/``.
 
-    A checkpoint is the point of commit: lines that were written after the one that a run continues from
-    are taken back, since the run will write them again.
+    A checkpoint is the point of commit: lines that were written after the checkpoint that a run continues from are
+    removed, since the run will write them again.
     """
 
     def __init__(self, path: Path, store: CheckpointStore | None = None) -> None:
@@ -39,16 +39,16 @@ class RunFolder:
         self.store: CheckpointStore = store or FolderStore(self.checkpoints)
 
     def grid(self, step: int) -> Path:
-        """Where the sample grid of a step lies."""
+        """Return the path of the sample grid of a step."""
         return self.samples / f"step_{step:08d}.png"
 
     def dump(self, step: int) -> Path:
-        """What is kept of a step that was not finite."""
+        """Return the folder of the dump of a step that was not finite."""
         return self.path / f"nonfinite_{step:08d}"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other jobs from training here. Raises ValueError where one does; a killed job holds no lock."""
+        """Keep other jobs from training here. Raises ValueError if one does; a killed job holds no lock."""
         try:
             lock = acquired(self.path / ".lock", timeout_sec=0)
         except HeldError as error:
@@ -62,10 +62,10 @@ class RunFolder:
             lock.release()
 
     def publish(self) -> None:
-        """Called when a checkpoint is about to be complete, and at the end. Nothing to do: everything is here."""
+        """Do nothing: the folder is local. Called before a checkpoint is complete, and at the end."""
 
     def check(self) -> None:
-        """Raise where this folder is no longer this job's."""
+        """Raise if another job has taken this folder over; a local folder is locked, so do nothing."""
 
     def require(
         self,
@@ -74,11 +74,10 @@ class RunFolder:
         allowed: Iterable[str] = (),
         as_now: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
     ) -> None:
-        """Raise ValueError where a folder with checkpoints holds another config, but for free settings.
+        """Raise ValueError where a folder with checkpoints has another config, apart from free settings.
 
         ``free`` names the settings that change neither weights nor losses beyond rounding, ``allowed`` further ones
-        that may change; ``batch_size`` never may. ``as_now`` brings the
-        config of an earlier version to today's form.
+        that may change; ``batch_size`` never may. ``as_now`` converts the config of an earlier version to today's form.
         """
         if self.store.steps():
             before = self.read_config() if self.config.exists() else _config_of(self.store)
@@ -91,18 +90,18 @@ class RunFolder:
                 )
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Make this the folder of ``config``; the newest free settings are kept."""
+        """Write ``config`` with its hash; free settings take their newest values."""
         text = (_CONFIG_HEAD + yaml.safe_dump(dict(config), sort_keys=False)).encode()
         write_bytes(self.config, text + f"{_CONFIG_HASH}{hashlib.sha256(text).hexdigest()}\n".encode())
 
     def read_config(self) -> dict[str, Any]:
-        """Return the resolved config. Raises ValueError where it cannot be read, or is not as it was written."""
+        """Return the resolved config. Raises ValueError where it cannot be read or was changed since it was written."""
         try:
             text = read_text(self.config)
             body, mark, expected = text.rpartition(_CONFIG_HASH)
             if mark and hashlib.sha256(body.encode()).hexdigest() != expected.strip():
                 raise DamagedFileError("it was changed after it was written")
-            if text.startswith(_CONFIG_HEAD) and not mark:  # earlier versions wrote neither
+            if text.startswith(_CONFIG_HEAD) and not mark:  # earlier versions wrote neither head nor hash
                 raise DamagedFileError("it is cut short")
             content = yaml.safe_load(text)
         except (OSError, DamagedFileError, yaml.YAMLError, RecursionError, ValueError) as error:
@@ -116,18 +115,18 @@ class RunFolder:
         return content
 
     def append(self, file: Path, record: Mapping[str, Any]) -> None:
-        """Add one record to a file of lines of this folder; all but metrics carry a hash."""
+        """Append one record to a JSON Lines file of this folder; lines of all but metrics carry a hash."""
         append_record(file, record, sealed=file != self.metrics)
 
     def lines_so_far(self) -> dict[str, bytes]:
-        """Return the results that a checkpoint keeps a copy of, by file name."""
+        """Return the contents that a checkpoint stores a copy of, by file name."""
         files = (self.metrics, self.evaluations)
         return {file.name: read_regular(file, MAX_BYTES) for file in files if file.exists()}
 
     def require_no_lost_checkpoint(self, checkpoint_every: int) -> None:
-        """Raise ValueError where a run finds no checkpoint, though its lines say that there was one.
+        """Raise ValueError for a run without checkpoints whose lines show that there was one.
 
-        The first is written beside the steps after it, and is complete before the second begins.
+        The first checkpoint is written asynchronously, and is complete before the second save begins.
         """
         last = max((line["step"] for line in read_lines(self.metrics)), default=0)
         if last > 2 * checkpoint_every:
@@ -137,10 +136,10 @@ class RunFolder:
             )
 
     def roll_back(self, step: int, copies: Mapping[str, bytes | None] | None = None) -> list[str]:
-        """Drop lines of steps after ``step``, and a last line that a crash cut short.
+        """Remove lines of steps after ``step``, and a last line that a crash cut short.
 
-        ``copies`` are the contents of files of lines that the checkpoint of this step has. What the folder has lost of
-        them since is put back; returns a sentence for each file that was mended. Raises ValueError where a damaged line
+        ``copies`` are the contents of JSON Lines files in the checkpoint of this step. Lines that the folder has lost
+        since are restored from them; returns a sentence for each repaired file. Raises ValueError where a damaged line
         is in no copy.
         """
         if is_regular(self.evaluations) and self.evaluations.stat().st_size == 0:
@@ -163,31 +162,31 @@ class RunFolder:
             sound, damaged = _sorted_lines(file)
             present = Counter(line.text for line in sound if line.record["step"] <= step)
             lost, added = Counter(saved) - present, present - Counter(saved)
-            if file == self.metrics:  # this run's alone; of evaluations others may have added some since
+            if file == self.metrics:  # written by this run alone; other jobs may have appended evaluations since
                 added.clear()
             elif damaged > lost.total():
-                lines_of(file)  # names the line
+                lines_of(file)  # raises an error that names the damaged line
             if lost:
                 notes.append(f"{file} had lost lines up to step {step}; they are put back from the checkpoint.")
             _keep(file, saved + list(added.elements()))
         return notes
 
     def retain_checkpoints(self, keep: int, keep_every: int | None = None) -> None:
-        """Delete all but the newest ``keep`` and those of the steps that ``keep_every`` divides."""
+        """Delete all but the newest ``keep`` checkpoints and those whose step is a multiple of ``keep_every``."""
         for step in self.store.steps()[:-keep]:
             if keep_every is None or step % keep_every:
                 self.store.remove(step)
 
 
 def _keep(file: Path, lines: Sequence[bytes]) -> None:
-    """Write these lines; without any there is no file, so that an empty one is known for damage."""
+    """Write these lines, or delete the file if there are none, so that an empty file is always a damaged one."""
     if not lines:
         return file.unlink(missing_ok=True)
     write_bytes(file, b"".join(line + b"\n" for line in lines))
 
 
 def _sorted_lines(file: Path) -> tuple[list[Line], int]:
-    """Return the lines that can be read, and how many others there are but for a last one that a crash cut short."""
+    """Return the readable lines and the number of damaged ones, not counting a last line that a crash cut short."""
     try:
         *texts, last = read_regular(file, MAX_BYTES).split(b"\n")
     except FileNotFoundError:
@@ -197,7 +196,7 @@ def _sorted_lines(file: Path) -> tuple[list[Line], int]:
 
 
 def _config_of(store: CheckpointStore) -> Mapping[str, Any]:
-    """Return the config that the newest readable checkpoint carries; an empty one where none can be read."""
+    """Return the config of the newest readable checkpoint, or an empty one where no checkpoint is readable."""
     for step in reversed(store.steps()):
         with suppress(ValueError):
             config: Mapping[str, Any] = read_state_file(store.local(step))["config"]
@@ -215,7 +214,7 @@ def _require_same_batch(before: int | None, now: int | None, path: Path) -> None
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Iterable[str], prefix: str = "") -> list[str]:
-    """Sentences "key is A there and B now", for settings that are not free."""
+    """Return a clause "key is A there and B now" for each setting that differs and is not free."""
     found = []
     for key in [*old, *(key for key in new if key not in old)]:
         name = f"{prefix}{key}"

@@ -1,4 +1,4 @@
-"""Checkpoints are written beside training, by all processes: the loop waits for the copy to host memory only."""
+"""Write checkpoints asynchronously, by all processes; the training loop waits for the copy to CPU memory only."""
 
 import hashlib
 import json
@@ -24,16 +24,16 @@ from train.tensor_files import write_tensors
 
 Record = TypeVar("Record")
 
-POLL_SEC = 0.02  # between two looks for what other processes have written
-PATIENCE_SEC = 900.0  # for another process's part
-SPLIT_BYTES = 512 * 2**20  # up to which a part is one file, written by one process
-_FAILURE = "failed-by-{rank:05d}.json"  # why a process could not
-_RECEIPT = "written-by-{rank:05d}.json"  # put when all files of a process are on disk
+POLL_SEC = 0.02  # between two checks for files of other processes
+PATIENCE_SEC = 900.0  # the longest wait for another process's files
+SPLIT_BYTES = 512 * 2**20  # a part of up to this size is one file, written by one process
+_FAILURE = "failed-by-{rank:05d}.json"  # why a process could not write its files
+_RECEIPT = "written-by-{rank:05d}.json"  # written when all files of a process are on disk
 
 
 @dataclass
 class Receipt:
-    """SHA-256 of each file that a process wrote of a checkpoint."""
+    """The SHA-256 of each file that a process wrote for a checkpoint."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -42,7 +42,7 @@ class Receipt:
 
 @dataclass
 class Failure:
-    """Why a process could not write its part."""
+    """The reason why a process could not write its files."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -51,7 +51,7 @@ class Failure:
 
 @dataclass
 class Timing:
-    """Of the last save, in seconds: the loop stood still for ``stall_sec``; ``write_sec`` went by beside it."""
+    """The durations of the last save: ``stall_sec`` blocked the loop, ``write_sec`` ran asynchronously."""
 
     stall_sec: float = 0.0
     write_sec: float = 0.0
@@ -61,9 +61,9 @@ class Timing:
 class CheckpointWriter:
     """Saves one state at a time. Every process must make the same calls.
 
-    Each process copies its share of the tensors to memory, which is kept for the next save, and a thread writes
-    them; the main process's thread completes the checkpoint when it has seen everyone's receipt. Processes speak
-    through the store only, so a thread never meets the training's collectives. ``before_commit`` is called on the
+    Each process copies its share of the tensors to CPU memory, which is reused by the next save, and a thread writes
+    them. The main process's thread completes the checkpoint when it has read the receipts of all processes. Processes
+    communicate through the store only, so that these threads call no collectives. ``before_commit`` is called on the
     main process when the tensors are written, ``after_commit`` when the checkpoint is complete.
     """
 
@@ -80,15 +80,15 @@ class CheckpointWriter:
         self._store, self._runtime = store, runtime
         self._before_commit, self._after_commit = before_commit, after_commit
         self._patience_sec, self._split_bytes = patience_sec, split_bytes
-        self._host: dict[str, dict[str, Tensor]] = {}  # of each part: this process's share
+        self._host: dict[str, dict[str, Tensor]] = {}  # this process's share of each part
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def save(self, state: TrainState, facts: Mapping[str, Any], lines: Mapping[str, bytes] | None = None) -> None:
-        """Begin to write the state; an earlier save is finished first. Raises what that one met.
+        """Start writing the state, after an earlier save is finished. Raises any error of that save.
 
         ``facts`` are JSON values that identify the run: seed, config, data manifest hash, code version. ``lines`` are
-        contents of the run's files of lines, by name, which the main process writes.
+        the contents of the run's JSON Lines files, by name, which the main process writes.
         """
         self.wait()
         started = time.perf_counter()
@@ -103,7 +103,7 @@ class CheckpointWriter:
             self._runtime.copy_to_host(tensors, mine, self._host.setdefault(part, {}))
         content: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": state.step, **facts}
         content |= {"interval": state.interval, "recent_grad_norms": state.recent_grad_norms}
-        frozen = json.loads(json.dumps(content))  # training goes on changing lists
+        frozen = json.loads(json.dumps(content))  # a copy, since training continues to change the lists
         self.timing = Timing(stall_sec=time.perf_counter() - started)
         self._thread = threading.Thread(
             target=self._write, args=(state.step, frozen, owners, dict(lines or {})), name="checkpoint", daemon=True
@@ -111,14 +111,14 @@ class CheckpointWriter:
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when the checkpoint that is being written is complete. Raises what its writing met."""
+        """Wait until the checkpoint that is being written is complete. Raises any error of its writing."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         self.check()
 
     def check(self) -> None:
-        """Raise what the writing met, if it failed."""
+        """Raise the error of the writing, if it failed."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -137,7 +137,7 @@ class CheckpointWriter:
         self.timing.write_sec = time.perf_counter() - started
 
     def _give_up(self, step: int, error: BaseException) -> None:
-        """The main process clears away; another one tells it why it need not wait, if the store still takes that."""
+        """Delete the files on the main process; on another one, try to report the error to it through the store."""
         if self._runtime.is_main:
             self._store.abandon(step)
             return
@@ -193,7 +193,7 @@ class CheckpointWriter:
             time.sleep(POLL_SEC)
 
     def _received(self, step: int, name: str, expected: set[str]) -> dict[str, str]:
-        """The hashes in a receipt. Raises DamagedFileError where they are not those of the ``expected`` files."""
+        """Return the hashes in a receipt. Raises DamagedFileError unless they are those of the ``expected`` files."""
         files = self._record(step, name, Receipt).files
         if odd := sorted(files.keys() ^ expected):
             raise DamagedFileError(
@@ -218,10 +218,10 @@ def _write_bytes(file: IO[bytes], text: bytes) -> None:
 def shares(
     parts: Mapping[str, Mapping[str, Tensor]], num_processes: int, split_bytes: int
 ) -> dict[str, list[list[str]]]:
-    """Of each part: the names of the tensors that each process writes.
+    """Return, for each part, the names of the tensors that each process writes.
 
-    A part of at most ``split_bytes`` is one process's, so that it is one file; of a larger one each process gets whole
-    tensors. The largest comes first, and goes to who has the fewest bytes.
+    One process writes a part of at most ``split_bytes``, so that it is one file; a larger part is divided by whole
+    tensors. The largest is assigned first, and each to the process that has the fewest bytes.
     """
     loads = [0] * num_processes
     owners: dict[str, list[list[str]]] = {part: [[] for _ in loads] for part in parts}

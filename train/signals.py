@@ -1,4 +1,4 @@
-"""What asks a run to stop: SIGTERM of a scheduler or of a machine that is taken away, SIGINT of a keyboard."""
+"""Handle the signals that ask a run to stop: SIGTERM, from a scheduler or a preempted machine, and SIGINT."""
 
 import os
 import signal
@@ -13,12 +13,12 @@ import numpy as np
 
 from core.progress import Progress, ProgressBar
 
-if TYPE_CHECKING:  # PyTorch takes seconds, which showing help need not spend
+if TYPE_CHECKING:  # importing PyTorch takes seconds, which `--help` need not spend
     from runtime.protocol import Processes
 
-EX_TEMPFAIL = 75  # sysexits.h: try again later; launchers requeue a job that exits with it
+EX_TEMPFAIL = 75  # sysexits.h: temporary failure; schedulers requeue a job that exits with it
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-ECHO_SEC = 1.0  # a launcher passes on the signal that its processes got from the scheduler too
+ECHO_SEC = 1.0  # a launcher forwards a signal that the scheduler also sent to its processes
 
 
 class Stopped(Exception):  # noqa: N818 - nothing went wrong
@@ -26,11 +26,10 @@ class Stopped(Exception):  # noqa: N818 - nothing went wrong
 
 
 class StopSignals:
-    """In its block, the first SIGTERM or SIGINT is remembered, and a second one ends the process at once.
+    """A context manager that remembers the first SIGTERM or SIGINT; a second one ends the process at once.
 
-    A signal within ``ECHO_SEC`` of the first is taken for the same one. A block within a block knows what the outer one
-    has received. Outside the main thread of a process,
-    where Python allows no handlers, nothing is changed.
+    A signal within ``ECHO_SEC`` of the first counts as the same one. A nested block takes over the signal that the
+    outer one has received. Outside the main thread of a process, where Python allows no handlers, nothing is changed.
     """
 
     def __init__(self) -> None:
@@ -58,23 +57,23 @@ class StopSignals:
         if not self.requested:
             self.requested, self._since = True, now
             name = signal.Signals(number).name
-            # Not print: the signal may have come in the middle of one.
-            with suppress(OSError):  # whoever read it may be gone
+            # Not print, since the signal may have interrupted a print.
+            with suppress(OSError):  # the reader of standard error may be gone
                 os.write(2, f"\n{name}: saving, then stopping; once more stops at once.\n".encode())
         elif now - self._since > ECHO_SEC:
             os._exit(128 + number)
 
     def agreed(self, runtime: "Processes") -> bool:
-        """Whether any process was asked. Every process must call it."""
+        """Return whether any process was asked to stop. Every process must call it."""
         if runtime.data_world == 1:
             return self.requested
         return bool(runtime.gather(np.array([self.requested])).any())
 
 
 def ask_to_stop() -> None:
-    """Ask the run of this process to stop as SIGTERM does, unless it was asked: a second signal would cut its save off.
+    """Send SIGTERM to this process, unless it was asked to stop already: a second signal would interrupt its save.
 
-    Outside a `StopSignals` block the process ends.
+    Outside a `StopSignals` block this ends the process.
     """
     handler = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     if not (isinstance(handler, StopSignals) and handler.requested):
@@ -82,7 +81,7 @@ def ask_to_stop() -> None:
 
 
 def watched(progress: ProgressBar, check: Callable[[], None]) -> ProgressBar:
-    """A progress bar that calls ``check`` at each update, which may end what is being done by an exception."""
+    """Return a progress bar that calls ``check`` at each update; ``check`` may raise to end the work."""
 
     @contextmanager
     def bar(label: str, done: int, total: int, unit: str) -> Iterator[Progress]:
@@ -98,10 +97,10 @@ class _Watched:
         self._check = check
 
     def update(self, n: int = 1) -> None:
-        """Pass on, then check."""
+        """Update the bar, then call the check."""
         self._bar.update(n)
         self._check()
 
     def note(self, text: str) -> None:
-        """Pass on."""
+        """Show a note on the bar."""
         self._bar.note(text)

@@ -1,4 +1,4 @@
-"""What a run is at a step: everything that a checkpoint holds."""
+"""Define the training state that a checkpoint saves."""
 
 from dataclasses import dataclass, field
 
@@ -11,36 +11,36 @@ from train.ema import Averages
 
 @dataclass
 class TrainState:
-    """Mutable state of training. Random numbers and the order of data follow from ``step`` alone."""
+    """The mutable state of training. ``step`` alone determines random numbers and the order of data."""
 
-    model: Network  # unwrapped; on the host until the runtime prepares it
+    model: Network  # unwrapped; on the CPU until the runtime prepares it
     ema: Averages
     optimizer: torch.optim.Optimizer  # the runtime may return another one
     batch_size: int  # global
     total_steps: int
     step: int = 0  # optimizer steps done
     interval: dict[str, list[float]] = field(default_factory=dict)  # metrics of the steps since the last log line
-    recent_grad_norms: list[float] = field(default_factory=list)  # up to the last log line, where a guard needs them
+    recent_grad_norms: list[float] = field(default_factory=list)  # up to the last log line, if a guard needs them
 
     @property
     def images_seen(self) -> int:
-        """Training samples consumed so far, over all processes."""
+        """Return the number of training samples consumed so far, over all processes."""
         return self.step * self.batch_size
 
     @property
     def finished(self) -> bool:
-        """Whether the last step is done."""
+        """Return whether the last step is done."""
         return self.step >= self.total_steps
 
     def advance(self) -> None:
-        """One more step is done."""
+        """Count one more step."""
         self.step += 1
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state keyed ``{parameter name}/{quantity}``.
+    """Return the optimizer state by ``{parameter name}/{quantity}``.
 
-    Names, not indices: independent of the runtime and of parameter groups.
+    Names, unlike indices, do not depend on the runtime and on parameter groups.
     """
     return {
         f"{name}/{quantity}": value
@@ -50,11 +50,11 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 class OtherShapeError(ValueError):
-    """Optimizer state of a parameter that is another one's."""
+    """The optimizer state is that of a different model."""
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Restore what `optimizer_tensors` gave. Hyperparameters stay those of the config.
+    """Load the tensors that `optimizer_tensors` returned. Hyperparameters remain those of the config.
 
     Raises OtherShapeError for state of an unknown parameter, and for state that is neither a scalar nor of its
     parameter's shape.

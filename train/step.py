@@ -1,4 +1,4 @@
-"""One training step: a pure function of the batch and the state. It reads nothing back to the host."""
+"""Define one training step, a pure function of the batch and the state without a device read."""
 
 from collections.abc import Sequence
 
@@ -22,11 +22,11 @@ def make_step(
     max_grad_norm: float | None = None,
     guard: SpikeGuard | None = None,
 ) -> Step:
-    """Return the step over a device batch in equal micro-batches, which gives scalars [] float32.
+    """Return the step over a device batch in equal micro-batches, which returns scalars [] float32.
 
-    ``model`` and ``optimizer`` are the runtime's prepared ones. Gradients are cleared at the end, so that no
-    runtime keeps them as outputs of the step. ``max_grad_norm`` None measures the norm and clips nothing.
-    ``guard`` leaves out steps with an outlying gradient; None none.
+    The runtime has prepared ``model`` and ``optimizer``. Gradients are cleared at the end, so that no runtime keeps
+    them as outputs of the step. If ``max_grad_norm`` is None, the norm is measured and not clipped. ``guard`` skips
+    steps whose gradient norm is an outlier; None skips none.
     """
 
     def losses(batch: Batch) -> Metrics:
@@ -63,7 +63,7 @@ def make_step(
 
 
 def sample_losses(model: nn.Module, batch: Batch, objective: Objective, runtime: Devices) -> dict[str, Tensor]:
-    """Run the forward pass. Returns the objective's losses [B] of a device batch, by name."""
+    """Run the forward pass and return the objective's losses [B] of a device batch, by name."""
     x_t = corrupt(objective, batch)
     with runtime.autocast():
         output = model(*objective.inputs(x_t, batch.t), batch.condition)
@@ -71,9 +71,9 @@ def sample_losses(model: nn.Module, batch: Batch, objective: Objective, runtime:
 
 
 def by_quarter(losses: Tensor, level: Tensor) -> Metrics:
-    """Return sums [] and counts [] of losses [B] whose noise level [B] in [0, 1] is in the first, ..., last quarter.
+    """Return sums [] and counts [] of losses [B], by the quarter of [0, 1] that contains their noise level [B].
 
-    Not means: a quarter may have no sample, and means of several devices would have unequal weights.
+    Sums, not means, because a quarter may have no sample and the means of several devices would need unequal weights.
     """
     found, quarters = {}, (4 * level).long().clamp(max=3)
     for quarter in range(4):
@@ -84,5 +84,5 @@ def by_quarter(losses: Tensor, level: Tensor) -> Metrics:
 
 
 def _mean(values: list[Tensor]) -> Tensor:
-    """Of scalars [] on the device."""
+    """Return the mean of scalars [] on the device."""
     return torch.stack(values).mean()

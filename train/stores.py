@@ -1,6 +1,6 @@
-"""Where checkpoints are kept: a folder that all processes see, or a bucket. Complete ones are listed, others are not.
+"""Store checkpoints in a folder that all processes share, or in a bucket. Only complete ones are listed.
 
-A checkpoint is put together from files that several processes write; it exists once the main one commits it.
+Several processes write the files of a checkpoint; it exists once the main process commits it.
 """
 
 import os
@@ -23,73 +23,73 @@ from train.pins import STATE_FILE, CheckpointGoneError, unless_pinned
 Result = TypeVar("Result")
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
-MAX_STATE_BYTES = 2**26  # of a checkpoint's JSON files
+MAX_STATE_BYTES = 2**26  # of each of a checkpoint's JSON files
 FOLDER_NAME = re.compile(r"step_(\d{8})")
 INDEX_ENDING = ".safetensors.index.json"
 _BLOCK_BYTES = 32 * 2**20  # of an upload
 
 
 def folder_name(step: int) -> str:
-    """Of a checkpoint."""
+    """Return the name of a checkpoint's folder."""
     return f"step_{step:08d}"
 
 
 def step_of(path: Path) -> int:
-    """The step that a checkpoint's folder is named for."""
+    """Return the step in the name of a checkpoint's folder."""
     return int(path.name.removeprefix("step_"))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of a local folder, oldest first."""
+    """Return the complete checkpoints of a local folder, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if FOLDER_NAME.fullmatch(path.name))
 
 
 class CheckpointStore(Protocol):
-    """Checkpoints of one run by their step. Errors of the place are OSError, or ValueError where it is a bucket."""
+    """The checkpoints of one run by their step. Storage errors are OSError, or ValueError for a bucket."""
 
     def steps(self) -> list[int]:
-        """Of the complete checkpoints, in order."""
+        """Return the steps of the complete checkpoints, in order."""
         ...
 
     def place(self, step: int) -> str:
-        """Path or URL of a checkpoint, for people."""
+        """Return the path or URL of a checkpoint, for messages."""
         ...
 
     def local(self, step: int) -> Path:
-        """A folder of this machine with a complete checkpoint's files."""
+        """Return a local folder with a complete checkpoint's files."""
         ...
 
     def write(self, step: int, name: str, content: Callable[[IO[bytes]], Result]) -> Result:
-        """Write a file of a checkpoint that is not complete yet: what ``content`` writes, and returns what it returns.
+        """Write a file of an incomplete checkpoint by calling ``content``, and return the result of that call.
 
         ``content`` may be called again after a failure. Returns when the file is on disk.
         """
         ...
 
     def written(self, step: int) -> set[str]:
-        """Names of the files of a checkpoint that is not complete yet."""
+        """Return the names of the files of an incomplete checkpoint."""
         ...
 
     def read(self, step: int, name: str) -> bytes:
-        """Return a JSON file of a checkpoint that is not complete yet. Raises ValueError for one that is too large."""
+        """Return a JSON file of an incomplete checkpoint. Raises ValueError where it is too large."""
         ...
 
     def commit(self, step: int, state: bytes, drop: set[str]) -> None:
-        """Make the checkpoint complete, with ``state`` as its state file and without the files ``drop``."""
+        """Complete the checkpoint: write ``state`` as its state file and delete the files ``drop``."""
         ...
 
     def abandon(self, step: int) -> None:
-        """Take away what was written of a checkpoint that will not be completed."""
+        """Delete the files of a checkpoint that will not be completed."""
         ...
 
     def remove(self, step: int) -> None:
-        """Delete a complete checkpoint, unless somebody is reading it here."""
+        """Delete a complete checkpoint, unless it is pinned by a reader."""
         ...
 
     def clean(self, newest_good: int) -> None:
-        """Take away what killed writers left, for a caller that knows of no other writer.
+        """Delete the files that killed writers left behind. The caller must be the only writer.
 
         Checkpoints after ``newest_good`` are damaged, and will be written again.
         """
@@ -97,25 +97,25 @@ class CheckpointStore(Protocol):
 
 
 class FolderStore:
-    """A folder on a file system that all processes see; a checkpoint is renamed into its place."""
+    """A folder on a file system that all processes share; a complete checkpoint is renamed into place."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def steps(self) -> list[int]:
-        """Of the folders with a checkpoint's name."""
+        """Return the steps of the folders that have a checkpoint's name."""
         return [step_of(path) for path in list_checkpoints(self.folder)]
 
     def place(self, step: int) -> str:
-        """Its folder."""
+        """Return the path of the checkpoint's folder."""
         return str(self.local(step))
 
     def local(self, step: int) -> Path:
-        """Its folder."""
+        """Return the checkpoint's folder."""
         return self.folder / folder_name(step)
 
     def write(self, step: int, name: str, content: Callable[[IO[bytes]], Result]) -> Result:
-        """Into the folder aside, synced; under its name when it is whole."""
+        """Write the file into a temporary folder, sync it, and rename it when it is whole."""
         path = self._aside(step) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.with_name(f".{name}"), "wb") as file:
@@ -126,17 +126,17 @@ class FolderStore:
         return result
 
     def written(self, step: int) -> set[str]:
-        """Of the folder aside."""
+        """Return the names of the files in the temporary folder."""
         aside = self._aside(step)
         names = {path.name for path in aside.iterdir()} if aside.is_dir() else set()
         return {name for name in names if not name.startswith(".")}
 
     def read(self, step: int, name: str) -> bytes:
-        """From the folder aside."""
+        """Return a file of the temporary folder."""
         return read_regular(self._aside(step) / name, MAX_STATE_BYTES)
 
     def commit(self, step: int, state: bytes, drop: set[str]) -> None:
-        """Sync and rename; a damaged checkpoint of the same step goes."""
+        """Sync and rename the temporary folder, replacing a damaged checkpoint of the same step."""
         aside, path = self._aside(step), self.local(step)
         for name in drop:
             (aside / name).unlink()
@@ -148,15 +148,15 @@ class FolderStore:
         sync_folder(self.folder)
 
     def abandon(self, step: int) -> None:
-        """Delete the folder aside."""
+        """Delete the temporary folder."""
         shutil.rmtree(self._aside(step), ignore_errors=True)
 
     def remove(self, step: int) -> None:
-        """First out of sight, then file by file; a pinned one stays, for the next that deletes old ones to find."""
+        """Hide the folder, then delete its files; a pinned one stays until a later call."""
         unless_pinned(self.local(step), remove_folder)
 
     def clean(self, newest_good: int) -> None:
-        """Delete folders aside; a damaged checkpoint stays until its step is saved again."""
+        """Delete temporary folders; a damaged checkpoint stays until its step is saved again."""
         remove_leftovers(self.folder)
 
     def _aside(self, step: int) -> Path:
@@ -164,9 +164,9 @@ class FolderStore:
 
 
 class BucketStore:
-    """Objects below a URL; a checkpoint is complete when its state file is there, which is put last.
+    """Objects below a URL; a checkpoint is complete when it has its state file, which is written last.
 
-    ``copies`` is a local folder that checkpoints are fetched into. Every request is tried again after a failure.
+    ``copies`` is the local folder that checkpoints are fetched into. Every request is retried after a failure.
     """
 
     def __init__(self, url: str, copies: Path) -> None:
@@ -176,18 +176,18 @@ class BucketStore:
         self._system, self._root = remote.open_remote(self.url)
 
     def steps(self) -> list[int]:
-        """Of the checkpoints that have a state file."""
+        """Return the steps of the checkpoints that have a state file."""
         return sorted(step for step, files in self._files().items() if STATE_FILE in files)
 
     def place(self, step: int) -> str:
-        """Its URL."""
+        """Return the checkpoint's URL."""
         return f"{self.url}/{folder_name(step)}"
 
     def local(self, step: int) -> Path:
-        """A copy, fetched where there is no sound one; processes of a host share it.
+        """Return a local copy, fetched unless there is a sound one; processes of a host share it.
 
-        Raises CheckpointGoneError where the checkpoint is deleted meanwhile, and UnsafeNameError, before anything is
-        written, where its state file names files elsewhere.
+        Raises CheckpointGoneError if the checkpoint is deleted meanwhile, and UnsafeNameError, before anything is
+        written, where its state file names files outside the folder.
         """
         path = self._copies / folder_name(step)
         try:
@@ -202,7 +202,7 @@ class BucketStore:
         return path
 
     def _copy(self, step: int, state: bytes, hashes: dict[str, str], path: Path) -> None:
-        """Fetch the files that the state file names, and their indices: nothing else that lies there."""
+        """Fetch the files that the state file names, and their indices, but no other objects."""
         files = self._files().get(step, {})
         if STATE_FILE not in files:
             raise FileNotFoundError(self.place(step))
@@ -215,7 +215,7 @@ class BucketStore:
             (aside / STATE_FILE).write_bytes(state)
 
     def write(self, step: int, name: str, content: Callable[[IO[bytes]], Result]) -> Result:
-        """In blocks, from its beginning again after a failure."""
+        """Upload the file in blocks, again from its beginning after a failure."""
 
         def upload(path: str) -> Result:
             with self._system.open(path, "wb", block_size=_BLOCK_BYTES) as file:
@@ -224,28 +224,28 @@ class BucketStore:
         return self._try(step, name, upload, "written")
 
     def written(self, step: int) -> set[str]:
-        """As listed now."""
+        """Return the names of the objects of the checkpoint."""
         return set(self._files().get(step, {}))
 
     def read(self, step: int, name: str) -> bytes:
-        """The object."""
+        """Return the content of an object."""
         return remote.read_bytes(f"{self.place(step)}/{name}", limit_bytes=MAX_STATE_BYTES)
 
     def commit(self, step: int, state: bytes, drop: set[str]) -> None:
-        """The state file makes it complete."""
+        """Delete the files ``drop``, then write the state file, which makes the checkpoint complete."""
         for name in drop:
             self._try(step, name, self._system.rm_file, "removed")
         self.write(step, STATE_FILE, lambda file: file.write(state))
 
     def abandon(self, step: int) -> None:
-        """Leave it to the next start: the place may be out of reach."""
+        """Do nothing, since the store may be unreachable: the next start deletes the files."""
 
     def remove(self, step: int) -> None:
-        """The state file first: what is left without it is no checkpoint."""
+        """Delete the checkpoint, its state file first: files without it are not a checkpoint."""
         self._remove(step, self.written(step))
 
     def clean(self, newest_good: int) -> None:
-        """Delete what has no state file, or is damaged."""
+        """Delete checkpoints that have no state file or are damaged."""
         for step, files in self._files().items():
             if STATE_FILE not in files or step > newest_good:
                 self._remove(step, set(files))
@@ -255,7 +255,7 @@ class BucketStore:
             self._try(step, name, self._system.rm_file, "removed")
 
     def _files(self) -> dict[int, dict[str, int | None]]:
-        """Names and bytes of all objects by their checkpoint's step. Raises UnsafeNameError for one that leads out."""
+        """Return names and sizes of all objects by step. Raises UnsafeNameError for a name that leads out."""
         found: dict[int, dict[str, int | None]] = {}
         for path, size in remote.list_sizes(self.url).items():
             tree_inside(self._copies, path, self.url)
@@ -270,9 +270,9 @@ class BucketStore:
 
 
 def _hashes_in(state: bytes, name: str) -> dict[str, str] | None:
-    """Return the SHA-256 of each file that a state file names, or None where it is damaged: for the reader to say.
+    """Return the SHA-256 of each file that a state file names, or None if it is damaged, which its reader reports.
 
-    Raises UnsafeNameError where one of them is no plain name.
+    Raises UnsafeNameError where one of them is not a plain file name.
     """
     try:
         hashes = validate(dict[str, Sha256], parse_object(state, name).get("sha256"), name)
@@ -282,7 +282,7 @@ def _hashes_in(state: bytes, name: str) -> dict[str, str] | None:
 
 
 def _is_copy(path: Path, state: bytes, hashes: dict[str, str]) -> bool:
-    """Return whether a folder holds a state file of this content, and the files that it names."""
+    """Return whether a folder holds a state file with this content, and the files that it names."""
     try:
         return read_regular(path / STATE_FILE, MAX_STATE_BYTES) == state and all(
             is_regular(path / name) and sha256_of(path / name) == value for name, value in hashes.items()

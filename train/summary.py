@@ -1,16 +1,16 @@
-"""From the metrics of each step to one line for an interval of steps."""
+"""Summarize the metrics of each step in one line for an interval of steps."""
 
 import math
 from collections.abc import Mapping, Sequence
 
-SUM, COUNT = "/sum", "/count"  # endings of two metrics that are one mean together
-TOTAL = "/total"  # ending of a metric that is added up over the interval
+SUM, COUNT = "/sum", "/count"  # endings of two metrics whose quotient is one mean
+TOTAL = "/total"  # ending of a metric that is summed over the interval
 
 
 def summary(interval: Mapping[str, Sequence[float]]) -> dict[str, float | None]:
-    """Means over the steps of an interval; sums of ``/total``; sums of ``/sum`` over those of ``/count``.
+    """Return means over the steps of an interval, sums for ``/total``, and sum of ``/sum`` / sum of ``/count``.
 
-    A mean of nothing is None.
+    A mean over no samples is None.
     """
     line: dict[str, float | None] = {}
     for name, values in interval.items():

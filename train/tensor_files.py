@@ -1,7 +1,7 @@
-"""Named tensors as a safetensors file, written to any stream and hashed on the way.
+"""Write named tensors as a safetensors file to any stream, and hash the bytes on the way.
 
-The library writes to paths only, and holds Python's lock while it does; a checkpoint is written beside training, also
-to object stores. What is read is read by the library.
+The safetensors library writes to paths only, and holds Python's global lock meanwhile; a checkpoint is written
+asynchronously, and also to object stores. The library reads the files.
 """
 
 import hashlib
@@ -28,10 +28,10 @@ _RANKS = {dtype: rank for rank, dtype in enumerate(_NAMES)}
 
 
 def write_tensors(file: IO[bytes], tensors: Mapping[str, Tensor]) -> str:
-    """Write contiguous tensors on the host; returns the hexadecimal SHA-256 of what was written.
+    """Write contiguous tensors on the CPU; return the hexadecimal SHA-256 of the bytes.
 
     The bytes are those of ``safetensors.torch.save``: the length of the header in 8 bytes, a JSON header padded to a
-    multiple of 8, then the tensors, by kind of element (wider ones first) and name.
+    multiple of 8 bytes, then the tensors, sorted by dtype (wider ones first) and name.
     """
     ordered = dict(sorted(tensors.items(), key=lambda item: (_RANKS[item[1].dtype], item[0])))
     digest = hashlib.sha256()

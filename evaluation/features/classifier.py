@@ -1,4 +1,4 @@
-"""Features of a small classifier that this job trains itself: for data that Inception says nothing of."""
+"""Compute features with a small classifier that this job trains, for data that Inception features do not suit."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ _MOST_BYTES = 2**30  # of its weights
 
 @dataclass(frozen=True)
 class _Facts:
-    """Describe a cached classifier, in ``facts.json``."""
+    """The record of a cached classifier, ``facts.json``."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -59,16 +59,16 @@ class SmallClassifier(nn.Module):
         self.classes = nn.Linear(num_features, num_classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, C, H, W] in [-1, 1] -> features [B, D] and logits [B, K]."""
+        """Map images [B, C, H, W] in [-1, 1] to features [B, D] and logits [B, num_classes]."""
         features = torch.relu(self.hidden(self.convolutions(images)))
         return features, self.classes(features)
 
 
 class ClassifierFeatures:
-    """A `FeatureExtractor`: trains a classifier on 4/5 of a source's images, or takes it from ``cache``.
+    """A `FeatureExtractor` that trains a classifier on 4/5 of a source's images, or loads it from ``cache``.
 
-    Images are cropped as for encoding. The cached folder's name is a hash of images, labels and hyperparameters; where
-    it is damaged, the same classifier is trained again. The held-out fifth gives ``facts["classifier_accuracy"]``.
+    Images are cropped as for encoding. The cached folder's name is a hash of images, labels and hyperparameters; if it
+    is damaged, the same classifier is trained again. ``facts["classifier_accuracy"]`` is that on the held-out fifth.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class ClassifierFeatures:
         self._network = SmallClassifier(image_size, images.shape[3], num_classes, num_features)
         self._channels = images.shape[3]
         folder = Path(cache) / f"classifier-{identity[:16]}"
-        with locked(folder.with_suffix(".lock")):  # runs of a sweep wait for the first to train it
+        with locked(folder.with_suffix(".lock")):  # runs of a sweep wait until the first one has trained it
             facts = unless_damaged(lambda: _read(folder, identity, self._network))
             if facts is None:
                 accuracy, held_out = _train(self._network, images, labels, epochs, batch_size, lr, seed)
@@ -103,21 +103,21 @@ class ClassifierFeatures:
         self.hash = facts.weights_sha256
 
     def to(self, device: torch.device) -> None:
-        """Stays on the CPU: so small that moving it saves nothing, and its numbers are the same on every machine."""
+        """Do nothing: the network stays on the CPU, where it is fast enough and exact on every machine."""
 
     @torch.no_grad()
     def __call__(self, images: NDArray[np.uint8]) -> Features:
-        """[B, H, W, C] uint8 -> [B, D] float32 and the most likely classes."""
-        if images.shape[3] == 1:  # generated in one channel, while grey images are read in three that are equal
+        """Map images [B, H, W, C] uint8 to features [B, D] float32 and the most likely classes [B]."""
+        if images.shape[3] == 1:  # generated images have one channel, grey images of a source three equal ones
             images = images.repeat(self._channels, axis=3)
         vectors, logits = self._network(to_unit_range(images))
         return Features(vectors.numpy(), logits.argmax(dim=1).numpy())
 
 
 def _read(folder: Path, identity: str, network: SmallClassifier) -> _Facts:
-    """Give the network the weights of a cached folder, and return its facts.
+    """Load the weights of a cached folder into the network, and return its record.
 
-    Raises OSError as `open` does, and DamagedFileError where a file is not what was written, or of something else.
+    Raises the OSErrors of `open`, and DamagedFileError where a file was changed or belongs to another classifier.
     """
     folder.lstat()
     for name in (_FACTS, _WEIGHTS):
@@ -140,7 +140,7 @@ def _read(folder: Path, identity: str, network: SmallClassifier) -> _Facts:
 
 
 def _write(folder: Path, identity: str, network: SmallClassifier, accuracy: float, held_out: int) -> _Facts:
-    """Write weights and facts as one folder, in place of what has its name."""
+    """Write weights and record as one folder, replacing a folder of this name."""
     with atomic_folder(folder) as aside:
         with open(aside / _WEIGHTS, "wb") as file:
             weights_sha256 = write_tensors(file, network.state_dict())
@@ -158,7 +158,7 @@ def _train(
     lr: float,
     seed: int,
 ) -> tuple[float, int]:
-    """Train, and return the accuracy on images that were held out, and their number."""
+    """Train the network, and return the accuracy on held-out images and their number."""
     philox = Philox(seed)
     order = permutation(philox, 0, Purpose.SPLIT, len(images))
     held_out, training = np.split(order, [len(order) // 5])
@@ -180,7 +180,7 @@ def _train(
 
 
 def _initialize(network: nn.Module, seed: int) -> None:
-    """Kaiming-uniform weights from one generator, whatever was drawn before in this process."""
+    """Initialize weights Kaiming-uniformly from a generator of their own, independent of earlier draws."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
         if parameter.dim() > 1:

@@ -1,4 +1,4 @@
-"""Features of DINOv2 (Oquab et al. 2023), for the FD-DINOv2 that Stein et al. 2023 propose beside FID."""
+"""Compute features of DINOv2 (Oquab et al. 2023), for the FD-DINOv2 that Stein et al. 2023 propose besides FID."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -21,11 +21,11 @@ Size = Annotated[int, Field(ge=1, le=2**16)]
 
 
 class DINOv2Features(NetworkFeatures):
-    """The class token after the last norm, of a local ``folder`` with ``config.json`` and ``model.safetensors``.
+    """A `FeatureExtractor`: the class token after the last norm of the DINOv2 in a local ``folder``.
 
-    Such a folder is a copy of a model's page on the hub, or what ``save_pretrained`` of transformers writes; nothing
-    is downloaded. ``hash`` is of both files. Raises ValueError where the folder does not hold a whole DINOv2, or
-    transformers is not installed.
+    The folder has ``config.json`` and ``model.safetensors``, copied from a model's page on the hub or written by
+    ``save_pretrained`` of transformers; nothing is downloaded. ``hash`` depends on both files. Raises ValueError where
+    the folder does not hold a whole DINOv2, or transformers is not installed.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class _ClassToken(nn.Module):
 
 @dataclass(frozen=True)
 class _Config:
-    """Hold the fields of ``config.json`` that decide features; no others are used."""
+    """The fields of ``config.json`` that determine features; no others are used."""
 
     hidden_size: Size
     num_hidden_layers: Annotated[int, Field(ge=1, le=1000)]
@@ -78,7 +78,7 @@ class _Config:
     qkv_bias: bool
     layerscale_value: Annotated[float, Field(ge=-1e6, le=1e6)]
     use_swiglu_ffn: bool
-    use_mask_token: bool = True  # not in folders of earlier versions of transformers
+    use_mask_token: bool = True  # missing in folders of earlier versions of transformers
 
 
 def _read_config(path: Path) -> _Config:
@@ -92,7 +92,7 @@ def _read_config(path: Path) -> _Config:
     config = validate(_Config, known, str(path))
     if config.hidden_size % config.num_attention_heads:
         raise DamagedFileError(
-            f"{path} is damaged: hidden_size {config.hidden_size} is no multiple of num_attention_heads "
+            f"{path} is damaged: hidden_size {config.hidden_size} is not a multiple of num_attention_heads "
             f"{config.num_attention_heads}."
         )
     return config
@@ -113,7 +113,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _build(config: _Config, tensors: dict[str, Tensor], path: Path) -> Any:
-    """Return the backbone with these weights: no file of the folder is opened by transformers itself."""
+    """Return the backbone with these weights; transformers itself opens no file of the folder."""
     try:
         from transformers import Dinov2Config, Dinov2Model
     except ImportError as error:
@@ -134,7 +134,7 @@ def _build(config: _Config, tensors: dict[str, Tensor], path: Path) -> Any:
                 config=shape,
                 state_dict=tensors,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # which is refused below, in a sentence
+                ignore_mismatched_sizes=True,  # refused below, in one sentence
                 dtype=torch.float32,
                 attn_implementation="sdpa",
             )

@@ -1,4 +1,4 @@
-"""Feature extractors, behind one interface: what images are compared in."""
+"""Define the interface of feature extractors; images are compared by their features."""
 
 from typing import NamedTuple, Protocol
 
@@ -8,22 +8,22 @@ from numpy.typing import NDArray
 
 
 class Features(NamedTuple):
-    """What an extractor says of a batch. Parts that it does not know are None."""
+    """The features of a batch of images. Parts that an extractor does not compute are None."""
 
     vectors: NDArray[np.float32]  # [B, D]
-    classes: NDArray[np.int64] | None = None  # [B], the recognised class, where it knows the data's classes
-    spatial: NDArray[np.float32] | None = None  # [B, E], with places kept apart: sFID's
-    logits: NDArray[np.float32] | None = None  # [B, K] over the extractor's own classes: the Inception Score's
+    classes: NDArray[np.int64] | None = None  # [B], the recognized class, if the extractor knows the data's classes
+    spatial: NDArray[np.float32] | None = None  # [B, num_spatial], a flattened map with positions, for sFID
+    logits: NDArray[np.float32] | None = None  # [B, num_classes], over the extractor's classes, for Inception Score
 
     @classmethod
     def concatenate(cls, batches: "list[Features]") -> "Features":
-        """The features of all batches, in order."""
+        """Return the features of all batches, in order."""
         parts = zip(*batches, strict=True)
         return cls(*(None if part[0] is None else np.concatenate(part) for part in parts))  # type: ignore[arg-type]
 
 
 def require_finite(features: Features, extractor: "FeatureExtractor") -> Features:
-    """The features. Raises ValueError where they are not all numbers, of which no statistics can be made."""
+    """Return the features. Raises ValueError where a value is not finite, so that statistics are undefined."""
     parts = [part for part in (features.vectors, features.spatial, features.logits) if part is not None]
     bad = np.any([~np.isfinite(part).all(axis=1) for part in parts], axis=0)
     if bad.any():
@@ -35,16 +35,16 @@ def require_finite(features: Features, extractor: "FeatureExtractor") -> Feature
 
 
 class FeatureExtractor(Protocol):
-    """Images to feature vectors. A number computed with one is never compared with another's."""
+    """Maps images to feature vectors. Numbers from two extractors are never compared."""
 
     title: str  # completes "Frechet distance on ..."; only the 2015 Inception's may be called FID
-    hash: str  # identity of the weights
-    facts: dict[str, float]  # what a reader must know to judge the features, such as an accuracy
+    hash: str  # identifies the weights
+    facts: dict[str, float]  # recorded numbers that help to judge the features, such as an accuracy
 
     def to(self, device: torch.device) -> None:
-        """Compute on ``device`` from now on, if that changes no number that matters."""
+        """Compute on ``device`` from now on, if that changes results by no more than rounding."""
         ...
 
     def __call__(self, images: NDArray[np.uint8]) -> Features:
-        """[B, H, W, C] uint8."""
+        """Return the features of images [B, H, W, C] uint8."""
         ...

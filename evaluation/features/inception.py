@@ -1,4 +1,4 @@
-"""The 2015 Inception as a feature extractor, and where its weights come from."""
+"""Compute features with the 2015 Inception, and find or download its weights."""
 
 import io
 import os
@@ -23,19 +23,19 @@ FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE_NAME}"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # 95,628,359 bytes
 VARIABLE = "DITSCALE_INCEPTION"
-_MOST_BYTES = 2**28  # of a file with the same network's weights
-_ZIP = b"PK"  # how files of torch.save begin, but older ones as the public one
+_MOST_BYTES = 2**28  # of a file with the weights of this network
+_ZIP = b"PK"  # first bytes of files of torch.save, except old ones such as the public file
 
 
 class InceptionFeatures:
-    """A `FeatureExtractor`: pool3 features, the 17x17 map of sFID, logits without bias.
+    """A `FeatureExtractor` with pool3 features, the 17x17 map of sFID, and logits without bias.
 
-    ``weights`` is the checkpoint's path; null takes the one that the environment variable DITSCALE_INCEPTION
-    names, or the file under its public name in ``cache``. With ``download`` it is fetched there first. The file
-    must have the hash ``sha256`` (a beginning of it is enough). Computes in float32 without TF32 or autocast,
-    ``batch_size`` images at once.
+    ``weights`` is the checkpoint's path; null uses the path in the environment variable DITSCALE_INCEPTION, or the
+    file with the public name in ``cache``. With ``download``, a missing file is fetched first. The file must have the
+    hash ``sha256``, of which a prefix is enough. Computes in float32 without TF32 or autocast, ``batch_size`` images at
+    once.
 
-    Raises ValueError where there are no weights, or others than expected.
+    Raises ValueError where there are no weights, or where they have another hash.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class InceptionFeatures:
         self._batch_size = batch_size
 
     def to(self, device: torch.device) -> None:
-        """Compute there, or on the host where float32 is less than that there."""
+        """Use this device, or the CPU where the device does not compute true float32."""
         self._device = device = exact_device(device)
         self._network.to(device)
 
     @torch.no_grad()
     def __call__(self, images: NDArray[np.uint8]) -> Features:
-        """[B, H, W, C] uint8 of 1 (grey) or 3 channels -> [B, 2048], [B, 2023] and [B, 1008] float32."""
+        """Map images [B, H, W, C] uint8, C 1 (grey) or 3, to [B, 2048], [B, 2023] and [B, 1008] float32."""
         if images.shape[3] not in (1, 3):
             raise ValueError(
                 f"The images have {images.shape[3]} channels, but the Inception network sees 3 (or 1, as grey); "
@@ -88,18 +88,18 @@ class InceptionFeatures:
 
 
 def load_inception(path: Path, content: bytes | None = None) -> Inception2015:
-    """Return the network with the parameters in ``path``, for inference. ValueError for a file of something else.
+    """Return the network with the parameters in ``path``, for inference.
 
-    ``content`` is that of the file, where it was read already.
+    ``content`` is that of the file, if it was read already. Raises ValueError for a file with other content.
     """
     content = read_regular(path, _MOST_BYTES) if content is None else content
-    if content.startswith(_ZIP):  # PyTorch itself checks no checksum
+    if content.startswith(_ZIP):  # PyTorch itself does not check the checksums
         with opened(path, lambda what: _not_the_weights(path, what)) as archive:
             require_sound(archive, path, _MOST_BYTES)
     try:
         with warnings.catch_warnings(action="ignore"):
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds, in words that advise to trust the file
+    except Exception as error:  # of many types, with messages that advise to trust the file
         what = f"{type(error).__name__} in its {len(content)} bytes; it is damaged, or holds more than tensors"
         raise ValueError(_not_the_weights(path, what)) from None
     network = Inception2015()
@@ -112,7 +112,7 @@ def load_inception(path: Path, content: bytes | None = None) -> Inception2015:
 
 
 def _require_same(state: Any, ours: dict[str, Tensor], path: Path) -> None:
-    """Raise ValueError where a file holds anything but finite tensors of the network's types."""
+    """Raise ValueError where a file holds anything but finite tensors of the network's dtypes."""
     if not isinstance(state, dict):
         raise ValueError(_not_the_weights(path, f"it holds a {type(state).__name__}"))
     for name, value in state.items():
@@ -131,7 +131,7 @@ def _not_the_weights(path: Path, what: str) -> str:
 
 
 def _find_weights(weights: str | None, cache: Path, download: bool, sha256: str) -> Path:
-    """Return the path of an existing file. Raises ValueError that says what to fetch and where to put it."""
+    """Return the path of an existing file. Raises ValueError that says what to fetch and where to put it if missing."""
     path = Path(weights or os.environ.get(VARIABLE) or cache / FILE_NAME)
     if not path.exists() and download:
         _download(path, sha256)
@@ -147,9 +147,9 @@ def _find_weights(weights: str | None, cache: Path, download: bool, sha256: str)
 
 
 def _download(path: Path, sha256: str) -> None:
-    """Fetch the public weights; the file appears only when its hash is right."""
+    """Download the public weights; the file appears only after its hash is verified."""
     try:
-        with locked(path.with_suffix(".lock")):  # other processes wait for the first
+        with locked(path.with_suffix(".lock")):  # other processes wait for the first one
             if not path.exists():
                 torch.hub.download_url_to_file(URL, str(path), hash_prefix=sha256, progress=True)
     except (OSError, RuntimeError) as error:

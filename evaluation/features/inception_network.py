@@ -1,8 +1,8 @@
-"""The Inception network of 2015-12-05, in which FID, sFID and the Inception Score are defined.
+"""Define the Inception network of 2015-12-05, on which FID, sFID and the Inception Score are defined.
 
 It is the network that TensorFlow published as ``classify_image_graph_def.pb`` (Szegedy et al. 2015, "Rethinking the
 Inception Architecture", with differences in pooling), not torchvision's. Parameters are named as in the public
-checkpoint ``pt_inception-2015-12-05-6726825d.pth``, so that it loads as it is.
+checkpoint ``pt_inception-2015-12-05-6726825d.pth``, so that it loads without changes.
 """
 
 from typing import NamedTuple
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 INPUT_SIZE = 299  # pixels, side of the square input
 NUM_FEATURES = 2048
-NUM_SPATIAL_CHANNELS = 7  # of the 17x17 map, as in ADM's suite
+NUM_SPATIAL_CHANNELS = 7  # channels used of the 17x17 map, as in ADM's suite
 NUM_SPATIAL = NUM_SPATIAL_CHANNELS * 17 * 17  # 2023
 NUM_LOGITS = 1008  # outputs of the graph, of which 1000 are classes of ImageNet
 
 
 class InceptionOutput(NamedTuple):
-    """What ADM's suite reads from the graph."""
+    """The three tensors that ADM's suite reads from the graph."""
 
     pool: Tensor  # [B, 2048] float32, ``pool_3:0``
     spatial: Tensor  # [B, 2023] float32, the first 7 channels of ``mixed_6/conv:0`` after ReLU, flattened as [h, w, c]
@@ -27,7 +27,7 @@ class InceptionOutput(NamedTuple):
 
 
 class Conv(nn.Module):
-    """Convolution, batch normalisation, ReLU."""
+    """A convolution, batch normalization and ReLU."""
 
     def __init__(
         self, inputs: int, outputs: int, kernel: tuple[int, int], stride: int = 1, padding: tuple[int, int] = (0, 0)
@@ -37,7 +37,7 @@ class Conv(nn.Module):
         self.bn = nn.BatchNorm2d(outputs, eps=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, inputs, h, w] -> [B, outputs, h', w']."""
+        """Map [B, inputs, h, w] to [B, outputs, h', w']."""
         return F.relu(self.bn(self.conv(x)))
 
 
@@ -51,25 +51,25 @@ class ConvSpec(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """A 3x3 pooling at the start of a branch. Averages leave the padding out of the count, as TensorFlow's."""
+    """A 3x3 pooling at the start of a branch. Averages do not count the padding, as in TensorFlow."""
 
     kind: str  # average or maximum
     stride: int
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[B, c, h, w] -> [B, c, h / stride, w / stride]."""
+        """Map [B, c, h, w] to [B, c, h / stride, w / stride]."""
         if self.kind == "average":
             return F.avg_pool2d(x, 3, self.stride, padding=1, count_include_pad=False)
         return F.max_pool2d(x, 3, self.stride, padding=1 if self.stride == 1 else 0)
 
 
-# One stage of a branch; a list is a fork: convolutions of the same input whose outputs are concatenated.
+# A stage of a branch; a list is a fork: convolutions of the same input whose outputs are concatenated.
 Stage = ConvSpec | Pool | list[ConvSpec]
 Branch = list[Stage]
 
 
 class Mixed(nn.Module):
-    """Branches of the same input, concatenated. Convolutions are attributes by their names in the checkpoint."""
+    """Branches of the same input, concatenated. Convolutions are attributes with their names in the checkpoint."""
 
     def __init__(self, inputs: int, branches: list[Branch]) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Mixed(nn.Module):
         self.outputs = sum(self._add(inputs, branch) for branch in branches)
 
     def _add(self, channels: int, branch: Branch) -> int:
-        """Make the convolutions of a branch; returns its number of output channels."""
+        """Create the convolutions of a branch; return its number of output channels."""
         for stage in branch:
             if isinstance(stage, Pool):
                 continue
@@ -90,7 +90,7 @@ class Mixed(nn.Module):
         return channels
 
     def branches(self, x: Tensor) -> list[Tensor]:
-        """Output of each branch, [B, c_i, h, w]."""
+        """Return the output of each branch, [B, c_i, h, w]."""
         return [self._run(branch, x) for branch in self._branches]
 
     def _run(self, branch: Branch, x: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class Mixed(nn.Module):
         return x
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, inputs, h, w] -> [B, outputs, h', w']."""
+        """Map [B, inputs, h, w] to [B, outputs, h', w']."""
         return torch.cat(self.branches(x), dim=1)
 
 
@@ -112,7 +112,7 @@ ONE, THREE, FIVE, ROW, COLUMN = (1, 1), (3, 3), (5, 5), (1, 7), (7, 1)
 
 
 def _grid_35(inputs: int, pooled: int) -> Mixed:
-    """Mixed_5b, 5c, 5d: on the 35x35 grid."""
+    """Return Mixed_5b, 5c or 5d, on the 35x35 grid."""
     return Mixed(
         inputs,
         [
@@ -129,7 +129,7 @@ def _grid_35(inputs: int, pooled: int) -> Mixed:
 
 
 def _to_grid_17(inputs: int) -> Mixed:
-    """Mixed_6a: from 35x35 to 17x17."""
+    """Return Mixed_6a, from 35x35 to 17x17."""
     return Mixed(
         inputs,
         [
@@ -145,7 +145,7 @@ def _to_grid_17(inputs: int) -> Mixed:
 
 
 def _grid_17(inputs: int, width: int) -> Mixed:
-    """Mixed_6b .. 6e: on the 17x17 grid, 7x7 convolutions as a row and a column."""
+    """Return one of Mixed_6b .. 6e, on the 17x17 grid; 7x7 convolutions are factored into a row and a column."""
     return Mixed(
         inputs,
         [
@@ -168,7 +168,7 @@ def _grid_17(inputs: int, width: int) -> Mixed:
 
 
 def _to_grid_8(inputs: int) -> Mixed:
-    """Mixed_7a: from 17x17 to 8x8."""
+    """Return Mixed_7a, from 17x17 to 8x8."""
     return Mixed(
         inputs,
         [
@@ -185,7 +185,7 @@ def _to_grid_8(inputs: int) -> Mixed:
 
 
 def _grid_8(inputs: int, pool: Pool) -> Mixed:
-    """Mixed_7b and 7c: on the 8x8 grid, with forks; the graph pools by average in the first, by maximum in the last."""
+    """Return Mixed_7b or 7c, on the 8x8 grid, with forks; the graph has average pooling in 7b and maximum in 7c."""
     row, column = (1, 3), (3, 1)
     return Mixed(
         inputs,
@@ -206,7 +206,7 @@ def _grid_8(inputs: int, pool: Pool) -> Mixed:
 
 
 class Inception2015(nn.Module):
-    """uint8 images of any size to the three outputs that the metrics are defined on."""
+    """Maps uint8 images of any size to the three outputs that the metrics are defined on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -229,7 +229,7 @@ class Inception2015(nn.Module):
         self.fc = nn.Linear(NUM_FEATURES, NUM_LOGITS)
 
     def forward(self, images: Tensor) -> InceptionOutput:
-        """[B, 3, H, W] uint8."""
+        """Return the outputs for images [B, 3, H, W] uint8."""
         x = (resize_like_tensorflow(images.float(), INPUT_SIZE) - 128) / 128
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # [B, 64, 147, 147]
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))  # [B, 192, 71, 71]
@@ -244,9 +244,9 @@ class Inception2015(nn.Module):
 
 
 def resize_like_tensorflow(images: Tensor, size: int) -> Tensor:
-    """[B, C, H, W] float -> [B, C, size, size]: ResizeBilinear of TensorFlow 1.
+    """Resize [B, C, H, W] float to [B, C, size, size] like ResizeBilinear of TensorFlow 1.
 
-    Output pixel i lies at i * H / size: without half-pixel centres, and without antialiasing when it shrinks.
+    Output pixel i is at i * H / size, without half-pixel centers, and without antialiasing when images shrink.
     """
     rows, next_rows, row_fraction = _bilinear_taps(images.shape[2], size, images.device)
     columns, next_columns, column_fraction = _bilinear_taps(images.shape[3], size, images.device)
@@ -261,7 +261,7 @@ def resize_like_tensorflow(images: Tensor, size: int) -> Tensor:
 
 
 def _bilinear_taps(length: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """For each of ``size`` outputs: the pixel before it, the one after it, and how far it lies between them."""
+    """Return, for each of ``size`` outputs, the pixel before it, the pixel after it, and its fraction between them."""
     scale = torch.tensor(length / size, dtype=torch.float32, device=device)
     place = torch.arange(size, dtype=torch.float32, device=device) * scale
     before = place.long()

@@ -1,6 +1,6 @@
-"""What metrics remember of images as they stream by, and how processes put it together.
+"""Collect what metrics need from the features of a stream of images, and merge it over processes.
 
-A metric names what it needs by a `Collects`; metrics that need the same share one `Collector`.
+A metric names what it needs by a `Collects`; metrics with equal needs share one `Collector`.
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ Part = Literal["vectors", "spatial"]  # of `Features`
 
 
 class Collector(Protocol):
-    """Takes the features of one process's images."""
+    """Collects the features of one process's images."""
 
     def add(self, indices: NDArray[np.int64], features: Features) -> None:
-        """Features of the images with these indices [B]."""
+        """Add the features of the images with these indices [B]."""
         ...
 
     def merged(self, gather: Gather) -> Any:
-        """What all processes together have seen. Every process must call it."""
+        """Return what all processes together have collected. Every process must call it."""
         ...
 
 
@@ -32,35 +32,35 @@ class Collects(Protocol):
     """A kind of collector. Equal ones are shared, so it must be hashable."""
 
     def start(self, num_images: int) -> Collector:
-        """A collector that has seen nothing of ``num_images``."""
+        """Return an empty collector for ``num_images`` images."""
         ...
 
 
 @dataclass(frozen=True)
 class StatisticsOf:
-    """Mean and covariance of a part, as float64 sums: `FeatureStatistics`."""
+    """Collects mean and covariance of a part of the features, as the float64 sums of `FeatureStatistics`."""
 
     part: Part
 
     def start(self, num_images: int) -> "StatisticsCollector":
-        """Nothing summed yet."""
+        """Return a collector without images."""
         return StatisticsCollector(self.part)
 
 
 class StatisticsCollector:
-    """Sums of x and x x^T."""
+    """Collects the sums of x and x x^T."""
 
     def __init__(self, part: Part) -> None:
         self._part = part
-        self._statistics: FeatureStatistics | None = None  # its size is known from the first batch on
+        self._statistics: FeatureStatistics | None = None  # its dimension is known from the first batch on
 
     def add(self, indices: NDArray[np.int64], features: Features) -> None:
-        """Add to the sums."""
+        """Add a batch to the sums."""
         found = FeatureStatistics.of(_rows_of(features, self._part))
         self._statistics = found if self._statistics is None else self._statistics + found
 
     def merged(self, gather: Gather) -> FeatureStatistics:
-        """The sums over all processes, of which some may have had no image."""
+        """Return the sums over all processes, some of which may have had no image."""
         size = 0 if self._statistics is None else len(self._statistics.total)
         sizes = gather(np.array([size]))
         mine = self._statistics or FeatureStatistics.empty(int(sizes.max()))
@@ -69,17 +69,17 @@ class StatisticsCollector:
 
 @dataclass(frozen=True)
 class RowsOf:
-    """The vectors themselves, float32 [num_images, D] by image index: 8 KB an image for Inception's."""
+    """Collects the vectors themselves, float32 [num_images, D] by image index: 8 KB an image for Inception's."""
 
     part: Part
 
     def start(self, num_images: int) -> "RowsCollector":
-        """No rows yet."""
+        """Return a collector without rows."""
         return RowsCollector(self.part)
 
 
 class RowsCollector:
-    """Keeps rows and their indices."""
+    """Collects rows and their indices."""
 
     def __init__(self, part: Part) -> None:
         self._part = part
@@ -87,12 +87,12 @@ class RowsCollector:
         self._rows: list[NDArray[np.float32]] = []
 
     def add(self, indices: NDArray[np.int64], features: Features) -> None:
-        """Keep them (no copy)."""
+        """Keep a batch, without a copy."""
         self._indices.append(indices)
         self._rows.append(_rows_of(features, self._part))
 
     def merged(self, gather: Gather) -> NDArray[np.float32]:
-        """Rows of all processes, by index."""
+        """Return the rows of all processes, sorted by index."""
         size = int(gather(np.array([self._rows[0].shape[1] if self._rows else 0])).max())
         rows = gather(np.concatenate([np.empty((0, size), np.float32), *self._rows]))
         indices = gather(np.concatenate([np.empty(0, np.int64), *self._indices]))
@@ -101,26 +101,26 @@ class RowsCollector:
 
 @dataclass(frozen=True)
 class SplitSums:
-    """Of each split: n, the sum of sum_c p_c log p_c, and the sum of p. All an Inception Score needs."""
+    """The number of images, the sum of sum_c p_c log p_c, and the sum of p of each split, for an Inception Score."""
 
-    counts: NDArray[np.int64]  # [S]
-    negative_entropies: NDArray[np.float64]  # [S], in nats
-    marginals: NDArray[np.float64]  # [S, K]
+    counts: NDArray[np.int64]  # [num_splits]
+    negative_entropies: NDArray[np.float64]  # [num_splits], in nats
+    marginals: NDArray[np.float64]  # [num_splits, num_classes]
 
 
 @dataclass(frozen=True)
 class SplitSumsOf:
-    """Class probabilities, summed over splits of ``split_size`` images by index; the last may be shorter."""
+    """Collects sums of class probabilities over splits of ``split_size`` images by index; the last may be shorter."""
 
     split_size: int
 
     def start(self, num_images: int) -> "SplitSumsCollector":
-        """Nothing summed yet."""
+        """Return a collector without images."""
         return SplitSumsCollector(self.split_size, -(-num_images // self.split_size))
 
 
 class SplitSumsCollector:
-    """Sums in float64."""
+    """Collects the sums of each split in float64."""
 
     def __init__(self, split_size: int, num_splits: int) -> None:
         self._split_size = split_size
@@ -143,7 +143,7 @@ class SplitSumsCollector:
         np.add.at(self._marginals, splits, p)
 
     def merged(self, gather: Gather) -> SplitSums:
-        """The sums over all processes."""
+        """Return the sums over all processes."""
         size = int(gather(np.array([0 if self._marginals is None else self._marginals.shape[1]])).max())
         marginals = np.zeros((len(self._counts), size)) if self._marginals is None else self._marginals
         return SplitSums(
@@ -154,7 +154,7 @@ class SplitSumsCollector:
 
 
 def start_all(kinds: Sequence[Collects], num_images: int) -> dict[Collects, Collector]:
-    """One collector for each different kind."""
+    """Return one new collector for each different kind."""
     return {kind: kind.start(num_images) for kind in dict.fromkeys(kinds)}
 
 

@@ -1,4 +1,4 @@
-"""Frechet distances: on any features, and the two that carry Inception's name."""
+"""Compute Frechet distances on any features, and FID and sFID on Inception's."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,12 +15,12 @@ _WHY = "a covariance"
 
 
 def _require_covariance(moments: Moments) -> None:
-    """Raise ValueError for a matrix that is none. What is computed for that stays with ``moments``."""
+    """Raise ValueError unless the matrix is a covariance. The root computed for that is cached in ``moments``."""
     _ = moments.root
 
 
 def _distance(real: Moments, samples: FeatureStatistics, reference: Reference) -> float:
-    """Return the distance. Raises ValueError where the reference is of features of another size."""
+    """Return the distance. Raises ValueError where the reference has features of another dimension."""
     theirs, ours = len(real.mean), len(samples.mean)
     if theirs != ours:
         raise ValueError(
@@ -31,44 +31,44 @@ def _distance(real: Moments, samples: FeatureStatistics, reference: Reference) -
 
 
 class FrechetDistance:
-    """Frechet distance in the features of any extractor, never called FID."""
+    """The Frechet distance on the features of any extractor, never called FID."""
 
     collects = StatisticsOf("vectors")
     settings: Mapping[str, Any] = {}
 
     def require(self, extractor: FeatureExtractor, reference: Reference, num_images: int) -> None:
-        """At least 2 images, and a reference with a covariance."""
+        """Raise ValueError for fewer than 2 images, or a reference whose matrix is not a covariance."""
         require_images("frechet", 2, num_images, _WHY)
         _require_covariance(reference.statistics)
 
     def compute(self, samples: FeatureStatistics, reference: Reference, device: torch.device) -> dict[str, float]:
-        """``frechet_distance``."""
+        """Return ``frechet_distance``."""
         return {"frechet_distance": _distance(reference.statistics, samples, reference)}
 
 
 class FrechetInceptionDistance(FrechetDistance):
-    """FID (Heusel et al. 2017): the same on pool3 of the 2015 Inception, as ADM's suite computes it."""
+    """FID (Heusel et al. 2017): the Frechet distance on pool3 of the 2015 Inception, as in ADM's suite."""
 
     def require(self, extractor: FeatureExtractor, reference: Reference, num_images: int) -> None:
-        """Inception features, at least 2 images, and a reference with a covariance."""
+        """Raise ValueError for other features, fewer than 2 images, or a reference whose matrix is not a covariance."""
         require_inception("fid", extractor)
         require_images("fid", 2, num_images, _WHY)
         _require_covariance(reference.statistics)
 
     def compute(self, samples: FeatureStatistics, reference: Reference, device: torch.device) -> dict[str, float]:
-        """``fid``, and the same number as ``frechet_distance``, under which any extractor's stands."""
+        """Return ``fid``, and the same number as ``frechet_distance``, the name for any extractor."""
         distance = _distance(reference.statistics, samples, reference)
         return {"fid": distance, "frechet_distance": distance}
 
 
 class SpatialFrechetInceptionDistance:
-    """sFID (Nash et al. 2021): on the first 7 channels of the 17x17 map of mixed_6, 2023 numbers, as in ADM's suite."""
+    """sFID (Nash et al. 2021): on the first 7 channels of mixed_6's 17x17 map, 2023 features, as in ADM's suite."""
 
     collects = StatisticsOf("spatial")
     settings: Mapping[str, Any] = {}
 
     def require(self, extractor: FeatureExtractor, reference: Reference, num_images: int) -> None:
-        """Inception features, at least 2 images, and a reference with mu_s and sigma_s."""
+        """Raise ValueError for other features, fewer than 2 images, or a reference without mu_s and sigma_s."""
         require_inception("sfid", extractor)
         require_images("sfid", 2, num_images, _WHY)
         if reference.spatial is None:
@@ -79,6 +79,6 @@ class SpatialFrechetInceptionDistance:
         _require_covariance(reference.spatial)
 
     def compute(self, samples: FeatureStatistics, reference: Reference, device: torch.device) -> dict[str, float]:
-        """``sfid``."""
+        """Return ``sfid``."""
         assert reference.spatial is not None
         return {"sfid": _distance(reference.spatial, samples, reference)}

@@ -1,4 +1,4 @@
-"""The Inception Score."""
+"""Compute the Inception Score."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,10 +13,10 @@ from evaluation.reference.reference import Reference
 
 
 class InceptionScore:
-    """exp of the mean KL from p(class) to p(class | image) (Salimans et al. 2016), the mean over splits.
+    """The mean over splits of exp(mean KL(p(class | image) || p(class))) (Salimans et al. 2016).
 
-    As ADM's suite: softmax over all 1008 outputs without bias, splits of ``split_size`` images in the order of
-    their indices. A split must mix the classes, which both kinds of labels here do.
+    As in ADM's suite, the softmax is over all 1008 outputs without bias, and splits have ``split_size`` images in the
+    order of their indices. A split must mix the classes, as balanced and random labels do.
     """
 
     def __init__(self, split_size: int = 5000) -> None:
@@ -26,12 +26,12 @@ class InceptionScore:
         self.settings: Mapping[str, Any] = {"split_size": split_size}
 
     def require(self, extractor: FeatureExtractor, reference: Reference, num_images: int) -> None:
-        """Inception features, and one full split."""
+        """Raise ValueError for other features, or fewer images than one split."""
         require_inception("inception_score", extractor)
         require_images("inception_score", self.collects.split_size, num_images, "one split")
 
     def compute(self, samples: SplitSums, reference: Reference, device: torch.device) -> dict[str, float]:
-        """``inception_score``, and its standard deviation over splits."""
+        """Return ``inception_score`` and its standard deviation over splits."""
         marginals = samples.marginals / samples.counts[:, np.newaxis]
         log_marginals = np.log(marginals, out=np.zeros_like(marginals), where=marginals > 0)
         divergences = samples.negative_entropies / samples.counts - (marginals * log_marginals).sum(axis=1)

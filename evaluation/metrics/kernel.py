@@ -1,4 +1,4 @@
-"""Kernel distances: on any features, and KID."""
+"""Compute kernel distances on any features, and KID on Inception's."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,10 +16,10 @@ from evaluation.reference.reference import Reference
 
 
 class KernelDistance:
-    """Squared maximum mean discrepancy with the kernel (x y / D + 1)^3, unbiased, mean over subsets.
+    """The mean over subsets of the unbiased squared maximum mean discrepancy with the kernel (x y / D + 1)^3.
 
-    Binkowski et al. 2018. Subset i takes ``subset_size`` images of each side, a function of (``seed``, i) alone.
-    float64. May be slightly negative where the distributions agree.
+    Binkowski et al. 2018. Subset i has ``subset_size`` images of each side, chosen by (``seed``, i) alone. Computed in
+    float64. It may be slightly negative where the distributions agree.
     """
 
     name = "kernel"
@@ -34,20 +34,20 @@ class KernelDistance:
         self.settings: Mapping[str, Any] = {"subsets": subsets, "subset_size": subset_size, "seed": seed}
 
     def require(self, extractor: FeatureExtractor, reference: Reference, num_images: int) -> None:
-        """A subset of both kinds."""
+        """Raise ValueError where generated images or the reference's are fewer than one subset."""
         require_images(self.name, self._subset_size, num_images, "one subset")
         require_reference_images(self.name, self._subset_size, reference, "one subset")
 
     @torch.no_grad()
     def compute(self, samples: NDArray[np.float32], reference: Reference, device: torch.device) -> dict[str, float]:
-        """``kernel_distance`` and its standard deviation over subsets."""
+        """Return ``kernel_distance`` and its standard deviation over subsets."""
         distances = self._distances(samples, reference.vectors(), device)
         return {"kernel_distance": float(distances.mean()), "kernel_distance_std": float(distances.std())}
 
     def _distances(
         self, samples: NDArray[np.float32], real: NDArray[np.float32], device: torch.device
     ) -> NDArray[np.float64]:
-        """[subsets]."""
+        """Return the distance of each subset, [num_subsets]."""
         found = []
         for subset in range(self._subsets):
             of_samples, of_real = (
@@ -62,24 +62,24 @@ class KernelDistance:
 
 
 class KernelInceptionDistance(KernelDistance):
-    """KID: the same on pool3 of the 2015 Inception."""
+    """KID: the kernel distance on pool3 of the 2015 Inception."""
 
     name = "kid"
 
     def require(self, extractor: FeatureExtractor, reference: Reference, num_images: int) -> None:
-        """Inception features, and a subset of both kinds."""
+        """Raise ValueError for other features, or fewer images of either kind than one subset."""
         require_inception(self.name, extractor)
         super().require(extractor, reference, num_images)
 
     @torch.no_grad()
     def compute(self, samples: NDArray[np.float32], reference: Reference, device: torch.device) -> dict[str, float]:
-        """``kid`` and its standard deviation over subsets."""
+        """Return ``kid`` and its standard deviation over subsets."""
         distances = self._distances(samples, reference.vectors(), device)
         return {"kid": float(distances.mean()), "kid_std": float(distances.std())}
 
 
 def squared_mmd(first: Tensor, second: Tensor) -> Tensor:
-    """Unbiased estimate from [m, D] and [m, D]: equation 4 of Binkowski et al.; a scalar."""
+    """Return the unbiased estimate, a scalar, from [m, D] and [m, D] (equation 4 of Binkowski et al.)."""
     m = len(first)
     within = sum(_kernel(rows, rows).sum() - _kernel_with_itself(rows).sum() for rows in (first, second))
     return within / (m * (m - 1)) - 2 * _kernel(first, second).mean()
@@ -90,5 +90,5 @@ def _kernel(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _kernel_with_itself(rows: Tensor) -> Tensor:
-    """The kernel's diagonal, [m]."""
+    """Return the kernel's diagonal, [m]."""
     return (rows.square().sum(dim=1) / rows.shape[1] + 1) ** 3

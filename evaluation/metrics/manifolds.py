@@ -1,4 +1,4 @@
-"""Precision and recall of k-nearest-neighbour manifolds."""
+"""Compute precision and recall with k-nearest-neighbor manifolds."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -18,16 +18,16 @@ SquaredDistances = Callable[[Tensor, Tensor], Tensor]  # [n, D], [m, D] -> [n, m
 
 
 def fp32_squared_distances(first: Tensor, second: Tensor) -> Tensor:
-    """|u|^2 - 2 u v + |v|^2 in float32, not below 0."""
+    """Return |u|^2 - 2 u v + |v|^2 in float32, clamped to at least 0."""
     squares, others = first.square().sum(dim=1, keepdim=True), second.square().sum(dim=1)
     return torch.clamp(squares - 2 * (first @ second.T) + others, min=0)
 
 
 def adm_fp16_squared_distances(first: Tensor, second: Tensor) -> Tensor:
-    """The same with every intermediate rounded to float16, as in ADM's suite; float32 where that overflows.
+    """Return squared distances with every intermediate rounded to float16, as in ADM's suite, or in float32.
 
-    Sums run in float32 inside a product, as on a GPU. Blocks decide for themselves, so the size of a block can
-    matter where features are large; ADM's is 10,000 x 10,000.
+    Sums inside a product run in float32, as on a GPU. A block that overflows in float16 is computed in float32, so the
+    block size can affect results if features are large; ADM's blocks are 10,000 x 10,000.
     """
     u, v = first.half(), second.half()
     squares = u.square().float().sum(dim=1, keepdim=True).half()
@@ -44,10 +44,10 @@ _DISTANCES: dict[str, SquaredDistances] = {"fp32": fp32_squared_distances, "adm_
 class PrecisionRecall:
     """Improved precision and recall (Kynkaanniemi et al. 2019) with ADM's counts.
 
-    A manifold is the union of balls around each image that reach to its ``k``-th neighbour. Precision: the part
-    of generated images inside the manifold of the reference's images (ADM's files hold 10,000); recall: the
-    reverse, with balls of all generated images (ADM's protocol: 50,000). ``distances`` are squared distances in
-    fp32, or in ADM's fp16. They are computed in blocks of ``block`` x ``block``, never kept.
+    A manifold is the union of balls around each image that reach to its ``k``-th neighbor. Precision is the fraction
+    of generated images inside the manifold of the reference's images (ADM's files hold 10,000); recall is the
+    reverse, with balls of all generated images (ADM's protocol: 50,000). ``distances`` selects squared distances in
+    fp32 or in ADM's fp16. They are computed in blocks of ``block`` x ``block`` and not stored.
     """
 
     collects = RowsOf("vectors")
@@ -60,20 +60,20 @@ class PrecisionRecall:
         self.settings: Mapping[str, Any] = {"k": k, "distances": distances}
 
     def require(self, extractor: FeatureExtractor, reference: Reference, num_images: int) -> None:
-        """Of both kinds more images than neighbours."""
+        """Raise ValueError unless generated images and the reference's outnumber the neighbors."""
         require_images("precision_recall", self._k + 1, num_images, f"{self._k} neighbours")
         require_reference_images("precision_recall", self._k + 1, reference, f"{self._k} neighbours")
 
     @torch.no_grad()
     def compute(self, samples: NDArray[np.float32], reference: Reference, device: torch.device) -> dict[str, float]:
-        """``precision`` and ``recall``."""
+        """Return ``precision`` and ``recall``."""
         with exact_float32(device):
             real, fake = (torch.from_numpy(rows).to(device) for rows in (reference.vectors(), samples))
             precision, recall = self._fractions_inside(real, fake)
         return {"precision": precision, "recall": recall}
 
     def _squared_radii(self, rows: Tensor) -> Tensor:
-        """[n, D] -> [n]: squared distance to the k-th neighbour. The nearest of the k + 1 is the row itself."""
+        """Return [n], each row's squared distance to its k-th neighbor; the nearest of k + 1 rows is the row itself."""
         radii = []
         for block in rows.split(self._block):
             nearest = torch.full((len(block), self._k + 1), torch.inf, device=rows.device)
@@ -84,9 +84,9 @@ class PrecisionRecall:
         return torch.cat(radii)
 
     def _fractions_inside(self, real: Tensor, fake: Tensor) -> tuple[float, float]:
-        """Part of fake [m, D] in a ball around some real [n, D], and of real in a ball around some fake.
+        """Return the fraction of fake [m, D] in a ball around some real [n, D], and of real in a ball around some fake.
 
-        One table of distances for both, with the real ones as its rows as in ADM's suite: rounded to float16, the
+        Both use one table of distances, whose rows are the real images as in ADM's suite: rounded to float16, the
         transposed table has other numbers.
         """
         fake_inside, fake_blocks = self._blocks_of(fake)
@@ -99,7 +99,7 @@ class PrecisionRecall:
         return float(fake_inside.double().mean()), float(real_inside.double().mean())
 
     def _blocks_of(self, rows: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
-        """Whether each row was found in a ball, not yet; and blocks of rows, their radii, and views of that."""
+        """Return a mask [n] of rows found in a ball, all False, and blocks of rows, of their radii and of the mask."""
         inside = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
         parts = (part.split(self._block) for part in (rows, self._squared_radii(rows), inside))
         return inside, list(zip(*parts, strict=True))

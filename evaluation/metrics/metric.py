@@ -1,4 +1,4 @@
-"""The interface of a metric."""
+"""Define the interface of a metric, and requirements that metrics share."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -12,24 +12,24 @@ from evaluation.reference.reference import Reference
 
 
 class Metric(Protocol):
-    """Compares generated images with a reference. Its attributes are settings that go into the record."""
+    """Compares generated images with a reference."""
 
     @property
     def collects(self) -> Collects:
-        """What it must know of the generated images."""
+        """Return what must be collected of the generated images."""
         ...
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What a reader must know of how it computes."""
+        """Return the settings that define the metric, for the record."""
         ...
 
     def require(self, extractor: FeatureExtractor, reference: Reference, num_images: int) -> None:
-        """Raise ValueError, before anything is generated, where it cannot be computed from these."""
+        """Raise ValueError, before images are generated, where the metric cannot be computed from these."""
         ...
 
     def compute(self, samples: Any, reference: Reference, device: torch.device) -> dict[str, float]:
-        """Numbers by name, of what was collected of all images. ``device`` may be used for matrix products."""
+        """Return numbers by name from what was collected of all images. ``device`` may compute matrix products."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Real images to make a reference of: a source as it is, or what our shards decode to."""
+"""Read the real images of a reference: those of a source, or those that shards decode to."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -20,25 +20,25 @@ class ImageSet(Protocol):
     """A finite, ordered collection of square images, read in batches."""
 
     name: str
-    fingerprint: str  # changes where an image changes
+    fingerprint: str  # changes if an image changes
     image_size: int
     num_classes: int
 
     def __len__(self) -> int: ...
 
     def to(self, device: torch.device) -> None:
-        """Decode on ``device`` from now on, where a network decodes."""
+        """Decode on ``device`` from now on, if a network decodes the images."""
         ...
 
     def images(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """[B, H, W, C] uint8 of the given rows [B]."""
+        """Return the images [B, H, W, C] uint8 of the given rows [B]."""
         ...
 
 
 class SourceImages:
-    """Every image of a `Source`, cropped as for encoding, read by ``threads`` threads.
+    """All images of a `Source`, cropped as for encoding, read by ``threads`` threads.
 
-    Raises ValueError for an image that cannot be read: the statistics would be of other images than it says.
+    Raises ValueError for an image that cannot be read, since the statistics would be those of fewer images.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class SourceImages:
         return len(self._source)
 
     def to(self, device: torch.device) -> None:
-        """There is nothing to move."""
+        """Do nothing: no network decodes these images."""
 
     def images(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """[B, H, W, C] uint8."""
+        """Return the images [B, H, W, C] uint8 of the given rows [B]."""
         return np.stack(list(self._threads.map(self._image, rows.tolist())))
 
     def _image(self, row: int) -> NDArray[np.uint8]:
@@ -75,10 +75,10 @@ class SourceImages:
 
 
 class ShardImages:
-    """What an autoencoder makes of the posterior means in our shards: images with its losses already in them.
+    """Images that an autoencoder decodes from the posterior means in shards, which include its reconstruction error.
 
-    A distance to these leaves out what the autoencoder costs, so it does not compare with published numbers.
-    Raises ValueError where the shards were made by another autoencoder.
+    A distance to these does not count that error, so it is not comparable with published numbers. Raises ValueError
+    where another autoencoder made the shards.
     """
 
     def __init__(
@@ -101,13 +101,13 @@ class ShardImages:
         return len(self._shards)
 
     def to(self, device: torch.device) -> None:
-        """Decode there, or on the host where float32 is less than that there."""
+        """Use this device, or the CPU where the device does not compute true float32."""
         self._device = exact_device(device)
         self._autoencoder.to(self._device)
 
     @torch.no_grad()
     def images(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """[B, H, W, C] uint8."""
+        """Return the images [B, H, W, C] uint8 of the given rows [B]."""
         moments = torch.from_numpy(self._shards.gather(rows, np.zeros(len(rows), dtype=bool))).to(self._device)
         mean = moments[:, : self._autoencoder.channels]
         latent = self._autoencoder.draw(moments, torch.zeros(mean.shape, device=self._device))

@@ -96,7 +96,7 @@ ERRORS = [
     ("verify", "data.shards", "data.shards is http://***@"),
     ("train", "remote_dir", "but a run is kept behind gs:// or s3:// only"),
     ("train", "init_from", "has no complete checkpoint"),
-    ("train", "replay", "is no dump of a diverged run"),
+    ("train", "replay", "is not a dump of a diverged run"),
     ("report", "sweep", "no sweep folder"),
 ]
 

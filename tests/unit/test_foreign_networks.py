@@ -197,7 +197,7 @@ def changed(folder: Path, **changes: Any) -> Path:
         ({"hidden_size": 0}, "hidden_size is 0, but"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, but"),
         ({"num_hidden_layers": True}, "num_hidden_layers is True, but"),
-        ({"num_attention_heads": 5}, "hidden_size 32 is no multiple of num_attention_heads 5"),
+        ({"num_attention_heads": 5}, "hidden_size 32 is not a multiple of num_attention_heads 5"),
         ({"layer_norm_eps": -1}, "layer_norm_eps is -1, but"),
         ({"hidden_act": "linear"}, "hidden_act is 'linear', but"),
         ({"hidden_act": "gone"}, "it has no hidden_act"),

@@ -88,7 +88,7 @@ def test_a_step_that_is_not_the_folders_is_damage_and_the_checkpoint_before_is_u
     assert "Continuing from step 4." in shown
     resealed(state, step=60)
     shown = in_process("train", *WORDS, f"data.shards={digits}")
-    assert "it is of step 60, but lies in step_00000008" in shown
+    assert "it has step 60, but is in step_00000008" in shown
     assert (run / "metrics.jsonl").read_bytes() == before
     shown = in_process("train", *WORDS, f"data.shards={digits}")
     assert "warning" not in shown

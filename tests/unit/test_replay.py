@@ -86,7 +86,7 @@ def test_what_cannot_be_replayed_is_one_sentence(
 ) -> None:
     in_process(*words, expect=1)
     again = ["train", f"replay={DUMP}"]
-    assert "run is no dump of a diverged run: it has no dump.json" in in_process("train", "replay=run", expect=2)
+    assert "run is not a dump of a diverged run: it has no dump.json" in in_process("train", "replay=run", expect=2)
     shown = in_process(*again, "optimizer.lr=0.1", "runtime.num_threads=1", expect=2)
     assert f"replay takes its settings from {DUMP}, but optimizer.lr=0.1 is given too; leave it out" in shown
     shown = in_process(*again, f"data.shards={digits}", expect=2)
