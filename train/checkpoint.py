@@ -7,8 +7,8 @@ A large part that several processes wrote has several files, ``ema-00001-of-0000
 are copies of the run's lines up to the step. `train.saving` writes checkpoints.
 
 A checkpoint may come from somebody else, so reading checks that every file is regular and has its recorded hash, that
-every name stays inside the folder and that every field has its type. `launch.builders.saved_configs` defines what its config may
-build.
+every name stays inside the folder and that every field has its type. `launch.builders.saved_configs` defines what its
+config may build.
 """
 
 import re
