@@ -6,7 +6,7 @@ other code passes them through without looking inside. A new kind of condition n
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from core.batch import Condition, mapped
+from core.closest import closest
 from core.draws import Philox, Purpose
 
 
@@ -36,6 +37,17 @@ class ConditionSource(Protocol):
 
     def random(self, num_images: int, seed: int) -> Condition:
         """Return uniformly drawn conditions; that of image i depends on (seed, i) only."""
+        ...
+
+    def asked_for(
+        self, labels: Sequence[Any], num_images: int, class_names: Sequence[str], knows_null: bool, asked: str
+    ) -> Condition:
+        """Return the conditions that a user asks for in a list, which is repeated to ``num_images``.
+
+        ``class_names`` are those of the network's data, empty if unknown; ``knows_null`` says whether the network was
+        trained with the null condition; ``asked`` is the checkpoint's path. Raises ValueError for anything that the
+        network does not know.
+        """
         ...
 
     def classes(self, condition: Condition) -> NDArray[np.int64] | None:
@@ -85,6 +97,18 @@ class ClassLabels:
                 )
         return self.of_samples(np.resize(np.array(labels, dtype=np.int64), num_images))
 
+    def asked_for(
+        self, labels: Sequence[Any], num_images: int, class_names: Sequence[str], knows_null: bool, asked: str
+    ) -> Condition:
+        """Return the labels, which are given by number or by name."""
+        numbers = [_class_number(label, class_names) for label in labels]
+        if not knows_null and self.num_classes in numbers:
+            raise ValueError(
+                f"labels has {self.num_classes}, the null class, but {asked} was trained without label dropout and has "
+                f"none; choose classes from 0 to {self.num_classes - 1}."
+            )
+        return self.given(numbers, num_images)
+
     def classes(self, condition: Condition) -> NDArray[np.int64] | None:
         """Return the labels."""
         labels: NDArray[np.int64] = condition["label"].numpy()
@@ -115,9 +139,34 @@ class Unconditional:
         """Return nothing."""
         return {}
 
+    def asked_for(
+        self, labels: Sequence[Any], num_images: int, class_names: Sequence[str], knows_null: bool, asked: str
+    ) -> Condition:
+        """Raise ValueError: there is nothing to ask for."""
+        raise ValueError(f"labels is given, but {asked} was trained without classes; leave it out.")
+
     def classes(self, condition: Condition) -> NDArray[np.int64] | None:
         """Return None: there is no class to recognize."""
         return None
+
+
+def _class_number(label: Any, class_names: Sequence[str]) -> int:
+    """Return the number of a class given by its name, which takes precedence, or its number.
+
+    Raises ValueError with the closest name where there is none of this name.
+    """
+    if isinstance(label, str) and label in class_names:
+        return class_names.index(label)
+    if isinstance(label, int) and not isinstance(label, bool):
+        return label
+    if isinstance(label, str) and label.isdecimal():
+        return int(label)
+    if not class_names:
+        raise ValueError(f"labels has {label!r}, but this checkpoint has no names of classes; give their numbers.")
+    raise ValueError(
+        f"labels has {label!r}, but there is no such class{closest(str(label), class_names)} There are "
+        f"{len(class_names)}, from {class_names[0]!r} to {class_names[-1]!r}."
+    )
 
 
 def with_dropped(source: ConditionSource, condition: Condition, dropped: NDArray[np.bool_]) -> Condition:

@@ -4,8 +4,8 @@ import platform
 import sys
 from importlib.metadata import version
 
+from core.closest import closest
 from core.urls import redacted
-from launch.command.check import closest
 from launch.command.words import MULTIRUN
 from launch.jobs import JOBS, start
 

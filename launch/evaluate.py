@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from core.closest import closest
 from core.progress import ProgressBar
 from core.reading import DamagedFileError
 from core.records import canonical_hash
@@ -34,7 +35,6 @@ from launch.builders.components import build
 from launch.builders.data_settings import settle_by, settle_by_shards
 from launch.builders.facts import code_hash, facts_of_process
 from launch.builders.runs import checkpoint_hash, read_checkpoint
-from launch.command.check import closest
 from launch.command.settings import EvaluateSettings
 from launch.jobs import start
 from model.network import Network

@@ -2,21 +2,16 @@
 
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from core.batch import Condition
 from core.npz import write_npz
 from core.progress import ProgressBar
-from data.conditions import ClassLabels
 from evaluation.grid import save_grid
 from launch.builders.build import LoadedCheckpoint
 from launch.builders.components import build, target_of
 from launch.builders.foreign import is_foreign, load_foreign
-from launch.command.check import closest
 from launch.command.settings import SampleSettings
 from launch.jobs import start
 from runtime.protocol import Devices
@@ -32,7 +27,11 @@ def sample_job(config: SampleSettings, progress: ProgressBar) -> None:
     else:
         checkpoint = LoadedCheckpoint.load(config.checkpoint, config.weights, runtime)
     count, conditions = config.num_images, checkpoint.conditions
-    condition = conditions.in_turn(count) if config.labels is None else _given(config.labels, count, checkpoint)
+    if config.labels is None:
+        condition = conditions.in_turn(count)
+    else:
+        names, knows_null = checkpoint.class_names, checkpoint.class_dropout > 0
+        condition = conditions.asked_for(config.labels, count, names, knows_null, str(checkpoint.path))
     if checkpoint.note is not None and runtime.is_main:
         print(f"note: {checkpoint.note}", file=sys.stderr)
     generator = checkpoint.generator(config, config.seed, runtime)
@@ -56,34 +55,6 @@ def sample_job(config: SampleSettings, progress: ProgressBar) -> None:
     print(f"{count} images of {checkpoint.path}{which}: {out}.npz and {out}.png")
 
 
-def _given(labels: Sequence[Any], count: int, checkpoint: LoadedCheckpoint) -> Condition:
-    """Return the condition of given classes. Raises ValueError for one that the network does not know."""
-    if not isinstance(checkpoint.conditions, ClassLabels):
-        raise ValueError(f"labels is given, but {checkpoint.path} was trained without classes; leave it out.")
-    numbers = [class_number(label, checkpoint.class_names) for label in labels]
-    _require_known(numbers, checkpoint)
-    return checkpoint.conditions.given(numbers, count)
-
-
-def class_number(label: Any, class_names: Sequence[str]) -> int:
-    """Return the number of a class that is given by its number or its name; names come first.
-
-    Raises ValueError with the closest name where there is none of this name.
-    """
-    if isinstance(label, str) and label in class_names:
-        return class_names.index(label)
-    if isinstance(label, int) and not isinstance(label, bool):
-        return label
-    if isinstance(label, str) and label.isdecimal():
-        return int(label)
-    if not class_names:
-        raise ValueError(f"labels has {label!r}, but this checkpoint has no names of classes; give their numbers.")
-    raise ValueError(
-        f"labels has {label!r}, but there is no such class{closest(str(label), class_names)} There are "
-        f"{len(class_names)}, from {class_names[0]!r} to {class_names[-1]!r}."
-    )
-
-
 def _name(config: SampleSettings, checkpoint: LoadedCheckpoint) -> str:
     """A file name that says how the images were made."""
     source = [f"step_{checkpoint.step:08d}", config.weights] if checkpoint.step else [checkpoint.path.stem]
@@ -94,15 +65,6 @@ def _name(config: SampleSettings, checkpoint: LoadedCheckpoint) -> str:
     if config.labels is not None:
         parts.append("labels" + "_".join(re.sub(r"\W", "", str(label)) for label in config.labels[:10]))
     return "-".join(parts)
-
-
-def _require_known(labels: Sequence[int], checkpoint: LoadedCheckpoint) -> None:
-    """Raise ValueError for the null class of a network that never saw it."""
-    if checkpoint.class_dropout == 0 and checkpoint.spec.num_classes in labels:
-        raise ValueError(
-            f"labels has {checkpoint.spec.num_classes}, the null class, but {checkpoint.path} was trained without "
-            f"label dropout and has none; choose classes from 0 to {checkpoint.spec.num_classes - 1}."
-        )
 
 
 def _concatenate(parts: list[np.ndarray], checkpoint: LoadedCheckpoint) -> np.ndarray:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from core.batch import Denoiser
+from core.closest import closest
 from core.progress import ProgressBar
 from core.records import validate
 from core.urls import redacted_config
@@ -29,7 +30,6 @@ from evaluation.reference.reference import make_reference, read_reference
 from launch.builders.components import build, build_saved, target_of
 from launch.builders.runs import checkpoint_hash, pinned_sources, read_checkpoint
 from launch.builders.saved_configs import component, setting
-from launch.command.check import closest
 from launch.command.settings import EvaluateSettings, SamplingSettings, TrainSettings
 from model.autoencoder import Autoencoder
 from model.flops import multiply_adds, num_parameters, training_multiply_adds

@@ -17,9 +17,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from core.closest import closest
 from core.rooms import ROOT
 from launch import STARTED_BY
-from launch.command.check import check_known, check_targets, closest
+from launch.command.check import check_known, check_targets
 from launch.command.parallel import started_by_torchrun, stop_without
 from launch.command.progress import make_progress
 from launch.command.redaction import exit_with_traceback, redact_file, secrets_hidden

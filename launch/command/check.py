@@ -1,10 +1,9 @@
 """Checks of a composed config before anything is built."""
 
-import difflib
 import inspect
 import json
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -13,11 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import SchemaError
 
-
-def closest(name: str, candidates: Iterable[str]) -> str:
-    """End of a sentence on an unknown name: "; did you mean 'x'?" where something similar exists, else "."."""
-    found = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
-    return f"; did you mean {found[0]!r}?" if found else "."
+from core.closest import closest
 
 
 def check_known(config: DictConfig, path: str = "") -> None:
