@@ -184,7 +184,7 @@ def test_a_file_given_as_the_root_is_told_from_a_folder(tmp_path: Path, name: st
         ),
         (
             ["a.tar.zst", "b.tar.zst"],
-            ", but 2 compressed tar files, the first is a.tar.zst; a compressed tar is not read",
+            ", but 2 compressed tar files, the first is a.tar.zst; a compressed tar cannot be read",
         ),
         (
             ["a/1.heic", "b/2.HEIC", "x.tar"],
@@ -213,7 +213,7 @@ def test_a_folder_of_links_to_nothing_says_so(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").symlink_to("gone")
     with pytest.raises(
         ValueError,
-        match=r", but 1 links to nothing, pipes or devices, the first is a.jpg, which is a link to nothing \(gone\)",
+        match=r", but 1 broken links, pipes or devices, the first is a.jpg, which is a link to nothing \(gone\)",
     ):
         ImageFolder(str(tmp_path))
 
