@@ -101,7 +101,7 @@ def _require_usable(url: str, protocol: str) -> None:
         )
     if is_redacted(url):
         raise UnusableUrlError(
-            f"{url} has {MARK} where a password or key was: files keep none; give the whole URL again."
+            f"{url} has {MARK} where a password or key was: files store none; give the whole URL again."
         )
     if not url.startswith(WEB) and "@" in url.split("://", 1)[1].partition("/")[0]:
         raise UnusableUrlError(

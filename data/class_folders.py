@@ -64,7 +64,7 @@ def _why_lost(names: Sequence[str], reasons: Mapping[str, str]) -> str:
     if not names:
         return "is empty"
     first = next((name for name in names if name in reasons), None)
-    return "" if first is None else f"of {PurePosixPath(first).name}, {reasons[first].partition(';')[0]}"
+    return "" if first is None else f"{PurePosixPath(first).name}: {reasons[first].partition(';')[0]}"
 
 
 def _require_no_parts(place: str, class_names: Sequence[str], paths: Sequence[str]) -> None:

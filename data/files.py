@@ -75,7 +75,7 @@ class Files(Listing):
                 raise _is_file(self.place)
             self.sizes, self.folders, self.odd = local_tree(self._root, recursive)
         except PermissionError as error:
-            raise ValueError(f"{self.place} cannot be listed ({error.strerror}); give the permission to.") from error
+            raise ValueError(f"{self.place} cannot be listed ({error.strerror}); grant the permission.") from error
         except OSError as error:
             raise ValueError(
                 f"There are no files in {self.place} ({error.strerror}); is it the right folder?"

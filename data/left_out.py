@@ -17,7 +17,7 @@ from data.unread import (
     kind_of,
 )
 
-_ODD = Kind("links to nothing, pipes or devices", "mend or remove", ())
+_ODD = Kind("broken links, pipes or devices", "repair or remove", ())
 
 
 def left_out_images(listing: Listing, read: Collection[str]) -> list[LeftOut]:

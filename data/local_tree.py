@@ -72,7 +72,7 @@ def _entries(folder: _Folder, root: str) -> list["os.DirEntry[str]"]:
             return []
         if folder.prefix or isinstance(error, PermissionError):
             raise ValueError(
-                f"The folder {folder.path} cannot be listed ({error.strerror}); give the permission to read it, or "
+                f"The folder {folder.path} cannot be listed ({error.strerror}); grant the permission to read it, or "
                 f"move it out of {root}."
             ) from error
         raise

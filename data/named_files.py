@@ -125,6 +125,6 @@ def _series(name: str) -> str:
 
 def _compressed(files: Files, names: Sequence[str]) -> ValueError:
     return ValueError(
-        f"{files.place}/{names[0]} is compressed, as are {len(names)} of the tars there, and a compressed tar is not "
-        "read at random; unpack it to .tar (gunzip, unxz, unzstd)."
+        f"{files.place}/{names[0]} is compressed, as are {len(names)} of the tars there, and a compressed tar cannot "
+        "be read at random; unpack it to .tar (gunzip, unxz, unzstd)."
     )

@@ -60,7 +60,7 @@ class GlobalOrder:
         self._epoch_rows = lru_cache(maxsize=2)(self._permuted_rows)  # most batches lie in one epoch, some in two
 
     def rows_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """As `Order` says."""
+        """Return the rows that the given positions visit, [len(positions)] int64."""
         rows = np.empty_like(positions)
         epochs = positions // self._num_samples
         for epoch in np.unique(epochs):
@@ -102,7 +102,7 @@ class WindowedOrder:
         self._window_rows = lru_cache(maxsize=2)(self._permuted_rows)
 
     def rows_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """As `Order` says."""
+        """Return the rows that the given positions visit, [len(positions)] int64."""
         rows = np.empty_like(positions)
         missing = np.ones(len(positions), dtype=bool)
         while missing.any():
@@ -113,7 +113,7 @@ class WindowedOrder:
         return rows
 
     def window(self, position: int) -> Window:
-        """As `Order` says."""
+        """Return the window that the position lies in."""
         windows = self._epoch_windows(position // self._num_samples)
         return windows[bisect_right(windows, position, key=lambda window: window.first) - 1]
 

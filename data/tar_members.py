@@ -175,7 +175,7 @@ def _require_pairs(found: _Found, tar_name: str) -> None:
     if key in found.labels:
         raise ValueError(f"{tar_name} has {key} without its sample{beside}.")
     raise ValueError(
-        f"{tar_name} has {key} without a .cls{beside}; labels are read from KEY.cls alone, a whole number as text."
+        f"{tar_name} has {key} without a .cls{beside}; labels are read only from KEY.cls, a whole number as text."
     )
 
 

@@ -55,7 +55,7 @@ _VIDEOS = Kind(
 )
 COMPRESSED_TARS = Kind(
     "compressed tar files",
-    "a compressed tar is not read at random, so unpack it to .tar (gunzip, unxz, unzstd) or to class folders",
+    "a compressed tar cannot be read at random, so unpack it to .tar (gunzip, unxz, unzstd) or to class folders",
     _words(".tar.gz .tgz .tar.bz2 .tbz2 .tar.xz .txz .tar.zst .tzst .tar.lz4 .tar.z"),
     "it is a compressed tar file, which is not read; unpack it",
 )

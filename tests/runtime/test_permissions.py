@@ -114,7 +114,7 @@ def test_a_folder_of_images_that_may_not_be_listed_is_named_and_no_class_is_lost
             for name in ("images", "closed", "litter", "file")
         ),
     )
-    way_out = r"cannot be listed \(Permission denied\); give the permission to read it, or move it out of"
+    way_out = r"cannot be listed \(Permission denied\); grant the permission to read it, or move it out of"
     assert re.search(rf"error: The folder \S+/images/bee {way_out} \S+/images\.", class_folder)
     assert re.search(rf"error: The folder \S+/closed {way_out} \S+", root)
     for shown in (class_folder, root):

@@ -136,7 +136,7 @@ def test_who_gives_a_url_out_of_a_config_is_told_that_its_password_is_not_in_it(
     train(web, cwd=tmp_path)
     kept = yaml.safe_load((tmp_path / "run/config.yaml").read_text())["data"]["shards"]
     shown = ditscale("train", *TINY_RUN, f"data.shards='{kept}'", cwd=tmp_path, expect=2)
-    assert "has *** where a password or key was: files keep none; give the whole URL again" in shown
+    assert "has *** where a password or key was: files store none; give the whole URL again" in shown
 
 
 @pytest.mark.parametrize("protocol", ["s3", "gs"])

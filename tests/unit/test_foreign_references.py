@@ -209,9 +209,9 @@ def test_pickled_objects_in_a_reference_do_not_run(tmp_path: Path) -> None:
     [
         (["mu", "sigma", "mu"], "holds 'mu.npy' twice"),
         (["mu", "sigma", "../mu"], "names the file '../mu.npy', which is not a plain file name"),
-        (["mu", "sigma", "/etc/passwd"], "no plain file name"),
-        (["mu", "sigma", "a\\b"], "no plain file name"),
-        (["mu", "sigma", "a\x1bb"], "no plain file name"),
+        (["mu", "sigma", "/etc/passwd"], "not a plain file name"),
+        (["mu", "sigma", "a\\b"], "not a plain file name"),
+        (["mu", "sigma", "a\x1bb"], "not a plain file name"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Duplicate name")

@@ -114,7 +114,7 @@ def test_a_class_folder_without_an_image_that_can_be_read_is_refused_by_name(tmp
     (root / "aphid/deeper").mkdir(parents=True)
     (root / "aphid/deeper/1.heic").write_bytes(HEIC)
     sentence = (
-        r"2 of 5 class folders in .*root have no image that can be read: aphid \(of 1.heic, its format is not read\), "
+        r"2 of 5 class folders in .*root have no image that can be read: aphid \(1.heic: its format is not read\), "
         r"dog \(is empty\); convert what is in them to JPEG or PNG, or remove them"
     )
     with pytest.raises(ValueError, match=sentence):
@@ -124,7 +124,7 @@ def test_a_class_folder_without_an_image_that_can_be_read_is_refused_by_name(tmp
     with pytest.raises(ValueError, match=r"dog \(is empty\)"):
         ImageFolder(str(root))
     (root / "dog/1.mp4").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"dog \(of 1.mp4, a video is not read\)"):
+    with pytest.raises(ValueError, match=r"dog \(1.mp4: a video is not read\)"):
         ImageFolder(str(root))
     (root / "dog/1.png").write_bytes(encoded(photo(0), "PNG"))
     assert ImageFolder(str(root)).class_names == ["ant", "bee", "cat", "dog"]

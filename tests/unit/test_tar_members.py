@@ -115,7 +115,7 @@ def test_formats_that_are_not_read_are_set_aside_and_litter_is_passed_over(tmp_p
 def test_labels_in_another_form_are_not_called_absent(tmp_path: Path) -> None:
     place = tar_of(tmp_path / "a.tar", {"a.jpg": PICTURE, "a.json": b'{"label": 3}', "a.txt": b"3"})
     with pytest.raises(
-        ValueError, match=r"a.tar has a without a .cls, but with a.json, a.txt; labels are read from KEY.cls"
+        ValueError, match=r"a.tar has a without a .cls, but with a.json, a.txt; labels are read only from KEY.cls"
     ):
         ImageTars(place)
     place = tar_of(tmp_path / "b.tar", {"a.mp4": PICTURE, "a.cls": b"3"})
