@@ -73,8 +73,8 @@ class NoFiles:
 class NpzFile:
     """An .npz file for ADM's evaluator: ``arr_0`` uint8 [num_images, H, W, C], and ``arr_1`` int64 [num_images].
 
-    ``arr_1`` has the labels, if there are any. Finished chunks are stored in ``{path}.parts``, each with a record of its
-    hash; a damaged one is generated again.
+    ``arr_1`` has the labels, if there are any. Finished chunks are stored in ``{path}.parts``, each with a record of
+    its hash; a damaged one is generated again.
     """
 
     def __init__(self, path: str) -> None:

@@ -1,7 +1,7 @@
 """Cache results for later jobs as files, each with a sealed record of its identity and hash.
 
-A file is used only if the record next to it has its hash and the wanted identity. Damaged files are reported on standard
-error and computed again.
+A file is used only if the record next to it has its hash and the wanted identity. Damaged files are reported on
+standard error and computed again.
 """
 
 import io

@@ -1,1 +1,1 @@
-"""What a sweep measured: curves that share a protocol, the figures of the paper, one page."""
+"""Report the results of a sweep: curves with one protocol, the paper's figures, and one page."""
