@@ -91,7 +91,10 @@ class Study:
         if latest == step:
             return None
         behind = ", ".join(name for name in last if last[name] == step)
-        return f"All are compared at step {step}, since {behind} has no later evaluation; others have some up to step {latest}."
+        return (
+            f"All are compared at step {step}, since {behind} has no later evaluation; others have some up to step "
+            f"{latest}."
+        )
 
     @property
     def rows(self) -> list[Record]:
