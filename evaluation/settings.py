@@ -1,4 +1,4 @@
-"""The section ``evaluation`` of a config."""
+"""Define the section ``evaluation`` of a config."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -8,7 +8,7 @@ from core.fields import MUST_BE_GIVEN, Settings, positive
 
 
 class Labels(StrEnum):
-    """Of generated images: i modulo the number of classes, or uniform draws."""
+    """The labels of generated images: i modulo the number of classes, or uniform draws."""
 
     balanced = "balanced"
     random = "random"
@@ -16,7 +16,7 @@ class Labels(StrEnum):
 
 @dataclass
 class EvaluationSettings(Settings):
-    """How samples are measured."""
+    """The settings that define how samples are measured."""
 
     section: ClassVar[str] = "evaluation"
 
@@ -26,7 +26,7 @@ class EvaluationSettings(Settings):
     metric: Any = MUST_BE_GIVEN  # settings of each
     num_images: int = positive()
     labels: Labels = MUST_BE_GIVEN
-    batch_size: int = positive()  # images of a process at once; changes no number
-    seed: int = MUST_BE_GIVEN  # of the sampling noise, and of random labels
+    batch_size: int = positive()  # images of a process at once; does not affect results
+    seed: int = MUST_BE_GIVEN  # for the sampling noise and for random labels
     image_file: Any = MUST_BE_GIVEN  # where `ditscale evaluate` keeps the images
-    cache: str = MUST_BE_GIVEN  # folder of what is computed once: features and roots of references
+    cache: str = MUST_BE_GIVEN  # folder of results that are computed once: features and roots of references

@@ -1,27 +1,27 @@
-"""Axes as the report's figures have them."""
+"""Format the axes of the report's figures."""
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 
 def once(axes: Axes, label: str) -> str | None:
-    """The label, where the legend of the axes does not have it already: runs of several seeds share one."""
+    """Return the label, or None if the legend of the axes already has it: runs of several seeds share one entry."""
     return None if label in axes.get_legend_handles_labels()[1] else label
 
 
 def literal(text: str) -> str:
-    """Return what a record says as matplotlib shows it letter by letter: two dollar signs would begin a formula."""
+    """Return text of a record escaped for matplotlib, which would render text between two dollar signs as a formula."""
     return text.replace("$", r"\$")
 
 
 def label_axes(axes: Axes, x: str, y: str) -> None:
-    """Label the horizontal and the vertical one."""
+    """Label the horizontal and the vertical axis."""
     axes.set_xlabel(x)
     axes.set_ylabel(literal(y))
 
 
 def steps_axis(axes: Axes) -> None:
-    """Few ticks, as 400K."""
+    """Set at most five ticks on the horizontal axis, written as 400K."""
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.xaxis.set_major_formatter(
         FuncFormatter(lambda value, _: f"{value / 1000:g}K" if value >= 10_000 else f"{value:g}")
@@ -29,7 +29,7 @@ def steps_axis(axes: Axes) -> None:
 
 
 def log_x(axes: Axes) -> None:
-    """Logarithmic; where little more than a decade is shown, with numbers at 1, 2 and 5, which do not overlap."""
+    """Make the horizontal axis logarithmic, with plain numbers at 1, 2 and 5 if it shows little more than a decade."""
     axes.set_xscale("log")
     axes.xaxis.set_minor_formatter(NullFormatter())
     low, high = axes.get_xlim()
@@ -39,7 +39,7 @@ def log_x(axes: Axes) -> None:
 
 
 def log_y(axes: Axes) -> None:
-    """Logarithmic, with plain numbers at 1, 2 and 5 of each decade."""
+    """Make the vertical axis logarithmic, with plain numbers at 1, 2 and 5 of each decade."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -1,4 +1,4 @@
-"""A power law through points, and how well it holds."""
+"""Fit a power law to points, and measure how well it fits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """y = 10^intercept x^slope by least squares in log10 x and log10 y."""
+    """The power law y = 10^intercept x^slope, by least squares in log10 x and log10 y."""
 
     slope: float
     intercept: float
@@ -25,14 +25,14 @@ class PowerLaw:
     spread_log_x: float  # sum of squared deviations of log10 x
 
     def at(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The line, [N]."""
+        """Return the line at each x, [len(x)]."""
         return np.asarray(10 ** (self.intercept + self.slope * np.log10(x)))
 
     def band(self, x: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Lower and upper end, [N] each, of the 95% confidence band of the line itself, not of new points.
+        """Return lower and upper end, [len(x)] each, of the 95% confidence band of the line, not of new points.
 
-        Student's t with n - 2 degrees of freedom; it takes the deviations for independent and equally spread,
-        and knows nothing of the noise between seeds.
+        Uses Student's t with n - 2 degrees of freedom. It assumes independent deviations of equal variance, and does
+        not include the noise between seeds.
         """
         away = (np.log10(x) - self.mean_log_x) ** 2 / self.spread_log_x
         half = self._quantile() * self.residual_std * np.sqrt(1 / self.count + away)
@@ -40,7 +40,7 @@ class PowerLaw:
 
     @property
     def slope_interval(self) -> tuple[float, float]:
-        """95% confidence interval of the slope."""
+        """Return the 95% confidence interval of the slope."""
         half = self._quantile() * self.residual_std / self.spread_log_x**0.5
         return self.slope - half, self.slope + half
 
@@ -49,7 +49,7 @@ class PowerLaw:
 
 
 def fit_power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw | None:
-    """The fit, or None for fewer than 3 points, for points of one x, and where a value is not above 0."""
+    """Return the fit, or None for fewer than 3 points, for points with one x, or if a value is not above 0."""
     if len(x) < 3 or len(set(x)) < 2 or min(*x, *y) <= 0:
         return None
     log_x, log_y = np.log10(x), np.log10(y)

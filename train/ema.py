@@ -29,7 +29,7 @@ class Average:
         self.module.register_buffer("_num_updates", torch.zeros(()), persistent=False)
 
     def start_at(self, step: int) -> None:
-        """Continue after ``step`` updates. Called on the host, before the runtime prepares the module."""
+        """Continue after ``step`` updates. Called on the CPU, before the runtime prepares the module."""
         self.module.register_buffer("_num_updates", torch.tensor(float(step)), persistent=False)
 
     def step_weight(self, num_updates: Tensor) -> Tensor | float:

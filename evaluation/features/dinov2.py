@@ -103,7 +103,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} holds no DINOv2 that can be read ({reason}); copy it again.") from None
+        raise ValueError(f"{path} does not hold a readable DINOv2 ({reason}); copy it again.") from None
     for name, value in tensors.items():
         if not value.is_floating_point():
             raise DamagedFileError(f"{path} has {name} of {value.dtype}, but weights are floating-point.")
@@ -140,7 +140,7 @@ def _build(config: _Config, tensors: dict[str, Tensor], path: Path) -> Any:
             )
     except (RuntimeError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} holds no DINOv2 that can be read ({reason}); copy both files again.") from error
+        raise ValueError(f"{path} does not hold a readable DINOv2 ({reason}); copy both files again.") from error
     backbone, loaded = both
     if missing := sorted(loaded["missing_keys"]):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Features of a network that sees normalised images: what TorchScript files and DINOv2 share."""
+"""Compute features with a network that takes normalized images, the base of TorchScript and DINOv2 features."""
 
 from collections.abc import Sequence
 
@@ -14,11 +14,11 @@ from evaluation.features.extractor import Features
 
 
 class NetworkFeatures:
-    """A `FeatureExtractor` of ``network``: [B, 3, ``image_size``, ``image_size``] to [B, D], float32.
+    """A `FeatureExtractor` with ``network``, which maps [B, 3, ``image_size``, ``image_size``] to [B, D], float32.
 
-    Images in [0, 1] are resized bicubically with antialiasing, then less ``mean`` and over ``std`` per channel. The
-    ``hash`` is of ``weights_hash`` and of these three settings, since all of them decide the features.
-    ``place`` is where it is from, for errors. Raises ValueError where ``mean`` or ``std`` are not of 3 channels.
+    Images in [0, 1] are resized bicubically with antialiasing and normalized as (image - mean) / std per channel.
+    ``hash`` depends on ``weights_hash`` and on these three settings, since all of them determine the features.
+    ``place`` names the network's file or folder in errors. Raises ValueError unless ``mean`` and ``std`` have 3 values.
     """
 
     def __init__(
@@ -46,14 +46,14 @@ class NetworkFeatures:
         self._device = torch.device("cpu")
 
     def to(self, device: torch.device) -> None:
-        """Compute there, or on the host where float32 is less than that there."""
+        """Use this device, or the CPU where the device does not compute true float32."""
         self._device = device = exact_device(device)
         self._network.to(device)
         self._mean, self._std = self._mean.to(device), self._std.to(device)
 
     @torch.no_grad()
     def __call__(self, images: NDArray[np.uint8]) -> Features:
-        """[B, H, W, C] uint8 of 1 or 3 channels -> [B, D] float32. Raises ValueError for other shapes."""
+        """Map images [B, H, W, C] uint8, C 1 or 3, to [B, D] float32. Raises ValueError for other shapes."""
         if images.shape[3] not in (1, 3):
             raise ValueError(
                 f"The images have {images.shape[3]} channels, but the network of {self.title} sees 3 (or 1, as grey); "
@@ -67,7 +67,7 @@ class NetworkFeatures:
         return Features(torch.cat(parts).numpy())
 
     def _vectors(self, images: NDArray[np.uint8]) -> Tensor:
-        """Return the features [B, D] of a batch on the host. Raises ValueError where the network gives none."""
+        """Return the features [B, D] of a batch on the CPU. Raises ValueError where the network returns others."""
         pixels = self._prepared(images)
         try:
             found = self._network(pixels)
@@ -76,8 +76,8 @@ class NetworkFeatures:
         except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
             *_, reason = str(error).strip().splitlines() or [type(error).__name__]
             raise ValueError(
-                f"The network in {self._place} fails on images {list(pixels.shape)} ({reason}); take one that maps "
-                "such to [B, D]."
+                f"The network in {self._place} fails on images {list(pixels.shape)} ({reason}); use one that maps "
+                "such images to [B, D]."
             ) from error
         if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(images):
             what = f"{tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"

@@ -1,7 +1,7 @@
-"""Features of any network that was saved as TorchScript: a classifier's of one's own data, for example.
+"""Compute features with any network that was saved as TorchScript, such as a classifier of one's own data.
 
-TorchScript, because such a file holds network and weights together and needs no library of models here. Loading it runs
-no Python (``torch.export`` archives and plain ``torch.load`` unpickle), but computing features runs the program in it.
+A TorchScript file holds network and weights together and needs no library of models here. Loading it runs no Python
+(``torch.export`` archives and plain ``torch.load`` unpickle), but computing features runs the program in it.
 """
 
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from core.archives import members_of, opened, require_sound
 from core.reading import DamagedFileError, sha256_of
 from evaluation.features.network import NetworkFeatures
 
-_MOST_BYTES = 2**36  # of all that it holds
-_PROGRAM, _TENSORS = "constants.pkl", "data.pkl"  # in every file of torch.jit.save; of torch.save the second alone
+_MOST_BYTES = 2**36  # of all members together
+_PROGRAM, _TENSORS = "constants.pkl", "data.pkl"  # torch.jit.save writes both; torch.save writes only the second
 
 
 class TorchScriptFeatures(NetworkFeatures):
-    """A `FeatureExtractor` of the network in ``file``.
+    """A `FeatureExtractor` with the network in ``file``.
 
-    Raises ValueError where the file is missing, damaged or no TorchScript.
+    Raises ValueError where the file is missing, damaged or not a TorchScript file.
     """
 
     def __init__(
@@ -46,27 +46,29 @@ class TorchScriptFeatures(NetworkFeatures):
 
 
 def _require_program(path: Path) -> None:
-    """Raise OSError as `open` does, and ValueError for a file that is damaged or holds something else.
+    """Raise the OSErrors of `open`, and ValueError for a file that is damaged or not a TorchScript file.
 
-    PyTorch itself checks no checksum of what it loads.
+    PyTorch itself does not check the checksums of the files that it loads.
     """
     with opened(
-        path, lambda what: f"{path} is no TorchScript ({what}); save the network by torch.jit.save."
+        path, lambda what: f"{path} is not a TorchScript file ({what}); save the network by torch.jit.save."
     ) as archive:
         names = [name.partition("/")[2] for name in members_of(archive, path, plain_names=False)]
         if _PROGRAM not in names:
             what = "weights without a network, as torch.save writes" if _TENSORS in names else "something else"
-            raise DamagedFileError(f"{path} is no TorchScript (it holds {what}); save the network by torch.jit.save.")
+            raise DamagedFileError(
+                f"{path} is not a TorchScript file (it holds {what}); save the network by torch.jit.save."
+            )
         require_sound(archive, path, _MOST_BYTES)
 
 
 def _load(path: Path) -> nn.Module:
-    """Return the network. Raises ValueError, in words of ours, where PyTorch cannot load it or it has diverged."""
+    """Return the network. Raises ValueError where PyTorch cannot load it or its values are not finite."""
     try:
         network: nn.Module = torch.jit.load(path, map_location="cpu")
-    except Exception as error:  # of many kinds
+    except Exception as error:  # of many types
         raise ValueError(
-            f"{path} is no TorchScript that this PyTorch loads ({type(error).__name__}); save the network by "
+            f"{path} is not a TorchScript file that this PyTorch loads ({type(error).__name__}); save the network by "
             "torch.jit.save again."
         ) from None
     for name, value in network.named_parameters():

@@ -61,8 +61,8 @@ class PrecisionRecall:
 
     def require(self, extractor: FeatureExtractor, reference: Reference, num_images: int) -> None:
         """Raise ValueError unless generated images and the reference's outnumber the neighbors."""
-        require_images("precision_recall", self._k + 1, num_images, f"{self._k} neighbours")
-        require_reference_images("precision_recall", self._k + 1, reference, f"{self._k} neighbours")
+        require_images("precision_recall", self._k + 1, num_images, f"{self._k} neighbors")
+        require_reference_images("precision_recall", self._k + 1, reference, f"{self._k} neighbors")
 
     @torch.no_grad()
     def compute(self, samples: NDArray[np.float32], reference: Reference, device: torch.device) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Gaussian statistics of features, in float64, and the distance between two of them."""
+"""Compute Gaussian statistics of features, in float64, and the distance between two of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,45 +8,45 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Gather = Callable[[NDArray[Any]], NDArray[Any]]  # concatenates rows of all processes
+Gather = Callable[[NDArray[Any]], NDArray[Any]]  # concatenates the rows of all processes
 Cache = Callable[[str, Callable[[], NDArray[np.float64]]], NDArray[np.float64]]  # (name, compute) -> array
 
-_NEGATIVE = 1e-3  # of the largest: far above what rounding leaves, also in a covariance stored in float32
-_GATHERED_ROWS = 256  # of a matrix at once: what a process holds of all others' stays small
+_NEGATIVE = 1e-3  # relative to the largest eigenvalue; far above rounding errors, also of a float32 covariance
+_GATHERED_ROWS = 256  # rows of a matrix gathered at once, so that a process needs little memory for those of others
 
 
 class Moments(Protocol):
-    """Mean and covariance of a distribution of features."""
+    """The mean and covariance of a distribution of features."""
 
     @property
     def mean(self) -> NDArray[np.float64]:
-        """[D]."""
+        """Return the mean, [D]."""
         ...
 
     @property
     def covariance(self) -> NDArray[np.float64]:
-        """[D, D], symmetric."""
+        """Return the covariance, [D, D], symmetric."""
         ...
 
     @property
     def count(self) -> int | None:
-        """Images that these are of, where that is known."""
+        """Return the number of images, or None if unknown."""
         ...
 
     @property
     def max_rank(self) -> int:
-        """What the covariance's rank cannot exceed: D, or fewer where there were too few images."""
+        """Return an upper bound of the covariance's rank: D, or less if there were too few images."""
         ...
 
     @property
     def root(self) -> NDArray[np.float64]:
-        """[D, r]: R with covariance = R R^T; see `covariance_root`."""
+        """Return R [D, r] with covariance = R R^T; see `covariance_root`."""
         ...
 
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """Sums over n feature vectors of dimension D; sums of parts add up to those of the whole."""
+    """Sums over n feature vectors of dimension D; the sums of parts add up to those of the whole."""
 
     count: int
     total: NDArray[np.float64]  # [D], sum of x
@@ -54,17 +54,17 @@ class FeatureStatistics:
 
     @classmethod
     def of(cls, features: NDArray[np.floating]) -> "FeatureStatistics":
-        """Statistics of [n, D] features."""
+        """Return the statistics of features [n, D]."""
         exact = features.astype(np.float64)
         return cls(len(exact), exact.sum(axis=0), exact.T @ exact)
 
     @classmethod
     def empty(cls, size: int) -> "FeatureStatistics":
-        """Statistics of no features of dimension ``size``."""
+        """Return the statistics of no features of dimension ``size``."""
         return cls(0, np.zeros(size), np.zeros((size, size)))
 
     def merged(self, gather: Gather) -> "FeatureStatistics":
-        """The sum over all processes."""
+        """Return the sums over all processes."""
         counts, totals = gather(np.array([self.count])), gather(self.total[np.newaxis])
         outer = np.empty_like(self.outer)
         for start in range(0, len(outer), _GATHERED_ROWS):
@@ -77,12 +77,12 @@ class FeatureStatistics:
 
     @property
     def mean(self) -> NDArray[np.float64]:
-        """[D]."""
+        """Return the mean, [D]."""
         return self.total / self.count
 
     @property
     def covariance(self) -> NDArray[np.float64]:
-        """[D, D], unbiased (n - 1), as numpy.cov and ADM. ValueError for fewer than 2 images."""
+        """Return the unbiased covariance (n - 1, as numpy.cov and ADM), [D, D]. Raises ValueError if n < 2."""
         if self.count < 2:
             raise ValueError(f"A covariance needs at least 2 images, but there are {self.count}; add more.")
         centred = self.outer - np.outer(self.total, self.total) / self.count
@@ -90,12 +90,12 @@ class FeatureStatistics:
 
     @property
     def max_rank(self) -> int:
-        """Of n vectors less their mean: n - 1 at most."""
+        """Return min(D, n - 1), since n vectors minus their mean have rank n - 1 at most."""
         return min(len(self.total), self.count - 1)
 
     @cached_property
     def root(self) -> NDArray[np.float64]:
-        """[D, r]."""
+        """Return the covariance's root, [D, r]."""
         return covariance_root(self.covariance, self.max_rank)
 
 
@@ -105,32 +105,32 @@ def _computed(name: str, compute: Callable[[], NDArray[np.float64]]) -> NDArray[
 
 @dataclass(frozen=True)
 class Gaussian:
-    """A given mean and covariance, such as of a file; its root is taken from ``cache`` where that has it."""
+    """A given mean and covariance, for example from a file; ``cache`` stores the root."""
 
     mean: NDArray[np.float64]  # [D]
     covariance: NDArray[np.float64]  # [D, D]
-    count: int | None = None  # images that it is of, where that is known
+    count: int | None = None  # number of images, if known
     cache: Cache = field(default=_computed, compare=False)
-    name: str = "The covariance"  # what errors call it
+    name: str = "The covariance"  # its name in errors
 
     @property
     def max_rank(self) -> int:
-        """D, or n - 1."""
+        """Return D, or n - 1 if n is known and that is smaller."""
         return len(self.mean) if self.count is None else min(len(self.mean), self.count - 1)
 
     @cached_property
     def root(self) -> NDArray[np.float64]:
-        """[D, r]."""
+        """Return the covariance's root, [D, r]."""
         return self.cache("root", lambda: covariance_root(self.covariance, self.max_rank, self.name))
 
 
 def covariance_root(
     covariance: NDArray[np.float64], max_rank: int, name: str = "The covariance"
 ) -> NDArray[np.float64]:
-    """Return R [D, r] of a covariance [D, D] = R R^T; ``name`` stands in errors.
+    """Return R [D, r] of a covariance [D, D] = R R^T; errors mention ``name``.
 
-    Eigenvalues that are zero up to rounding, or beyond the ``max_rank`` largest, are left out. Raises ValueError for
-    a matrix with negative ones, which is no covariance.
+    Eigenvalues that are zero up to rounding, or are not among the ``max_rank`` largest, are dropped. Raises ValueError
+    for a matrix with negative eigenvalues, which is not a covariance.
     """
     values, vectors = np.linalg.eigh(covariance)
     if values[0] < -_NEGATIVE * np.abs(values).max():
@@ -145,12 +145,13 @@ def covariance_root(
 
 
 def frechet_distance(first: Moments, second: Moments) -> float:
-    """Squared 2-Wasserstein distance of the two Gaussians (Heusel et al. 2017, equation 6).
+    """Return the squared 2-Wasserstein distance of the two Gaussians (Heusel et al. 2017, equation 6).
 
-    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). The trace of the root is that of (R^T C2 R)^(1/2) with
-    C1 = R R^T, a symmetric eigenvalue problem: no matrix square root of a product, no complex numbers.
-    Both covariances may be rank-deficient: eigenvalues that can only be rounding are left out, since the root
-    of 1e-16 is 1e-8, and a thousand of them show. Give as ``first`` what is used often: its root is kept.
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). The trace of the root equals that of (R^T C2 R)^(1/2) with
+    C1 = R R^T, a symmetric eigenvalue problem without a matrix square root of a product or complex numbers.
+    Both covariances may be rank-deficient: eigenvalues that can only be rounding errors are dropped, since the root
+    of 1e-16 is 1e-8, and a thousand of these are visible. Pass the distribution that is used often as ``first``, whose
+    root is cached.
     """
     difference = first.mean - second.mean
     root, covariance = first.root, second.covariance

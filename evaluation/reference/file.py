@@ -1,4 +1,4 @@
-"""Writes a reference file: statistics over a whole data set, and some of its images."""
+"""Write a reference file: statistics over a whole data set, and some of its images."""
 
 import json
 from collections.abc import Iterator
@@ -28,13 +28,13 @@ def write_reference(
     runtime: Processes,
     progress: ProgressBar,
 ) -> None:
-    """Statistics of all images, and ``num_kept`` of them chosen by ``seed`` (all, where there are fewer).
+    """Write statistics of all images, and ``num_kept`` images chosen by ``seed`` (all, if there are fewer).
 
-    Every process must call it; each takes its share, the main one writes.
+    Every process must call it; each computes its share, and the main one writes.
     """
     vectors, spatial, has_spatial = _collect(images, extractor, batch_size, runtime, progress)
     statistics = {"": vectors.merged(runtime.gather)}
-    if runtime.gather(np.array([has_spatial])).any():  # also on a process that got no share
+    if runtime.gather(np.array([has_spatial])).any():  # a process without a share must take part too
         statistics["_s"] = spatial.merged(runtime.gather)
     if not runtime.is_main:
         return
@@ -57,7 +57,7 @@ def write_reference(
 def _collect(
     images: ImageSet, extractor: FeatureExtractor, batch_size: int, runtime: Processes, progress: ProgressBar
 ) -> tuple[StatisticsCollector, StatisticsCollector, bool]:
-    """Sums of vectors and of spatial features over this process's share, and whether there are spatial ones."""
+    """Return sums of vectors and of spatial features over this process's share, and whether there are spatial ones."""
     vectors, spatial, has_spatial = StatisticsCollector("vectors"), StatisticsCollector("spatial"), False
     mine = list(_batches(np.arange(len(images)), batch_size))[runtime.data_rank :: runtime.data_world]
     with progress("reference", 0, len(images), "img") as bar:
@@ -72,7 +72,7 @@ def _collect(
 
 
 def _chosen_images(images: ImageSet, num_kept: int, seed: int, batch_size: int) -> Blocks:
-    """uint8 [n, H, W, C] in a random order fixed by the seed."""
+    """Return images [num_images, H, W, C] uint8 in a random order that the seed determines."""
     chosen = permutation(Philox(seed), 0, Purpose.REFERENCE, len(images))[:num_kept]
     shape = images.images(chosen[:1]).shape[1:]
     return Blocks(

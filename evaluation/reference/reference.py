@@ -1,8 +1,9 @@
-"""What generated images are compared with.
+"""Read or compute the reference that generated images are compared with.
 
 A reference file has the arrays of ADM's ``VIRTUAL_imagenet*_labeled.npz``: ``mu`` [2048] and ``sigma`` of pool3
-over the whole data set, ``mu_s`` [2023] and ``sigma_s`` of the spatial features, and ``arr_0`` uint8 [N, H, W, 3], the
-images for precision and recall. Ours has ``about`` besides: JSON that says what it was made of and by which extractor.
+over the whole data set, ``mu_s`` [2023] and ``sigma_s`` of the spatial features, and ``arr_0`` uint8
+[num_images, H, W, 3], the images for precision and recall. Files of ``ditscale reference`` also have ``about``: JSON
+with the data set and the extractor that they were made with.
 """
 
 import hashlib
@@ -35,25 +36,25 @@ MAX_BYTES_AT_ONCE = 2**33  # of decoded images
 
 @dataclass(frozen=True)
 class Reference:
-    """Statistics of the real images, and where there are images beside them, their features."""
+    """Statistics of real images and, if it has images, their features."""
 
     name: str
-    hash: str  # of the images, or of the file
+    hash: str  # SHA-256 of the images, or of the file
     statistics: Moments
-    floor: float | None  # Frechet distance of one bootstrap resample: what a perfect generator would get
+    floor: float | None  # Frechet distance of one bootstrap resample, about that of a perfect generator
     spatial: Moments | None = None  # of sFID's features
-    num_vectors: int = 0  # images whose features `vectors` gives
+    num_vectors: int = 0  # number of images whose features `vectors` returns
     load_vectors: Callable[[], NDArray[np.float32]] | None = None
-    image_size: int | None = None  # pixels, where it is known
+    image_size: int | None = None  # pixels, if known
     num_classes: int | None = None
 
     def vectors(self) -> NDArray[np.float32]:
-        """[num_vectors, D]: for manifolds and kernels, computed at the first use."""
+        """Return the features [num_vectors, D] for manifolds and kernels, computed at the first use."""
         assert self.load_vectors is not None, "a metric did not require vectors of a reference without any"
         return self.load_vectors()
 
     def require(self, image_size: int, num_classes: int) -> None:
-        """Raise ValueError where generated images are of another size, or of other classes."""
+        """Raise ValueError where generated images have another size or number of classes."""
         for what, theirs, ours in (
             ("images of side", self.image_size, image_size),
             ("classes:", self.num_classes, num_classes),
@@ -72,7 +73,7 @@ def make_reference(
     crop: Crop | None = None,
     apply_exif: bool = False,
 ) -> Reference:
-    """The reference of all images of a small source. Raises ValueError for one that memory may not hold."""
+    """Return the reference of all images of a small source. Raises ValueError where they are too large for memory."""
     bytes_ = len(source) * image_size**2 * 3
     if bytes_ > MAX_BYTES_AT_ONCE:
         raise ValueError(
@@ -102,11 +103,11 @@ def _bootstrap_rows(length: int) -> NDArray[np.int64]:
 
 
 def read_reference(path: Path, extractor: FeatureExtractor, cache: Path, progress: ProgressBar) -> Reference:
-    """Return a file of ADM's, or of ``ditscale reference``.
+    """Return the reference in a file of ADM's, or of ``ditscale reference``.
 
-    What takes long (features of ``arr_0``, roots of the covariances) is kept in ``cache`` under the hashes of the
-    file, of the extractor and of this room's code. Raises ValueError for a file that is missing, damaged, or made by
-    another extractor.
+    Slow results (features of ``arr_0``, roots of the covariances) are stored in ``cache`` under the hashes of the
+    file, of the extractor and of the code of evaluation/. Raises ValueError for a file that is missing, damaged, or
+    made with another extractor.
     """
     try:
         headers, hash_ = read_headers(path), sha256_of(path)
@@ -145,7 +146,7 @@ def read_reference(path: Path, extractor: FeatureExtractor, cache: Path, progres
 
 
 def _require_extractor(path: Path, about: About, headers: Mapping[str, Header], extractor: FeatureExtractor) -> None:
-    """Raise ValueError for features of another extractor. A file without ``about`` is ADM's, of the 2015 Inception."""
+    """Raise ValueError for features of another extractor. A file without ``about`` has those of the 2015 Inception."""
     theirs, their_hash = about.feature_extractor, about.feature_extractor_hash
     fits = isinstance(extractor, InceptionFeatures) if their_hash is None else their_hash == extractor.hash
     if not fits:
@@ -166,7 +167,7 @@ def _require_extractor(path: Path, about: About, headers: Mapping[str, Header], 
 def _vectors_of(
     path: Path, hash_: str, count: int, extractor: FeatureExtractor, progress: ProgressBar
 ) -> NDArray[np.float32]:
-    """Return the features of ``arr_0``. Raises ValueError where the file is no longer the one of ``hash_``."""
+    """Return the features of ``arr_0``. Raises ValueError where the file no longer has the hash ``hash_``."""
     if (now := sha256_of(path)) != hash_:
         raise DamagedFileError(f"The reference {path} had sha256 {hash_} when this job began, but has {now} now.")
     parts = []
@@ -179,7 +180,7 @@ def _vectors_of(
 
 
 class _Kept:
-    """Arrays of a reference by an extractor in a folder, computed once; other processes wait for the first."""
+    """A cache folder of one reference's arrays by one extractor, computed once; other processes wait for the first."""
 
     def __init__(self, cache: Path, reference: str, extractor: str) -> None:
         code = source_hash("core", "evaluation")  # an earlier version's features may be others
@@ -193,7 +194,7 @@ class _Kept:
         shape: tuple[int | None, ...],
         dtype: type[np.generic],
     ) -> NDArray[Any]:
-        """Return the array of this name; a damaged file is made again."""
+        """Return the array of this name; compute it if its file is missing or damaged."""
         path, identity = self._folder / f"{name}.npy", {**self._identity, "array": name}
         with locked(path.with_suffix(".lock")):
             kept = unless_damaged(lambda: parse_npy(read_kept(path, identity), path, shape, dtype))

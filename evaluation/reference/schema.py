@@ -1,4 +1,4 @@
-"""Check a reference file before anything of it is used; this is the one place that says what it may hold."""
+"""Check a reference file before any of it is used; only this file defines what it may hold."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +18,9 @@ BATCH = 250  # images whose features are computed at once
 LARGEST_STATISTICS = 2**14  # features
 _MOST_BYTES_OF_BATCH = 2**33
 _MOST_BYTES_OF_ABOUT = 2**22
-_SHOWN = 80  # letters of a value in an error
-_LARGEST = {1: 1e38, 2: 1e76}  # of a mean and a covariance of float32 features
-_ASYMMETRY = 1e-4  # of the largest entry: far above what rounding leaves, also in float32
+_SHOWN = 80  # characters of a value in an error
+_LARGEST = {1: 1e38, 2: 1e76}  # bounds by dimension: of a mean and a covariance of float32 features
+_ASYMMETRY = 1e-4  # relative to the largest entry; far above rounding errors, also in float32
 
 
 def _printable(text: str) -> str:
@@ -33,7 +33,7 @@ Title = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_pri
 
 
 class About(BaseModel):
-    """Describe our own file; one of ADM's says nothing of itself."""
+    """The description in a file of ``ditscale reference``; ADM's files have none."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -47,7 +47,7 @@ class About(BaseModel):
 def read_headers(path: Path) -> dict[str, Header]:
     """Return the headers of a reference's arrays.
 
-    Raises OSError as `open` does, and ValueError, naming the file, for what is no reference.
+    Raises the OSErrors of `open`, and ValueError that names the file where it is not a reference.
     """
     headers = headers_of(path)
     for mu, sigma, optional in (("mu", "sigma", False), ("mu_s", "sigma_s", True)):
@@ -84,11 +84,11 @@ def _require_statistics(path: Path, headers: Mapping[str, Header], mu: str, sigm
 
 
 def _require_images(path: Path, header: Header) -> None:
-    """Levels from 0 to 255, or features would be of something else."""
+    """Raise ValueError unless the images are square, uint8 and of a size that a batch can be read at."""
     shape = header.shape
     if header.dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or min(shape) < 1:
         raise ValueError(
-            f"The reference {path} has arr_0 of {header.dtype} {shape}, but images are uint8 [N, size, size, "
+            f"The reference {path} has arr_0 of {header.dtype} {shape}, but images are uint8 [num_images, size, size, "
             "channels]; fetch or make it again, or leave arr_0 out where no metric needs images."
         )
     if (size := BATCH * header.num_value_bytes // shape[0]) > _MOST_BYTES_OF_BATCH:
@@ -99,7 +99,7 @@ def _require_images(path: Path, header: Header) -> None:
 
 
 def read_about(path: Path, headers: Mapping[str, Header]) -> About:
-    """Return what a reference says of itself. Raises ValueError that names the file and the first field at fault."""
+    """Return the description in a reference. Raises ValueError that names the file and the first wrong field."""
     if ABOUT not in headers:
         return About()
     header = headers[ABOUT]
@@ -121,8 +121,8 @@ def read_about(path: Path, headers: Mapping[str, Header]) -> About:
 def read_gaussian(path: Path, mu: str, sigma: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return mean [D] and covariance [D, D] of a reference.
 
-    Raises ValueError for values that are not finite or beyond what float32 features have, and for a matrix that is not
-    symmetric.
+    Raises ValueError for values that are not finite or are larger than float32 features give, and for a matrix that is
+    not symmetric.
     """
     mean, covariance = (
         read_array(path, name, LARGEST_STATISTICS**2 * np.float64().nbytes).astype(np.float64) for name in (mu, sigma)

@@ -130,7 +130,10 @@ def archive(path: Path, **members: bytes) -> Path:
         (lambda path: torch.save(Runs(path.with_name("ran")), path), "weights without a network"),
         (lambda path: archive(path, readme=b"x"), "it holds something else"),
         (lambda path: archive(path, constants_pkl=b"\x80\x02).", data_pkl=b"\x80\x02).", version=b"3"), "RuntimeError"),
-        (lambda path: archive(path, constants_pkl=b"", data_pkl=b"", code=b""), "no TorchScript that this PyTorch"),
+        (
+            lambda path: archive(path, constants_pkl=b"", data_pkl=b"", code=b""),
+            "not a TorchScript file that this PyTorch",
+        ),
     ],
 )
 def test_an_archive_of_something_else_is_no_torchscript(tmp_path: Path, make: Any, words: str) -> None:

@@ -305,7 +305,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_generated() -> None:
     for changes, words in (
         ({"reference": replace(fits.reference, image_size=256)}, "has images of side 256, but the generated images 8"),
         ({"reference": replace(fits.reference, num_classes=1000)}, "has classes: 1000, but the generated images 10"),
-        ({"protocol": replace(fits.protocol, num_images=3)}, "needs at least 4 images .3 neighbours., but there are 3"),
+        ({"protocol": replace(fits.protocol, num_images=3)}, "needs at least 4 images .3 neighbors., but there are 3"),
         ({"metrics": {"fid": FrechetInceptionDistance()}}, "fid is defined on the 2015 Inception network"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -274,8 +274,8 @@ class Pixels:
     ("metric", "num_images", "num_real", "words"),
     [
         (FrechetDistance(), 1, 9, "frechet needs at least 2 images .a covariance., but there are 1"),
-        (PrecisionRecall(), 3, 9, "precision_recall needs at least 4 images .3 neighbours., but there are 3"),
-        (PrecisionRecall(), 9, 2, "needs at least 4 images .3 neighbours. in the reference, but r has 2"),
+        (PrecisionRecall(), 3, 9, "precision_recall needs at least 4 images .3 neighbors., but there are 3"),
+        (PrecisionRecall(), 9, 2, "needs at least 4 images .3 neighbors. in the reference, but r has 2"),
         (KernelDistance(), 999, 2000, "kernel needs at least 1000 images .one subset., but there are 999"),
         (KernelDistance(), 1000, 5, "needs at least 1000 images .one subset. in the reference, but r has 5"),
     ],

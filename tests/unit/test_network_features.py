@@ -58,7 +58,7 @@ def test_a_missing_or_foreign_torchscript_file_is_refused(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"There is no network at nowhere\.pt"):
         TorchScriptFeatures("nowhere.pt", **settings)
     (tmp_path / "bad.pt").write_bytes(b"no archive")
-    with pytest.raises(ValueError, match="is no TorchScript"):
+    with pytest.raises(ValueError, match="is not a TorchScript file"):
         TorchScriptFeatures(str(tmp_path / "bad.pt"), **settings)
     torch.jit.script(ChannelMeans()).save(str(tmp_path / "means.pt"))
     with pytest.raises(ValueError, match="has 1 numbers in mean and 3 in std, but needs 3 in each"):
@@ -110,7 +110,7 @@ def test_a_folder_that_holds_no_whole_dinov2_is_refused(dinov2: Path, tmp_path: 
     with pytest.raises(ValueError, match=f"lacks 1 of the weights of its config, {lost}"):
         dinov2_of(folder)
     (folder / "model.safetensors").write_bytes((dinov2 / "model.safetensors").read_bytes()[:1000])
-    with pytest.raises(ValueError, match="holds no DINOv2 that can be read"):
+    with pytest.raises(ValueError, match="does not hold a readable DINOv2"):
         dinov2_of(folder)
     (folder / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(ValueError, match="is of a vit, not of a dinov2"):

@@ -164,7 +164,7 @@ def test_runs_that_keep_the_others_from_a_later_step_are_named(tmp_path: Path) -
     write_run(tmp_path, "diverged", record_of(32, 50.0, step=5))
     study = read_study(tmp_path)
     assert distances(study) == {"a": 99.0, "diverged": 50.0}
-    said = "All are compared at step 5, since diverged was measured no later; others up to step 10."
+    said = "All are compared at step 5, since diverged has no later evaluation; others have some up to step 10."
     assert study.held_back == said
     assert said in write_report(study, tmp_path / "report").page.read_text()
 
