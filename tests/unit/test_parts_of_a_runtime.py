@@ -17,7 +17,7 @@ from runtime import protocol
 PARTS = ("Processes", "Devices", "Runtime")
 TRAINS = {
     *(f"train/{name}.py" for name in ("hooks", "loop", "replay", "saving", "step")),
-    *(f"launch/{name}.py" for name in ("train", "training")),
+    *(f"launch/{name}.py" for name in ("train", "builders/training")),
     "runtime/choice.py",  # makes runtimes
 }
 FEW = ["sampler.steps=2", "batch_size=8"]
