@@ -2,13 +2,15 @@
 
 ``flock`` does not work everywhere: network file systems answer ENOLCK, EOPNOTSUPP, EIO or ENOSYS. All processes that
 meet at such a folder see the same answer and fall back to the same marker, ``NAME.soft``. A marker whose holder was a
-process of this machine and is gone is taken over; one of another machine is removed by hand, so errors name it.
+process of this machine and is gone is taken over; one of another machine is removed by hand, so errors name it, and so
+does a note of a job that waits for it.
 """
 
 import errno
 import fcntl
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
@@ -18,6 +20,8 @@ from core.reading import require_own_file
 
 NOT_SUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EIO, errno.ENOSYS, errno.EINVAL}
 _LEFT_TO_OTHERS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}  # said by the command line
+
+NOTE_AFTER_SEC = 2.0  # of waiting for a marker, which may have lost its holder
 
 
 class HeldError(Exception):
@@ -29,7 +33,7 @@ class HeldError(Exception):
 
 
 def acquired(path: Path, timeout_sec: float = -1) -> BaseFileLock:
-    """Return a lock on ``path`` that is held; -1 waits for ever.
+    """Return a lock on ``path`` that is held; -1 waits for ever, and says so where a marker has to be removed by hand.
 
     Raises `HeldError` after the timeout, ValueError where the folder takes neither kind of lock, OSError where there is
     no permission or no room.
@@ -45,7 +49,12 @@ def acquired(path: Path, timeout_sec: float = -1) -> BaseFileLock:
     try:
         require_own_file(marker)
         hint = f" (if no job is left, of this machine or another, remove {marker})"
-        return _acquired(SoftFileLock(marker), timeout_sec, hint)
+        lock = SoftFileLock(marker)
+        if timeout_sec < 0:
+            with suppress(HeldError):
+                return _acquired(lock, NOTE_AFTER_SEC, hint)
+            print(f"note: waiting for another process, which holds {path}{hint}.", file=sys.stderr, flush=True)
+        return _acquired(lock, timeout_sec, hint)
     except OSError as error:
         raise _refusal(path, error) from error
 
