@@ -70,26 +70,25 @@ class Prepared(NamedTuple):
 
 def require_label(source: Source, source_id: str, label: int) -> None:
     """Raise ValueError that names the image where the label is none of the source's classes."""
-    if not 0 <= label < len(source.class_names):
+    count = len(source.class_names)
+    if not 0 <= label < count:
+        rule = f"labels run from 0 to {count - 1}" if count else "name the classes, at least 1"
         raise ValueError(
-            f"Image {source_id} of {source.name} has label {label}, but there are "
-            f"{len(source.class_names)} classes; labels run from 0 to {len(source.class_names) - 1}."
+            f"Image {source_id} of {source.name} has label {label}, but there are {count} classes; {rule}."
         )
 
 
-def require_nothing_left_out(source: Source) -> None:
+def require_nothing_left_out(source: Source, otherwise: str = "") -> None:
     """Raise ValueError that names an image of a source's place that gives none, where all of them are wanted."""
     for entry in source.left_out:
         if entry.is_image:
-            raise unwanted(source, entry.source_id, entry.reason)
+            raise unwanted(source, entry.source_id, entry.reason, otherwise)
 
 
-def unwanted(source: Source, source_id: str, reason: str) -> ValueError:
-    """Return the error of an image that cannot be read where statistics of all are wanted."""
-    return ValueError(
-        f"Image {source_id} of {source.name} cannot be read ({reason}); take it away, or make the reference of the "
-        "shards, where it is left out, by evaluation/image_set=shards."
-    )
+def unwanted(source: Source, source_id: str, reason: str, otherwise: str) -> ValueError:
+    """Return the error of an image that cannot be read where all are wanted, and what to do ``otherwise``."""
+    other = f", or {otherwise}" if otherwise else ""
+    return ValueError(f"Image {source_id} of {source.name} cannot be read ({reason}); take it away{other}.")
 
 
 def prepared(source: Source, index: int, preparation: Preparation) -> Prepared:
@@ -109,18 +108,18 @@ def prepared(source: Source, index: int, preparation: Preparation) -> Prepared:
 
 
 def load_images(
-    source: Source, image_size: int, crop: Crop | None = None, apply_exif: bool = False
+    source: Source, image_size: int, crop: Crop | None = None, apply_exif: bool = False, otherwise: str = ""
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Every image of a small source: [N, image_size, image_size, C] uint8 and its labels [N] int64.
+    """Return every image of a small source: [N, image_size, image_size, C] uint8, and its labels [N] int64.
 
     Images must have the size where there is no ``crop``. Raises ValueError for an image that cannot be
-    read, has another size or a label that cannot be right.
+    read, has another size or a label that cannot be right; ``otherwise`` is what to do where it has to stay.
     """
-    require_nothing_left_out(source)
+    require_nothing_left_out(source, otherwise)
     preparation = Preparation(image_size, crop or ExactSize(), apply_exif)
     try:
         examples = [prepared(source, index, preparation) for index in range(len(source))]
     except UnreadableImageError as error:
-        raise unwanted(source, error.source_id, error.reason) from error
+        raise unwanted(source, error.source_id, error.reason, otherwise) from error
     images = np.stack([example.values for example in examples])
     return images, np.array([example.label for example in examples], dtype=np.int64)
