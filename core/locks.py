@@ -2,13 +2,15 @@
 
 Some network file systems do not support ``flock`` and answer ENOLCK, EOPNOTSUPP, EIO or ENOSYS. All processes that use
 such a folder get the same answer and fall back to the same marker, ``NAME.soft``. The marker of a local process that
-has ended is taken over; that of a process on another machine must be removed by hand, so errors name it.
+has ended is taken over; that of a process on another machine must be removed by hand, so errors name it, and so does the
+note of a job that waits for it.
 """
 
 import errno
 import fcntl
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
@@ -18,6 +20,8 @@ from core.reading import require_own_file
 
 NOT_SUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EIO, errno.ENOSYS, errno.EINVAL}
 _LEFT_TO_OTHERS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}  # explained by launch
+
+NOTE_AFTER_SEC = 2.0  # how long a job waits for a marker, which may be stale, before it says so
 
 
 class HeldError(Exception):
@@ -29,7 +33,7 @@ class HeldError(Exception):
 
 
 def acquired(path: Path, timeout_sec: float = -1) -> BaseFileLock:
-    """Return a held lock on ``path``; a timeout of -1 waits forever.
+    """Return a held lock on ``path``; a timeout of -1 waits forever, with a note where a marker may be stale.
 
     Raises `HeldError` after the timeout, ValueError where the folder supports neither kind of lock, and OSError where
     there is no permission or no space.
@@ -45,7 +49,12 @@ def acquired(path: Path, timeout_sec: float = -1) -> BaseFileLock:
     try:
         require_own_file(marker)
         hint = f" (if no job is running, on this machine or another, remove {marker})"
-        return _acquired(SoftFileLock(marker), timeout_sec, hint)
+        lock = SoftFileLock(marker)
+        if timeout_sec < 0:
+            with suppress(HeldError):
+                return _acquired(lock, NOTE_AFTER_SEC, hint)
+            print(f"note: waiting for another process, which holds {path}{hint}.", file=sys.stderr, flush=True)
+        return _acquired(lock, timeout_sec, hint)
     except OSError as error:
         raise _refusal(path, error) from error
 

@@ -41,7 +41,8 @@ class TrainingBatches:
         world: int = 1,
     ) -> None:
         positions_of_step(0, batch_size, rank, world)  # raises where the batch size does not divide
-        shards.require_room(_windows_at_hand(order, batch_size, world) * order.shards_per_window)
+        num_shards = _windows_at_hand(order, batch_size, world) * order.shards_per_window
+        shards.require_room(num_shards, can_be_fewer=order.shards_per_window > 1)
         self.shards = shards
         self.order = order
         self.autoencoder = autoencoder

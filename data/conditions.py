@@ -59,6 +59,7 @@ class ClassLabels:
     """A source of integer labels [B] int64 in [0, num_classes); the null class has the number num_classes."""
 
     def __init__(self, num_classes: int) -> None:
+        assert num_classes > 0, "data without classes have no labels"
         self.num_classes = num_classes
 
     def of_samples(self, labels: NDArray[np.int64]) -> Condition:

@@ -71,7 +71,7 @@ def _as_grey(pixels: NDArray[np.uint8], source_id: str, autoencoder: str) -> NDA
     if (pixels != grey).any():
         raise ValueError(
             f"{source_id} is in color, but the autoencoder {autoencoder} takes 1 channel; make the images grey, or "
-            "choose model/autoencoder=identity, which takes 3."
+            "choose model/autoencoder=identity data.autoencoder.channels=3."
         )
     return grey
 

@@ -192,7 +192,7 @@ def _require_images(schema: Any, column: str, name: str) -> None:
 def _class_names(schema: Any, label_column: str) -> list[str]:
     """Return the class names in the schema's Hugging Face metadata. Raises ValueError where there are none."""
     names = _described_classes(schema, label_column)
-    if names is None:
+    if not names:
         raise ValueError(
             f"The files do not name the classes of the column {label_column!r} (no ClassLabel in their Hugging Face "
             "metadata); save them with datasets' ClassLabel feature."

@@ -64,9 +64,8 @@ class ExactSize:
         """Return the image unchanged. Raises ValueError where it is not [size, size, C]."""
         height, width = image.shape[:2]
         if (height, width) != (size, size):
-            raise ValueError(
-                f"is {height}x{width}, but data.image_size is {size}; set data.image_size={height} or data/crop=center."
-            )
+            square = f"data.image_size={height} or " if height == width else ""
+            raise ValueError(f"is {height}x{width}, but data.image_size is {size}; set {square}data/crop=center.")
         return image
 
 

@@ -74,9 +74,9 @@ def _on_host(batch: _Batch, moments: Callable[[], Tensor] | None, plan: Plan) ->
     values = empty if moments is None else moments().numpy()
     if not np.isfinite(values).all():
         bad = int(np.flatnonzero(~np.isfinite(values).all(axis=(1, 2, 3, 4)))[0])
+        way_out = "leave that image out" if plan.spec.precision == "fp32" else "try data.autoencoder.precision=fp32"
         raise ValueError(
-            f"The autoencoder gives values that are not finite for {batch.examples[bad].source_id}; try "
-            "data.autoencoder.precision=fp32."
+            f"The autoencoder gives values that are not finite for {batch.examples[bad].source_id}; {way_out}."
         )
     return Encoded(batch.shard, batch.is_last, batch.rows, batch.examples, batch.skipped, values)
 

@@ -45,8 +45,8 @@ class ShardFiles(Protocol):
         """Announce the shards that are needed now and next, in this order; all others may be evicted."""
         ...
 
-    def require_room(self, num_shards: int) -> None:
-        """Raise ValueError where that many shards cannot be local at the same time."""
+    def require_room(self, num_shards: int, can_be_fewer: bool) -> None:
+        """Raise ValueError where that many shards cannot be local at the same time; another order may need fewer."""
         ...
 
     def close(self) -> None:
@@ -85,7 +85,7 @@ class LocalShardFiles:
     def expect(self, shards: Sequence[int]) -> None:
         """Do nothing: all shards are local."""
 
-    def require_room(self, num_shards: int) -> None:
+    def require_room(self, num_shards: int, can_be_fewer: bool) -> None:
         """Do nothing: there is room for all shards."""
 
     def close(self) -> None:
@@ -165,14 +165,15 @@ class RemoteShardFiles:
 
         return self._whole(url, read)
 
-    def require_room(self, num_shards: int) -> None:
+    def require_room(self, num_shards: int, can_be_fewer: bool) -> None:
         """Raise ValueError where the cache cannot hold that many shards."""
         largest = sorted((shard.bytes for shard in self.manifest.shards), reverse=True)[:num_shards]
         if (needed := sum(largest)) > self._cache.limit_bytes:
+            fewer = "choose data/order=windowed with fewer data.order.shards_per_window"
             raise ValueError(
                 f"data.cache_bytes is {self._cache.limit_bytes}, but the {len(largest)} shards of {self._url} that "
-                f"data.order needs at a time have {needed} bytes; raise data.cache_bytes, or choose "
-                "data/order=windowed with fewer data.order.shards_per_window."
+                f"data.order needs at a time have {needed} bytes; raise data.cache_bytes, or "
+                f"{fewer if can_be_fewer else 'encode with a smaller data.samples_per_shard'}."
             )
 
     def map(self, shard: int) -> mmap.mmap:

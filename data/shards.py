@@ -68,9 +68,9 @@ class MappedShards:
         self._views = {shard: self._views[shard] for shard in expected if shard in self._views}
         self._files.expect(expected)
 
-    def require_room(self, num_shards: int) -> None:
-        """Raise ValueError where a cache cannot hold that many shards."""
-        self._files.require_room(num_shards)
+    def require_room(self, num_shards: int, can_be_fewer: bool) -> None:
+        """Raise ValueError where a cache cannot hold that many shards; it says whether another order needs fewer."""
+        self._files.require_room(num_shards, can_be_fewer)
 
     def gather(
         self, rows: NDArray[np.int64], flips: NDArray[np.bool_], out: NDArray[np.float16] | None = None

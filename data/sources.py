@@ -70,26 +70,25 @@ class Prepared(NamedTuple):
 
 def require_label(source: Source, source_id: str, label: int) -> None:
     """Raise ValueError that names the image where the label is not one of the source's classes."""
-    if not 0 <= label < len(source.class_names):
+    count = len(source.class_names)
+    if not 0 <= label < count:
+        rule = f"labels run from 0 to {count - 1}" if count else "name the classes, at least 1"
         raise ValueError(
-            f"Image {source_id} of {source.name} has label {label}, but there are "
-            f"{len(source.class_names)} classes; labels run from 0 to {len(source.class_names) - 1}."
+            f"Image {source_id} of {source.name} has label {label}, but there are {count} classes; {rule}."
         )
 
 
-def require_nothing_left_out(source: Source) -> None:
+def require_nothing_left_out(source: Source, otherwise: str = "") -> None:
     """Raise ValueError that names an image which the source leaves out, for a caller that needs all images."""
     for entry in source.left_out:
         if entry.is_image:
-            raise unwanted(source, entry.source_id, entry.reason)
+            raise unwanted(source, entry.source_id, entry.reason, otherwise)
 
 
-def unwanted(source: Source, source_id: str, reason: str) -> ValueError:
-    """Return the error for an unreadable image where the statistics of all images are needed."""
-    return ValueError(
-        f"Image {source_id} of {source.name} cannot be read ({reason}); remove it, or make the reference from the "
-        "shards, where it is left out, with evaluation/image_set=shards."
-    )
+def unwanted(source: Source, source_id: str, reason: str, otherwise: str) -> ValueError:
+    """Return the error for an unreadable image where all are needed; ``otherwise`` names another way out."""
+    other = f", or {otherwise}" if otherwise else ""
+    return ValueError(f"Image {source_id} of {source.name} cannot be read ({reason}); remove it{other}.")
 
 
 def prepared(source: Source, index: int, preparation: Preparation) -> Prepared:
@@ -109,18 +108,18 @@ def prepared(source: Source, index: int, preparation: Preparation) -> Prepared:
 
 
 def load_images(
-    source: Source, image_size: int, crop: Crop | None = None, apply_exif: bool = False
+    source: Source, image_size: int, crop: Crop | None = None, apply_exif: bool = False, otherwise: str = ""
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Return the images [num_images, image_size, image_size, C] uint8 and labels [num_images] int64 of a small source.
 
     Without a ``crop``, images must already have the size. Raises ValueError for an image that cannot be read, or whose
-    size or label is invalid.
+    size or label is invalid; ``otherwise`` names another way out for an image that must stay.
     """
-    require_nothing_left_out(source)
+    require_nothing_left_out(source, otherwise)
     preparation = Preparation(image_size, crop or ExactSize(), apply_exif)
     try:
         examples = [prepared(source, index, preparation) for index in range(len(source))]
     except UnreadableImageError as error:
-        raise unwanted(source, error.source_id, error.reason) from error
+        raise unwanted(source, error.source_id, error.reason, otherwise) from error
     images = np.stack([example.values for example in examples])
     return images, np.array([example.label for example in examples], dtype=np.int64)

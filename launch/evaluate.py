@@ -131,8 +131,9 @@ def compile_units(model: Network, device: torch.device) -> None:
         raise ValueError("compile=true is for runtime=accelerate; XLA compiles by itself, so leave it out.")
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
+        other = "name another" if "CXX" in os.environ else "name yours"
         raise ValueError(
-            f"compile=true needs a C++ compiler, but there is no {compiler}; install one, name yours by the variable "
+            f"compile=true needs a C++ compiler, but there is no {compiler}; install one, {other} by the variable "
             "CXX, or leave compile out."
         )
     for unit in model.units():

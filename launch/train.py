@@ -207,7 +207,7 @@ def _hooks(
     """Everything around the steps; an evaluation's extractor and reference are made before training starts."""
     clock = Clock()
     facts = _facts(config, generator.spec, manifest)
-    log = LogHook(config.log_every, folder, logger, runtime, clock, guard)
+    log = LogHook(config.log_every, folder, logger, runtime, clock, guard, config.max_grad_norm)
     checkpoints = CheckpointHook(
         config.checkpoint_every,
         config.keep_checkpoints,

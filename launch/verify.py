@@ -30,9 +30,14 @@ def verify_job(config: VerifySettings, progress: ProgressBar) -> None:
         _require_same_data(manifest, repaired)
     if damages:
         names = list(dict.fromkeys(damage.file for damage in damages))
+        way_out = (
+            "a repair did not mend them: move them away and run `ditscale encode` again"
+            if config.repair
+            else "run `ditscale verify` with the settings of the encoding and repair=true"
+        )
         raise ValueError(
-            f"{len(names)} of {len(files_of(folder, manifest))} files in {folder} are damaged: {', '.join(names)}; run "
-            "`ditscale verify` with the settings of the encoding and repair=true."
+            f"{len(names)} of {len(files_of(folder, manifest))} files in {folder} are damaged: {', '.join(names)}; "
+            f"{way_out}."
         )
     print(f"{folder}: {len(manifest.shards)} shards with {manifest.num_samples} samples are as the manifest says.")
 

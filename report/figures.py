@@ -103,7 +103,9 @@ def figure_6(study: Study) -> Figure:
     curves = study.over_training()
     names = list(study.scaling())
     if max(len(curves[name]) for name in names) < 2:
-        raise NoDataError("no run was measured at two steps in one protocol; train with evaluate_every set.")
+        raise NoDataError(
+            "no run was measured at two steps in one protocol; train longer, or with a smaller evaluate_every."
+        )
     records = [study.chosen[name] for name in names]
     patches = sorted({record["patch_size"] for record in records}, reverse=True)
     palette = Palette(records)
@@ -206,7 +208,9 @@ def figure_9(study: Study) -> Figure:
     curves = study.over_training()
     names = [name for name in study.scaling() if len(curves[name]) > 1]
     if not names:
-        raise NoDataError("no run was measured at two steps in one protocol; train with evaluate_every set.")
+        raise NoDataError(
+            "no run was measured at two steps in one protocol; train longer, or with a smaller evaluate_every."
+        )
     figure = new_figure(6.8, 4.6)
     axes = figure.subplots()
     _training_compute(axes, study, DISTANCE)

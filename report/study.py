@@ -234,8 +234,8 @@ def _of_shared_protocol(by_run: dict[str, list[Record]], sweep: Path) -> dict[st
     """Return one record of each run, all with one protocol and step."""
     if not by_run:
         raise ValueError(
-            f"There are 0 evaluated runs in {sweep}: no evaluations.jsonl has a distance; train with evaluate_every "
-            "set, or run `ditscale evaluate checkpoint=RUN` first."
+            f"There are 0 evaluated runs in {sweep}: no evaluations.jsonl has a distance; run `ditscale evaluate "
+            "checkpoint=RUN` first, or train to a step that evaluate_every divides."
         )
     ways = [
         {protocol_of(record): record for record in records} for records in by_run.values()

@@ -43,9 +43,8 @@ def xla(
     require_torch_xla()
     lowered = [name for name in _LOWERED_PRECISION if os.environ.get(name, "0") not in ("", "0")]
     if lowered:
-        raise ValueError(
-            f"{lowered[0]} is set, which keeps weights and optimizer in 16 bits too; unset it and use precision=bf16."
-        )
+        instead = "" if precision == "bf16" else " and use precision=bf16"
+        raise ValueError(f"{lowered[0]} is set, which keeps weights and optimizer in 16 bits too; unset it{instead}.")
     if device == "tpu" and not has_tpu():
         raise ValueError("runtime.device is tpu, but this machine has 0 TPUs; set runtime.device=cpu or runtime=auto.")
     wanted = "TPU" if device == "tpu" or (device == "auto" and has_tpu()) else "CPU"

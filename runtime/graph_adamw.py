@@ -36,10 +36,12 @@ class GraphAdamW(torch.optim.AdamW):
         ``keeps_gradients`` sets gradients to zero instead of dropping them, for micro-batches.
         """
         if type(optimizer) is not torch.optim.AdamW or optimizer.defaults["amsgrad"] or optimizer.defaults["maximize"]:
+            found = {key: optimizer.defaults.get(key) for key in ("amsgrad", "maximize")}
+            given = " and ".join(f"optimizer.{key}" for key, value in found.items() if value)
+            way_out = f"leave {given} out" if type(optimizer) is torch.optim.AdamW else "use train/optimizer=adamw"
             raise ValueError(
-                f"runtime=xla steps with plain AdamW, but optimizer is {type(optimizer).__name__} with "
-                f"{ {key: optimizer.defaults.get(key) for key in ('amsgrad', 'maximize')} }; use "
-                "train/optimizer=adamw."
+                f"runtime=xla steps with plain AdamW, but optimizer is {type(optimizer).__name__} with {found}; "
+                f"{way_out}."
             )
         on_device, names = dict(model.named_parameters()), {value: name for name, value in on_host.items()}
         groups = [

@@ -127,16 +127,19 @@ class Averages:
 
 
 MOST_INITIAL_SHARE = 0.05  # above this share of untrained weights, an average is reported
+_SHORT_RUN = 0.99  # decay of train/ema=short_run
 
 
 def initial_share_note(average: Average, name: str, steps: int) -> str | None:
     """Return a sentence if untrained weights still have a large share in an average after ``steps`` steps, or None."""
     if (share := average.initial_share(steps)) <= MOST_INITIAL_SHARE:
         return None
+    others = [] if isinstance(average, WarmedUpAverage) else ["train/ema=warmed_up"]
+    others += ["short_run"] if others and _SHORT_RUN**steps <= MOST_INITIAL_SHARE else []
+    way_out = f"with {' (or '.join(others)}{')' * (len(others) - 1)}, or longer" if others else "longer"
     return (
         f"after {steps} steps, {100 * share:.0f}% of the average {name!r} are still the untrained weights, and its "
-        "samples are noise to that extent; train with train/ema=warmed_up (or short_run), or longer. weights=model are "
-        "the trained ones."
+        f"samples are noise to that extent; train {way_out}. weights=model are the trained ones."
     )
 
 

@@ -103,8 +103,10 @@ class LogHook:
         runtime: Runtime,
         clock: Clock,
         guard: SpikeGuard | None = None,
+        max_grad_norm: float | None = None,
     ) -> None:
         self._every = every
+        self._max_grad_norm = max_grad_norm  # for advice alone
         self._folder = folder
         self._logger = logger
         self._runtime = runtime
@@ -171,10 +173,13 @@ class LogHook:
             if steps
             else "there is no checkpoint yet"
         )
+        clip = "set max_grad_norm"
+        if self._max_grad_norm is not None:
+            clip = f"set a max_grad_norm below {self._max_grad_norm:g}"
         sentence = (
             f"{name} is {value} in step {step}, whose batch is the positions {(step - 1) * batch_size} to "
-            f"{step * batch_size - 1} ({kept}); the same command would diverge again: lower optimizer.lr or set "
-            "max_grad_norm."
+            f"{step * batch_size - 1} ({kept}); the same command would diverge again: lower optimizer.lr or "
+            f"{clip}."
         )
         return DivergedError(sentence, step, name, value)
 

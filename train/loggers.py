@@ -119,7 +119,7 @@ class WandbLogger:
             try:
                 self._opened = self._open()
             except self._wandb.Error as error:
-                is_offline = self._mode() == "offline"
+                is_offline = self._mode() in ("offline", "dryrun")  # two names of one mode
                 other = "" if is_offline else "WANDB_MODE=offline (which `wandb sync` sends later), or "
                 raise ValueError(
                     f"wandb cannot log to this run ({error}); with {other}train/logger=none, the same command "

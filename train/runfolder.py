@@ -53,8 +53,8 @@ class RunFolder:
             lock = acquired(self.path / ".lock", timeout_sec=0)
         except HeldError as error:
             raise ValueError(
-                f"Another process is training in {self.path}; wait for it, or give this run its own "
-                f"name=...{error.hint}"
+                f"Another process is training in {self.path}; wait for it, or give this run a name=... of its "
+                f"own{error.hint}."
             ) from error
         try:
             yield

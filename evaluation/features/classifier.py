@@ -28,6 +28,7 @@ from train.tensor_files import write_tensors
 _FORMAT = 2  # of the cached folder
 _WEIGHTS, _FACTS = "model.safetensors", "facts.json"
 _MOST_BYTES = 2**30  # of its weights
+_OTHERWISE = "choose other evaluation/features, which are not trained on these images"
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class ClassifierFeatures:
         seed: int = 0,
     ) -> None:
         self.title = f"{source.name} classifier features"
-        images, labels = load_images(source, image_size, crop, apply_exif)
+        images, labels = load_images(source, image_size, crop, apply_exif, _OTHERWISE)
         num_classes = len(source.class_names)
         options = {"num_features": num_features, "epochs": epochs, "batch_size": batch_size, "lr": lr}
         settings, content = [_FORMAT, options, seed, num_classes], (images.tobytes(), labels.tobytes())

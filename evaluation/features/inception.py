@@ -138,9 +138,10 @@ def _find_weights(weights: str | None, cache: Path, download: bool, sha256: str)
     try:
         require_regular(path)
     except (FileNotFoundError, NotADirectoryError):
+        or_so = "" if weights else f" or {VARIABLE}=PATH"  # which a setting beats
         raise ValueError(
             f"There are no Inception weights at {path}; fetch {URL} (sha256 {sha256[:8]}...) and put it there, or "
-            f"name the file by evaluation.features.weights=PATH or {VARIABLE}=PATH, or let "
+            f"name the file by evaluation.features.weights=PATH{or_so}, or let "
             "evaluation.features.download=true fetch it, or use evaluation/features=classifier."
         ) from None
     return path

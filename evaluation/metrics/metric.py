@@ -38,7 +38,7 @@ def require_inception(metric: str, extractor: FeatureExtractor) -> None:
     if not isinstance(extractor, InceptionFeatures):
         raise ValueError(
             f"{metric} is defined on the 2015 Inception network, but the features are {extractor.title}; choose "
-            "evaluation/features=inception, or metrics=[frechet] for a distance in these features."
+            "evaluation/features=inception, or the metric frechet for a distance in these features."
         )
 
 

@@ -15,6 +15,8 @@ from data.shards import open_shards
 from data.sources import Source, prepared, require_nothing_left_out, unwanted
 from model.autoencoder import Autoencoder
 
+_OF_SHARDS = "make the reference of the shards, where it is left out, by evaluation/image_set=shards"
+
 
 class ImageSet(Protocol):
     """A finite, ordered collection of square images, read in batches."""
@@ -49,7 +51,7 @@ class SourceImages:
         apply_exif: bool = False,
         threads: int = 8,
     ) -> None:
-        require_nothing_left_out(source)
+        require_nothing_left_out(source, _OF_SHARDS)
         self._source = source
         self._preparation = Preparation(image_size, crop or ExactSize(), apply_exif)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="reference")
@@ -71,7 +73,7 @@ class SourceImages:
         try:
             return prepared(self._source, row, self._preparation).values
         except UnreadableImageError as error:
-            raise unwanted(self._source, error.source_id, error.reason) from error
+            raise unwanted(self._source, error.source_id, error.reason, _OF_SHARDS) from error
 
 
 class ShardImages:

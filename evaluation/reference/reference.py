@@ -32,6 +32,10 @@ from evaluation.metrics.statistics import FeatureStatistics, Gaussian, Moments, 
 from evaluation.reference.schema import BATCH, IMAGES, About, read_about, read_gaussian, read_headers
 
 MAX_BYTES_AT_ONCE = 2**33  # of decoded images
+_OF_SHARDS = (
+    "name a reference of the shards, where it is left out, by evaluation.reference "
+    "(`ditscale reference evaluation/image_set=shards` makes one)"
+)
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def make_reference(
             f"take {MAX_BYTES_AT_ONCE / 2**30:.0f}; make a file by `ditscale reference` and name it by "
             "evaluation.reference."
         )
-    images, _ = load_images(source, image_size, crop, apply_exif)
+    images, _ = load_images(source, image_size, crop, apply_exif, _OF_SHARDS)
     features = require_finite(extractor(images), extractor)
     statistics = FeatureStatistics.of(features.vectors)
     resampled = FeatureStatistics.of(features.vectors[_bootstrap_rows(len(images))])

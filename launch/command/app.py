@@ -21,6 +21,7 @@ from core.closest import closest
 from core.rooms import ROOT
 from launch import STARTED_BY
 from launch.command.check import check_known, check_targets
+from launch.command.memory import less_memory
 from launch.command.parallel import started_by_torchrun, stop_without
 from launch.command.progress import make_progress
 from launch.command.redaction import exit_with_traceback, redact_file, secrets_hidden
@@ -31,11 +32,6 @@ from launch.command.words import prepared
 HELP = ("--help", "-h")
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
-LESS_MEMORY = {  # of a GPU; roundings are all that changes
-    "train": "set runtime.micro_batches=2 or activation_checkpointing=true, or for samples a smaller "
-    "evaluation.batch_size",
-    "evaluate": "set a smaller evaluation.batch_size",
-}
 CONF = ROOT / "conf"
 JobFunction = Callable[..., None]  # (settings, progress)
 Settle = Callable[[DictConfig, list[str]], None]  # (config before anything is resolved, words of the command line)
@@ -121,7 +117,7 @@ class _Task:
         except Exception as error:
             cause = _first_value_error(error) or error  # Hydra wraps what a constructor raises
             if HydraConfig.get().mode == RunMode.MULTIRUN:
-                sentence = _sentence(self.job, cause) or f"{type(cause).__name__}: {cause}"
+                sentence = _sentence(self.job, cause, self.settings) or f"{type(cause).__name__}: {cause}"
                 print(f"ditscale {self.job}: {self.name(config)} failed: {sentence}", file=sys.stderr)
                 raise cause from None
             self.error = cause
@@ -135,7 +131,7 @@ class _Task:
 
     def exit_code(self, error: Exception) -> int:
         """Return the code for what a run raised. Shows the traceback where it is wanted, or no sentence says enough."""
-        sentence = _sentence(self.job, error)
+        sentence = _sentence(self.job, error, self.settings)
         if self._wants_traceback or sentence is None:
             with secrets_hidden(self.settings):
                 traceback.print_exception(error)
@@ -171,8 +167,8 @@ def _code(error: BaseException, sentence: str | None) -> int:
     return 1 if sentence is None or isinstance(error, FloatingPointError) else 2
 
 
-def _sentence(job: str, error: BaseException) -> str | None:
-    """What to tell the user, or None for an error that is not theirs."""
+def _sentence(job: str, error: BaseException, settings: Any = ()) -> str | None:
+    """Return what to tell the user, or None for an error that is not theirs. ``settings`` are the job's."""
     if isinstance(error, FloatingPointError):
         return _one_line(error)
     if isinstance(error, MissingConfigException) and error.options is not None:
@@ -193,7 +189,7 @@ def _sentence(job: str, error: BaseException) -> str | None:
     if full := next((cause for cause in _causes(error) if type(cause).__name__ == "OutOfMemoryError"), None):
         wanted = re.search(r"Tried to allocate .*? is free", _one_line(full))
         reason = f" ({wanted.group()})" if wanted else ""
-        return f"The GPU's memory is full{reason}; {LESS_MEMORY.get(job, 'set a smaller batch_size')}."
+        return f"The GPU's memory is full{reason}; {less_memory(job, settings)}."
     return _one_line(error) if isinstance(error, HydraException) else None
 
 

@@ -28,9 +28,9 @@ def worker_device(choice: str) -> torch.device:
     if choice == "cpu" or (choice == "auto" and num_gpus == 0):
         return torch.device("cpu")
     if local_rank >= num_gpus:
+        fewer = "start at most that many, or " if num_gpus else ""
         raise ValueError(
-            f"Process {local_rank} of this host has no GPU: PyTorch sees {num_gpus}; start at most that many, or set "
-            "device=cpu."
+            f"Process {local_rank} of this host has no GPU: PyTorch sees {num_gpus}; {fewer}set device=cpu."
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

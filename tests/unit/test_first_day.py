@@ -141,6 +141,10 @@ def test_grey_images_of_ones_own_train_as_grey_and_are_measured(tmp_path: Path, 
     Image.new("RGB", (8, 8), (1, 2, 3)).save("fashion/boot/colour.png")
     shown = in_process("encode", *own, "model/autoencoder=identity_grey", "data.shards=other", expect=2)
     assert "boot/colour.png is in color, but the autoencoder identity takes 1 channel" in shown
+    advised = "model/autoencoder=identity data.autoencoder.channels=3"
+    assert f"make the images grey, or choose {advised}." in shown
+    once_set = ["model/autoencoder=identity", "data.autoencoder.channels=1", "data.shards=other"]
+    assert advised in in_process("encode", *own, *once_set, expect=2)  # there it is the channels that are to change
 
 
 def test_an_autoencoders_own_factor_beats_a_default(tmp_path: Path, in_process: InProcess) -> None:

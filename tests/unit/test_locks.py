@@ -2,20 +2,24 @@
 
 import errno
 import os
+import re
 import shutil
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 from conftest import TINY_RUN, ditscale
 from faulty_server import FaultyServer
-from warm_python import TRAINING, run_warm_python
+from warm_python import TRAINING, run_warm_python, start_warm_python
 
 from core.locks import HeldError, acquired, locked
+from core.rooms import MAY_IMPORT, ROOT, source_files
 
 CC = shutil.which("cc") or shutil.which("gcc")
 WORDS = ["train", *TINY_RUN, "run_dir=run", "total_steps=2"]
+OFFLINE = {"WANDB_MODE": "offline"}
 NO_LOCKS = [errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO, errno.ENOSYS]
 
 
@@ -32,6 +36,12 @@ def no_locks(tmp_path_factory: pytest.TempPathFactory) -> str:
 def run(words: list[str], cwd: Path, library: str, number: int, expect: int = 0) -> str:
     env, job = {"FLOCK_ERRNO": str(number)}, ("-m", "launch.cli", *words)
     return run_warm_python(TRAINING, *job, cwd=cwd, expect=expect, env=env, preload=library)
+
+
+def of_another_host(marker: Path) -> None:
+    """As a job leaves it that was killed there."""
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    marker.write_text("4711\nanother-host\n")
 
 
 @pytest.mark.parametrize("number", NO_LOCKS)
@@ -56,6 +66,75 @@ def test_encoding_and_evaluating_need_no_locks(tmp_path: Path, no_locks: str) ->
     measured = ["evaluate_every=2", "evaluation.num_images=8", "sampler.steps=2", "evaluation.features.epochs=1"]
     words = [*WORDS, *measured, "sweep_dir=runs", "run_dir=runs/one"]
     assert "Frechet distance" in run(words, tmp_path, no_locks, errno.EOPNOTSUPP)
+
+
+def test_a_stale_lock_of_another_host_names_its_file_where_a_run_or_shards_are_written(
+    digits: Path, tmp_path: Path, no_locks: str
+) -> None:
+    for words, marker, said in [
+        ([*WORDS, f"data.shards={digits}"], "run/.lock.soft", "Another process is training in run; wait for it"),
+        (
+            ["encode", "data=digits", "data.shards=shards"],
+            "shards/.encode-0.lock.soft",
+            "Another `ditscale encode` works in shards as process 0; wait for it",
+        ),
+    ]:
+        of_another_host(tmp_path / marker)
+        shown = run(words, tmp_path, no_locks, errno.ENOLCK, expect=2)
+        assert said in shown
+        assert f"(if no job is left, of this machine or another, remove {marker})." in shown
+        assert len(shown.strip().splitlines()) == 2, shown  # the sentence, and how to see a traceback
+        (tmp_path / marker).unlink()  # as the sentence says
+        run(words, tmp_path, no_locks, errno.ENOLCK)
+
+
+def test_a_stale_lock_of_another_host_names_its_file_where_a_job_waits(
+    digits: Path, tmp_path: Path, no_locks: str
+) -> None:
+    """Of every lock that jobs take turns at: the caches of the classifier and of a reference, and the report's."""
+    reference = ["reference", "out=r.npz", "evaluation.features.epochs=1", "runtime=cpu"]
+    measured = ["evaluate_every=2", "evaluation.num_images=8", "sampler.steps=2", "evaluation.features.epochs=1"]
+    words = [*WORDS[:-2], *measured, "evaluation.reference=r.npz", f"data.shards={digits}", "sweep_dir=runs"]
+    words += ["total_steps=2", "train/logger=wandb"]
+    ditscale(*reference, cwd=tmp_path)
+    ditscale(*words, "run_dir=runs/one", cwd=tmp_path, env=OFFLINE)
+    guarded = [path for path in (tmp_path / "cache").rglob("*") if path.is_dir() and "classifier-" in path.name]
+    guarded += (tmp_path / "cache").rglob("*.npy")
+    markers = [path.with_suffix(".lock.soft").relative_to(tmp_path) for path in guarded]
+    assert {part.partition("-")[0] for path in markers for part in path.parts[1:]} >= {"classifier", "reference"}
+    markers.append(Path("runs/.report.lock.soft"))
+    for marker in markers:
+        of_another_host(tmp_path / marker)
+    job = start_warm_python(
+        TRAINING,
+        *("-m", "launch.cli", *words, "run_dir=runs/two"),
+        cwd=tmp_path,
+        output=tmp_path / "output",
+        env={"FLOCK_ERRNO": str(errno.ENOLCK), **OFFLINE},
+        preload=no_locks,
+    )
+    (tmp_path / "output").touch()
+    named: set[Path] = set()
+    until = time.monotonic() + 240
+    while job.poll() is None and time.monotonic() < until:
+        for name in re.findall(
+            r"which holds \S+ \(if no job is left.*, remove (\S+)\)\.", (tmp_path / "output").read_text()
+        ):
+            named.add(Path(name))
+            (tmp_path / name).unlink(missing_ok=True)  # as the note says
+        time.sleep(0.1)
+    assert job.poll() == 0, (tmp_path / "output").read_text()
+    assert named == set(markers)
+
+
+def test_whoever_refuses_or_waits_takes_the_locks_words() -> None:
+    """Which name a marker: no other file takes a lock that may be one, or leaves its hint out."""
+    for path in source_files(*MAY_IMPORT):
+        name, text = path.relative_to(ROOT).as_posix(), path.read_text()
+        if "SoftFileLock" in text:
+            assert name == "core/locks.py"
+        if "except HeldError" in text and name != "launch/command/gpus.py":  # which takes the next one
+            assert "{error.hint}" in text, name
 
 
 def test_a_cache_of_remote_shards_needs_locks_and_says_so(digits: Path, tmp_path: Path, no_locks: str) -> None:

@@ -45,6 +45,12 @@ def test_images_in_parquet_are_structs_or_bytes(tmp_path: Path, images: Any) -> 
     assert contents(ParquetImages(str(tmp_path))) == [("row-00000000", PICTURE, 0), ("row-00000001", PICTURE, 1)]
 
 
+def test_parquet_that_names_0_classes_is_as_one_that_names_none(tmp_path: Path) -> None:
+    parquet.write_table(table_of([PICTURE] * 2, names=()), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="The files do not name the classes of the column 'label'"):
+        ParquetImages(str(tmp_path))
+
+
 def test_paths_or_pixels_in_parquet_are_not_taken_for_images(tmp_path: Path) -> None:
     parquet.write_table(table_of(["a.jpg", "b.jpg"]), tmp_path / "a.parquet")
     with pytest.raises(
