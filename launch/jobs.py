@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 
 class Job(NamedTuple):
-    """Hold what a job's help says of it, and what settles its composed config, as ``module:function``."""
+    """A job's summary for the help, and the function that settles its composed config, as ``module:function``."""
 
     summary: str
     settle: str | None = None
@@ -37,8 +37,8 @@ JOBS = {
 
 
 def start(job: str) -> None:
-    """Run a job with the words of the command line: of ``ditscale JOB``, or of ``python -m launch.JOB``."""
-    from launch.command.app import run  # with Hydra, which the list of jobs can do without
+    """Run a job with the words of the command line, for ``ditscale JOB`` and ``python -m launch.JOB``."""
+    from launch.command.app import run  # imports Hydra, which the list of jobs does not need
 
     settle = JOBS[job].settle
     function = pkgutil.resolve_name(f"launch.{job}:{job}_job")
