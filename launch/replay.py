@@ -47,7 +47,7 @@ def replay_job(config: TrainSettings) -> None:
     if manifest.hash != dump.data_manifest_hash:
         raise ValueError(
             f"The run of {dump.path} trained on shards with manifest {dump.data_manifest_hash[:12]}, but "
-            f"{settings.data.shards} has {manifest.hash[:12]}; give the folder of the old ones as data.shards=... ."
+            f"{settings.data.shards} has {manifest.hash[:12]}; give data.shards=FOLDER with the old shards."
         )
     run = prepare_run(settings, manifest)
     runtime, conditions = run.runtime, run.conditions
