@@ -1,4 +1,4 @@
-"""Bubbles of figure 2: models, and the systems that the paper compares its best one with."""
+"""Draw the bubbles of figure 2: our models, and the systems of the paper's table 2."""
 
 import itertools
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from report.style import GFLOPS, GREY
 
 
 def draw_systems(axes: Axes, best: Record, colour: str) -> None:
-    """Table 2, with guidance or without, as our best record is; ours on top, its name to the right."""
+    """Draw table 2's systems, with guidance or without like our best record, and that record on top of them."""
     guided = paper.is_guided(best)
     systems = [Bubble(s.name, s.gmacs, s.fid, GREY) for s in paper.TABLE_2 if s.is_guided == guided]
     draw_bubbles(axes, systems, distance_name(best))
@@ -25,7 +25,7 @@ def draw_systems(axes: Axes, best: Record, colour: str) -> None:
 
 
 class Bubble(NamedTuple):
-    """A model or system; Gflops are giga multiply-adds."""
+    """A model or system. Gflops are giga multiply-adds."""
 
     name: str
     gmacs: float
@@ -34,12 +34,15 @@ class Bubble(NamedTuple):
 
 
 def _bubble_area(part_of_largest: float) -> float:
-    """In square points."""
+    """Return the area of a bubble in square points."""
     return 60 + 1500 * part_of_largest**0.6
 
 
 def _names_above(rising: Sequence[Bubble]) -> list[bool]:
-    """Below and above in turn, so that names of neighbours stay apart; of close ones the higher has its name above."""
+    """Return for each bubble whether its name stands above it, so that names of neighbors do not overlap.
+
+    Names stand below and above in turn; of two bubbles that are close in Gflops, the higher one has its name above.
+    """
     above = [i % 2 == 1 for i in range(len(rising))]
     for i, (one, next_) in enumerate(itertools.pairwise(rising)):
         if next_.gmacs < 1.15 * one.gmacs and above[i] == (one.distance < next_.distance):
@@ -48,7 +51,7 @@ def _names_above(rising: Sequence[Bubble]) -> list[bool]:
 
 
 def draw_bubbles(axes: Axes, bubbles: Sequence[Bubble], distance: str) -> None:
-    """Small ones over large ones."""
+    """Draw bubbles with their names, small ones on top of large ones."""
     rising = sorted(bubbles, key=lambda bubble: bubble.gmacs)
     for bubble, is_above in reversed(list(zip(rising, _names_above(rising), strict=True))):
         area = _bubble_area(bubble.gmacs / rising[-1].gmacs)

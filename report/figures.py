@@ -1,4 +1,4 @@
-"""The paper's figures from the runs of a sweep. `NoDataError` says why there is nothing to draw."""
+"""Draw the paper's figures from the runs of a sweep, or raise `NoDataError` with the reason why one cannot be drawn."""
 
 import itertools
 from collections import defaultdict
@@ -31,7 +31,7 @@ SampleGrid = tuple[list[str], NDArray[np.uint8]]  # names of runs, images [runs,
 
 
 class NoDataError(Exception):
-    """A figure that these runs do not give; the message says why and what to do."""
+    """Raised where the runs lack the data for a figure. The message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class PaperFigure:
     number: int
     title: str
     draw: Callable[[Study], Figure]
-    note: Callable[[Study], str] = lambda study: ""  # what a reader who has the paper beside it must know
+    note: Callable[[Study], str] = lambda study: ""  # how it differs from the paper's
 
 
 def figure_2(study: Study) -> Figure:
-    """Bubbles: distance against Gflops, the area by Gflops; on the right our best model among other systems."""
+    """Draw distance against Gflops as bubbles, with areas by Gflops; on the right, our best model and other systems."""
     records = _scaling(study, 2)
     best = _best_beside_table_2(study)
     figure = new_figure(11 if best else 6.4, 4.4)
@@ -60,20 +60,20 @@ def figure_2(study: Study) -> Figure:
 
 
 def note_of_figure_2(study: Study) -> str:
-    """What stands on the right, or how to get it there."""
+    """Return a note on the right panel: what it shows, or when it is drawn."""
     if _best_beside_table_2(study):
         return (
             "Right: our best model, and the systems of the paper's table 2, FID-50K as published, with the Gflops of "
             "its table 6; each was trained, sampled and measured in its own way."
         )
     return (
-        "This is the left panel of the paper's figure. The right one, the best model beside ADM and LDM, is drawn "
+        "This is the left panel of the paper's figure. The right one, the best model next to ADM and LDM, is drawn "
         "once a model has an FID of 50,000 images against ADM's reference at 256 px."
     )
 
 
 def figure_5(study: Study) -> Figure:
-    """Blocks compared over training, a panel for each size and patch size that has several."""
+    """Compare block types over training, in a panel for each size and patch size with several of them."""
     curves = study.over_training()
     by_model: defaultdict[str, list[str]] = defaultdict(list)
     for name in sorted(curves, key=lambda name: study.chosen[name]["gmacs"]):
@@ -99,7 +99,7 @@ def figure_5(study: Study) -> Figure:
 
 
 def figure_6(study: Study) -> Figure:
-    """Distance over training: above for each patch size all sizes, below for each size all patch sizes."""
+    """Draw distance over training: above, all sizes for each patch size; below, all patch sizes for each size."""
     curves = study.over_training()
     names = list(study.scaling())
     if max(len(curves[name]) for name in names) < 2:
@@ -142,7 +142,7 @@ def figure_6(study: Study) -> Figure:
 
 
 def figure_7(samples: SampleGrid, study: Study) -> Figure:
-    """The same noise and label through all models: rows by size, in each the patch sizes side by side."""
+    """Show images of the same noise and labels by all models: sizes in rows, patch sizes in columns."""
     names, images = samples
     records = {name: study.chosen[name] for name in names}
     patches = sorted({r["patch_size"] for r in records.values()}, reverse=True)
@@ -156,7 +156,7 @@ def figure_7(samples: SampleGrid, study: Study) -> Figure:
     for name, row in zip(names, images, strict=True):
         record = records[name]
         axes = grid[sizes.index(size_name(record)), patches.index(record["patch_size"])]
-        if axes.images:  # of another seed of this model
+        if axes.images:  # a run of this model with another seed is already shown
             continue
         strip = np.concatenate([np.pad(image, ((1, 1), (1, 1), (0, 0)), constant_values=255) for image in row], axis=1)
         strip = strip[..., :3] if strip.shape[2] >= 3 else strip[..., 0]
@@ -169,7 +169,7 @@ def figure_7(samples: SampleGrid, study: Study) -> Figure:
 
 
 def figure_8(study: Study) -> Figure:
-    """Distance against Gflops on logarithmic axes, with the fit."""
+    """Draw distance against Gflops on logarithmic axes, with the fit."""
     records = _scaling(study, 2)
     figure = new_figure(6.8, 4.6)
     axes, palette = figure.subplots(), Palette(records)
@@ -181,7 +181,7 @@ def figure_8(study: Study) -> Figure:
                 axes.annotate(point.model, place, (7, 4), textcoords="offset points", fontsize=7.5, color=GREY)
     _points_and_fit(axes, study, DISTANCE, palette, names=True)
     floor = study.protocol["frechet_distance_of_real_resample"]
-    if floor is not None and floor > min(_values(records)) / 4:  # else it would leave the curve no room
+    if floor is not None and floor > min(_values(records)) / 4:  # a lower line would leave the curve little room
         axes.axhline(floor, linestyle=":", color=GREY, linewidth=1.2)
         axes.annotate(
             "real images, resampled",
@@ -202,7 +202,7 @@ def figure_8(study: Study) -> Figure:
 
 
 def figure_9(study: Study) -> Figure:
-    """Distance against training compute, all models over training."""
+    """Draw distance against training compute, for all models over training."""
     curves = study.over_training()
     names = [name for name in study.scaling() if len(curves[name]) > 1]
     if not names:
@@ -221,7 +221,7 @@ def figure_9(study: Study) -> Figure:
 
 
 def figure_10(study: Study) -> Figure:
-    """Distance against sampling compute, a line a model over its numbers of steps."""
+    """Draw distance against sampling compute, with a line for each model over its numbers of sampling steps."""
     curves = study.over_sampling_steps()
     if not curves:
         raise NoDataError(
@@ -257,11 +257,11 @@ def figure_10(study: Study) -> Figure:
 
 
 def figure_12(study: Study) -> Figure:
-    """The other metrics: left over training compute, right against Gflops."""
+    """Draw the other metrics: on the left against training compute, on the right against Gflops."""
     found = [m for m in MEASURES if all(number_of(r, m.key) is not None for r in study.scaling().values())]
     if not found:
         raise NoDataError(
-            "the runs hold no metric besides the distance; measure with "
+            "the runs have no metric besides the distance; measure with "
             "evaluation.metrics=[fid,sfid,inception_score,precision_recall] (or [frechet,precision_recall])."
         )
     records = _scaling(study, 2)
@@ -292,21 +292,21 @@ FIGURES = (
 
 
 def _best_beside_table_2(study: Study) -> Record | None:
-    """Of all evaluations the one of lowest FID; with guidance where any was, as the paper shows it."""
+    """Return the evaluation of lowest FID that fits table 2; a guided one if there is any, as in the paper."""
     fitting = [r for records in study.records.values() for r in records if paper.shares_table_2(r)]
     guided = [record for record in fitting if paper.is_guided(record)]
     return min(guided or fitting, key=lambda record: record["fid"], default=None)
 
 
 def _rings(axes: Axes, points: Sequence[tuple[float, float]], colour: str, label: str = paper.TABLE_4_NAME) -> None:
-    """The paper's own points: hollow, behind ours, named once in the legend."""
+    """Draw the paper's own points: hollow, behind ours, named once in the legend."""
     for x, y in points:
         named = once(axes, label)
         axes.plot(x, y, "o", color="none", markeredgecolor=colour, markersize=9, zorder=1, label=named)
 
 
 def _rings_over_training(axes: Axes, curve: Sequence[Record], colour: str) -> None:
-    """As far as ours was trained: later points would squeeze the curves."""
+    """Draw the paper's points up to our last training step: later points would compress the curves."""
     points = [p for p in paper.points_of(curve[-1]) if p.step <= curve[-1]["step"]]
     _rings(axes, [(point.step, point.fid) for point in points], colour)
 

@@ -1,4 +1,4 @@
-"""A power law through points, and how well it holds."""
+"""Fit a power law to points, and measure how well it holds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """y = 10^intercept x^slope by least squares in log10 x and log10 y."""
+    """A power law y = 10^intercept x^slope, fitted by least squares in log10 x and log10 y."""
 
     slope: float
     intercept: float
     correlation: float  # Pearson's, of log x and log y
-    semilog_correlation: float  # Pearson's, of log x and y: the paper's -0.93 (figure 8)
+    semilog_correlation: float  # Pearson's, of log x and y; -0.93 in the paper (figure 8)
     rank_correlation: float  # Spearman's
     count: int
     residual_std: float  # of log10 y, with n - 2 degrees of freedom
@@ -25,14 +25,14 @@ class PowerLaw:
     spread_log_x: float  # sum of squared deviations of log10 x
 
     def at(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The line, [N]."""
+        """Return the fitted line at each of ``x``, in an array of its shape."""
         return np.asarray(10 ** (self.intercept + self.slope * np.log10(x)))
 
     def band(self, x: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Lower and upper end, [N] each, of the 95% confidence band of the line itself, not of new points.
+        """Return the lower and upper end at each of ``x`` of the line's 95% confidence band.
 
-        Student's t with n - 2 degrees of freedom; it takes the deviations for independent and equally spread,
-        and knows nothing of the noise between seeds.
+        The band is for the line itself, not for new points. It uses Student's t with n - 2 degrees of freedom, assumes
+        independent deviations of equal variance, and does not include the noise between seeds.
         """
         away = (np.log10(x) - self.mean_log_x) ** 2 / self.spread_log_x
         half = self._quantile() * self.residual_std * np.sqrt(1 / self.count + away)
@@ -40,7 +40,7 @@ class PowerLaw:
 
     @property
     def slope_interval(self) -> tuple[float, float]:
-        """95% confidence interval of the slope."""
+        """Return the 95% confidence interval of the slope."""
         half = self._quantile() * self.residual_std / self.spread_log_x**0.5
         return self.slope - half, self.slope + half
 
@@ -49,7 +49,7 @@ class PowerLaw:
 
 
 def fit_power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw | None:
-    """The fit, or None for fewer than 3 points, for points of one x, and where a value is not above 0."""
+    """Return the fit, or None for fewer than 3 points, for a single x, and where a value is not positive."""
     if len(x) < 3 or len(set(x)) < 2 or min(*x, *y) <= 0:
         return None
     log_x, log_y = np.log10(x), np.log10(y)

@@ -1,4 +1,4 @@
-"""The report as one HTML file: figures, grids and configs inside it, nothing fetched from elsewhere."""
+"""Write the report as one HTML page that contains its figures, grids and configs, and fetches nothing."""
 
 import base64
 import io
@@ -18,7 +18,7 @@ from report.study import COLUMNS, PROTOCOL_KEYS, Record, Study, model_name
 from report.style import block_name
 from train.runfolder import RunFolder
 
-# What a reader of a number must know, besides PROTOCOL_KEYS; in the order of the page.
+# Keys of a record that the page shows to explain its numbers, in the order of the page.
 SHOWN_KEYS = ("feature_extractor", "reference", "reference_images", *PROTOCOL_KEYS, "metrics", "classifier_accuracy")
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 _MOST_BYTES_OF_CONFIG, _MOST_BYTES_OF_GRID = 2**20, 2**26
@@ -26,7 +26,7 @@ _MOST_BYTES_OF_CONFIG, _MOST_BYTES_OF_GRID = 2**20, 2**26
 
 @dataclass(frozen=True)
 class Shown:
-    """A figure on the page, or why it is not there."""
+    """A figure on the page, or the reason why it is missing."""
 
     number: int
     title: str
@@ -37,18 +37,18 @@ class Shown:
 
     @property
     def address(self) -> str:
-        """As a data URL: an image in it runs no script and shares no names with others."""
+        """Return the figure as a data URL: an SVG image in it runs no script, and its ids do not clash with others."""
         assert self.content is not None
         return _data_url(self.content, self.kind)
 
 
 def runs_of(study: Study) -> list[dict[str, Any]]:
-    """Return what the page shows of each run. Raises ValueError where a file of one cannot be shown."""
+    """Return what the page shows of each run. Raises ValueError where a run's file cannot be shown."""
     return [_run_of(study.sweep / name) for name in [*study.chosen, *study.unevaluated]]
 
 
 def page_of(study: Study, figures: list[Shown], runs: list[dict[str, Any]]) -> str:
-    """Return the whole file."""
+    """Return the content of the HTML file."""
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -68,7 +68,7 @@ def page_of(study: Study, figures: list[Shown], runs: list[dict[str, Any]]) -> s
 
 
 def _row(row: Record) -> dict[str, Any]:
-    """A row of the first table, with the names that people use; what was measured before what it cost."""
+    """Return a row of the first table, with readable column names; measurements come before costs."""
     hidden = {*COLUMNS, "fid"} - {"recognized_fraction"}
     shown = {"run": row["run"], "model": model_name(row), "block": block_name(row["block"])}
     shown |= {"Gflops (GMACs)": row["gmacs"], "FID" if "fid" in row else "frechet distance": row["frechet_distance"]}
@@ -78,12 +78,12 @@ def _row(row: Record) -> dict[str, Any]:
 
 
 def _filled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without columns that are empty in all rows."""
+    """Return the rows without the columns that are empty in all of them."""
     return [{key: row[key] for key in row if any(other[key] is not None for other in rows)} for row in rows]
 
 
 def _evaluation(record: Record) -> dict[str, Any]:
-    """A row of the table of all evaluations: the number and its protocol."""
+    """Return a row of the table of all evaluations: the number and its protocol."""
     named = {
         key: record.get(key) for key in ("run", "step", "frechet_distance", "evaluated_by", "weights", "num_images")
     }
@@ -107,27 +107,27 @@ def _run_of(path: Path) -> dict[str, Any]:
 
 
 def _read_png(path: Path) -> bytes:
-    """Return a PNG's content. Raises DamagedFileError where a checksum in it is wrong, or it is something else."""
+    """Return a PNG's content. Raises DamagedFileError where a checksum in it is wrong, or where it is not a PNG."""
     content = read_regular(path, _MOST_BYTES_OF_GRID)
     try:
         with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
             picture.verify()
-    except Exception as error:  # of many kinds
+    except Exception as error:  # Pillow raises errors of many kinds
         reason = " ".join(str(error).split())[:200]
-        raise DamagedFileError(f"{path} is no whole PNG ({reason}); remove it, or put it back.") from None
+        raise DamagedFileError(f"{path} is not an intact PNG ({reason}); remove it, or put it back.") from None
     return content
 
 
 def _fit_text(fit: PowerLaw | None, study: Study) -> str:
     if fit is None:
-        return "No fit: that takes at least 3 models of different Gflops."
+        return "No fit: it needs at least 3 models of different Gflops."
     low, high = fit.slope_interval
     return (
         f"log10(distance) = {fit.intercept:.3f} + {fit.slope:.3f} log10(Gflops) through the {fit.count} models with "
         f"{block_name(study.main_block)} blocks; 95% confidence interval of the slope {low:.3f} to {high:.3f}. "
         f"Correlation {fit.correlation:.2f} of both logarithms, {fit.semilog_correlation:.2f} of log Gflops and the "
-        f"distance (the paper's FID: -0.93), {fit.rank_correlation:.2f} of ranks. The band takes the models' "
-        "deviations for independent and knows nothing of the noise between seeds."
+        f"distance (the paper's FID: -0.93), {fit.rank_correlation:.2f} of ranks. The band assumes that "
+        "the models' deviations are independent, and does not include the noise between seeds."
     )
 
 
@@ -136,7 +136,7 @@ def _data_url(content: bytes, kind: str) -> str:
 
 
 def _text(value: Any) -> str:
-    """Compact, for people."""
+    """Return a value as compact text for people."""
     if isinstance(value, Mapping) and "name" in value:
         rest = ", ".join(f"{key} {item}" for key, item in value.items() if key != "name")
         return f"{value['name']} ({rest})" if rest else str(value["name"])
@@ -144,7 +144,7 @@ def _text(value: Any) -> str:
 
 
 def _number(value: Any) -> str:
-    """A cell: numbers with 4 digits, zeros too, text as it is, nothing as a dash."""
+    """Return a cell's text: floats with 4 digits, including zeros; text unchanged; None as a dash."""
     if value is None:
         return "-"
     if isinstance(value, float):

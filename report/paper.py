@@ -1,6 +1,6 @@
-"""The paper's own points, and which of ours may stand beside them.
+"""Define the paper's own points, and decide which of ours may be compared with them.
 
-Peebles & Xie, arXiv 2212.09748v2: tables 2, 4 and 6, in which several text copies of the PDF, made by different people,
+The source is Peebles & Xie, arXiv 2212.09748v2: tables 2, 4 and 6, on which several independent text copies of the PDF
 agree. Gflops are giga multiply-adds of one forward pass without guidance.
 """
 
@@ -26,12 +26,12 @@ class Point(NamedTuple):
 
     @property
     def training_gmacs(self) -> float:
-        """Figure 9's axis: Gflops x images seen x 3."""
+        """Return the training compute on figure 9's axis: Gflops x images seen x 3."""
         return self.gmacs * self.step * BATCH_SIZE * 3
 
 
 class SamplingPoint(NamedTuple):
-    """A point of figure 10 that section 5.2 gives in words: FID-10K after 400K training steps."""
+    """A point of figure 10 that section 5.2 states in its text: FID-10K after 400K training steps."""
 
     model: str
     sampling_gmacs: float
@@ -84,40 +84,40 @@ TABLE_4_NAME, FIGURE_10_NAME = "paper, table 4", "paper, section 5.2"
 
 
 def shares_table_2(record: Mapping[str, Any]) -> bool:
-    """Whether a record may stand beside table 2, which compares systems however they were trained and sampled.
+    """Return whether a record may be compared with table 2, whose systems were trained and sampled in different ways.
 
-    FID-50K by Inception's public weights against ADM's reference at 256 px (by the name of its file).
+    It must have FID-50K by Inception's public weights against ADM's reference at 256 px (by the name of its file).
     """
     return _is_adms_fid(record, 50_000)
 
 
 def shares_table_4(record: Mapping[str, Any]) -> bool:
-    """Whether a record was measured as table 4 was, at whatever step.
+    """Return whether a record was measured as table 4 was, at any step.
 
-    As table 2, and: of the EMA, trained at batch 256, 250 DDPM steps, no guidance, the paper's decoder.
+    It must fit table 2, and have: the EMA, trained at batch size 256; 250 DDPM steps; no guidance; the paper's decoder.
     """
     return shares_table_2(record) and _is_of_the_sweep(record) and record["sampler"].get("steps") == 250
 
 
 def shares_figure_8(record: Mapping[str, Any]) -> bool:
-    """Whether a record was measured as table 4 was, after as many steps as the paper's sweep."""
+    """Return whether a record was measured as table 4 was, after as many steps as the paper's sweep."""
     return shares_table_4(record) and record["step"] == SWEEP_STEPS
 
 
 def is_guided(record: Mapping[str, Any]) -> bool:
-    """Whether its images were sampled with guidance."""
+    """Return whether a record's images were sampled with guidance."""
     return bool(record["guidance"].get("name") != "unguided")
 
 
 def points_of(record: Mapping[str, Any]) -> list[Point]:
-    """Table 4's points of the record's own model and block; none where it was measured otherwise."""
+    """Return table 4's points of the record's model and block, or none where it was measured differently."""
     if not shares_table_4(record):
         return []
     return [point for point in TABLE_4 if (point.model, point.block) == (_model(record), record["block"])]
 
 
 def sampling_points_of(record: Mapping[str, Any]) -> list[SamplingPoint]:
-    """Figure 10's points of the record's own model; none where it was measured otherwise but for the steps."""
+    """Return figure 10's points of the record's model; none where more than the sampling steps differs."""
     fits = _is_adms_fid(record, 10_000) and _is_of_the_sweep(record) and record["step"] == SWEEP_STEPS
     if not fits or record["block"] != "AdaLNZeroBlock":
         return []
@@ -134,7 +134,7 @@ def _is_adms_fid(record: Mapping[str, Any], num_images: int) -> bool:
 
 
 def _is_of_the_sweep(record: Mapping[str, Any]) -> bool:
-    """At whatever training step, with however many sampling steps."""
+    """Return whether a record fits the paper's sweep, at any training step and with any number of sampling steps."""
     return (
         record["weights"] == "ema"
         and record["images_seen"] == record["step"] * BATCH_SIZE

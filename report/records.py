@@ -1,4 +1,4 @@
-"""The lines of ``evaluations.jsonl`` that figures are drawn of: each field checked, what is no field left out."""
+"""Read the lines of ``evaluations.jsonl`` that figures are drawn from: check known fields, and drop all others."""
 
 import re
 from collections.abc import Mapping
@@ -14,9 +14,9 @@ from train.runfolder import RunFolder
 
 Record = dict[str, Any]  # a line of evaluations.jsonl
 
-_MOST_VALUES = 100  # of a setting that is a list
+_MOST_VALUES = 100  # in a setting that is a list
 _MOST_STEPS = 10**6  # of a sampler
-_STEPS = re.compile("[1-9][0-9]{0,6}")  # one way to sample; "10,5" is another
+_STEPS = re.compile("[1-9][0-9]{0,6}")  # a single number; "10,5" means sections of steps
 
 
 def _printable(text: str) -> str:
@@ -26,7 +26,7 @@ def _printable(text: str) -> str:
 
 
 def _plain(value: JsonValue) -> JsonValue:
-    """Return a setting as configs have them: a scalar, or a list of some."""
+    """Return a setting. Raises ValueError where it is neither a scalar nor a list of scalars, as configs have."""
     values = value if isinstance(value, list) else [value]
     if len(values) > _MOST_VALUES or any(isinstance(item, list | dict) for item in values):
         raise ValueError(f"it must be one value, or a list of up to {_MOST_VALUES}")
@@ -37,7 +37,7 @@ def _plain(value: JsonValue) -> JsonValue:
 
 
 def _with_steps(sampler: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    """Return a sampler's settings, whose name and steps are read. Steps may be text, as "ddim50"."""
+    """Return a sampler's settings. Raises ValueError for a bad name or steps, which may be text such as "ddim50"."""
     if not isinstance(sampler.get("name"), str):
         raise ValueError("it has no name")
     steps = sampler.get("steps")
@@ -50,14 +50,14 @@ Text = Annotated[str, Field(max_length=1000), AfterValidator(_printable)]
 Count = Annotated[int, Field(ge=0, le=2**63)]
 Size = Annotated[int, Field(ge=1, le=2**31)]
 Number = Annotated[float, Field(ge=-1e30, le=1e30)]
-Cost = Annotated[float, Field(gt=0, le=1e30)]  # of which the logarithm is shown
+Cost = Annotated[float, Field(gt=0, le=1e30)]  # positive, since it is shown on a logarithmic axis
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Settings = dict[Text, Annotated[JsonValue, AfterValidator(_plain)]]
 
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """Hold the fields of a line that the report uses. This program writes those without a default in every line."""
+    """The fields of a line that the report uses. This program writes those without a default in every line."""
 
     step: Count
     images_seen: Count
@@ -95,23 +95,23 @@ class EvaluationRecord:
     recall: Number | None = None
     kernel_distance: Number | None = None
     kid: Number | None = None
-    sampling_gmacs: Cost | None = None  # of an image; absent in lines of earlier versions
+    sampling_gmacs: Cost | None = None  # per image; absent in lines of earlier versions
 
 
-_FIELDS = {field.name: field.default is MISSING for field in fields(EvaluationRecord)}  # whether it must be there
+_FIELDS = {field.name: field.default is MISSING for field in fields(EvaluationRecord)}  # whether it is required
 
 
 def read_records(run: RunFolder) -> list[Record]:
-    """Return the lines of a run that hold a distance, with the fields of `EvaluationRecord` that they have.
+    """Return the lines of a run that have a distance, with those of their fields that `EvaluationRecord` defines.
 
-    Raises ValueError that names file, step and field where one is absent that every evaluation of ours has, is of
-    another type, or outside of what can be measured.
+    Raises ValueError, naming file, step and field, where a required field is absent, or a field has another type or is
+    out of range.
     """
     return [_checked(record, run) for record in distance_records(run)]
 
 
 def _checked(record: Record, run: RunFolder) -> Record:
-    name, again = f"A line of step {record['step']} in {run.evaluations}", "measure again by `ditscale evaluate`"
+    name, again = f"A line of step {record['step']} in {run.evaluations}", "measure again with `ditscale evaluate`"
     if absent := [key for key, needed in _FIELDS.items() if needed and key not in record]:
         raise ValueError(
             f"{name} has no {absent[0]!r}, so another program or version wrote it; remove the line and {again}."
@@ -126,15 +126,15 @@ def _checked(record: Record, run: RunFolder) -> Record:
 
 
 def num_sampling_steps(record: Mapping[str, Any]) -> int | None:
-    """Return the sampler's steps, where its setting is one number: 50 for 50 and for "ddim50", else None."""
+    """Return the sampler's number of steps where its setting is one number (50, or "ddim50"), else None."""
     steps = str(record["sampler"].get("steps", "")).removeprefix("ddim")
     return int(steps) if _STEPS.fullmatch(steps) else None
 
 
 def _sampling_gmacs_of_earlier(record: Mapping[str, Any]) -> float | None:
-    """Return what a line of an earlier version, which did not say it, cost by the names that it used; None if unknown.
+    """Return the sampling compute of an earlier version's line, which does not state it, or None if it is unknown.
 
-    A step of its Heun's method called the network twice, but for the last; all its guidance called it twice as often.
+    In those versions a step of Heun's method, except the last, called the network twice; guidance doubled all calls.
     """
     steps = num_sampling_steps(record)
     if steps is None:

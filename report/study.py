@@ -1,4 +1,4 @@
-"""The evaluations of a sweep, sorted into curves. All points come from an ``evaluations.jsonl``, none is typed in."""
+"""Sort the evaluations of a sweep into curves. Every point comes from an ``evaluations.jsonl``."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ from report.paper import SIZES
 from report.records import Record, num_sampling_steps, read_records
 from train.runfolder import RunFolder
 
-# What must agree between points of one figure.
+# Keys of a record that must agree between the points of one figure.
 PROTOCOL_KEYS = (
     "step",
     "weights",
@@ -53,11 +53,11 @@ class Measure:
 
     key: str
     name: str
-    metric: str  # whose settings must agree as well
+    metric: str  # the metric whose settings must agree as well
     better: str  # "lower" or "higher"
 
 
-# Of the paper's figure 12, and what small data have instead.
+# Those of the paper's figure 12, and the ones that small data sets have instead.
 MEASURES = (
     Measure("sfid", "sFID", "sfid", "lower"),
     Measure("inception_score", "Inception Score", "inception_score", "higher"),
@@ -65,37 +65,40 @@ MEASURES = (
     Measure("recall", "Recall", "precision_recall", "higher"),
     Measure("kernel_distance", "Kernel distance", "kernel", "lower"),
     Measure("kid", "KID", "kid", "lower"),
-    Measure("recognized_fraction", "Fraction recognised as its class", "", "higher"),
+    Measure("recognized_fraction", "Fraction recognized as its class", "", "higher"),
 )
 
 
 @dataclass(frozen=True)
 class Study:
-    """The runs of a sweep and what they measured."""
+    """The runs of a sweep and their evaluations."""
 
     sweep: Path
-    chosen: dict[str, Record]  # of each evaluated run one record, all of one protocol and step
-    records: dict[str, list[Record]]  # of each evaluated run all, in order
+    chosen: dict[str, Record]  # one record of each evaluated run, all of the same protocol and step
+    records: dict[str, list[Record]]  # all records of each evaluated run, in order
     unevaluated: list[str]
 
     @property
     def name(self) -> str:
-        """The sweep folder's."""
+        """Return the name of the sweep's folder."""
         return self.sweep.resolve().name
 
     @property
     def held_back(self) -> str | None:
-        """Which runs keep the others from being compared at a later step, in a sentence; None where none does."""
+        """Return a sentence on which runs keep the others from being compared at a later step, or None."""
         last = {name: curve[-1]["step"] for name, curve in self.over_training().items()}
         step, latest = self.protocol["step"], max(last.values())
         if latest == step:
             return None
         behind = ", ".join(name for name in last if last[name] == step)
-        return f"All are compared at step {step}, since {behind} was measured no later; others up to step {latest}."
+        return (
+            f"All runs are compared at step {step}, the last one measured for {behind}; others were measured up to "
+            f"step {latest}."
+        )
 
     @property
     def rows(self) -> list[Record]:
-        """The chosen records as table rows, by rising gmacs."""
+        """Return the chosen records as table rows, by rising gmacs."""
         every = self.chosen.values()
         more = [m.key for m in MEASURES if m.key not in COLUMNS and None not in [number_of(r, m.key) for r in every]]
         columns = [*COLUMNS[:-2], *(["fid"] if self.is_fid else []), *COLUMNS[-2:], *more]
@@ -107,17 +110,17 @@ class Study:
 
     @property
     def protocol(self) -> Record:
-        """What the chosen records share."""
+        """Return a record with the protocol that the chosen records share."""
         return next(iter(self.chosen.values()))
 
     @property
     def is_fid(self) -> bool:
-        """Whether the distance is the 2015 Inception network's."""
+        """Return whether the distance is an FID, measured on the 2015 Inception network."""
         return all("fid" in record for record in self.chosen.values())
 
     @property
     def distance_name(self) -> str:
-        """As "FID-50K", or what else the distance is."""
+        """Return the name of the distance, such as "FID-50K" or "Frechet distance on ..."."""
         return distance_name(self.protocol) if self.is_fid else f"Frechet distance on {self._extractor}"
 
     @property
@@ -126,19 +129,20 @@ class Study:
 
     @property
     def main_block(self) -> str:
-        """The block type of the scaling figures: the one of most runs; of equals AdaLNZeroBlock."""
+        """Return the block type of the scaling figures: that of most runs, in a tie AdaLNZeroBlock."""
         blocks = [record["block"] for record in self.chosen.values()]
         return max(blocks, key=lambda block: (blocks.count(block), block == "AdaLNZeroBlock"))
 
     def scaling(self) -> dict[str, Record]:
-        """The chosen records of the main block, by rising gmacs."""
+        """Return the chosen records of the main block, by rising gmacs."""
         found = {name: record for name, record in self.chosen.items() if record["block"] == self.main_block}
         return dict(sorted(found.items(), key=lambda item: item[1]["gmacs"]))
 
     def fit(self, key: str = "frechet_distance") -> PowerLaw | None:
-        """Through the models of the main block, against gmacs; runs of one model, as of several seeds, are one point.
+        """Return the fit to the models of the main block, against gmacs, or None where there is none.
 
-        That point is their geometric mean: counted apart they would make the band narrower than it is.
+        Runs of one model, such as several seeds, are one point, their geometric mean: as several points they would make
+        the confidence band too narrow.
         """
         values: defaultdict[tuple[str, float], list[float]] = defaultdict(list)
         for record in self.scaling().values():
@@ -150,7 +154,7 @@ class Study:
         return fit_power_law([gmacs for _, gmacs in values], means)
 
     def over_training(self, key: str = "frechet_distance") -> dict[str, list[Record]]:
-        """Of each run all records that differ from the chosen one by step alone; the last of equals counts."""
+        """Return for each run the records that differ from the chosen one only by step, the last one for each step."""
         metric = next((m.metric for m in MEASURES if m.key == key), "")
         curves = {}
         for name, record in self.chosen.items():
@@ -160,9 +164,9 @@ class Study:
         return curves
 
     def over_sampling_steps(self) -> dict[str, list[Record]]:
-        """Of each run the records that differ by the sampler's steps alone, by rising steps; empty where none do.
+        """Return for each run the records that differ only by the sampler's steps, by rising steps, if there are any.
 
-        Of several such protocols the one with most points is taken, of equals the newest.
+        Of several such protocols, take the one with the most points, in a tie the newest.
         """
         families: defaultdict[str, dict[tuple[str, int], Record]] = defaultdict(dict)
         for name, records in self.records.items():
@@ -176,10 +180,10 @@ class Study:
 
 
 def read_study(sweep: Path, only: Sequence[str] | None = None) -> Study:
-    """The runs in ``sweep``, or those named in ``only``.
+    """Read the runs in ``sweep``, or those named in ``only``.
 
-    Where runs were measured in several ways that all of them share, the one of the latest training step is taken; of
-    several, the one that was measured at most steps, so that curves over training are of it; of equals the newest.
+    Of several protocols that all runs share, take the one of the latest training step; of those, the one that was
+    measured at the most steps, so that it has the longest curves over training; in a tie, the newest.
     Raises ValueError where there is no run, no evaluation, or no shared protocol.
     """
     if not sweep.is_dir():
@@ -195,17 +199,17 @@ def read_study(sweep: Path, only: Sequence[str] | None = None) -> Study:
 
 
 def _named(sweep: Path, name: str) -> list[Path]:
-    """Return what has this name in the folders of a sweep, whatever it is: also a link that leads nowhere."""
+    """Return the paths of this name in the folders of a sweep, of any kind, including broken links."""
     return [folder / name for folder in sweep.glob("[!.]*") if folder.is_dir() and os.path.lexists(folder / name)]
 
 
 def _read_run(folder: Path) -> list[Record]:
-    """Return a run's evaluations. Raises ValueError where its config, which the page shows, is not what was written."""
+    """Return a run's evaluations. Raises ValueError where its config, which the page shows, is missing or damaged."""
     run = RunFolder(_printable(folder))
     if not os.path.lexists(run.config):
         raise ValueError(
-            f"{folder} has evaluations, but no config.yaml; the same training command writes it again, or move the "
-            "folder away."
+            f"{folder} has evaluations, but no config.yaml; give the same training command to write it again, or move "
+            "the folder away."
         )
     run.read_config()
     return read_records(run)
@@ -213,27 +217,29 @@ def _read_run(folder: Path) -> list[Record]:
 
 def _why_no_run(sweep: Path) -> str:
     if (sweep / "config.yaml").exists():
-        return f"{sweep} is one run; give the folder that holds it and those to compare it with: sweep={sweep.parent}."
+        return f"{sweep} is a single run; give the folder of all runs to compare: sweep={sweep.parent}."
     sweeps = sorted({str(path.parent.parent) for path in sweep.glob("*/*/config.yaml")})
     where = f"but in {', '.join(sweeps)}; give one of these" if sweeps else "give the folder that holds them"
     return f"There are 0 runs in {sweep}, {where}: sweep=FOLDER."
 
 
 def _printable(folder: Path) -> Path:
-    """Return a folder. Raises ValueError for a name that a page or a terminal would not show as it is."""
+    """Return a folder. Raises ValueError where its name has characters that a page or a terminal cannot show."""
     if not folder.name.isprintable():
         raise ValueError(f"The folder {str(folder)!r} has a name that cannot be shown; rename it.")
     return folder
 
 
 def _of_shared_protocol(by_run: dict[str, list[Record]], sweep: Path) -> dict[str, Record]:
-    """One record a run, all measured the same way."""
+    """Return one record per run, all measured with the same protocol."""
     if not by_run:
         raise ValueError(
             f"There are 0 evaluated runs in {sweep}: no evaluations.jsonl has a distance; train with evaluate_every "
             "set, or run `ditscale evaluate checkpoint=RUN` first."
         )
-    ways = [{protocol_of(record): record for record in records} for records in by_run.values()]  # the last of equals
+    ways = [
+        {protocol_of(record): record for record in records} for records in by_run.values()
+    ]  # of equal ones, the last
     shared = set(ways[0]).intersection(*ways)
     if not shared:
         raise ValueError(_why_no_curve(by_run))
@@ -250,19 +256,19 @@ def _of_shared_protocol(by_run: dict[str, list[Record]], sweep: Path) -> dict[st
 
 
 def protocol_of(record: Mapping[str, Any], metric: str = "", but: Sequence[str] = ()) -> str:
-    """How a record was measured, ``but`` for some of PROTOCOL_KEYS; with the settings of a metric."""
+    """Return how a record was measured, as JSON: PROTOCOL_KEYS except those in ``but``, and a metric's settings."""
     settings = record.get("metrics", {}).get(metric)
     return json.dumps([settings, *(record[key] for key in PROTOCOL_KEYS if key not in but)], sort_keys=True)
 
 
 def number_of(record: Mapping[str, Any], key: str) -> float | None:
-    """What was measured, or None where it was not."""
+    """Return a measured number, or None where it was not measured."""
     value = record.get(key)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _why_no_curve(by_run: dict[str, list[Record]]) -> str:
-    """Name the first run that shares no protocol with those before it, and where it comes closest to one."""
+    """Return a sentence on the first run that shares no protocol with those before it, and the setting that differs."""
     first, *names = by_run
     shared = {protocol_of(record): record for record in by_run[first]}
     for name in names:
@@ -295,19 +301,19 @@ def _newest(curves: dict[str, list[Record]]) -> int:
 
 
 def distance_name(record: Mapping[str, Any]) -> str:
-    """Of one record's distance."""
+    """Return the name of a record's distance."""
     count = record["num_images"]
     images = f"{count // 1000}K" if count % 1000 == 0 else f"{count:,}"
     return f"FID-{images}" if "fid" in record else f"Frechet distance on {record['feature_extractor']}"
 
 
 def size_name(record: Mapping[str, Any]) -> str:
-    """The paper's S, B, L, XL, or width and depth."""
+    """Return the paper's S, B, L or XL, or else a name of width and depth."""
     width, depth = record["width"], record["depth"]
     return SIZES.get((width, depth), f"d{width} n{depth}")
 
 
 def model_name(record: Mapping[str, Any]) -> str:
-    """As "XL/2", or "d64 n4 p2" for sizes that are none of the paper's."""
+    """Return a model's name, such as "XL/2", or "d64 n4 p2" for sizes that the paper does not have."""
     size, patch_size = size_name(record), record["patch_size"]
     return f"{size}/{patch_size}" if size in SIZES.values() else f"{size} p{patch_size}"

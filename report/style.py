@@ -1,4 +1,4 @@
-"""How all figures look: a colour for each size, a marker for each patch size, the same in every figure."""
+"""Define the look of all figures: a color for each size and a marker for each patch size, the same in every figure."""
 
 import io
 from collections.abc import Iterable, Mapping
@@ -36,7 +36,7 @@ SETTINGS: Any = {
     "svg.fonttype": "path",  # looks the same everywhere
     "svg.hashsalt": "ditscale",  # the same runs give the same bytes
 }
-# Light to dark by rising size: colour-blind readers still see the order.
+# From light to dark by rising size, so that color-blind readers also see the order.
 _COLOURS = ("#e3a72f", "#3aa17e", "#3b7dd8", "#6a3d9a", "#b23a48", "#4d4d4d")
 _MARKERS = {2: "o", 4: "s", 8: "^"}
 _BLOCKS = {"AdaLNZeroBlock": "adaLN-Zero", "AdaLNBlock": "adaLN", "InContextBlock": "in-context"}
@@ -47,57 +47,57 @@ GFLOPS = "Gflops of a forward pass (giga multiply-adds)"
 
 
 class Palette:
-    """Colours of the sizes of a study."""
+    """The colors of the model sizes of a study."""
 
     def __init__(self, records: Iterable[Mapping[str, Any]]) -> None:
         sizes = {(record["depth"], record["width"]): size_name(record) for record in records}
         self._colours = {name: _COLOURS[i % len(_COLOURS)] for i, (_, name) in enumerate(sorted(sizes.items()))}
 
     def __call__(self, record: Mapping[str, Any]) -> str:
-        """Of a record's size."""
+        """Return the color of a record's size."""
         return self._colours[size_name(record)]
 
     @property
     def by_size(self) -> dict[str, str]:
-        """Colours by the size's name, smallest first."""
+        """Return the colors by the sizes' names, smallest size first."""
         return self._colours
 
 
 def marker(record: Mapping[str, Any]) -> str:
-    """Of a record's patch size."""
+    """Return the marker of a record's patch size."""
     return _MARKERS.get(record["patch_size"], "D")
 
 
 def block_name(block: str) -> str:
-    """The paper's word for a class of blocks."""
+    """Return the paper's name for a class of blocks."""
     return _BLOCKS.get(block, block)
 
 
 def block_colour(block: str) -> str:
-    """Of a class of blocks."""
+    """Return the color of a class of blocks."""
     return _BLOCK_COLOURS.get(block_name(block), GREY)
 
 
 def new_figure(width: float, height: float) -> matplotlib.figure.Figure:
-    """An empty figure, inches. To be used inside `styled`."""
+    """Return an empty figure of a width and height in inches. Call it inside `styled`."""
     return matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
 
 
 def styled() -> AbstractContextManager[None]:
-    """The settings, for as long as figures are drawn and written."""
+    """Return a context with the style's settings, in which figures are drawn and written."""
     settings: AbstractContextManager[None] = matplotlib.rc_context(SETTINGS)
     return settings
 
 
 def content_of(figure: matplotlib.figure.Figure, kind: str) -> bytes:
-    """The bytes of a png or svg, without the time of day in them."""
+    """Return a figure as PNG or SVG bytes, without a timestamp in them."""
     content = io.BytesIO()
     figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else None)
     return content.getvalue()
 
 
 def legend_of_sizes(axes: Axes, palette: Palette, records: Iterable[Record]) -> None:
-    """One entry a size, one a patch size, and what in the axes has a label."""
+    """Draw a legend with an entry for each size, each patch size, and each labeled artist of the axes."""
     handles = [
         matplotlib.lines.Line2D([], [], color=colour, linewidth=3, label=name)
         for name, colour in palette.by_size.items()

@@ -1,4 +1,4 @@
-"""``ditscale report`` on disk: figures, a CSV, and a page that needs nothing beside it."""
+"""Write the files of ``ditscale report``: figures, a CSV file, and a self-contained page."""
 
 import csv
 import io
@@ -21,26 +21,26 @@ NO_SAMPLES = "no samples were asked for; run `ditscale report sweep=... samples=
 
 @dataclass(frozen=True)
 class Report:
-    """What `write_report` wrote."""
+    """The files that `write_report` wrote."""
 
     study: Study
     page: Path
     table: Path
-    pictures: dict[int, Path]  # by the number of the paper's figure; an .svg lies beside each
-    missing: dict[int, str]  # figures that were not drawn, and why
+    pictures: dict[int, Path]  # PNG by the number of the paper's figure; an .svg lies next to each
+    missing: dict[int, str]  # reasons why figures were not drawn, by number
 
 
 def write_report(study: Study, out: Path, samples: SampleGrid | str = NO_SAMPLES) -> Report:
     """Write ``figure_N.png``, ``figure_N.svg``, ``fid_vs_gflops.csv`` and ``report.html``.
 
-    ``samples`` are images of the same noise and labels by all models, for figure 7, or why there are none. Figures
-    of an earlier report that these runs do not give any more are deleted.
+    ``samples`` are images of the same noise and labels by all models, for figure 7, or the reason why there are none.
+    Figures of an earlier report that can no longer be drawn are deleted.
     """
-    runs = runs_of(study)  # which may be damaged, and is quickly read
+    runs = runs_of(study)  # first, since it is fast and refuses damaged files
     pictures: dict[int, Path] = {}
     missing: dict[int, str] = {}
     shown: list[Shown] = []
-    files: dict[Path, bytes | None] = {}  # written when all of them are known; None: deleted
+    files: dict[Path, bytes | None] = {}  # written once all are known; None: deleted
     with styled():
         for number, title, draw, note in _drawers(study, samples):
             paths = [out / f"figure_{number}.{kind}" for kind in ("png", "svg")]
@@ -63,7 +63,7 @@ def write_report(study: Study, out: Path, samples: SampleGrid | str = NO_SAMPLES
 
 
 def _write(out: Path, files: Mapping[Path, bytes | None]) -> None:
-    """Write all files, and delete those without content. Raises ValueError, before any is written, where one cannot."""
+    """Write all files, and delete those without content. Raises ValueError, before any write, if one is a folder."""
     make_folder(out)
     for path in files:
         require_no_folder(path)
@@ -75,7 +75,7 @@ def _write(out: Path, files: Mapping[Path, bytes | None]) -> None:
 
 
 def _drawers(study: Study, samples: SampleGrid | str) -> list[tuple[int, str, Any, str]]:
-    """Number, title, what draws it, note."""
+    """Return the number, title, drawing function and note of each figure, by number."""
 
     def draw_samples() -> Figure:
         if isinstance(samples, str):
@@ -99,5 +99,5 @@ def csv_of(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def _inert(value: Any) -> Any:
-    """Return a cell that no spreadsheet takes for a formula: text that begins like one gets an apostrophe before it."""
+    """Return a cell that no spreadsheet reads as a formula: text that begins like one gets an apostrophe in front."""
     return f"'{value}" if isinstance(value, str) and value.startswith(_BEGINNINGS_OF_FORMULAS) else value

@@ -146,7 +146,7 @@ def test_a_folder_that_is_no_sweep_is_named_with_the_one_to_give(tmp_path: Path)
     write_run(tmp_path / "sweep", "a", record_of(16, 40.0))
     with pytest.raises(ValueError, match=r"There are 0 runs in .*, but in .*/sweep; give one of these: sweep=FOLDER"):
         read_study(tmp_path)
-    with pytest.raises(ValueError, match=r"sweep/a is one run; give the folder .*: sweep=.*/sweep\."):
+    with pytest.raises(ValueError, match=r"sweep/a is a single run; give the folder .*: sweep=.*/sweep\."):
         read_study(tmp_path / "sweep/a")
 
 
@@ -164,7 +164,7 @@ def test_runs_that_keep_the_others_from_a_later_step_are_named(tmp_path: Path) -
     write_run(tmp_path, "diverged", record_of(32, 50.0, step=5))
     study = read_study(tmp_path)
     assert distances(study) == {"a": 99.0, "diverged": 50.0}
-    said = "All are compared at step 5, since diverged was measured no later; others up to step 10."
+    said = "All runs are compared at step 5, the last one measured for diverged; others were measured up to step 10."
     assert study.held_back == said
     assert said in write_report(study, tmp_path / "report").page.read_text()
 
