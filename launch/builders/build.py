@@ -91,7 +91,7 @@ def build_shards(data: DataSettings) -> MappedShards:
 
 
 def require_outputs(model: Network, outputs_per_channel: int, of: str) -> None:
-    """Raise ValueError where the network of the file ``of`` has not as many output channels as the objective needs."""
+    """Raise ValueError where the network of the file ``of`` lacks the output channels that the objective needs."""
     channels = model.latent_shape[0]
     if outputs_per_channel * channels == model.out_channels:
         return
@@ -223,7 +223,7 @@ def model_at(path: Path, weights: str) -> Network:
 
 
 def _model_at(sources: Sequence[Path], weights: str) -> Network:
-    """Return the network of the last of the pinned checkpoints ``sources``, from which its weights are computed."""
+    """Return the network of the last of ``sources``, pinned checkpoints from all of which its weights are computed."""
     path = sources[-1]
     config, said_by = read_state_file(path)["config"], str(path / STATE_FILE)
     section = component(config, "model", said_by)

@@ -156,7 +156,7 @@ def _of_manifest(spec: LatentSpec) -> dict[str, Any]:
 
 
 def require_shards(manifest: Manifest, expected: LatentSpec, place: str) -> None:
-    """Raise ValueError unless shards fit the config. The message names the overrides that would make them fit."""
+    """Raise ValueError unless shards fit the config. The message names overrides with which it fits them."""
     try:
         manifest.require(expected, place)
     except ValueError as error:

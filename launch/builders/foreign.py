@@ -87,7 +87,7 @@ def read_foreign(where: str, weights: str, facts: Facts) -> ForeignNetwork:
 
 
 def notes_on_positions(model: Network, where: str) -> list[str]:
-    """Return a sentence, for a job that computes with it, where a file's position embedding is not the fixed one."""
+    """Return a note for jobs that use the network, where a file's position embedding is not the fixed one."""
     if (drift := describe(model).position_drift) <= ROUNDING:
         return []
     return [f"{where}: its position embedding differs from the fixed one by up to {drift:.2g}; its own is used."]
@@ -124,7 +124,7 @@ def load_foreign(config: SampleSettings, runtime: Devices) -> LoadedCheckpoint:
         model=runtime.place(model).eval().requires_grad_(False),
         objective=runtime.place(objective),
         autoencoder=autoencoder.to(runtime.device),
-        class_dropout=0.1 if said.has_null_class else 0.0,  # as both programs train
+        class_dropout=0.1 if said.has_null_class else 0.0,  # the rate of both trainers
         training_seed=0,
         class_names=network.class_names,
     )

@@ -21,8 +21,9 @@ ATTEMPTS = 20  # at reading the newest checkpoint of a run that deletes it meanw
 def read_checkpoint(where: str, read: Callable[[Path], Result]) -> Result:
     """Return the result of ``read`` for a checkpoint's folder: a run's newest checkpoint, or ``where`` itself.
 
-    Where the newest is deleted before it is pinned, or the file system does not support pins, retries with the newest
-    one then. Raises what ``read`` raises for a checkpoint that exists, and ValueError for one that does not.
+    A run may delete its newest checkpoint before it is pinned, or at any time where the file system does not support
+    pins; then the newest one that exists is read instead. Raises what ``read`` raises for a checkpoint that exists, and
+    ValueError for one that does not.
     """
     for _ in range(ATTEMPTS):
         path = checkpoint_path(where)

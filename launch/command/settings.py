@@ -74,7 +74,7 @@ class TrainSettings(Settings):
 
     log_every: int = positive(100)  # steps
     checkpoint_every: int = positive(10_000, free=True)  # steps
-    keep_checkpoints: int = positive(2, free=True)  # how many of the newest are kept
+    keep_checkpoints: int = positive(2, free=True)  # number of the newest checkpoints that are kept
     keep_checkpoint_every: int | None = positive(
         None, free=True
     )  # steps between checkpoints that are kept forever; null: none is
