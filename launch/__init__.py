@@ -1,9 +1,9 @@
-"""The command line, Hydra, and the wiring of rooms into jobs. The only room that imports hydra."""
+"""The command line, Hydra, and the wiring of rooms into jobs. No other room imports Hydra."""
 
 import os
 
-# accelerate takes XLA wherever torch_xla can be imported and decides so when it is first imported, which
-# diffusers does too: it must not know of torch_xla, whatever is imported first. runtime/xla.py needs no such leave.
+# On its first import, which diffusers may trigger, accelerate chooses XLA wherever torch_xla can be imported. This
+# variable prevents that, whatever is imported first. runtime/xla.py does not depend on accelerate's choice.
 os.environ["USE_TORCH_XLA"] = "0"
 
-STARTED_BY = os.getppid()  # asked before seconds of imports, in which it may die
+STARTED_BY = os.getppid()  # read now: the parent may die during the imports, which take seconds

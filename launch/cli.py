@@ -1,4 +1,4 @@
-"""``ditscale JOB ...overrides``: finds the job and hands it the rest of the command line."""
+"""Find the job of ``ditscale JOB ...overrides`` and pass it the rest of the command line."""
 
 import platform
 import sys
@@ -25,7 +25,7 @@ def _version() -> str:
 
 
 def _complete(arguments: list[str]) -> None:
-    """Print the completions of a shell."""
+    """Print the completion script for a shell."""
     from launch.command.completion import SHELLS, script
 
     if len(arguments) != 1 or arguments[0] not in SHELLS:
@@ -37,7 +37,7 @@ def _complete(arguments: list[str]) -> None:
 
 
 def main() -> None:
-    """Entry point of the command ``ditscale``."""
+    """Run the command ``ditscale``."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help())

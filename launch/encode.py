@@ -1,4 +1,4 @@
-"""``ditscale encode``: images to webdataset shards of latents."""
+"""``ditscale encode``: encode images into webdataset shards of latents."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +21,7 @@ from launch.jobs import start
 
 
 def encode_job(config: EncodeSettings, progress: ProgressBar) -> None:
-    """Make the shards that ``data`` describes; under torchrun, together with the other processes."""
+    """Write the shards that ``data`` describes; under torchrun, the processes share the work."""
     manifest = encode_shards(config, progress, HydraConfig.get().overrides.task)
     if manifest is not None:
         size = sum(shard.bytes for shard in manifest.shards)
@@ -33,9 +33,9 @@ def encode_job(config: EncodeSettings, progress: ProgressBar) -> None:
 
 
 def encode_shards(config: EncodeSettings, progress: ProgressBar, words: Iterable[str] | None = None) -> Manifest | None:
-    """Encode what is missing or damaged in ``data.shards``. Returns the manifest in the first process.
+    """Encode what is missing or damaged in ``data.shards``. Returns the manifest in the first process, else None.
 
-    ``words`` of the command line are given where the settings are not those of an earlier encoding.
+    ``words`` are those of the command line, or None where the settings come from an earlier encoding.
     """
     data = config.data
     if is_remote(data.shards):
@@ -74,16 +74,16 @@ def encode_shards(config: EncodeSettings, progress: ProgressBar, words: Iterable
 
 
 def notes_of(source: Source) -> list[str]:
-    """Return what a user should know of a source before it is read."""
+    """Return what a user should know about a source before it is read."""
     notes = list(source.notes)
     if source.left_out:
         first, number = source.left_out[0], len(source.left_out)
-        notes.append(f"{number} files of the source are left out, the first is {first.source_id}: {first.reason}.")
+        notes.append(f"{number} files of the source are left out; the first is {first.source_id}: {first.reason}.")
     return notes
 
 
 def require_own_scale(autoencoder: Any, words: Iterable[str]) -> None:
-    """Raise ValueError where an autoencoder's file says another scale or shift than a default that nobody gave."""
+    """Raise ValueError where an autoencoder's file states another scale or shift than a default the user left as is."""
     given = {word.lstrip("+").split("=", 1)[0] for word in words}
     for name in ("scale", "shift"):
         ours, own = getattr(autoencoder, name), getattr(autoencoder, f"own_{name}", None)

@@ -1,4 +1,4 @@
-"""``ditscale evaluate``: a checkpoint to a line of its run's ``evaluations.jsonl``."""
+"""``ditscale evaluate``: measure a checkpoint and append a line to its run's ``evaluations.jsonl``."""
 
 import json
 import os
@@ -43,22 +43,22 @@ from train.checkpoint import code_version, read_state_file
 from train.runfolder import RunFolder
 from train.stores import STATE_FILE, list_checkpoints
 
-LIKELIHOOD = "nll"  # needs no generated images, so it is no `Metric`
+LIKELIHOOD = "nll"  # needs no generated images, so it is not a `Metric`
 
 
 def evaluate_job(config: EvaluateSettings, progress: ProgressBar) -> None:
-    """Generate, measure, append. Prints the record."""
+    """Generate images, measure them, append the record to the run's evaluations, and print it."""
     if not config.metrics:
         raise ValueError("metrics is empty; choose at least one, such as metrics=[frechet].")
     known = [*config.evaluation.metric, LIKELIHOOD]
     for name in config.metrics:
         if name not in known:
-            raise ValueError(f"There is no metric {name!r}{closest(name, known)} There are: {', '.join(known)}.")
+            raise ValueError(f"There is no metric {name!r}{closest(name, known)} The metrics are: {', '.join(known)}.")
     runtime: Devices = build(config.runtime, precision=config.precision.value)
     runtime.require_same(facts_of_process(config.plain()))
     checkpoint = LoadedCheckpoint.load(config.checkpoint, config.weights, runtime)
     folder = RunFolder(checkpoint.run_dir)
-    folder.read_config()  # refuses a folder that is no run's
+    folder.read_config()  # refuses a folder that is not a run's
     data = config.data
     if (data.name, data.image_size) != (checkpoint.spec.source, checkpoint.spec.image_size):
         raise ValueError(
@@ -80,13 +80,13 @@ def evaluate_job(config: EvaluateSettings, progress: ProgressBar) -> None:
         if runtime.is_main:
             folder.append(folder.evaluations, record)
             print(json.dumps(record, indent=1))
-        runtime.wait()  # until the record is written
+        runtime.wait()  # chunks are deleted only after the record is written
     if chunks is not None:
         chunks.discard()
 
 
 def settle_evaluation(config: DictConfig, words: list[str]) -> None:
-    """Take ``data`` from the checkpoint, or from the shards where they are given."""
+    """Take ``data`` from the checkpoint, or from ``data.shards`` where the command line gives them."""
     path, state = read_checkpoint(config.checkpoint, lambda path: (path, read_state_file(path)))
     data = state["config"].get("data")
     settle_by(config, words, data if isinstance(data, dict) else {}, str(path / STATE_FILE))
@@ -102,7 +102,7 @@ def _record(
     store: ChunkStore,
     progress: ProgressBar,
 ) -> dict[str, Any]:
-    """The line of ``evaluations.jsonl``. Every process must call it."""
+    """Return the line for ``evaluations.jsonl``. Every process must call this."""
     weights, settings = config.weights, config.evaluation
     record = {
         "step": checkpoint.step,
@@ -110,7 +110,7 @@ def _record(
         "evaluated_by": "evaluate",
         **model_facts(checkpoint.model, checkpoint.images_seen, weights, checkpoint.training_seed),
     }
-    if len(checkpoint.sources) > 1:  # an average of others is another one where fewer of them are kept
+    if len(checkpoint.sources) > 1:  # the average depends on which checkpoints were kept
         record["average_of_steps"] = [source.step for source in checkpoint.sources]
     if evaluator is not None:
         record |= evaluator.evaluate(generator, progress, store, build(settings.image_file))
@@ -123,9 +123,9 @@ def _record(
 
 
 def compile_units(model: Network, device: torch.device) -> None:
-    """Compile unit by unit: those of one class and shape share one compilation.
+    """Compile the model unit by unit: units of one class and shape share one compilation.
 
-    Raises ValueError under XLA, and on a CPU without the C++ compiler that PyTorch would call.
+    Raises ValueError under XLA, and on a CPU without the C++ compiler that PyTorch calls.
     """
     if device.type == "xla":
         raise ValueError("compile=true is for runtime=accelerate; XLA compiles by itself, so leave it out.")
@@ -141,7 +141,7 @@ def compile_units(model: Network, device: torch.device) -> None:
 
 
 class EvaluationChunks:
-    """Finished chunks of this evaluation: of these weights, in this way, seen by this extractor and this program."""
+    """Finished chunks of this evaluation, identified by its weights, protocol, feature extractor and source code."""
 
     def __init__(self, checkpoint: LoadedCheckpoint, weights: str, evaluator: Evaluator) -> None:
         self._checkpoint, self._folder = checkpoint, checkpoint.run_dir / CHUNKS
@@ -156,26 +156,26 @@ class EvaluationChunks:
         self._identity = {**self._code, **way, "batch_size": evaluator.batch_size}
 
     def _label_of(self, hash_: str) -> str:
-        """Return how the labels of a checkpoint's evaluations by this program begin."""
+        """Return the prefix that this program's evaluations of a checkpoint have in their labels."""
         mine = {**self._code, "checkpoint": hash_}
         return f"{EVALUATING}{canonical_hash(mine, spaced=True)[:16]}-"
 
     @property
     def store(self) -> ChunkStore:
-        """Those of this size."""
+        """Return the store of this evaluation's chunks."""
         return ChunkStore(self._folder, self._identity, self._label)
 
     def discard(self) -> None:
-        """Delete these, whose number is on record, and what is of other programs or of checkpoints that are gone."""
+        """Delete these chunks, whose result is recorded, and those of other code or of deleted checkpoints."""
         usable = [TRAINING, self._label_of(self._checkpoint.hash)]
         for path in list_checkpoints(self._checkpoint.path.parent):
-            with suppress(OSError, DamagedFileError):  # deleted meanwhile, by a run that goes on; or damaged
+            with suppress(OSError, DamagedFileError):  # deleted meanwhile by a run in progress, or damaged
                 usable.append(self._label_of(checkpoint_hash(path)))
         discard(self._folder, lambda name: name.startswith(self._label) or not name.startswith(tuple(usable)))
 
 
 def _shards_of(checkpoint: LoadedCheckpoint, data: DataSettings) -> MappedShards:
-    """The shards, refused where their latents are not those that the checkpoint was trained on."""
+    """Return the shards. Raises ValueError where their latents are not those that the checkpoint was trained on."""
     Manifest.load(data.shards).require(checkpoint.spec, data.shards)
     return build_shards(data)
 

@@ -1,4 +1,4 @@
-"""``ditscale export``: a checkpoint's weights to another program."""
+"""``ditscale export``: write a checkpoint's weights in the format of another program."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from train.stores import STATE_FILE
 
 @dataclass(frozen=True)
 class Source:
-    """A network, and what a pipeline of diffusers needs beside it, where it is known."""
+    """A network, with what a diffusers pipeline also needs, where that is known."""
 
     model: Network
     notes: tuple[str, ...] = ()
@@ -38,7 +38,7 @@ class Source:
 
 
 def export_job(config: ExportSettings, progress: ProgressBar) -> None:
-    """Write ``out``: a ``.pt`` with the released code's names, or a folder that diffusers loads."""
+    """Write ``out``: a ``.pt`` file with the released code's names, or a folder that diffusers loads."""
     where, out, for_diffusers = config.checkpoint, Path(config.out), config.to is Program.diffusers
     if out.exists():
         raise ValueError(f"{out} exists already; give another out, or remove it.")
@@ -76,25 +76,25 @@ def _source_at(path: Path, weights: str, for_diffusers: bool) -> Source:
     objective: Objective = build_saved(component(state["config"], "diffusion", said_by), said_by)
     process = require_gaussian(objective, "to=diffusers")
     autoencoder, notes = _autoencoder(component(state["config"], "data.autoencoder", said_by), spec)
-    names = tuple(state.get("class_names", []))  # earlier versions kept none
+    names = tuple(state.get("class_names", []))  # earlier versions did not save them
     if not names:
-        notes.append("the checkpoint has no names of classes, so there is no id2label.")
+        notes.append("the checkpoint has no class names, so the folder has no id2label.")
     return Source(model, tuple(notes), autoencoder, names, tuple(process.tables.betas.tolist()))
 
 
 def _autoencoder(section: dict[str, Any], spec: LatentSpec) -> tuple[Any, list[str]]:
-    """Return the AutoencoderKL of a checkpoint, scaled as its pipeline has to, or a sentence why there is none."""
+    """Return the AutoencoderKL of a checkpoint with the scale that its pipeline needs, or why there is none."""
     if not hasattr(target_of(section), "for_pipeline"):
         return None, ["its latents are images, for which a DiTPipeline has no decoder: open it with vae=None."]
-    without = "so the folder holds none: give yours as DiTPipeline.from_pretrained(FOLDER, vae=...)."
+    without = "so the folder has no autoencoder: give yours as DiTPipeline.from_pretrained(FOLDER, vae=...)."
     try:
         autoencoder = build({**section, "precision": "fp32"})
     except ValueError:
-        return None, [f"the autoencoder {section['name']} is not at {section['pretrained']} any more, {without}"]
+        return None, [f"the autoencoder {section['name']} is no longer at {section['pretrained']}, {without}"]
     if autoencoder.revision != spec.autoencoder_revision:
-        return None, [f"the autoencoder {autoencoder.name} is no longer the one of the latents trained on, {without}"]
+        return None, [f"the autoencoder {autoencoder.name} is not the one that encoded the latents, {without}"]
     if isinstance(autoencoder.scale, list) or autoencoder.shift != 0.0:
-        return None, [f"a DiTPipeline scales latents by one number, and not as {autoencoder.name} here, {without}"]
+        return None, [f"a DiTPipeline scales latents by one number, unlike {autoencoder.name} here, {without}"]
     return autoencoder.for_pipeline(), []
 
 

@@ -1,4 +1,4 @@
-"""``ditscale plan``: what a model or a sweep of models costs, before anything is trained."""
+"""``ditscale plan``: compute what a model or a sweep of models costs, before anything is trained."""
 
 import json
 import math
@@ -31,7 +31,7 @@ COLUMNS = (  # heading, key, format
 
 
 def plan_job(config: PlanSettings, progress: ProgressBar) -> None:
-    """Print one row; a sweep prints its heading once."""
+    """Print one row; a sweep prints the heading once."""
     row = plan_row(config)
     if config.format is Format.json:
         print(json.dumps(row))
@@ -43,7 +43,7 @@ def plan_job(config: PlanSettings, progress: ProgressBar) -> None:
 
 
 def plan_row(config: PlanSettings) -> dict[str, Any]:
-    """All numbers of one model. Gflops and TMACs are multiply-adds as in the paper; EFLOPs are true FLOPs."""
+    """Return the costs of one model. Gflops and TMACs are multiply-adds as in the paper; EFLOPs are true FLOPs."""
     outputs = build(config.diffusion).outputs_per_channel
     model: Network = weightless(lambda: build(config.model, outputs_per_channel=outputs))
     macs, parameters = multiply_adds(model), num_parameters(model)
@@ -70,20 +70,20 @@ def plan_row(config: PlanSettings) -> dict[str, Any]:
 
 
 def _assumptions(config: PlanSettings) -> str:
-    """Return a line on everything that the numbers rest on and the columns do not show."""
+    """Return a line with the assumptions that the columns do not show."""
     model, name = config.model, config.data.name
     latents = f"{model['latent_size']}x{model['latent_size']}x{model['channels']}"
     machine = f"{config.devices} devices of {config.peak_tflops:g} TFLOPs in {config.precision}"
     return (
-        f"Of {config.num_samples:,} images of {model['num_classes']:,} classes ({name}), latents {latents}, "
+        f"For {config.num_samples:,} images of {model['num_classes']:,} classes ({name}), latents {latents}, "
         f"{'both orientations' if config.flip else 'one orientation'}; {config.total_steps:,} steps of "
-        f"{config.batch_size}; {machine}, used to {100 * config.utilization:.0f}%; {config.sampling_steps} "
-        "sampling steps. Each is a setting of plan."
+        f"{config.batch_size}; {machine}, at {100 * config.utilization:.0f}% utilization; {config.sampling_steps} "
+        "sampling steps. Each of these is a setting of plan."
     )
 
 
 def settle_by_data(config: DictConfig, words: list[str]) -> None:
-    """Take sizes and counts from the shards that are given, or else from a data config that is given."""
+    """Take sizes and counts from the shards that the command line gives, or else from the data config it gives."""
     keys = {word.lstrip("+~").split("=", 1)[0] for word in words}
     if "data.shards" in keys:
         manifest = Manifest.load(config.data.shards)
@@ -92,7 +92,7 @@ def settle_by_data(config: DictConfig, words: list[str]) -> None:
         found |= {"model.num_classes": spec.num_classes}
         found |= {"model.latent_size": spec.latent_size, "model.channels": spec.channels}
     elif "data" in keys:
-        section = config.data.autoencoder  # its weights are not read for a plan
+        section = config.data.autoencoder  # a plan does not read its weights
         downscale, channels = target_of(section).usual_latents or (1, section.channels)
         found = {"flip": config.data.flip}
         found |= {"model.latent_size": config.data.image_size // downscale, "model.channels": channels}

@@ -1,4 +1,4 @@
-"""``ditscale reference``: real images to the statistics that generated ones are compared with."""
+"""``ditscale reference``: compute the statistics of real images that generated images are compared with."""
 
 from pathlib import Path
 
@@ -16,11 +16,11 @@ from runtime.protocol import Processes
 
 
 def reference_job(config: ReferenceSettings, progress: ProgressBar) -> None:
-    """Write ``out`` with statistics over all images, and some of them for precision and recall."""
+    """Write ``out`` with the statistics of all images, and with some of the images for precision and recall."""
     out = Path(config.out)
     if out.suffix != ".npz":
-        raise ValueError(f"out is {out}, but a reference is an .npz; name it so.")
-    require_no_folder(out)  # before hours of work
+        raise ValueError(f"out is {out}, but a reference is an .npz file; give it a name that ends in .npz.")
+    require_no_folder(out)  # refuse before hours of work
     make_folder(out.parent)
     runtime: Processes = build(config.runtime, precision="fp32")
     runtime.require_same(facts_of_process(config.plain()))

@@ -1,6 +1,6 @@
-"""``ditscale train replay=RUN/nonfinite_STEP``: what went wrong in the step at which a run diverged.
+"""``ditscale train replay=RUN/nonfinite_STEP``: report what went wrong in the step at which a run diverged.
 
-Goes on from the checkpoint in the dump to the step before, then runs that step under watch. Writes nothing; the
+The job trains from the checkpoint in the dump up to the step before, then examines that step. It writes no file; the
 report goes to standard output.
 """
 
@@ -35,19 +35,19 @@ from train.loop import train
 from train.replay import MAX_NAMED, Findings, FollowHook, Replay
 from train.stores import FolderStore
 
-# Where the shards lie, and how they are read, may differ; so may the runtime.
+# A replay may read the shards from another place or in another way, and use another runtime.
 MAY_BE_GIVEN = ("runtime", *free_settings(DataSettings, "data."))
 
 
 def replay_job(config: TrainSettings) -> None:
-    """Report on the last step of the dump ``config.replay``. Exits with 1 where that step is finite this time."""
+    """Report on the last step of the dump ``config.replay``. Exits with 1 where that step is finite in the replay."""
     dump = read_dump(Path(config.replay or ""))
     settings = _settings(dump, config.plain(), list(HydraConfig.get().overrides.task))
     manifest = Manifest.load(settings.data.shards)
     if manifest.hash != dump.data_manifest_hash:
         raise ValueError(
             f"The run of {dump.path} trained on shards with manifest {dump.data_manifest_hash[:12]}, but "
-            f"{settings.data.shards} has {manifest.hash[:12]}; give data.shards=... where the old ones are."
+            f"{settings.data.shards} has {manifest.hash[:12]}; give data.shards=FOLDER with the old shards."
         )
     run = prepare_run(settings, manifest)
     runtime, conditions = run.runtime, run.conditions
@@ -65,16 +65,16 @@ def replay_job(config: TrainSettings) -> None:
 
 
 def _settings(dump: Dump, config: Mapping[str, Any], words: list[str]) -> TrainSettings:
-    """The dump's config, with what of the command line may differ. Raises ValueError for other settings, by name."""
+    """Return the dump's config with the settings that the command line may change. Raises ValueError for any other."""
     settings = whole_config(dump.config, str(dump.path / FILE_NAME))
-    for word in sorted(words):  # `runtime` before `runtime.device`
+    for word in sorted(words):  # so that `runtime` comes before `runtime.device`
         key = word.lstrip("+~").split("=", 1)[0]
         if key == "replay":
             continue
         if key not in MAY_BE_GIVEN and not key.startswith("runtime."):
             raise ValueError(
-                f"replay takes its settings from {dump.path}, but {word} is given too; leave it out (of a run's "
-                f"settings, {', '.join(MAY_BE_GIVEN)} may be given)."
+                f"replay takes its settings from {dump.path}, but {word} is given too; leave it out (only "
+                f"{', '.join(MAY_BE_GIVEN)} may be given)."
             )
         *path, name = key.split(".")
         into: Any = settings
@@ -83,13 +83,13 @@ def _settings(dump: Dump, config: Mapping[str, Any], words: list[str]) -> TrainS
             into, value = into[part], value[part]
         into[name] = value[name]
     if settings["runtime"].get("compile"):
-        settings["runtime"]["compile"] = False  # a compiled block cannot be watched from inside
+        settings["runtime"]["compile"] = False  # the replay cannot observe the inside of a compiled block
     check_targets(settings["runtime"], "runtime.")
     return TrainSettings.of(settings)
 
 
 def _replayed(dump: Dump, run: PreparedRun, shards: MappedShards, progress: ProgressBar) -> tuple[Findings, Batch]:
-    """Return what happens in the step, and the batch of all processes."""
+    """Return the findings on the step, and the batch of all processes."""
     runtime, store = run.runtime, FolderStore(dump.checkpoints)
     state = run.new_state(starts_anew=not store.steps())
     load_newest(store, state)
@@ -110,7 +110,7 @@ def _positions(dump: Dump) -> NDArray[np.int64]:
 
 
 def _unlike(dump: Dump, what: str, settings: TrainSettings, runtime: Processes) -> str:
-    """The run had it otherwise: say what may be the reason."""
+    """Return a sentence: the replay differs from the run, and these differences may be the reason."""
     here = {**code_version(), "processes": str(runtime.data_world), "runtime": str(settings.runtime)}
     there = {**dump.code, "processes": str(dump.processes), "runtime": str(dump.config["runtime"])}
     differing = [f"{key} is {there.get(key)} there and {here[key]} here" for key in here if there.get(key) != here[key]]
@@ -123,7 +123,7 @@ def _unlike(dump: Dump, what: str, settings: TrainSettings, runtime: Processes) 
 def _report(
     dump: Dump, found: Findings, whole: Batch, conditions: ConditionSource, shards: MappedShards, rows: list[int]
 ) -> list[str]:
-    """The findings in lines; ``rows`` of the shards are the batch ``whole``."""
+    """Return the findings as lines; ``rows`` are the rows of the shards that the batch ``whole`` was read from."""
     positions = _positions(dump)
     metrics = {name: value for name, value in found.metrics.items() if "/" not in name}
     return [
@@ -144,7 +144,7 @@ def _samples(
     rows: list[int],
     positions: list[int],
 ) -> Iterator[str]:
-    """Those at fault, with what the step saw of them."""
+    """Yield lines on the samples at fault, with what the step was given of each."""
     what = "loss" if not np.isfinite(found.passes.losses).all() else "gradient of its own"
     if not found.samples:
         yield f"samples: no sample alone has a loss or gradient that is not finite ({len(rows)} looked at)"

@@ -1,4 +1,4 @@
-"""``ditscale report``: the runs of a sweep to the paper's figures, a table and one page."""
+"""``ditscale report``: turn the runs of a sweep into the paper's figures, a table and one page."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -30,7 +30,7 @@ CURVE = "fid_vs_gflops"
 
 
 def report_job(config: ReportSettings, progress: ProgressBar) -> None:
-    """Write figures, table and page, log them to the sweep's wandb group, print the rows."""
+    """Write figures, table and page; log the curve and the figures to the sweep's wandb group; print the rows."""
     sweep, out = Path(config.sweep), Path(config.out)
     study = read_study(sweep)
     for name in sorted({*study.records, *study.unevaluated}):
@@ -47,23 +47,23 @@ def report_job(config: ReportSettings, progress: ProgressBar) -> None:
 def _warn_of_a_cut_line(folder: RunFolder) -> None:
     if is_regular(folder.evaluations) and is_cut(folder.evaluations):
         print(
-            f"warning: {folder.evaluations} ends in the middle of a line, which the report leaves out; measure again "
-            "what it held.",
+            f"warning: {folder.evaluations} ends in the middle of a line, which the report leaves out; repeat the "
+            "evaluation that it held.",
             file=sys.stderr,
         )
 
 
 def update_group(sweep: Path, group: str, logger: Mapping[str, Any]) -> None:
-    """Log the curve of the finished runs beside a run of ``ditscale train`` that has just ended.
+    """Log the curve of a sweep's finished runs, after a run of ``ditscale train`` has ended.
 
-    Does nothing where too few runs were measured in one way. Parallel runs of a sweep take turns.
+    Does nothing where no run is finished or the finished ones share no protocol. Parallel runs of a sweep take turns.
     """
     with locked(sweep / ".report.lock"):
-        # Looked for within the lock: a run that waited must not write a curve without those that ended meanwhile.
+        # Search while holding the lock: a run that waited must include those that ended meanwhile.
         finished = [path.parent.name for path in sweep.glob("*/config.yaml") if _is_finished(RunFolder(path.parent))]
         try:
             study = read_study(sweep, only=finished)
-        except ValueError:  # none finished, or their protocols differ: `ditscale report` says so
+        except ValueError:  # no run is finished, or protocols differ; `ditscale report` says which
             return
         with _group_logger(logger, group, sweep / "report", {"sweep": str(sweep)}) as of_group:
             _log_curve(of_group, study)
@@ -75,7 +75,7 @@ def update_group(sweep: Path, group: str, logger: Mapping[str, Any]) -> None:
 
 
 def _is_finished(folder: RunFolder) -> bool:
-    """Return whether a run was measured at its last step; one that cannot be read, which is told, was not."""
+    """Return whether a run was measured at its last step. A run that cannot be read gets a warning, and False."""
     try:
         last = folder.read_config().get("total_steps")
         return any(record["step"] == last for record in distance_records(folder))
@@ -85,14 +85,14 @@ def _is_finished(folder: RunFolder) -> bool:
 
 
 def group_of(study: Study) -> str:
-    """The group that the runs were trained in, wherever their folder lies now."""
+    """Return the group that the runs were trained in, even where their folder was moved since."""
     group = RunFolder(study.sweep / next(iter(study.chosen))).read_config().get("group")
     return str(group or study.name)
 
 
 @contextmanager
 def _group_logger(section: Mapping[str, Any], group: str, out: Path, config: Mapping[str, Any]) -> Iterator[Logger]:
-    """Of the one wandb run of a group that holds its curve; its id is kept in ``out``."""
+    """Yield the logger of the one wandb run that holds a group's curve; the run's id is kept in ``out``."""
     logger: Logger = build(section)(folder=out, group=group, name=f"{group}-report", config=config, job="report")
     try:
         yield logger
@@ -115,7 +115,10 @@ def _log_curve(logger: Logger, study: Study) -> None:
 
 
 def _samples(config: ReportSettings, study: Study, progress: ProgressBar) -> SampleGrid | str:
-    """The same noise and labels through the newest checkpoint of each model of the scaling figures."""
+    """Return images of the same noise and labels by each scaling figure's model, or why there are none.
+
+    Each model is the newest checkpoint of its run.
+    """
     count = config.samples
     if count < 1:
         return f"samples is {count}; set it higher."
@@ -138,7 +141,7 @@ def _samples(config: ReportSettings, study: Study, progress: ProgressBar) -> Sam
 
 def _text(report: Report) -> str:
     study = report.study
-    header = f"{'run':40s} {'Gflops (GMACs)':>14s} {'distance':>9s} {'recognised':>10s}"
+    header = f"{'run':40s} {'Gflops (GMACs)':>14s} {'distance':>9s} {'recognized':>10s}"
     lines = [f"{study.distance_name}, by rising compute:", header]
     lines += [
         f"{row['run']:40s} {row['gmacs']:14.6f} {row['frechet_distance']:9.1f} {_percent(row['recognized_fraction'])}"
@@ -149,7 +152,7 @@ def _text(report: Report) -> str:
     if study.held_back is not None:
         lines.append(study.held_back)
     if (fit := study.fit()) is not None:
-        lines.append(f"Of the {fit.count} models with {block_name(study.main_block)} blocks:")
+        lines.append(f"For the {fit.count} models with {block_name(study.main_block)} blocks:")
         lines.append(f"Spearman rank correlation of Gflops and distance: {fit.rank_correlation:.2f}")
         low, high = fit.slope_interval
         lines.append(
@@ -157,7 +160,9 @@ def _text(report: Report) -> str:
         )
     lines += [f"No figure {number}: {reason}" for number, reason in sorted(report.missing.items())]
     drawn = ", ".join(str(number) for number in sorted(report.pictures))
-    lines.append(f"{report.page} with figures {drawn}; as PNG and SVG, and {report.table.name}, beside it")
+    lines.append(
+        f"{report.page} with figures {drawn}; the figures as PNG and SVG, and {report.table.name}, are beside it"
+    )
     return "\n".join(lines)
 
 

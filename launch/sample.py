@@ -1,4 +1,4 @@
-"""``ditscale sample``: a checkpoint to a PNG grid and an ADM-format ``.npz``."""
+"""``ditscale sample``: generate a PNG grid and an ADM-format ``.npz`` from a checkpoint."""
 
 import re
 import sys
@@ -16,11 +16,14 @@ from launch.command.settings import SampleSettings
 from launch.jobs import start
 from runtime.protocol import Devices
 
-GRID_IMAGES = 100  # a picture with more is no longer looked at
+GRID_IMAGES = 100  # a grid with more images is too large to look at
 
 
 def sample_job(config: SampleSettings, progress: ProgressBar) -> None:
-    """Write ``{out}.png`` and ``{out}.npz`` (``arr_0`` uint8 [N, H, W, C], ``arr_1`` int64 [N] labels, if any)."""
+    """Write ``{out}.png`` and ``{out}.npz``.
+
+    The ``.npz`` has ``arr_0`` uint8 [num_images, H, W, C] and, with classes, the labels ``arr_1`` int64 [num_images].
+    """
     runtime: Devices = build(config.runtime, precision=config.precision.value)
     if is_foreign(config.checkpoint):
         checkpoint = load_foreign(config, runtime)
@@ -46,7 +49,7 @@ def sample_job(config: SampleSettings, progress: ProgressBar) -> None:
     out = Path(config.out or checkpoint.run_dir / "samples" / _name(config, checkpoint))
     classes = conditions.classes(condition)
     labels = {} if classes is None else {"arr_1": classes}
-    # Names as ADM's evaluator expects.
+    # ADM's evaluator expects these names.
     write_npz(out.with_name(out.name + ".npz"), {"arr_0": images, **labels}, zip64=True)
     shown = images[:GRID_IMAGES]
     columns = min(conditions.num_classes if config.labels is None and conditions.num_classes else 10, 10, len(shown))
@@ -56,7 +59,7 @@ def sample_job(config: SampleSettings, progress: ProgressBar) -> None:
 
 
 def _name(config: SampleSettings, checkpoint: LoadedCheckpoint) -> str:
-    """A file name that says how the images were made."""
+    """Return a file name that says how the images were generated."""
     source = [f"step_{checkpoint.step:08d}", config.weights] if checkpoint.step else [checkpoint.path.stem]
     sampler = f"{target_of(config.sampler).name}{config.sampler['steps']}"
     parts = [*source, f"seed{config.seed}", sampler]
@@ -68,7 +71,7 @@ def _name(config: SampleSettings, checkpoint: LoadedCheckpoint) -> str:
 
 
 def _concatenate(parts: list[np.ndarray], checkpoint: LoadedCheckpoint) -> np.ndarray:
-    """[n, H, W, C]; n may be 0 on a process that got no share."""
+    """Return the images [num_images, H, W, C] of this process; num_images is 0 where it has no share."""
     side, channels = checkpoint.spec.image_size, checkpoint.spec.channels
     return np.concatenate(parts) if parts else np.empty((0, side, side, channels), np.uint8)
 

@@ -1,4 +1,4 @@
-"""``ditscale train``: shards to a run folder. The same command continues a run that was stopped."""
+"""``ditscale train``: train a model on shards into a run folder. The same command continues a stopped run."""
 
 import sys
 from collections.abc import Iterable, Mapping
@@ -51,9 +51,9 @@ from train.state import TrainState
 
 
 def train_job(config: TrainSettings, progress: ProgressBar) -> None:
-    """Train, or continue to train, the run in ``run_dir``. What does not fit is refused before anything is written.
+    """Train, or continue to train, the run in ``run_dir``. Settings that do not fit are refused before any write.
 
-    With ``replay``, look at the last step of a diverged run instead.
+    With ``replay``, examine the last step of a diverged run instead.
     """
     if config.replay is not None:
         return replay_job(config)
@@ -76,7 +76,7 @@ def train_job(config: TrainSettings, progress: ProgressBar) -> None:
     batches = run.batches(shards, runtime.data_rank, runtime.data_world)
     stopped = False
     with runtime.together(), folder.locked() if runtime.is_main else nullcontext(), StopSignals() as signals:
-        kept = redacted_config(config.plain())  # no file of the run gets to see more
+        kept = redacted_config(config.plain())  # secrets must not reach any file of the run
         _require_this_run(folder, kept, config.resume.allow, runtime)
         _restore(folder, state, manifest, config.checkpoint_every, runtime)
         logger = _logger(config, folder, runtime)
@@ -84,7 +84,7 @@ def train_job(config: TrainSettings, progress: ProgressBar) -> None:
             begun = run.begin(state)
             hooks = _hooks(config, state, runtime, generator, manifest, folder, logger, progress, signals, begun.guard)
             if runtime.is_main:
-                folder.write_config(kept)  # now that nothing refuses it
+                folder.write_config(kept)  # after every check that may refuse the run
                 _tell(folder, state, config, logger, runtime)
             evaluated = len(read_lines(folder.evaluations))
             host_batches = prefetch(batches.from_step(state.step, config.total_steps))
@@ -101,8 +101,8 @@ def train_job(config: TrainSettings, progress: ProgressBar) -> None:
     if stopped:
         _leave_for_requeue(folder, state, runtime)
     if runtime.is_main:
-        if len(read_lines(folder.evaluations)) > evaluated:  # also where a killed run still owed its last one
-            from launch.report import update_group  # its plotting library would cost every start two seconds
+        if len(read_lines(folder.evaluations)) > evaluated:  # or one that a killed run missed
+            from launch.report import update_group  # imported late: its plotting library takes two seconds
 
             update_group(Path(config.sweep_dir), config.group, config.logger)
         print(_summary(folder, state))
@@ -114,14 +114,14 @@ def _run_folder(config: TrainSettings) -> RunFolder:
 
 
 def _leave_for_requeue(folder: RunFolder, state: TrainState, runtime: Processes) -> NoReturn:
-    """Exit as one who wants to be started again."""
+    """Exit with the code that asks the scheduler to requeue the job."""
     if runtime.is_main:
         print(f"{folder.path}: stopped and saved at step {state.step}; the same command continues.", file=sys.stderr)
     sys.exit(EX_TEMPFAIL)
 
 
 def _require_this_run(folder: RunFolder, config: Mapping[str, Any], allowed: Iterable[str], runtime: Processes) -> None:
-    """The main process finds that the folder is this run's, or nobody's."""
+    """Check in the main process that the folder belongs to this run or to none. Raises ValueError where it does not."""
     if runtime.is_main:
         folder.require(config, free_settings(TrainSettings), allowed, as_now)
     runtime.wait()
@@ -130,7 +130,7 @@ def _require_this_run(folder: RunFolder, config: Mapping[str, Any], allowed: Ite
 def _restore(
     folder: RunFolder, state: TrainState, manifest: Manifest, checkpoint_every: int, runtime: Processes
 ) -> None:
-    """Continue from the newest good checkpoint, and take back what was written after it."""
+    """Restore the newest good checkpoint, and roll back what was written after it."""
     path, complaints = load_newest(folder.store, state)
     if path is None:
         folder.require_no_lost_checkpoint(checkpoint_every)
@@ -144,7 +144,7 @@ def _restore(
     if runtime.is_main:
         for complaint in complaints:
             print(f"warning: {complaint} Continuing from step {state.step}.", file=sys.stderr)
-    runtime.wait()  # every process has read the lines before the main one takes some back
+    runtime.wait()  # every process must have read the lines before the main one rolls some back
     if runtime.is_main:
         folder.store.clean(state.step)
         names = (folder.metrics.name, folder.evaluations.name)
@@ -164,7 +164,7 @@ def _logger(config: TrainSettings, folder: RunFolder, runtime: Processes) -> Log
 
 
 def _facts(config: TrainSettings, spec: LatentSpec, manifest: Manifest) -> dict[str, Any]:
-    """What identifies the run, in its checkpoints and in a dump."""
+    """Return what identifies the run in its checkpoints and in a dump."""
     return {
         "seed": config.seed,
         "config": redacted_config(config.plain()),
@@ -178,7 +178,7 @@ def _facts(config: TrainSettings, spec: LatentSpec, manifest: Manifest) -> dict[
 def _keep_diverged(
     error: DivergedError, folder: RunFolder, config: TrainSettings, facts: Mapping[str, Any], runtime: Processes
 ) -> NoReturn:
-    """Raise the error again, after what its step can be looked at with was kept where the config wants it."""
+    """Write a dump for replay where the config asks for it, then raise the error again."""
     if not config.dump_nonfinite:
         raise error
     path = folder.dump(error.step)
@@ -186,8 +186,8 @@ def _keep_diverged(
     if runtime.is_main:
         try:
             write_dump(path, folder.store, error, facts, runtime.data_world)
-        except (OSError, ValueError) as failure:  # no reason to hide why the run ended
-            remark = f"What led to it could not be kept for replay: {failure}."
+        except (OSError, ValueError) as failure:  # must not hide why the run ended
+            remark = f"The dump for replay could not be written: {failure}."
     runtime.wait()
     raise FloatingPointError(f"{error} {remark}") from error
 
@@ -204,7 +204,7 @@ def _hooks(
     signals: StopSignals,
     guard: SpikeGuard | None,
 ) -> list[Hook]:
-    """Everything around the steps; an evaluation's extractor and reference are made before training starts."""
+    """Return the hooks. An evaluation's extractor and reference are made here, before training starts."""
     clock = Clock()
     facts = _facts(config, generator.spec, manifest)
     log = LogHook(config.log_every, folder, logger, runtime, clock, guard, config.max_grad_norm)
@@ -245,7 +245,7 @@ def _evaluation_hook(
     evaluator = build_evaluator(config, generator.runtime, progress)
     evaluator.require(generator.spec.image_size, generator.spec.num_classes)
 
-    # Settings, source and data decide the weights of a step, so what a killed run kept of it is of the same weights.
+    # Settings, source code and data determine the weights of a step, so equal ones make a killed run's chunks usable.
     origin = {**facts_of_process(config.plain()), "manifest": manifest.hash, "protocol": asdict(evaluator.protocol)}
     chunks = TrainingChunks(folder.path / CHUNKS, {**origin, "feature_extractor": evaluator.extractor.hash})
 
@@ -262,7 +262,7 @@ def _evaluation_hook(
 
 
 def _tell(folder: RunFolder, state: TrainState, config: TrainSettings, logger: Logger, runtime: Processes) -> None:
-    """Say on stderr what is about to be trained, and what of it the user may not want."""
+    """Print on stderr what is about to be trained, with notes on settings that the user may not want."""
     if state.finished:
         return
     begins = f"continues from step {state.step}" if state.step else "starts"
@@ -278,7 +278,7 @@ def _tell(folder: RunFolder, state: TrainState, config: TrainSettings, logger: L
 
 
 def _summary(folder: RunFolder, state: TrainState) -> str:
-    """One line on how the run ended."""
+    """Return one line on how the run ended."""
     parts = [f"{folder.path}: step {state.step}"]
     if metrics := read_lines(folder.metrics):
         parts.append(f"loss {metrics[-1]['loss']:.4f}")
@@ -286,7 +286,7 @@ def _summary(folder: RunFolder, state: TrainState) -> str:
         last = evaluations[-1]
         parts.append(f"Frechet distance on {last['feature_extractor']} {last['frechet_distance']:.1f}")
         if last["recognized_fraction"] is not None:
-            parts.append(f"{100 * last['recognized_fraction']:.1f}% recognised")
+            parts.append(f"{100 * last['recognized_fraction']:.1f}% recognized")
     return ", ".join(parts)
 
 

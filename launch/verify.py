@@ -1,4 +1,4 @@
-"""``ditscale verify``: every byte of the shards against the manifest; ``repair=true`` mends what is damaged."""
+"""``ditscale verify``: check every byte of the shards against the manifest; ``repair=true`` encodes damage again."""
 
 from pathlib import Path
 
@@ -13,11 +13,11 @@ from launch.jobs import start
 
 
 def verify_job(config: VerifySettings, progress: ProgressBar) -> None:
-    """Name each damaged file of ``data.shards``. Raises ValueError where there is one and no repair."""
+    """Print each damaged file of ``data.shards``. Raises ValueError where damage remains."""
     if is_remote(config.data.shards):
         raise ValueError(
-            f"data.shards is {config.data.shards}, but only a local folder is verified; copy the shards into "
-            "one, or train on them, which checks each against the manifest when it is fetched."
+            f"data.shards is {config.data.shards}, but only a local folder can be verified; copy the shards into "
+            "one, or train on them: training checks each shard against the manifest when it fetches it."
         )
     folder = Path(config.data.shards)
     threads = workers_from_environment(config.threads).threads
@@ -39,17 +39,17 @@ def verify_job(config: VerifySettings, progress: ProgressBar) -> None:
             f"{len(names)} of {len(files_of(folder, manifest))} files in {folder} are damaged: {', '.join(names)}; "
             f"{way_out}."
         )
-    print(f"{folder}: {len(manifest.shards)} shards with {manifest.num_samples} samples are as the manifest says.")
+    print(f"{folder}: {len(manifest.shards)} shards with {manifest.num_samples} samples match the manifest.")
 
 
 def _require_same_data(before: Manifest, after: Manifest) -> None:
-    """A repair gives the same bytes; on another machine the autoencoder may round otherwise."""
+    """Print a note where a repair changed bytes: on another machine the autoencoder may round differently."""
     old = {shard.name: shard for shard in before.shards}
     changed = [shard.name for shard in after.shards if old.get(shard.name) != shard]
     if changed:
         print(
-            f"note: {', '.join(changed)} came out with other bytes than before, as on another kind of device; runs "
-            "that trained on the old ones will refuse them."
+            f"note: {', '.join(changed)} have other bytes than before, as another kind of device may give; runs that "
+            "trained on the old shards will refuse these."
         )
 
 

@@ -1,1 +1,1 @@
-"""The report: the records of a sweep to the paper's figures, one page, a table."""
+"""The report: the paper's figures, one page and a table from the records of a sweep."""

@@ -1,1 +1,1 @@
-"""From settings, checkpoints and files of other programs to the objects of a job."""
+"""Build the objects of a job from settings, checkpoints and files of other programs."""

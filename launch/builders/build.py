@@ -1,4 +1,4 @@
-"""From a resolved config to the objects of a job."""
+"""Build the objects of a job from a resolved config."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,12 +40,15 @@ from train.checkpoint import fill, read_state_file, read_tensors
 from train.ema import MAIN, Averages, initial_share_note
 from train.stores import STATE_FILE
 
-CHUNKS = "chunks"  # folder in a run's, of what a killed evaluation had finished
-_OF_THE_RUN = ("batch_size", "class_dropout", "seed")  # settings that its evaluations tell of
+CHUNKS = "chunks"  # folder in a run folder with the finished chunks of a killed evaluation
+_OF_THE_RUN = ("batch_size", "class_dropout", "seed")  # settings that a run's evaluations record
 
 
 def fill_model(model: Mapping[str, Any], spec: LatentSpec, conditions: ConditionSource) -> dict[str, Any]:
-    """The model's section with what the manifest decides. ValueError where the config says otherwise."""
+    """Return the model's section with the settings that follow from the data.
+
+    Raises ValueError where the config gives another value.
+    """
     filled = dict(model)
     if "outputs_per_channel" in filled:
         raise ValueError("model.outputs_per_channel is given, but the objective decides it; choose diffusion=... .")
@@ -60,35 +63,35 @@ def fill_model(model: Mapping[str, Any], spec: LatentSpec, conditions: Condition
 
 
 def _facts_of_data(spec: LatentSpec, conditions: ConditionSource) -> dict[str, int]:
-    """Return what of a model's section follows from the data."""
+    """Return the settings of a model's section that follow from the data."""
     return {"latent_size": spec.latent_size, "channels": spec.channels, "num_classes": conditions.num_classes}
 
 
 def condition_source(section: Mapping[str, Any], spec: LatentSpec) -> ConditionSource:
-    """Return what makes the conditions of data, by the ``condition`` of a config."""
+    """Return the source of conditions that a config's ``condition`` section describes."""
     source: ConditionSource = build(section)(num_classes=spec.num_classes)
     return source
 
 
 def expected_spec(data: DataSettings, manifest: Manifest) -> tuple[Autoencoder, LatentSpec]:
-    """The autoencoder of the config, and the spec that shards must have to fit the config."""
+    """Return the config's autoencoder, and the spec that shards must have to fit the config."""
     autoencoder: Autoencoder = build(data.autoencoder)
     preparation = build_preparation(data)
     return autoencoder, latent_spec(data.name, manifest.spec.num_classes, autoencoder, preparation, data.flip)
 
 
 def build_preparation(data: DataSettings) -> Preparation:
-    """How the images of a config's ``data`` are decoded and cropped."""
+    """Return how the images of a config's ``data`` are decoded and cropped."""
     return Preparation(data.image_size, build(data.crop), data.apply_exif)
 
 
 def build_shards(data: DataSettings) -> MappedShards:
-    """Return the shards of the config, ready to be read."""
+    """Open the shards of the config."""
     return open_shards(data.shards, data.verify_checksums, data.cache, data.cache_bytes)
 
 
 def require_outputs(model: Network, outputs_per_channel: int, of: str) -> None:
-    """Raise ValueError where the network of the file ``of`` has other output channels than the objective wants."""
+    """Raise ValueError where the network of the file ``of`` lacks the output channels that the objective needs."""
     channels = model.latent_shape[0]
     if outputs_per_channel * channels == model.out_channels:
         return
@@ -101,7 +104,7 @@ def require_outputs(model: Network, outputs_per_channel: int, of: str) -> None:
 
 
 def model_facts(model: Network, images_seen: int, weights: str, training_seed: int) -> dict[str, Any]:
-    """What an evaluation record says of the network. Compute in giga multiply-adds, the paper's Gflops."""
+    """Return an evaluation record's facts about the network. Compute is in giga multiply-adds, the paper's Gflops."""
     return {
         "weights": weights,
         "training_seed": training_seed,
@@ -113,10 +116,10 @@ def model_facts(model: Network, images_seen: int, weights: str, training_seed: i
 
 
 def _named_settings(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a built section as an evaluation record shows it: its name for itself, and its settings."""
+    """Return a component's section as an evaluation record shows it: the component's name, and its settings."""
     own = {key: value for key, value in section.items() if not key.startswith("_")}
     settings = {"name": target_of(section).name, **own}
-    if "guide" in settings:  # a run is a path to its newest checkpoint, whichever that is
+    if "guide" in settings:  # the path of a run does not say which checkpoint is its newest
         settings["guide_hash"] = read_checkpoint(settings["guide"], checkpoint_hash)
     shown: dict[str, Any] = redacted_config(settings)
     return shown
@@ -133,7 +136,7 @@ def build_generator(
     runtime: Devices,
     class_dropout: float,
 ) -> Generator:
-    """Return what makes images of a network with the ``sampler`` and ``guidance`` of a config.
+    """Return a generator of images by a network, with the ``sampler`` and ``guidance`` of a config.
 
     Raises ValueError for settings that do not fit, before anything is trained or generated.
     """
@@ -151,14 +154,14 @@ def build_generator(
 
 
 def build_extractor(section: Mapping[str, Any], runtime: Processes) -> FeatureExtractor:
-    """The feature extractor, made or trained here, on the runtime's device."""
+    """Make, or train, the feature extractor, and move it to the runtime's device."""
     extractor: FeatureExtractor = build(section)
     extractor.to(runtime.device)
     return extractor
 
 
 def precision_of_products(precision: str, device: torch.device) -> str:
-    """What a record calls the network's precision: tf32 where a GPU rounds the factors of float32 products so."""
+    """Return the network's precision for a record: tf32 where a GPU rounds the factors of float32 products to it."""
     rounds = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
     return "tf32" if precision == "fp32" and rounds else precision
 
@@ -169,9 +172,9 @@ def build_evaluator(
     progress: ProgressBar,
     names: Sequence[str] | None = None,
 ) -> Evaluator:
-    """What measures images by the ``evaluation`` of a config, with the metrics of its list or of ``names``.
+    """Return the evaluator of a config's ``evaluation``, with the metrics in ``names``, by default the config's.
 
-    Raises ValueError for a metric that there is not.
+    Raises ValueError for an unknown metric.
     """
     settings, data = config.evaluation, config.data
     names = settings.metrics if names is None else names
@@ -182,7 +185,8 @@ def build_evaluator(
     for name in names:
         if name not in settings.metric:
             raise ValueError(
-                f"There is no metric {name!r}{closest(name, settings.metric)} There are: {', '.join(settings.metric)}."
+                f"There is no metric {name!r}{closest(name, settings.metric)} The metrics are: "
+                f"{', '.join(settings.metric)}."
             )
     protocol = MeasurementProtocol(
         sampler=_named_settings(config.sampler),
@@ -202,10 +206,10 @@ def build_evaluator(
 
 
 def load_model(where: str, weights: str) -> Network:
-    """The network of a run's newest checkpoint, or of one checkpoint's folder.
+    """Return the network of a run's newest checkpoint, or of one checkpoint's folder.
 
-    ``weights`` is ``model``, the name of an average there, or ``width_W``: the power-function average of that
-    width, made of what the run's checkpoints up to this one hold.
+    ``weights`` is ``model``, the name of an average, or ``width_W``: the power-function average of that width,
+    reconstructed from the run's checkpoints up to this one.
 
     Raises ValueError for a missing or damaged checkpoint, or one that asks for foreign code.
     """
@@ -213,13 +217,13 @@ def load_model(where: str, weights: str) -> Network:
 
 
 def model_at(path: Path, weights: str) -> Network:
-    """The network of a pinned checkpoint. Raises as `load_model` does."""
+    """Return the network of a pinned checkpoint. Raises as `load_model` does."""
     with pinned_sources(path, weights) as sources:
         return _model_at(sources, weights)
 
 
 def _model_at(sources: Sequence[Path], weights: str) -> Network:
-    """The network of the last of the pinned checkpoints that its weights are made of."""
+    """Return the network of the last of ``sources``, pinned checkpoints from all of which its weights are computed."""
     path = sources[-1]
     config, said_by = read_state_file(path)["config"], str(path / STATE_FILE)
     section = component(config, "model", said_by)
@@ -231,9 +235,9 @@ def _model_at(sources: Sequence[Path], weights: str) -> Network:
 
 
 def _model_of(path: Path, section: Mapping[str, Any], tensors: dict[str, Tensor]) -> Network:
-    """Return the model of a checkpoint's config with the tensors of its file, which are looked at first.
+    """Return the model of a checkpoint's config with the tensors of its file, after a check that their shapes agree.
 
-    A config may ask for a model of any size: nothing is allocated for one that the file is not of.
+    A config may ask for a model of any size: nothing is allocated before the file is known to have its tensors.
     """
     said_by = str(path / STATE_FILE)
     with torch.device("meta"):
@@ -245,8 +249,8 @@ def _model_of(path: Path, section: Mapping[str, Any], tensors: dict[str, Tensor]
                 None if shape is None else tuple(shape) for shape in (theirs if theirs is None else theirs.shape, ours)
             ]
             raise ValueError(
-                f"The checkpoint {path} is of another model than its config: {name} is {shown[0]} in its weights and "
-                f"{shown[1]} by its config; use another checkpoint of that run."
+                f"The checkpoint {path} does not fit its own config: the shape of {name} is {shown[0]} in its weights "
+                f"and {shown[1]} by its config; use another checkpoint of that run."
             )
     model: Network = build_saved(section, said_by)
     fill(model, path, tensors)
@@ -263,7 +267,7 @@ def _width(weights: str) -> float:
 
 
 class Source(NamedTuple):
-    """A checkpoint that weights are made of, as it was when they were read."""
+    """A checkpoint from which weights were computed, as it was when they were read."""
 
     step: int
     hash: str
@@ -271,7 +275,7 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """A trained network with everything that sampling from it needs."""
+    """A trained network, with everything needed to sample from it."""
 
     path: Path
     run_dir: Path
@@ -284,10 +288,10 @@ class LoadedCheckpoint:
     autoencoder: Autoencoder
     class_dropout: float
     training_seed: int
-    hash: str = ""  # of its state file; the folder may be gone by now
-    sources: tuple[Source, ...] = ()  # checkpoints that the weights are made of
-    class_names: tuple[str, ...] = ()  # of the labels in order, where they are known
-    note: str | None = None  # what to tell whoever samples from these weights
+    hash: str = ""  # of its state file; the folder may have been deleted since
+    sources: tuple[Source, ...] = ()  # checkpoints that the weights are computed from
+    class_names: tuple[str, ...] = ()  # in the order of the labels, where known
+    note: str | None = None  # a remark for users who sample from these weights
 
     @classmethod
     def load(cls, where: str, weights: str, runtime: Devices) -> "LoadedCheckpoint":
@@ -338,7 +342,7 @@ class LoadedCheckpoint:
         )
 
     def generator(self, config: SamplingSettings, seed: int, runtime: Devices) -> Generator:
-        """Images of this checkpoint with the job's sampler and guidance."""
+        """Return a generator of images by this checkpoint, with the job's sampler and guidance."""
         return build_generator(
             config,
             self.model,
@@ -353,12 +357,12 @@ class LoadedCheckpoint:
 
 
 def _require_autoencoder(path: Path, spec: LatentSpec, autoencoder: Autoencoder) -> None:
-    """Raise ValueError where the autoencoder's weights are no longer those of the latents trained on."""
+    """Raise ValueError where the autoencoder's weights are not those that encoded the latents trained on."""
     theirs, ours = spec.made_by, identity_of(autoencoder)
     if theirs != ours:
         raise ValueError(
-            f"The checkpoint {path} was trained on latents of the autoencoder {theirs}, but where its config "
-            f"points there is {ours} now; put the former one back."
+            f"The checkpoint {path} was trained on latents of the autoencoder {theirs}, but its config now points to "
+            f"{ours}; put the former one back."
         )
 
 
@@ -370,7 +374,7 @@ def _require_model_of(spec: LatentSpec, conditions: ConditionSource, section: Ma
 
 
 def _average_note(config: Mapping[str, Any], weights: str, step: int, said_by: str) -> str | None:
-    """Return a sentence where an average is still much of the untrained weights."""
+    """Return a sentence where the untrained weights still have a large share in an average, else None."""
     if weights != MAIN:
         return None
     averages: Averages = build_saved(component(config, "ema", said_by), said_by)(nn.Linear(1, 1))

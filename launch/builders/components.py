@@ -1,9 +1,8 @@
-"""Make the components that a config names, and decide which of them a config out of a file may name.
+"""Build the components that a config names, and decide which of them a config read from a file may name.
 
-A section with ``_target_`` is a component: a class or function of ours and its arguments, made by `build`. What the
-command line composes may name anything that can be imported: it is the user's own. A config that was read from a
-file is a stranger's: `from_file` looks each name up in a closed table for its place, and no text of it is ever
-interpreted.
+A section with ``_target_`` is a component: a class or function of ours and its arguments, which `build` makes. A config
+that the command line composes is the user's own and may name anything that can be imported. A config read from a file
+is not trusted: `from_file` looks each name up in a closed table for its place, and never interprets any text of it.
 """
 
 import functools
@@ -23,16 +22,16 @@ _LONGEST_TEXT = 4096
 
 
 def target_of(section: Mapping[str, Any]) -> Any:
-    """Return the class or function that a section names, which says of itself what it needs."""
+    """Return the class or function that a section names, whose attributes describe it."""
     return get_object(section["_target_"])
 
 
 def build(section: Mapping[str, Any], **arguments: Any) -> Any:
-    """Make what a section's ``_target_`` names, of its other keys and ``arguments``.
+    """Build the component that a section's ``_target_`` names from the other keys and ``arguments``.
 
-    Sections within it are made first. A class with a ``config_class``, such as a network, gets one object of that, made
-    of the keys. With ``_partial_: true`` returns a function that takes the missing arguments.
-    Raises ValueError where an argument is missing, and what the component raises.
+    Inner sections are built first. A class with a ``config_class``, such as a network, gets one object of that class,
+    built from the keys. With ``_partial_: true``, returns a function that takes the missing arguments.
+    Raises ValueError where an argument is missing, and whatever the component raises.
     """
     target = target_of(section)
     taker = taker_of_settings(target)
@@ -44,7 +43,7 @@ def build(section: Mapping[str, Any], **arguments: Any) -> Any:
         p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.name not in given
     ]
     if missing:
-        raise ValueError(f"{section['_target_']} needs a setting {missing[0]!r}; give it.")
+        raise ValueError(f"{section['_target_']} needs the setting {missing[0]!r}; give it.")
     made = taker(**given)
     return made if taker is target else target(made)
 
@@ -56,20 +55,20 @@ def _made(value: Any) -> Any:
 
 
 def from_file(section: Any, place: str, said_by: str) -> dict[str, Any]:
-    """Return a section of a config that was read from the file ``said_by``, fit for `build`.
+    """Return a section of a config that was read from the file ``said_by``, checked so that `build` may take it.
 
-    ``place`` is its dotted path, such as ``model`` or ``data.autoencoder``. Raises ValueError that names the file, the
-    place and the value where a component is none that this project's own configs put there, where it is made in another
-    way than they do, where a setting is unknown or of another type, and where a text has an interpolation.
+    ``place`` is its dotted path, such as ``model`` or ``data.autoencoder``. Raises ValueError, naming the file, the
+    place and the value, where this project's own configs have no such component at that place, where its ``_partial_``
+    differs from theirs, where a setting is unknown or of another type, and where a text has an interpolation.
     """
     if not isinstance(section, Mapping) or "_target_" not in section:
-        raise ValueError(f"{said_by} has no component at {place}: there is {_shown(section)}; it is not loaded.")
+        raise ValueError(f"{said_by} has no component at {place}, but {_shown(section)}; it is not loaded.")
     name, known = section["_target_"], components().get(place, {})
     if not isinstance(name, str) or name not in known:
         expected = ", ".join(known) or "none"
         raise ValueError(
-            f"{place}._target_ is {_shown(name)} in {said_by}, which a checkpoint may not ask for at that place (there "
-            f"may be {expected}); it is not loaded."
+            f"{place}._target_ is {_shown(name)} in {said_by}, which a checkpoint may not ask for at that place "
+            f"(allowed: {expected}); it is not loaded."
         )
     taken: dict[str, Any] = {"_target_": name}
     for key, value in section.items():
@@ -97,25 +96,25 @@ def from_file(section: Any, place: str, said_by: str) -> dict[str, Any]:
 
 
 def build_saved(section: Mapping[str, Any], said_by: str) -> Any:
-    """Make a component of a section that `from_file` returned. Raises ValueError that names the file for any error."""
+    """Build a component from a section that `from_file` returned. Raises ValueError, naming the file, for any error."""
     try:
         return build(section)
-    except Exception as error:  # numbers that no constructor expects raise errors of many kinds
+    except Exception as error:  # values that a constructor does not expect raise errors of many kinds
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"{said_by} asks for a {section['_target_']} that cannot be made: {reason}") from error
+        raise ValueError(f"{said_by} asks for a {section['_target_']} that cannot be built: {reason}") from error
 
 
 def plain_value(value: Any, place: str, said_by: str) -> Any:
-    """Return a scalar, or a list of scalars, out of a file. Raises ValueError for anything that a text could become."""
+    """Return a scalar, or a list of scalars, read from a file. Raises ValueError for other values or unsafe text."""
     if isinstance(value, list):
         return [plain_value(inner, place, said_by) for inner in value]
     if value is not None and not isinstance(value, str | int | float | bool):
         raise ValueError(
-            f"{place} is {_shown(value)} in {said_by}, but only plain values may be there; it is not loaded."
+            f"{place} is {_shown(value)} in {said_by}, but only plain values are allowed there; it is not loaded."
         )
     if isinstance(value, str) and ("${" in value or len(value) > _LONGEST_TEXT or not value.isprintable()):
         raise ValueError(
-            f"{place} is {_shown(value)} in {said_by}, but a config out of a file is plain text, without "
+            f"{place} is {_shown(value)} in {said_by}, but a config read from a file must be plain text without "
             "interpolations; it is not loaded."
         )
     return value
@@ -123,9 +122,9 @@ def plain_value(value: Any, place: str, said_by: str) -> Any:
 
 @functools.cache
 def components() -> dict[str, dict[str, bool]]:
-    """Return what this project's configs build: by place, each component's name and whether it is made in two steps.
+    """Return the components that this project's configs build: by place, each one's name and whether it is partial.
 
-    A place is the package of the config group: ``model.block`` for ``conf/model/block``, or what its header says.
+    A place is the package of a config group: ``model.block`` for ``conf/model/block``, or the one in the file's header.
     """
     found: dict[str, dict[str, bool]] = {}
     for path in sorted(CONF.rglob("*.yaml")):

@@ -1,7 +1,7 @@
-"""Take a job's data settings from the shards or the checkpoint that it is given, where the command line says nothing.
+"""Take a job's data settings from its shards or checkpoint, where the command line does not give them.
 
-`encode` leaves ``data.json`` beside the manifest: what the shards were made of and how. So ``ditscale train
-data.shards=shards/mine`` is enough. Of shards without it, everything but the source follows from the manifest.
+`encode` writes ``data.json`` next to the manifest: the images and settings that the shards were encoded from. So
+``ditscale train data.shards=shards/mine`` is enough. Without that file, all but the source follows from the manifest.
 """
 
 import json
@@ -26,10 +26,10 @@ from launch.command.settings import EncodeSettings
 RECORD = "data.json"
 SCALARS = ("name", "image_size", "apply_exif", "flip", "samples_per_shard")
 COMPONENTS = ("source", "autoencoder", "crop")
-OF_THE_JOB = ("seed", "batch_size", "max_skipped_fraction")  # of `encode`, beside `encoding`
+OF_THE_JOB = ("seed", "batch_size", "max_skipped_fraction")  # of `encode`, besides `encoding`
 _GROUPS = {"data/source": "source", "data/crop": "crop", "model/autoencoder": "autoencoder"}
 _PATHS = ("root", "tars")  # settings of sources that are paths
-_OVERRIDES = {  # what the command line says of a field of the manifest
+_OVERRIDES = {  # the command-line override for a field of the manifest
     "source": "data.name={}",
     "image_size": "data.image_size={}",
     "crop": "data/crop={}",
@@ -40,7 +40,7 @@ _CROPS = {"none": "data.images.ExactSize", "center": "data.images.CenterCrop"}
 
 
 def write_record(folder: Path, config: EncodeSettings) -> None:
-    """Keep beside the manifest what an `encode` job was told, so that other jobs need not be told again."""
+    """Write an `encode` job's settings next to the manifest, so that users need not repeat them to other jobs."""
     plain = config.plain()
     data = plain["data"]
     source = {key: _absolute(key, value) for key, value in data["source"].items()}
@@ -53,16 +53,16 @@ def write_record(folder: Path, config: EncodeSettings) -> None:
 
 
 def _absolute(key: str, value: Any) -> Any:
-    """Return a local path as it is seen from any folder, and anything else as it is."""
+    """Return an existing local path as an absolute path, and any other value unchanged."""
     is_path = key in _PATHS and isinstance(value, str) and not is_remote(value) and Path(value).exists()
     return str(Path(value).resolve()) if is_path else value
 
 
 def settle_by_shards(config: DictConfig, words: list[str]) -> None:
-    """Set what the command line leaves open of ``data`` to what the shards in ``data.shards`` are.
+    """Set the ``data`` settings that the command line leaves open to those of the shards in ``data.shards``.
 
-    Changes ``config`` in place. Does nothing where there are no shards yet: the job says so. Raises ValueError for a
-    damaged record.
+    Changes ``config`` in place. Does nothing where there are no shards yet, which the job reports. Raises ValueError
+    for a damaged record.
     """
     place = config.data.shards
     try:
@@ -83,10 +83,10 @@ def settle_by_shards(config: DictConfig, words: list[str]) -> None:
 
 
 def settle_by(config: DictConfig, words: list[str], data: Mapping[str, Any], said_by: str) -> None:
-    """Set what the command line leaves open of ``data`` to the section of a checkpoint's config.
+    """Set the ``data`` settings that the command line leaves open to those in the config of a checkpoint.
 
-    A source behind a URL is left out: a stranger's checkpoint reaches for nothing. Raises ValueError for a section that
-    is none of ours.
+    A source at a URL is left out, so that a stranger's checkpoint cannot make a job access the network. Raises
+    ValueError for a section that this project's configs cannot have.
     """
     found = _data_of(data, said_by)
     if any(isinstance(value, str) and is_remote(value) for value in found.get("source", {}).values()):
@@ -103,7 +103,7 @@ def _set(section: DictConfig, found: Mapping[str, Any], chosen: set[str]) -> Non
 
 
 def _chosen(words: Iterable[str]) -> set[str]:
-    """Return the keys of ``data`` that the command line decides; an experiment's choice is no decision."""
+    """Return the keys of ``data`` that the command line sets. An experiment's choices do not count."""
     chosen: set[str] = set()
     for word in words:
         key = word.lstrip("+~").split("=", 1)[0].split("@")[0]
@@ -117,7 +117,7 @@ def _chosen(words: Iterable[str]) -> set[str]:
 
 
 def _read_record(place: str) -> dict[str, Any] | None:
-    """Return ``data.json`` of a folder or URL; None where there is none, as beside shards of earlier versions."""
+    """Return ``data.json`` of a folder or URL, or None if it does not exist, as with shards of earlier versions."""
     name = join(place, RECORD)
     with remedied("delete it, and give these settings on the command line"):
         try:
@@ -126,7 +126,7 @@ def _read_record(place: str) -> dict[str, Any] | None:
             return None
         content = unseal(parse_object(text, name), name)
         if content.get("format_version") != 1 or not all(isinstance(content.get(k), dict) for k in ("data", "encode")):
-            raise DamagedFileError(f"{name} is not of this version.")
+            raise DamagedFileError(f"{name} is not of the format of this version.")
     return content
 
 
@@ -141,7 +141,7 @@ def _encoding_of(section: Mapping[str, Any], said_by: str) -> dict[str, Any]:
 
 
 def _of_manifest(spec: LatentSpec) -> dict[str, Any]:
-    """Return what follows from the manifest alone."""
+    """Return the settings that follow from the manifest alone."""
     found = {"name": spec.source, "image_size": spec.image_size, "apply_exif": spec.apply_exif, "flip": spec.flip}
     if spec.crop in _CROPS:
         found["crop"] = {"_target_": _CROPS[spec.crop]}
@@ -156,7 +156,7 @@ def _of_manifest(spec: LatentSpec) -> dict[str, Any]:
 
 
 def require_shards(manifest: Manifest, expected: LatentSpec, place: str) -> None:
-    """Raise ValueError unless shards are what the config describes; names the settings that would describe them."""
+    """Raise ValueError unless shards fit the config. The message names overrides with which it fits them."""
     try:
         manifest.require(expected, place)
     except ValueError as error:

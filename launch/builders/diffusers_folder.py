@@ -1,4 +1,4 @@
-"""A folder that diffusers wrote: a ``DiTPipeline``, or its transformer alone. Nothing of diffusers runs to read it."""
+"""Read a folder that diffusers wrote, a ``DiTPipeline`` or its transformer alone, without running diffusers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +19,15 @@ from model.network import Network
 WEIGHTS = "diffusion_pytorch_model"
 _SHARDS = f"{WEIGHTS}.safetensors.index.json"
 _CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the older name of the same network
-_EPSILON = 1e-6  # of every layer norm of the released code, and of this program
-_LARGEST_SIDE = 4096  # of a latent: nothing in the weights vouches for it
+_EPSILON = 1e-6  # of every layer norm in the released code and in this program
+_LARGEST_SIDE = 4096  # of a latent; bounded here, since the weights do not determine it
 
 Positive = Annotated[int, Field(ge=1, le=2**20)]
 
 
 @dataclass
 class TransformerConfig:
-    """Hold the fields of ``transformer/config.json`` that decide outputs, with diffusers' defaults."""
+    """The fields of ``transformer/config.json`` that decide outputs, with diffusers' defaults."""
 
     sample_size: Annotated[int, Field(ge=1, le=_LARGEST_SIDE)] = 32
     num_attention_heads: Positive = 16
@@ -45,16 +45,16 @@ class TransformerConfig:
 
 
 def is_diffusers_folder(path: Path) -> bool:
-    """Return whether a folder looks like one of diffusers, by the names in it."""
+    """Return whether the names in a folder are those of a diffusers folder."""
     names = ("transformer", "config.json", "model_index.json", f"{WEIGHTS}.safetensors", _SHARDS)
     return path.is_dir() and any((path / name).exists() for name in names)
 
 
 def read_diffusers_folder(folder: Path, frequency_shift: int = 1) -> tuple[Network, list[str]]:
-    """Return the network of a ``DiTPipeline`` folder or of its transformer's, and sentences on what differs here.
+    """Return the network of a ``DiTPipeline`` or transformer folder, and sentences on what is computed differently.
 
     The default computes what diffusers computes; ``frequency_shift`` 0 is right for weights that were trained
-    by the released code, such as the published ones. Raises ValueError, naming the file, for anything else.
+    by the released code, such as the published ones. Raises ValueError, naming the file, for any other folder.
     """
     inner = folder / "transformer" if (folder / "transformer").is_dir() else folder
     config = _read_config(inner / "config.json")
@@ -67,13 +67,13 @@ def read_diffusers_folder(folder: Path, frequency_shift: int = 1) -> tuple[Netwo
     notes = []
     if config.norm_eps != _EPSILON:
         notes.append(
-            f"{inner}: norm_eps of its config is {config.norm_eps:g}; here it is {_EPSILON:g}, as in the released code."
+            f"{inner}: its config has norm_eps {config.norm_eps:g}, but {_EPSILON:g} is used, as in the released code."
         )
     return model, notes
 
 
 def read_class_names(folder: Path, num_classes: int) -> tuple[str, ...]:
-    """Return the names of a pipeline's classes in the order of their numbers, or none where they are not all named."""
+    """Return the names of a pipeline's classes in the order of their numbers, or () where a class has no name."""
     try:
         named = read_json(folder / "model_index.json").get("id2label")
     except OSError as error:
@@ -86,7 +86,7 @@ def read_class_names(folder: Path, num_classes: int) -> tuple[str, ...]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read one JSON object of such a folder. Raises OSError as `open` does, and ValueError for anything else."""
+    """Read a JSON object from a diffusers folder. Raises OSError as `open` does, and ValueError for bad content."""
     require_whole(path)
     return parse_object(read_regular(path), str(path))
 
@@ -96,7 +96,7 @@ def _read_config(path: Path) -> TransformerConfig:
         content = read_json(path)
     except OSError as error:
         if is_absent(error):
-            raise ValueError(f"{path.parent} is no folder of a diffusers DiT: it has no config.json.") from None
+            raise ValueError(f"{path.parent} is not the folder of a diffusers DiT: it has no config.json.") from None
         raise
     if (name := content.get("_class_name", _CLASSES[0])) not in _CLASSES:
         raise ValueError(f"{path} is of a {name}, but only a {_CLASSES[0]} can be read; give another folder.")
@@ -105,7 +105,7 @@ def _read_config(path: Path) -> TransformerConfig:
     for name in ("activation_fn", "norm_type", "norm_elementwise_affine", "attention_bias"):
         found, ours = getattr(config, name), known[name].default
         if found != ours:
-            raise ValueError(f"{path} has {name} {found!r}, but a DiT has {ours!r}; its outputs would be others here.")
+            raise ValueError(f"{path} has {name} {found!r}, but a DiT has {ours!r}; its outputs would differ here.")
     return config
 
 
@@ -134,7 +134,7 @@ def _read_shards(inner: Path) -> dict[str, Tensor]:
         state |= _tensors(inner / file_name)
     absent = [name for name in places if name not in state]
     if absent:
-        raise DamagedFileError(f"{inner / _SHARDS} names {absent[0]}, but no file of it holds that.")
+        raise DamagedFileError(f"{inner / _SHARDS} names {absent[0]}, but none of its files has that tensor.")
     return state
 
 

@@ -1,4 +1,4 @@
-"""What all processes of a job must have in common."""
+"""The settings and versions that all processes of a job must have in common."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

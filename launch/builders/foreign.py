@@ -1,4 +1,4 @@
-"""Networks of other programs: a file of the released code, a diffusers folder, or a model of the Hugging Face hub."""
+"""Read networks of other programs: files of the released code, diffusers folders, models of the Hugging Face hub."""
 
 import os
 import sys
@@ -32,31 +32,31 @@ _SUFFIXES = {".pt", ".pth", ".ckpt", ".bin", ".safetensors"}
 
 @dataclass(frozen=True)
 class Facts:
-    """Hold settings that weights of other programs leave open. None: the file's own, or the usual value."""
+    """Settings that the files of other programs may not state. None: the file's own, or the usual value."""
 
     num_heads: int | None = None
     num_classes: int | None = None
     frequency_shift: int | None = None
-    likely_heads: int | None = None  # of the run that starts with the weights: hints where a file says nothing
-    likely_classes: int | None = None
+    likely_heads: int | None = None  # hint from the run that starts with the weights, where the file says nothing
+    likely_classes: int | None = None  # likewise
 
 
 @dataclass(frozen=True)
 class ForeignNetwork:
-    """A network, and sentences on how its file was read."""
+    """A network of another program, with sentences on how its file was read."""
 
     where: str
-    path: Path  # of its file or folder
+    path: Path  # its file or folder
     model: Network
     notes: tuple[str, ...]
-    arguments: Mapping[str, Any]  # that its trainer kept
+    arguments: Mapping[str, Any]  # those that its trainer saved
     class_names: tuple[str, ...] = ()
 
 
 def is_foreign(where: str) -> bool:
-    """Return whether a text names weights of another program, and not a run or checkpoint of this one.
+    """Return whether a text names weights of another program, not a run or checkpoint of this one.
 
-    A local path that exists wins over a name of the hub.
+    A local path that exists takes precedence over a name of the hub.
     """
     names_file = Path(where).suffix in _SUFFIXES
     if is_remote(where):
@@ -69,14 +69,14 @@ def is_foreign(where: str) -> bool:
 def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
-    except OSError:  # no name that a file may have, such as one of 300 letters
+    except OSError:  # not a valid file name, such as one of 300 letters
         return False
 
 
 def read_foreign(where: str, weights: str, facts: Facts) -> ForeignNetwork:
     """Return the network of a file, a folder or a model of the hub. ``weights`` names a table (see `choose_table`).
 
-    Raises ValueError, naming the file, for anything that is no such network's weights or is read in two ways.
+    Raises ValueError, naming the file, where it does not have such a network's weights, or is ambiguous.
     """
     path, notes = Path(where), list[str]()
     if not os.path.lexists(where) and path.suffix not in _SUFFIXES:
@@ -87,14 +87,14 @@ def read_foreign(where: str, weights: str, facts: Facts) -> ForeignNetwork:
 
 
 def notes_on_positions(model: Network, where: str) -> list[str]:
-    """Return a sentence where a file's position embedding is not the fixed one, for a job that computes with it."""
+    """Return a note for jobs that use the network, where a file's position embedding is not the fixed one."""
     if (drift := describe(model).position_drift) <= ROUNDING:
         return []
-    return [f"{where}: its position embedding is up to {drift:.2g} off the fixed one; its own is used."]
+    return [f"{where}: its position embedding differs from the fixed one by up to {drift:.2g}; its own is used."]
 
 
 def load_foreign(config: SampleSettings, runtime: Devices) -> LoadedCheckpoint:
-    """Return a foreign network with the process and autoencoder of the job's config, which ours would carry itself."""
+    """Return a foreign network with the process and autoencoder of the job's config, which its file does not have."""
     where, settings = config.checkpoint, config.foreign
     network = read_foreign(where, config.weights, Facts(**settings.plain()))
     model = network.model
@@ -116,7 +116,7 @@ def load_foreign(config: SampleSettings, runtime: Devices) -> LoadedCheckpoint:
     preparation = Preparation(latent_size * autoencoder.downscale, ExactSize())
     return LoadedCheckpoint(
         path=Path(where),
-        run_dir=Path(where).resolve().parent if Path(where).exists() else Path(),  # no samples into the hub's cache
+        run_dir=Path(where).resolve().parent if Path(where).exists() else Path(),  # never the hub's cache
         step=0,
         images_seen=0,
         spec=latent_spec(Path(where).name, said.num_classes, autoencoder, preparation, flip=False),
@@ -124,14 +124,14 @@ def load_foreign(config: SampleSettings, runtime: Devices) -> LoadedCheckpoint:
         model=runtime.place(model).eval().requires_grad_(False),
         objective=runtime.place(objective),
         autoencoder=autoencoder.to(runtime.device),
-        class_dropout=0.1 if said.has_null_class else 0.0,  # both programs train with it
+        class_dropout=0.1 if said.has_null_class else 0.0,  # the rate of both trainers
         training_seed=0,
         class_names=network.class_names,
     )
 
 
 def _read_file(path: Path, weights: str, facts: Facts) -> ForeignNetwork:
-    if path.stem == WEIGHTS and (path.parent / "config.json").exists():  # diffusers', whose shape is beside it
+    if path.stem == WEIGHTS and (path.parent / "config.json").exists():  # written by diffusers, with its config
         return _read_folder(path.parent, weights, facts)
     file = read_weight_file(path)
     table, notes = choose_table(file, path, weights)
@@ -158,9 +158,9 @@ def _read_folder(path: Path, weights: str, facts: Facts) -> ForeignNetwork:
 
 
 def _classes(rows: int, facts: Facts, trained: object, path: Path) -> tuple[int, list[str]]:
-    """Return the number of classes of a label table, and a sentence where its rows can be read in two ways.
+    """Return the number of classes of a label table, and a sentence where its number of rows is ambiguous.
 
-    A trainer without label dropout makes no row for the null class.
+    A trainer without label dropout has no row for the null class.
     """
     both = f"its label table has {rows} rows: "
     both += f"{rows - 1} classes and the null class, or {rows} classes of a trainer without label dropout"
@@ -177,13 +177,13 @@ def _classes(rows: int, facts: Facts, trained: object, path: Path) -> tuple[int,
         return 1, [f"{path}: its label table has 1 row: one class, and no null class."]
     if facts.likely_classes == rows:
         return rows, [f"{path}: {both}; the second is taken, since this run has {rows} classes."]
-    if facts.likely_classes is not None:  # the run's, whose label table starts anew where it has others
+    if facts.likely_classes is not None:  # where the run has other classes, its label table is initialized anew
         return rows - 1, []
     return rows - 1, [f"{path}: {both}; the first is taken, and foreign.num_classes={rows} takes the second."]
 
 
 def _likely_heads(tensors: Mapping[str, Tensor], facts: Facts) -> int | None:
-    """Return the run's number of heads; 1 where its width is another, which the comparison of shapes will name."""
+    """Return the run's number of heads, or 1 where it cannot fit the width, which a later check of shapes reports."""
     width = next(iter(tensors[ANCHOR].shape), 0)
     return 1 if facts.likely_heads and width % facts.likely_heads else facts.likely_heads
 

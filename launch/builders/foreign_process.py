@@ -18,7 +18,7 @@ from launch.builders.diffusers_folder import read_json
 
 @dataclass
 class SchedulerConfig:
-    """Hold the fields of ``scheduler_config.json`` that decide the process, with diffusers' defaults."""
+    """The fields of ``scheduler_config.json`` that decide the process, with diffusers' defaults."""
 
     num_train_timesteps: Annotated[int, Field(ge=1, le=100_000)] = 1000
     beta_schedule: str = "linear"
@@ -32,9 +32,9 @@ _FIELDS = tuple(field.name for field in fields(SchedulerConfig))
 
 
 def notes_on_process(folder: Path, arguments: Mapping[str, Any], objective: Objective) -> list[str]:
-    """Return a sentence where weights say that they were trained with another process than the job's.
+    """Return a sentence where weights state that they were trained with another process than the job's.
 
-    ``folder`` may hold a scheduler of diffusers; ``arguments`` are those of the released trainer. Raises ValueError for
+    ``folder`` may have a diffusers scheduler; ``arguments`` are those of the released trainer. Raises ValueError for
     a network that predicts anything but noise.
     """
     steps, process = arguments.get("diffusion_steps"), objective
@@ -63,14 +63,14 @@ def notes_on_process(folder: Path, arguments: Mapping[str, Any], objective: Obje
     if not _same(_betas(config), process):
         shown = ", ".join(f"{name} {value}" for name, value in said.items() if name != "trained_betas")
         return [
-            f"{path} is of another process ({shown}) than diffusion/schedule, by which is sampled; choose the one that "
-            "the weights were trained with."
+            f"{path} has another process ({shown}) than diffusion/schedule, which is used to sample; choose the "
+            "schedule that the weights were trained with."
         ]
     return []
 
 
 def _betas(config: SchedulerConfig) -> Sequence[float] | None:
-    """Return the betas of a scheduler's config, or None for a schedule that is not known here."""
+    """Return the betas of a scheduler's config, or None for an unknown schedule."""
     steps = config.num_train_timesteps
     if config.trained_betas is not None:
         return config.trained_betas

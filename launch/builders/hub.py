@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: by name, out of its cache or fetched into it, and whole."""
+"""Find models of the Hugging Face hub by name, in its cache or downloaded into it, and check their files' hashes."""
 
 import hashlib
 import re
@@ -18,16 +18,16 @@ def may_be_hub_name(where: str) -> bool:
 
 
 def fetch_from_hub(name: str) -> Path:
-    """Return the folder of a model on this machine: of the hub's cache, into which missing files are fetched.
+    """Return the local folder of a model in the hub's cache, after downloading files that are missing there.
 
-    Only a transformer's safetensors and its configs are fetched; nothing that could run code. Raises ValueError where
-    the hub does not know the name, or is not reached and the cache does not hold it.
+    Only a transformer's safetensors and its configs are downloaded, nothing that could run code. Raises ValueError
+    where the hub does not know the name, or where the hub cannot be reached and the cache does not have the model.
     """
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=PATTERNS))
-    except Exception as error:  # of several libraries for HTTP, which share no class
+    except Exception as error:  # of several HTTP libraries, whose exceptions share no class
         raise ValueError(
             f"{name} is neither a file or folder here nor a model of the Hugging Face hub that can be read "
             f"({_reason(error)}); give a path that exists, or a name that the hub or its cache has."
@@ -35,14 +35,14 @@ def fetch_from_hub(name: str) -> Path:
 
 
 def in_hub_cache(path: Path) -> bool:
-    """Return whether a file is one of the hub's cache, to which a folder of a snapshot links."""
+    """Return whether a file is a link into the blobs of the hub's cache."""
     return path.resolve().parent.name == "blobs"
 
 
 def require_whole(path: Path) -> None:
-    """Raise DamagedFileError where a file of the hub's cache has not the hash by which the cache names it.
+    """Raise DamagedFileError where a file of the hub's cache does not have the hash in its name there.
 
-    The cache links a file to ``blobs/`` under its SHA-256, or for small ones under the hash that Git has of it.
+    The cache names a file in ``blobs/`` by its SHA-256, or a small one by its Git hash.
     """
     if not in_hub_cache(path):
         return
@@ -73,8 +73,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, RepositoryNotFoundError):
         return "the hub knows no such public model"
     if isinstance(error, HFValidationError):
-        return "it is no name of the hub"
+        return "it is not a name that the hub allows"
     if isinstance(error, LocalEntryNotFoundError):
-        away = "the hub is switched off by HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "the hub is not reached"
-        return f"{away}, and its cache {constants.HF_HUB_CACHE} does not hold it"
+        away = "the hub is switched off by HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+        return f"{away}, and its cache {constants.HF_HUB_CACHE} does not have it"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,4 +1,4 @@
-"""The checkpoints that a setting names, read while they are pinned: retention of a run that goes on waits for that."""
+"""Read the checkpoints that a setting names while they are pinned, so that a run in progress does not delete them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -14,15 +14,16 @@ from train.stores import list_checkpoints
 
 Result = TypeVar("Result")
 
-COPIES = Path("cache/runs")  # of runs that are read from a URL
-ATTEMPTS = 20  # to read the newest checkpoint of a run that deletes it meanwhile
+COPIES = Path("cache/runs")  # copies of runs that are read from a URL
+ATTEMPTS = 20  # at reading the newest checkpoint of a run that deletes it meanwhile
 
 
 def read_checkpoint(where: str, read: Callable[[Path], Result]) -> Result:
-    """Return what ``read`` makes of a checkpoint's folder: of the newest of a run, or of ``where`` itself.
+    """Return the result of ``read`` for a checkpoint's folder: a run's newest checkpoint, or ``where`` itself.
 
-    Where the newest is deleted before it is pinned, or no pins hold on that file system, the next newest is read.
-    Raises what ``read`` raises of a checkpoint that is there, and ValueError for one that is not.
+    A run may delete its newest checkpoint before it is pinned, or at any time where the file system does not support
+    pins; then the newest one that exists is read instead. Raises what ``read`` raises for a checkpoint that exists, and
+    ValueError for one that does not.
     """
     for _ in range(ATTEMPTS):
         path = checkpoint_path(where)
@@ -38,12 +39,12 @@ def read_checkpoint(where: str, read: Callable[[Path], Result]) -> Result:
                 raise CheckpointGoneError(f"The checkpoint {path} was deleted while it was read.") from error
     raise CheckpointGoneError(
         f"The run {where} deleted its newest checkpoint {ATTEMPTS} times while it was read; train it with a larger "
-        "keep_checkpoints, or give the folder of one that stays."
+        "keep_checkpoints, or give the folder of a checkpoint that is kept."
     )
 
 
 def checkpoint_path(where: str) -> Path:
-    """A checkpoint's folder, of a run or of itself, which is copied to this machine where it is behind a URL."""
+    """Return the folder of a run's newest checkpoint, or ``where`` itself. A run at a URL is first copied locally."""
     path = fetch_run(where, COPIES) if is_remote(where) else Path(where)
     if (path / "checkpoints").is_dir():
         complete = list_checkpoints(path / "checkpoints")
@@ -55,9 +56,10 @@ def checkpoint_path(where: str) -> Path:
 
 @contextmanager
 def pinned_sources(path: Path, weights: str) -> Iterator[Sequence[Path]]:
-    """Pin the checkpoints that weights of this name are made of: the run's up to this one, or this one alone.
+    """Pin the checkpoints from which weights of this name are computed, and yield their folders.
 
-    Of several it is only for ``width_W``. ``path`` itself is pinned already; one that is deleted just now is left out.
+    For ``width_W`` these are the run's checkpoints up to ``path``, else ``path`` alone, which is pinned already. A
+    checkpoint that is deleted meanwhile is left out.
     """
     if not weights.startswith(posthoc.PREFIX):
         yield [path]
@@ -73,12 +75,12 @@ def pinned_sources(path: Path, weights: str) -> Iterator[Sequence[Path]]:
 
 
 def checkpoint_hash(path: Path) -> str:
-    """Return the SHA-256 of its ``state.json``, which holds the hashes of its other files."""
+    """Return the SHA-256 of a checkpoint's ``state.json``, which has the hashes of its other files."""
     return sha256_of(path / STATE_FILE)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Return the identity of a folder, another in its place has another; None where there is none."""
+    """Return the device and inode of a folder, which differ for a later one of that name, or None if there is none."""
     try:
         status = path.stat()
     except OSError:

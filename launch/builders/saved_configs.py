@@ -1,4 +1,4 @@
-"""Read the config that a checkpoint or a dump carries: typed settings and known components, never an interpolation."""
+"""Read the config in a checkpoint or a dump: typed settings and known components, never an interpolation."""
 
 import typing
 from collections.abc import Collection, Mapping
@@ -11,10 +11,10 @@ from launch.builders.components import from_file, plain_value
 from launch.command.check import check_type
 from launch.command.settings import TrainSettings
 
-# Components that the replay of a step builds out of a dump's config: all that decide its numbers, and where it runs.
+# Components that a replay builds from a dump's config: all that determine the step's numbers, and the runtime.
 REPLAYED = frozenset({*components(TrainSettings), "runtime"})
 
-# Sections that earlier versions did not write, as they were understood then.
+# Sections that earlier versions did not write, with the values that they implied.
 EARLIER: dict[str, Any] = {
     "condition": {"_target_": "data.conditions.ClassLabels", "_partial_": True},
     "shape_name": "",
@@ -28,9 +28,9 @@ EARLIER: dict[str, Any] = {
 
 
 def as_now(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a training config of any version as this one writes it.
+    """Return a training config of any version in the form that this version writes.
 
-    Earlier versions wrote ``model.learn_sigma``, which had to agree with the objective, which now decides it alone.
+    Earlier versions wrote ``model.learn_sigma``, which had to agree with the objective; now the objective decides it.
     """
     now = _filled(config, EARLIER)
     if isinstance(model := now.get("model"), Mapping) and isinstance(model.get("learn_sigma"), bool):
@@ -39,12 +39,12 @@ def as_now(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _filled(config: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with the values of ``earlier`` that it does not have, in the sections that it has."""
+    """Return a config with missing values filled in from ``earlier``, in the sections that the config has."""
     whole = dict(config)
     for key, inner in earlier.items():
         if not isinstance(inner, Mapping) or "_target_" in inner:
             whole.setdefault(key, inner)
-        elif isinstance(config.get(key), Mapping):  # another network has no blocks
+        elif isinstance(config.get(key), Mapping):  # absent for a network without blocks
             whole[key] = _filled(config[key], inner)
     return whole
 
@@ -52,7 +52,7 @@ def _filled(config: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, 
 def setting(config: Mapping[str, Any], name: str, said_by: str) -> Any:
     """Return one scalar of a training config, such as ``batch_size``, checked against `TrainSettings`.
 
-    Raises ValueError that names the file where it is missing or of another type.
+    Raises ValueError, naming the file, where it is missing or of another type.
     """
     return _setting(config, name, typing.get_type_hints(TrainSettings)[name], name, said_by)
 
@@ -68,7 +68,7 @@ def component(config: Mapping[str, Any], place: str, said_by: str) -> dict[str, 
 def whole_config(config: Mapping[str, Any], said_by: str, built: Collection[str] = REPLAYED) -> dict[str, Any]:
     """Return every setting of a training config, and the components ``built``; other sections are left out.
 
-    Raises ValueError that names the file and the setting.
+    Raises ValueError, naming the file and the setting, for one that is missing or not allowed.
     """
     return _section(as_now(config), TrainSettings, "", said_by, built)
 

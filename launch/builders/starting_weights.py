@@ -1,4 +1,4 @@
-"""``init_from``: weights that a new run starts with, from any program."""
+"""Load ``init_from``: the weights, of this or another program, that a new run starts with."""
 
 from launch.builders.build import load_model, require_outputs
 from launch.builders.foreign import Facts, is_foreign, read_foreign
@@ -8,10 +8,10 @@ from model.starting import take_over
 
 
 def load_starting_weights(model: Network, where: str) -> list[str]:
-    """Fill ``model`` from weights of another program, or a run or checkpoint of ours (its EMA).
+    """Fill ``model`` with weights of another program, or with the EMA of a run or checkpoint of ours.
 
     Returns sentences on how they were read and what was not taken over. Raises ValueError where there are no weights,
-    or the shapes differ, naming both.
+    and, naming both shapes, where shapes differ.
     """
     if is_foreign(where):
         run = describe(model)

@@ -1,4 +1,4 @@
-"""Prepare a run: what training and the replay of its last step build in the same way."""
+"""Prepare a run: build the objects that training and a replay of its last step both need."""
 
 from dataclasses import dataclass, replace
 
@@ -28,9 +28,9 @@ from train.step import make_step
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A run on its machine, before its state is restored. Made by `prepare_run`."""
+    """The objects of a run, before its state is restored. `prepare_run` makes them."""
 
-    config: TrainSettings  # with what the shards decide of the model
+    config: TrainSettings  # with the settings of the model that follow from the shards
     manifest: Manifest
     spec: LatentSpec
     autoencoder: Autoencoder
@@ -39,11 +39,11 @@ class PreparedRun:
     runtime: Runtime
 
     def new_state(self, starts_anew: bool) -> TrainState:
-        """Return the state at step 0, on the host: weights from ``init_from`` or the seed, averages, the optimizer."""
+        """Return the state at step 0, on the CPU: weights from ``init_from`` or the seed, averages, the optimizer."""
         return _new_state(self.config, self.objective, self.runtime, starts_anew)
 
     def batches(self, shards: MappedShards, rank: int, world: int) -> TrainingBatches:
-        """Return the batches of process ``rank`` of ``world``."""
+        """Return the batches of process ``rank`` out of ``world`` processes."""
         config = self.config
         return TrainingBatches(
             shards,
@@ -60,9 +60,9 @@ class PreparedRun:
         )
 
     def begin(self, state: TrainState) -> "BegunRun":
-        """Bring a restored state to the devices. The state gets the runtime's optimizer."""
+        """Move a restored state to the devices. The state gets the runtime's optimizer."""
         config, runtime = self.config, self.runtime
-        if config.activation_checkpointing:  # after the averages were copied, which have no backward pass
+        if config.activation_checkpointing:  # only now: the averages, copied before, have no backward pass
             checkpoint_units(state.model, runtime.checkpoint)
         model, state.optimizer = runtime.prepare(state.model, list(state.ema.modules.values()), state.optimizer)
         factor = config.skip_grad_norm
@@ -73,17 +73,17 @@ class PreparedRun:
 
 @dataclass(frozen=True)
 class BegunRun:
-    """What training needs of a state on the devices."""
+    """The objects with which training goes on, on the devices."""
 
-    model: nn.Module  # to step with, as the runtime wrapped it
+    model: nn.Module  # as the runtime wrapped it
     step: Step
     guard: SpikeGuard | None
 
 
 def prepare_run(config: TrainSettings, manifest: Manifest) -> PreparedRun:
-    """Return the run of a config on its shards.
+    """Return the run that a config describes, on its shards.
 
-    Raises ValueError for settings that do not fit, or that differ over processes.
+    Raises ValueError for settings that do not fit, or that differ between processes.
     """
     autoencoder, spec = expected_spec(config.data, manifest)
     require_shards(manifest, spec, config.data.shards)

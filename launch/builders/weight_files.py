@@ -1,7 +1,7 @@
-"""One file of tensors that any program may have written: ``torch.save``'s, old or new, or safetensors.
+"""Read a file of tensors that any program may have written: by ``torch.save``, in either format, or safetensors.
 
-Nothing in it runs, and PyTorch's own words, which advise to let it run, are never passed on. Damage is named before the
-tensors are believed: `torch.load` checks no checksum.
+No code in the file is run, and PyTorch's own messages, which suggest running it, are never shown. Checksums are checked
+before the tensors are used, since `torch.load` does not check them.
 """
 
 import argparse
@@ -24,9 +24,9 @@ from core.records import parse_object
 _ZIP, _PICKLE, _POINTER = b"PK\x03\x04", b"\x80", b"version https://git-lfs"
 _MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # the number that an old file of `torch.save` begins with
 _END_OF_ZIP = b"PK\x05\x06"
-_HEAD_BYTES = 64  # of any file, which tell its format
-_LONGEST_HEADER = 100_000_000  # bytes of a safetensors file's; that library reads no longer one
-_REFUSED = (  # how PyTorch's restricted loader names what it does not load
+_HEAD_BYTES = 64  # read from the beginning of a file to tell its format
+_LONGEST_HEADER = 100_000_000  # bytes; the safetensors library does not read a longer one
+_REFUSED = (  # patterns by which PyTorch's restricted loader names what it refuses to load
     r"GLOBAL (\S+) was not an allowed",
     r"unsupported GLOBAL (\S+) whose module",
     r"add_safe_globals`,? but got <class '([\w.]+)",
@@ -37,17 +37,17 @@ _REFUSED = (  # how PyTorch's restricted loader names what it does not load
 
 @dataclass(frozen=True)
 class WeightFile:
-    """Hold the content of a file of weights: nested mappings of tensors, and the trainer's own arguments."""
+    """The content of a file of weights: nested mappings of tensors, and the trainer's own arguments."""
 
     content: Mapping[str, Any]
-    arguments: Mapping[str, Any]  # of the command line of its trainer, where it kept them
+    arguments: Mapping[str, Any]  # command-line arguments of its trainer, if it saved them
 
 
 def read_weight_file(path: Path) -> WeightFile:
-    """Read a file of tensors and plain values on the host.
+    """Read a file of tensors and plain values into CPU memory.
 
-    Raises ValueError, in one sentence that names the file, where it is missing, no regular file, empty, cut short,
-    damaged, of another kind, or holds anything that would run code.
+    Raises ValueError, in one sentence that names the file, where it is missing, not a regular file, empty, cut short,
+    damaged, of another kind, or contains anything that would run code.
     """
     try:
         with open_regular(path) as file:
@@ -69,8 +69,8 @@ def read_weight_file(path: Path) -> WeightFile:
         raise DamagedFileError(_unlike_weights(path, head, size))
     if not isinstance(content, dict):
         raise ValueError(
-            f"{path} holds no table of weights, but a {type(content).__name__}; give a .pt of the released code, or a "
-            ".safetensors."
+            f"{path} has no table of weights, but a {type(content).__name__}; give a .pt file of the released code, or "
+            "a .safetensors file."
         )
     said = content.get("args")
     arguments = vars(said) if isinstance(said, argparse.Namespace) else said
@@ -82,11 +82,11 @@ def _is_safetensors(path: Path, head: bytes, size: int) -> bool:
 
 
 def _read_safetensors(path: Path, size: int) -> dict[str, Tensor]:
-    """Read all tensors. The length that the header asks for tells a cut file from other damage."""
+    """Read all tensors. The lengths in the header tell a file that was cut short from other damage."""
     with open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
         if length > _LONGEST_HEADER:
-            raise DamagedFileError(f"{path} is not a safetensors file: its header would have {length} bytes.")
+            raise DamagedFileError(f"{path} is not a safetensors file: its header claims {length} bytes.")
         text = file.read(length)
     if size < 8 + length:
         raise _cut_short(path, size, f"its header alone has {8 + length}")
@@ -97,12 +97,12 @@ def _read_safetensors(path: Path, size: int) -> dict[str, Tensor]:
     except (TypeError, KeyError, IndexError, AttributeError):
         raise DamagedFileError(f"{path} is damaged: its header is not that of a safetensors file.") from None
     if size < expected:
-        raise _cut_short(path, size, f"its header speaks of {expected}")
+        raise _cut_short(path, size, f"its header describes {expected}")
     return _guarded(path, lambda: load_file(path))
 
 
 def _require_whole_archive(path: Path, size: int) -> None:
-    """Check the archive that `torch.save` wrote: its directory, and each record against its CRC-32."""
+    """Check an archive that `torch.save` wrote: its directory, and each record against its CRC-32."""
     with open_regular(path) as file:
         file.seek(max(0, size - 2**16 - 22))
         tail = file.read()
@@ -111,48 +111,48 @@ def _require_whole_archive(path: Path, size: int) -> None:
         try:
             with zipfile.ZipFile(file) as archive:
                 records = archive.infolist()
-                # Saved with `set_crc32_options(False)`, every checksum is zero and says nothing.
+                # With `set_crc32_options(False)`, torch.save writes zero for every checksum.
                 damaged = archive.testzip() if any(record.CRC for record in records) else None
-        except Exception as error:  # damage makes it raise anything
+        except Exception as error:  # zipfile raises errors of any kind for damaged files
             raise DamagedFileError(f"{path} is damaged: {_line(error)}; copy or download it again.") from None
     if damaged is not None:
         raise DamagedFileError(f"{path} is damaged: the checksum of {damaged} in it is wrong; download it again.")
     names = [record.filename.partition("/")[2] for record in records]
     if "constants.pkl" in names or any(name.startswith("code/") for name in names):
-        raise ValueError(f"{path} is a TorchScript program, which is not run; give the weights alone.")
+        raise ValueError(f"{path} is a TorchScript program, which is never run; give the weights alone.")
     if "data.pkl" not in names:
         raise ValueError(f"{path} is an archive, but not one that torch.save wrote: it has no data.pkl.")
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-        raise ValueError(f"{path} was packed again by another program; unpack it and save it by torch.save.")
+        raise ValueError(f"{path} was repacked by another program; unpack it and save it by torch.save.")
 
 
 def _load(path: Path, mmap: bool) -> Any:
     def load() -> Any:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the released trainer keeps its arguments so
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the released trainer saves its arguments as one
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
     return _guarded(path, load)
 
 
 def _guarded(path: Path, load: Callable[[], Any]) -> Any:
-    """Call a loader, and say what it met in words of ours."""
+    """Call a loader, and raise its errors as sentences of ours."""
     try:
         return load()
     except MemoryError:
         raise
-    except Exception as error:  # a loader of a damaged file raises anything
+    except Exception as error:  # loaders raise errors of any kind for damaged files
         message = str(error)
         if name := next((found.group(1) for text in _REFUSED if (found := re.search(text, message))), None):
             raise ValueError(
-                f"{path} is refused: besides tensors and plain values it holds {name}, and to load that is to run code "
-                "of whoever wrote the file; where you trust it, load it with the program that wrote it and save the "
+                f"{path} is refused: besides tensors and plain values it has {name}, and loading that would run code "
+                "of whoever wrote the file; if you trust it, load it with the program that wrote it and save the "
                 "tensors alone, as torch.save({'ema': checkpoint['ema']}, 'weights.pt')."
             ) from None
         size = path.stat().st_size
         if isinstance(error, EOFError) or "unexpected EOF" in message or _ends_early(path):
             raise _cut_short(path, size, "its tensors need more") from None
         raise DamagedFileError(
-            f"{path} is damaged, or not a file of weights ({type(error).__name__} at reading its {size} bytes); copy "
+            f"{path} is damaged, or not a file of weights ({type(error).__name__} when reading its {size} bytes); copy "
             "or download it again."
         ) from None
 
@@ -162,9 +162,9 @@ def _ends_early(path: Path) -> bool:
     with open_regular(path) as file:
         try:
             for _ in range(5):
-                for _ in pickletools.genops(file):  # which reads and runs nothing
+                for _ in pickletools.genops(file):  # parses the opcodes without running them
                     pass
-        except Exception:  # damage makes it raise anything
+        except Exception:  # pickletools raises errors of any kind for damaged files
             return not file.read(1)
     return False
 
@@ -177,12 +177,12 @@ def _unlike_weights(path: Path, head: bytes, size: int) -> str:
     if head.startswith(_POINTER):
         return f"{path} is a pointer of Git LFS, not the weights; fetch them with `git lfs pull`."
     if head.startswith(_PICKLE):
-        return f"{path} is a pickle that torch.save did not write, and is not loaded; save its tensors by torch.save."
+        return f"{path} is a pickle that torch.save did not write, so it is not loaded; save its tensors by torch.save."
     if len(head) < len(_ZIP) or _ZIP.startswith(head):
         return f"{path} is cut short: it has {size} bytes; copy or download it again."
     return (
-        f"{path} is neither a PyTorch nor a safetensors file: it begins with {head[:16]!r}; give a .pt of the released "
-        "code, a .safetensors, or a diffusers folder."
+        f"{path} is neither a PyTorch nor a safetensors file: it begins with {head[:16]!r}; give a .pt file of the "
+        "released code, a .safetensors file, or a diffusers folder."
     )
 
 

@@ -1,4 +1,4 @@
-"""Which of the tables of tensors in a file is the network's, whatever a trainer or a wrapper put around it."""
+"""Find the table of a network's tensors in a file, under whatever names a trainer or a wrapper added."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,25 +15,25 @@ EMA = "ema"
 # Parts of a tensor's name that a wrapper adds: DistributedDataParallel and AveragedModel, torch.compile, FSDP,
 # activation checkpointing. No tensor of a DiT has such a part of its own.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-_COUNTERS = {"n_averaged"}  # of torch's AveragedModel: how many updates there were
+_COUNTERS = {"n_averaged"}  # of torch's AveragedModel: the number of updates
 _OURS = "patch_embedding.weight"
-_DEEPEST = 3  # mappings within mappings
+_DEEPEST = 3  # levels of nested mappings that are searched
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class Table(NamedTuple):
-    """One table under the released names, without the prefixes of its wrappers."""
+    """A table of tensors under the released names, without the prefixes of its wrappers."""
 
-    name: str  # where it was found, such as "ema"; "" where the file is the table
+    name: str  # where it was found, such as "ema"; "" where the file itself is the table
     tensors: dict[str, Tensor]
-    rest: tuple[str, ...] = ()  # names of tensors beside it, of other parts
+    rest: tuple[str, ...] = ()  # names of other tensors in the same mapping
 
 
 def choose_table(file: WeightFile, path: Path, wanted: str) -> tuple[Table, list[str]]:
-    """Return the table to use, and sentences that say which it was.
+    """Return the table to use, and sentences on which one it is.
 
-    ``wanted`` names one; ``ema`` also takes the only table that there is, since a file need not say that it is one of
-    averages. Raises ValueError where it is absent, where several could be meant, and where the tensors are no weights.
+    ``wanted`` names it; ``ema`` also matches a file's only table, since a file need not state that it has averages.
+    Raises ValueError where it is absent, where several could be meant, and where the tensors are not weights.
     """
     try:
         tables = list(_tables(file.content, "", 0))
@@ -45,23 +45,23 @@ def choose_table(file: WeightFile, path: Path, wanted: str) -> tuple[Table, list
     names = ", ".join(repr(table.name) if table.name else "one without a name" for table in tables)
     if len(found) != 1:
         raise ValueError(
-            f"{path} has {len(tables)} table{'s' * (len(tables) > 1)} of weights ({names}), none of them {wanted!r} "
-            "alone; choose one by weights=NAME, or save it in a file of its own."
+            f"{path} has {len(tables)} table{'s' * (len(tables) > 1)} of weights ({names}), but {wanted!r} does "
+            "not identify one of them; choose one by weights=NAME, or save it in a file of its own."
         )
     table = found[0]
     require_numbers(table.tensors, path)
     notes = []
     if table.name:
         others = f" (of {names})" if len(tables) > 1 else ""
-        averaged = "" if _is_average(table.name) else f"; there is no {EMA!r}, so these need not be averaged weights"
+        averaged = "" if _is_average(table.name) else f"; there is no {EMA!r}, so these may not be averaged weights"
         notes.append(f"{path}: its table {table.name!r} is used{others}{averaged if wanted == EMA else ''}.")
     if table.rest:
-        notes.append(f"{path}: {len(table.rest)} other tensors beside it are not used, {table.rest[0]} the first.")
+        notes.append(f"{path}: {len(table.rest)} other tensors next to it are not used; the first is {table.rest[0]}.")
     return table, notes
 
 
 def _only(tables: list[Table], wanted: str) -> list[Table]:
-    """Return the tables that ``ema`` may mean where none has that name."""
+    """Return the tables that ``ema`` may mean where none has that very name."""
     if wanted != EMA:
         return []
     return tables if len(tables) == 1 else [table for table in tables if _is_average(table.name)]
@@ -72,7 +72,7 @@ def _is_average(name: str) -> bool:
 
 
 def _tables(content: Mapping[Any, Any], place: str, depth: int) -> Iterator[Table]:
-    """Find every table at or below a mapping, with the place where it lies."""
+    """Yield every table at or below a mapping, named by its place."""
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     yield from _tables_of(_unwrapped(tensors, place), place)
     if depth < _DEEPEST:
@@ -82,7 +82,7 @@ def _tables(content: Mapping[Any, Any], place: str, depth: int) -> Iterator[Tabl
 
 
 def _tables_of(tensors: dict[str, Tensor], place: str) -> Iterator[Table]:
-    """Split tensors of one mapping by what stands before the released names, such as ``ema.`` and ``model.``."""
+    """Split the tensors of one mapping by their prefixes before the released names, such as ``ema.`` and ``model.``."""
     prefixes = [name.removesuffix(ANCHOR) for name in tensors if name == ANCHOR or name.endswith(f".{ANCHOR}")]
     prefixes.sort(key=len, reverse=True)  # a longer prefix takes its tensors first
     mine: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
@@ -98,13 +98,13 @@ def _tables_of(tensors: dict[str, Tensor], place: str) -> Iterator[Table]:
 
 
 def _unwrapped(tensors: Mapping[str, Tensor], place: str) -> dict[str, Tensor]:
-    """Return tensors without the parts of their names that wrappers added."""
+    """Return the tensors, with the parts that wrappers added removed from their names."""
     found: dict[str, Tensor] = {}
     for name, value in tensors.items():
         bare = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
         if bare in found:
             raise ValueError(
-                f"a table of it{place and f' ({place})'} holds {bare} twice, once as {name}; save the one meant."
+                f"a table of it{place and f' ({place})'} has {bare} twice, once as {name}; save only the one to use."
             )
         if bare not in _COUNTERS:
             found[bare] = value
@@ -114,22 +114,22 @@ def _unwrapped(tensors: Mapping[str, Tensor], place: str) -> dict[str, Tensor]:
 def _no_table(path: Path, content: Mapping[Any, Any]) -> str:
     names = [str(name) for name in content]
     if _OURS in names:
-        return f"{path} is a part of a checkpoint of this program; give the folder that it lies in."
+        return f"{path} is part of a checkpoint of this program; give the folder that it lies in."
     if DIFFUSERS_ANCHOR in names:
-        return f"{path} has diffusers' names, whose shape a config.json says; give the folder that holds both."
+        return f"{path} has diffusers' names, which need a config.json; give the folder that holds both."
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return (
-        f"{path} holds no table of weights of a DiT: nothing in it is named {ANCHOR} (it has {shown or 'nothing'}); "
-        "give a .pt of the released code, or a diffusers folder."
+        f"{path} has no table of weights of a DiT: nothing in it is named {ANCHOR} (it has {shown or 'nothing'}); "
+        "give a .pt file of the released code, or a diffusers folder."
     )
 
 
 def require_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raise ValueError for tensors that are no plain, finite floating-point numbers, or claim more than is stored."""
+    """Raise ValueError for tensors that are not dense, finite floating-point numbers, or exceed their storage."""
     for name, value in tensors.items():
         if value.layout != torch.strided or value.dtype not in _DTYPES:
             raise ValueError(f"{path}: {name} is {value.dtype} ({value.layout}), but weights are dense float32.")
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise ValueError(f"{path}: {name} is {tuple(value.shape)}, but fewer numbers than that are stored of it.")
+            raise ValueError(f"{path}: {name} is {tuple(value.shape)}, but fewer numbers than that are stored for it.")
         if not value.isfinite().all():
-            raise ValueError(f"{path}: {name} has values that are not finite, as of a run that diverged; take another.")
+            raise ValueError(f"{path}: {name} has values that are not finite, as of a diverged run; give another file.")

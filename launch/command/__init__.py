@@ -1,1 +1,1 @@
-"""The command line and Hydra's machinery: words to settings, runs of a sweep, errors to sentences."""
+"""The command line and Hydra: words become settings, sweeps start runs, and errors become sentences."""

@@ -1,4 +1,4 @@
-"""Runs a job under Hydra and turns errors of the user into one sentence and exit code 2."""
+"""Run a job under Hydra, and report a user's mistake as one sentence with exit code 2."""
 
 import errno
 import os
@@ -34,15 +34,15 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
 CONF = ROOT / "conf"
 JobFunction = Callable[..., None]  # (settings, progress)
-Settle = Callable[[DictConfig, list[str]], None]  # (config before anything is resolved, words of the command line)
+Settle = Callable[[DictConfig, list[str]], None]  # (config before interpolations are resolved, command-line words)
 
 
 def run(job: str, function: JobFunction, settle: Settle | None = None) -> None:
     """Compose ``conf/{job}.yaml`` with the command line's overrides and call ``function(settings, progress)``.
 
-    ``settle`` may change the composed config before anything in it is resolved.
+    ``settle`` may change the composed config before its interpolations are resolved.
 
-    Exits with 2 and one sentence for a ValueError or a config error, with 1 where training diverged.
+    Exits with code 2 and one sentence for a ValueError or a config error, and with 1 where training diverged.
     ``HYDRA_FULL_ERROR=1`` shows the traceback instead.
     """
     if started_by_torchrun():
@@ -54,7 +54,7 @@ def run(job: str, function: JobFunction, settle: Settle | None = None) -> None:
         return _print_to_its_reader(help_of(job))
     sys.argv[1:] = prepared(sys.argv[1:])
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves the reporting to us
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise errors instead of printing them
     application = hydra.main(config_path=str(CONF), config_name=job, version_base="1.3")
     task = _Task(job, function, settle, wants_traceback)
     with secrets_hidden(sys.argv):
@@ -75,11 +75,11 @@ def run(job: str, function: JobFunction, settle: Settle | None = None) -> None:
 
 
 def _print_to_its_reader(text: str) -> None:
-    """Print a long text, of which ``| head`` may take the beginning alone."""
+    """Print a long text whose reader, such as ``| head``, may close the pipe early."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would report an error at exit
 
 
 def _exit_with(job: str, error: Exception, wants_traceback: bool) -> NoReturn:
@@ -92,10 +92,10 @@ def _exit_with(job: str, error: Exception, wants_traceback: bool) -> NoReturn:
 
 
 class _Task:
-    """Run the job each time that Hydra asks: in this process or, in a sweep of trainings, in one of the run's own.
+    """The function that Hydra calls for each run: in this process or, in a sweep of trainings, in a process per run.
 
-    A single run keeps its exception in ``error``, past Hydra, which would print more than the sentence. A run of a
-    sweep tells of it at once and raises it: the others go on, and the end names what failed.
+    A single run stores its exception in ``error``, since Hydra would print more than one sentence about it. A run of a
+    sweep prints its sentence at once and raises: the others continue, and the sweep names the failed ones at its end.
     """
 
     def __init__(self, job: str, function: JobFunction, settle: Settle | None, wants_traceback: bool) -> None:
@@ -104,11 +104,11 @@ class _Task:
         self._function, self._settle = function, settle
         self._wants_traceback = wants_traceback
         self.error: Exception | None = None
-        self.settings: Any = ()  # of the last run, with whatever secrets they hold
+        self.settings: Any = ()  # of the last run; they may hold secrets
 
     def __call__(self, config: DictConfig) -> None:
         self.settings = _settings_of(config)
-        with secrets_hidden(self.settings):  # also in a worker, which `run` did not start
+        with secrets_hidden(self.settings):  # here too: a sweep's worker process does not pass through `run`
             self._call(config)
 
     def _call(self, config: DictConfig) -> None:
@@ -123,7 +123,7 @@ class _Task:
             self.error = cause
 
     def name(self, config: DictConfig) -> str:
-        """Return the name of a run of a sweep; where it has none, what it overrides."""
+        """Return the name of a run of a sweep, or its overrides where it has no name."""
         try:
             return str(config["name"])
         except OmegaConfBaseException:
@@ -146,7 +146,7 @@ class _Task:
         settings = SETTINGS[self.job].of(plain)
         hydra_config: Any = HydraConfig.get()
         if hydra_config.mode == RunMode.MULTIRUN:
-            from launch.command.gpus import take_gpu  # which imports PyTorch; showing help need not
+            from launch.command.gpus import take_gpu  # imports PyTorch, which --help does not need
 
             redact_file(Path(hydra_config.sweep.dir) / "multirun.yaml", plain)
             take_gpu(plain, Path(hydra_config.sweep.dir))
@@ -155,7 +155,7 @@ class _Task:
 
 
 def _settings_of(config: DictConfig) -> Any:
-    """The values of a config, or what they are made of where one of them cannot be resolved."""
+    """Return the values of a config, unresolved where one of them cannot be resolved."""
     try:
         return OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException:
@@ -163,7 +163,7 @@ def _settings_of(config: DictConfig) -> Any:
 
 
 def _code(error: BaseException, sentence: str | None) -> int:
-    """Return the exit code: 2 for a mistake of the user, 1 for what came of training or is a fault of the program."""
+    """Return the exit code: 2 for a user's mistake, 1 for diverged training or a bug of the program."""
     return 1 if sentence is None or isinstance(error, FloatingPointError) else 2
 
 
@@ -209,12 +209,15 @@ def _one_line(error: BaseException) -> str:
 
 
 def _explain_choice(missing: str, options: Sequence[str]) -> str:
-    """Name what a group does not have. Hydra lists one folder, but experiments lie in folders of their own."""
+    """Return a sentence on an option that a group does not have, with the options that it has.
+
+    Hydra lists a single folder, but experiments lie in subfolders, so they are listed here.
+    """
     group, _, name = missing.rpartition("/")
     if missing.startswith("experiment/"):
         group, name = "experiment", missing.removeprefix("experiment/")
         options = sorted(str(path.relative_to(CONF / group).with_suffix("")) for path in (CONF / group).rglob("*.yaml"))
-    return f"There is no {name!r} in {group}{closest(name, options)} It has: {', '.join(options)}."
+    return f"There is no {name!r} in {group}{closest(name, options)} The options are: {', '.join(options)}."
 
 
 def _explain_value(error: OmegaConfBaseException) -> str:
@@ -225,7 +228,7 @@ def _explain_value(error: OmegaConfBaseException) -> str:
 
 
 def _explain_override(job: str, message: str) -> str:
-    """Name the override that does not fit, and the closest setting or group."""
+    """Return a sentence that names the override that does not fit, and the closest setting or group."""
     typed = re.search(r"override (\S+?)=.* Value '(.*)' of type '\w+' could not be converted to (\w+)", message)
     if typed is not None:
         return f"{typed.group(1)} is {typed.group(2)!r}, but it must be of type {typed.group(3).lower()}."
@@ -241,7 +244,7 @@ def _explain_override(job: str, message: str) -> str:
 
 
 def default_config(job: str) -> DictConfig:
-    """Return a job's config as it is without any word of the command line, Hydra's own section among it."""
+    """Return a job's config as composed without any override, with Hydra's own section."""
     register()
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name=job):
@@ -249,7 +252,7 @@ def default_config(job: str) -> DictConfig:
 
 
 def valid_names(job: str) -> tuple[list[str], list[str]]:
-    """Return every setting of the job's default config, and every group that it chooses from."""
+    """Return the names of every setting and every config group of a job's default config."""
     config = default_config(job)
     groups = [str(group) for group in config.hydra.runtime.choices if not str(group).startswith("hydra/")]
     keys = _dotted_keys(OmegaConf.to_container(config))

@@ -1,4 +1,4 @@
-"""Checks of a composed config before anything is built."""
+"""Check a composed config before anything is built."""
 
 import inspect
 import json
@@ -16,7 +16,7 @@ from core.closest import closest
 
 
 def check_known(config: DictConfig, path: str = "") -> None:
-    """Every key of a typed section must be of its schema, also one forced in with ``+``. Raises ValueError."""
+    """Raise ValueError for a key of a typed section that its schema does not have, even one added with ``+``."""
     schema = OmegaConf.get_type(config)
     names = [field.name for field in fields(schema)] if schema is not None and is_dataclass(schema) else None
     for key in map(str, config):
@@ -27,7 +27,7 @@ def check_known(config: DictConfig, path: str = "") -> None:
 
 
 def check_targets(node: Any, path: str = "") -> None:
-    """Walk every ``_target_``: each key must be a parameter of it, each scalar of the parameter's type.
+    """Check each section with a ``_target_``: its keys must be the target's parameters, its values of their types.
 
     Raises ValueError with the closest valid name.
     """
@@ -37,7 +37,7 @@ def check_targets(node: Any, path: str = "") -> None:
 
 
 def _sections(node: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every mapping at or below ``node``, in lists too, with its dotted path."""
+    """Yield every mapping at or below ``node``, also within lists, with its dotted path."""
     if isinstance(node, Mapping):
         yield path, node
         for key, value in node.items():
@@ -52,7 +52,7 @@ def check_parameters(config: Mapping[str, Any], path: str) -> None:
     name = config["_target_"]
     try:
         target = get_object(name)
-    except Exception as error:  # hydra raises several kinds, ImportError of the target's module among them
+    except Exception as error:  # Hydra raises several kinds, among them the ImportError of the target's module
         raise ValueError(f"{path}_target_ is {name!r}, which cannot be imported: {error}") from error
     target = taker_of_settings(target)
     parameters, hints = inspect.signature(target).parameters, _hints(target)
@@ -67,13 +67,13 @@ def check_parameters(config: Mapping[str, Any], path: str) -> None:
 
 
 def taker_of_settings(target: Any) -> Callable[..., Any]:
-    """Return what has a section's keys as its parameters: the target, or the class of the one config that it takes."""
+    """Return the callable that takes a section's keys: the target, or its ``config_class`` where it has one."""
     taker: Callable[..., Any] = getattr(target, "config_class", target)
     return taker
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
-    """Parameter types of a class or function; what cannot be resolved is not checked."""
+    """Return the parameter types of a class or function, or nothing where they cannot be resolved."""
     function = target.__init__ if inspect.isclass(target) else target
     try:
         return typing.get_type_hints(function)
@@ -82,14 +82,14 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
 
 
 def check_type(name: str, value: Any, hint: Any) -> None:
-    """Raise ValueError where a scalar, or a list, is not of the type ``hint``; ``name`` stands in the sentence."""
+    """Raise ValueError, naming ``name``, where a scalar or a list is not of the type ``hint``."""
     try:
         adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
-    except (PydanticUserError, SchemaError):  # no type that pydantic can judge, such as a Protocol
+    except (PydanticUserError, SchemaError):  # pydantic cannot check this type, such as a Protocol
         return
     try:
         if isinstance(value, list):
-            adapter.validate_json(json.dumps(value), strict=True)  # from JSON, a list may become a tuple
+            adapter.validate_json(json.dumps(value), strict=True)  # in JSON mode, a list may become a tuple
         else:
             adapter.validate_python(value, strict=True)
     except ValidationError as error:
@@ -100,7 +100,7 @@ def check_type(name: str, value: Any, hint: Any) -> None:
 
 
 def check_readers(num_processes: int, num_shards: int) -> None:
-    """Processes must not outnumber the shards that they read. Raises ValueError with both numbers."""
+    """Raise ValueError with both numbers where there are more processes than shards to read."""
     if num_processes > num_shards:
         raise ValueError(
             f"{num_processes} processes would read {num_shards} shards; encode with a smaller "

@@ -1,6 +1,6 @@
-"""``ditscale completion bash``: a script with which a shell completes jobs, settings and choices.
+"""``ditscale completion bash``: print a script by which a shell completes jobs, settings and choices.
 
-Everything is in the script: to complete a word costs no start of Python.
+The script contains all candidates, so completion does not start Python.
 """
 
 import shlex

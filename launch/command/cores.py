@@ -1,4 +1,4 @@
-"""The cores of this machine, shared out to the runs of a sweep."""
+"""The local CPU cores, and how the runs of a sweep share them."""
 
 import math
 import os
@@ -8,14 +8,14 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def usable_cores(cgroups: Path = CGROUPS) -> int:
-    """Return how many cores this process may use, by its affinity and by the quota of its container."""
+    """Return the number of cores that this process may use, by its affinity and its container's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _quota(cgroups)
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
 def _quota(cgroups: Path) -> float | None:
-    """Return the cores that a container may use, of cgroups of either version, or None where it may use all."""
+    """Return the number of cores that the container may use, by cgroups v1 or v2, or None where it may use all."""
     try:
         if (both := cgroups / "cpu.max").exists():
             quota, period = both.read_text().split()
@@ -27,7 +27,7 @@ def _quota(cgroups: Path) -> float | None:
 
 
 def limit_threads(threads: int) -> None:
-    """Let libraries compute with so many threads in this process, unless OMP_NUM_THREADS says how many."""
+    """Limit libraries to ``threads`` threads in this process, unless OMP_NUM_THREADS is set."""
     if "OMP_NUM_THREADS" in os.environ:
         return
     import torch

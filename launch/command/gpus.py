@@ -1,4 +1,4 @@
-"""Which GPU a run takes where several of a sweep share a machine (``hydra.launcher.n_jobs``)."""
+"""Choose a GPU for each run where several runs of a sweep share a machine (``hydra.launcher.n_jobs``)."""
 
 import itertools
 import os
@@ -12,14 +12,14 @@ from filelock import BaseFileLock
 
 from core.locks import HeldError, acquired
 
-_held: list[BaseFileLock] = []  # by this process, until it ends: where it has several runs, all are on the same GPU
+_held: list[BaseFileLock] = []  # held until this process ends; if it has several runs, all use the same GPU
 
 
 def take_gpu(config: Mapping[str, Any], sweep: Path) -> None:
-    """Make one GPU that no other process of the sweep has taken this process's default.
+    """Make a GPU that no other process of the sweep uses the default of this process.
 
-    Where there are more processes than GPUs, each is shared by as many. Does nothing under a launcher, which gives
-    each of its processes a GPU, where there are not several, and for a job on the CPU.
+    Where there are more processes than GPUs, they share the GPUs evenly. Does nothing with fewer than two GPUs, for a
+    job on the CPU, and under a launcher such as torchrun, which assigns the GPUs itself.
     """
     count = torch.cuda.device_count()
     on_cpu = config.get("runtime", {}).get("device") == "cpu"
@@ -31,7 +31,7 @@ def take_gpu(config: Mapping[str, Any], sweep: Path) -> None:
 
 
 def lease(count: int, folder: Path) -> tuple[int, BaseFileLock]:
-    """A number below ``count`` that fewest others hold, and the lock that holds it and dies with its process."""
+    """Return a number below ``count`` that the fewest others hold, and a lock that holds it until this process ends."""
     for place in itertools.count():
         try:
             lock = acquired(folder / f"{place}.lock", timeout_sec=0)

@@ -1,7 +1,7 @@
-"""``ditscale JOB --help``: what a job does, what may be chosen, and each setting with its default and what it means.
+"""``ditscale JOB --help``: print what a job does, its choices, and each setting with its default and meaning.
 
-Nothing is written twice: descriptions are the comments in ``conf/`` and beside the fields of
-`launch.command.settings`, and the first sentences of docstrings.
+The descriptions are the comments in ``conf/`` and at the fields of `launch.command.settings`, and the first sentences
+of docstrings, so that nothing is written twice.
 """
 
 import ast
@@ -50,9 +50,9 @@ def _choices(groups: Mapping[str, str]) -> Iterator[str]:
 
 
 def options_of(group: str) -> dict[str, str]:
-    """Return what a group has, each with what its file, or the class it builds, says first of itself."""
+    """Return the options of a group, each with the first sentence of its file or of the class that it builds."""
     folder = CONF / group
-    pattern = "**/*.yaml" if group == "experiment" else "*.yaml"  # whole studies lie in folders of their own
+    pattern = "**/*.yaml" if group == "experiment" else "*.yaml"  # whole studies lie in subfolders
     paths = [path for path in sorted(folder.glob(pattern)) if path.stem != "recipe"]
     return {str(path.relative_to(folder).with_suffix("")): _description(path) for path in paths}
 
@@ -69,7 +69,7 @@ def _description(path: Path) -> str:
 
 
 def _first_sentence(target: str) -> str:
-    """Return how the docstring of a class or function of ours begins, without importing it."""
+    """Return the first sentence of the docstring of a class or function of ours, without importing it."""
     module, _, name = target.rpartition(".")
     file = CONF.parent / f"{module.replace('.', '/')}.py"
     if not file.is_file():
@@ -82,7 +82,7 @@ def _first_sentence(target: str) -> str:
 
 
 def comments_of(job: str, groups: Mapping[str, str]) -> dict[str, str]:
-    """Return what is written beside each setting, by its dotted name: in the schema, then in the chosen files."""
+    """Return the comment of each setting by its dotted name: from the schema, then from the chosen config files."""
     found = dict(_of_schema(SETTINGS[job], ""))
     for group, choice in groups.items():
         for path in _with_bases(CONF / group / f"{choice}.yaml"):
@@ -91,7 +91,7 @@ def comments_of(job: str, groups: Mapping[str, str]) -> dict[str, str]:
 
 
 def _with_bases(path: Path) -> list[Path]:
-    """Return a config file after the files of its folder that it is made of."""
+    """Return a config file, preceded by the files of its folder that its defaults name."""
     if not path.is_file():
         return []
     content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}

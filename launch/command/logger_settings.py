@@ -1,4 +1,4 @@
-"""Settle where a job logs to: ``logger=null`` says ``train/logger=none``, and a report logs as its runs did."""
+"""Settle where a job logs: ``logger=null`` means ``train/logger=none``, and a report logs where its runs did."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,19 +11,19 @@ NOWHERE = {"_target_": "train.loggers.NoLogger", "_partial_": True}
 
 
 def settle_logger(config: DictConfig) -> None:
-    """Replace what ``logger=null`` and ``logger=none`` leave by the logger that keeps nothing.
+    """Replace ``logger=null`` and ``logger=none`` by the logger that keeps nothing.
 
-    Raises ValueError for anything else that is no component.
+    Raises ValueError for anything else that is not a component.
     """
     given = config.logger
     if given in (None, False, "", "none", "None"):
         OmegaConf.update(config, "logger", NOWHERE, merge=False)
     elif not isinstance(given, DictConfig):
-        raise ValueError(f"logger is {given!r}, but it is chosen by train/logger=wandb or train/logger=none.")
+        raise ValueError(f"logger is {given!r}, but a logger is chosen by train/logger=wandb or train/logger=none.")
 
 
 def settle_reports_logger(config: DictConfig, words: list[str]) -> None:
-    """Log no report of runs none of which was logged, unless the command line chooses a logger."""
+    """Disable the logger of a report if no run of its sweep was logged, unless the command line chooses one."""
     settle_logger(config)
     chosen = any(word.lstrip("+~").split("=", 1)[0] in ("train/logger", "logger") for word in words)
     if not chosen and _none_was_logged(Path(config.sweep).glob("*/config.yaml")):

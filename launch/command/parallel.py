@@ -1,4 +1,4 @@
-"""How the processes of a sweep, or of a launcher, stop: asked to, or because the one that started them is gone."""
+"""Stop the processes of a sweep or a launcher, on a signal or when the process that started them is gone."""
 
 import os
 import signal
@@ -13,9 +13,9 @@ from train.signals import ECHO_SEC, SIGNALS, ask_to_stop
 
 
 class PassedOn:
-    """In its block, SIGTERM and SIGINT ask the processes that this one started to save and stop; this one goes on.
+    """Passes SIGTERM and SIGINT on to the processes that this one started, which save and stop; this one goes on.
 
-    A second signal ends all at once.
+    A second signal ends all of them at once.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class PassedOn:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Receive signals in the block; what was there before it is put back."""
+        """Receive signals within the block, and restore the former handlers after it."""
         before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         try:
             yield
@@ -43,14 +43,14 @@ class PassedOn:
 
 
 def started_by_torchrun() -> bool:
-    """Return whether torchrun, or ``accelerate launch`` by it, started this process and looks after it."""
+    """Return whether torchrun, or ``accelerate launch`` through it, started and supervises this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def stop_without(parent: int) -> None:
-    """Take the death of the process ``parent``, which started this one, for a request to stop.
+    """Treat the death of ``parent``, the process that started this one, as a request to stop.
 
-    After kill -9 of a launcher or of a sweep nobody would ask its processes, which would train on.
+    After kill -9 of a launcher or a sweep, nothing else would ask its processes to stop: they would go on training.
     """
     threading.Thread(target=_watch, args=(parent,), name="watch of the parent", daemon=True).start()
 

@@ -1,4 +1,4 @@
-"""Progress bars: rate and ETA on a terminal, a whole line now and then elsewhere."""
+"""Progress with rate and ETA: a bar on a terminal, and a line at intervals in a log."""
 
 import sys
 import time
@@ -14,7 +14,7 @@ QUIET_INTERVAL_SEC = 20.0
 
 
 class _Bar:
-    """A bar of tqdm's."""
+    """A tqdm bar."""
 
     def __init__(self, bar: "tqdm[Never]") -> None:
         self._bar = bar
@@ -29,7 +29,7 @@ class _Bar:
 
 
 class _Lines:
-    """Whole lines for a log file: at the end, and at intervals before it."""
+    """Prints whole lines for a log file: at intervals, and at the end."""
 
     def __init__(self, name: str, done: int, total: int, unit: str) -> None:
         self._name, self._done, self._total, self._unit = name, done, total, unit
@@ -37,7 +37,7 @@ class _Lines:
         self._start = self._shown_at = time.monotonic()
 
     def update(self, n: int = 1) -> None:
-        """Advance, and print a line where the last is old enough."""
+        """Advance, and print a line if the last one is old enough."""
         self._done += n
         now = time.monotonic()
         if now - self._shown_at >= QUIET_INTERVAL_SEC:
@@ -45,11 +45,11 @@ class _Lines:
             self.show()
 
     def note(self, text: str) -> None:
-        """Print a text at the end of each further line."""
+        """Append a text to each further line."""
         self._text = text
 
     def show(self) -> None:
-        """Print where the job stands."""
+        """Print the progress so far."""
         elapsed = max(time.monotonic() - self._start, 1e-9)
         rate = (self._done - self._first) / elapsed
         left = (self._total - self._done) / rate if rate else 0.0
@@ -66,7 +66,7 @@ class _Lines:
 
 
 def make_progress(name: str = "", row: int = 0, enabled: bool = True) -> ProgressBar:
-    """Return bars for one job; ``row`` is its line on the terminal where several jobs run at once."""
+    """Return a function that makes a job's bars; ``row`` is its line on a terminal that several jobs share."""
 
     def bar(label: str, done: int, total: int, unit: str) -> AbstractContextManager[Progress]:
         full_name = f"{name} {label}".strip()

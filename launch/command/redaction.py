@@ -1,4 +1,4 @@
-"""Keep the secrets of URLs out of all that a job prints: sentences, warnings, progress bars, tracebacks."""
+"""Keep the secrets of URLs out of everything that a job prints: messages, warnings, progress bars, tracebacks."""
 
 import sys
 import traceback
@@ -12,18 +12,18 @@ from core.urls import hidden, secrets_in
 
 
 class RedactedStream:
-    """Writes to a stream what is left of a text without secrets. In all else it is that stream."""
+    """Wraps a stream and removes secrets from the text that is written to it. All else is passed to the stream."""
 
     def __init__(self, stream: TextIO, secrets: frozenset[str]) -> None:
         self._stream, self._secrets = stream, secrets
 
     def write(self, text: str) -> int:
-        """Write it without secrets; says that all of it was written."""
+        """Write a text without its secrets. Returns the length of the whole text, as callers expect."""
         self._stream.write(hidden(text, self._secrets))
         return len(text)
 
     def writelines(self, lines: Any) -> None:
-        """Write each of them."""
+        """Write each line without its secrets."""
         for line in lines:
             self.write(line)
 
@@ -33,7 +33,7 @@ class RedactedStream:
 
 @contextmanager
 def secrets_hidden(settings: Any) -> Iterator[None]:
-    """While the block runs, print no secret of a URL in ``settings``, a config or the words of a command line."""
+    """Hide the secrets of URLs in ``settings``, a config or command-line words, from all output within the block."""
     secrets, before = secrets_in(settings), (sys.stdout, sys.stderr)
     sys.stdout, sys.stderr = (RedactedStream(stream, secrets) for stream in before)
     try:
@@ -43,7 +43,7 @@ def secrets_hidden(settings: Any) -> Iterator[None]:
 
 
 def redact_file(path: Path, settings: Any) -> None:
-    """Take the secrets of URLs in ``settings`` out of a text file that another library wrote."""
+    """Remove the secrets of URLs in ``settings`` from a text file that another library wrote."""
     before = path.read_text(encoding="utf-8")
     after = hidden(before, secrets_in(settings))
     if after != before:
@@ -51,6 +51,6 @@ def redact_file(path: Path, settings: Any) -> None:
 
 
 def exit_with_traceback(error: BaseException) -> NoReturn:
-    """End as an exception ends a process that nobody catches, while secrets are still hidden."""
+    """Print the traceback and exit with 1, as Python does for an uncaught exception, while secrets are still hidden."""
     traceback.print_exception(error)
     sys.exit(1)

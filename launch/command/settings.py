@@ -1,4 +1,4 @@
-"""The settings of each job; sections that are built from ``_target_`` are checked by `launch.command.check`."""
+"""The settings of each job. `launch.command.check` checks the sections that are built from ``_target_``."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -13,14 +13,14 @@ from launch.command.sweep_processes import register_launcher
 
 
 class Precision(StrEnum):
-    """Of the network's forward and backward pass; everything else is float32."""
+    """The precision of the network's forward and backward pass; everything else is float32."""
 
     fp32 = "fp32"
     bf16 = "bf16"
 
 
 class Device(StrEnum):
-    """Where a network runs."""
+    """The device that a network runs on."""
 
     auto = "auto"
     cpu = "cpu"
@@ -29,9 +29,9 @@ class Device(StrEnum):
 
 @dataclass
 class ResumeSettings(Settings):
-    """What a run may change when it continues."""
+    """Settings of a run that continues."""
 
-    allow: list[str] = field(default_factory=list)  # settings, besides those that are free
+    allow: list[str] = field(default_factory=list)  # settings that may change, besides those that always may
 
 
 @dataclass
@@ -50,34 +50,34 @@ class TrainSettings(Settings):
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings, metadata={"free": True})
     runtime: Any = free()
 
-    group: str = free("dit")  # of runs that are compared with each other
-    shape_name: str = free()  # what the studies vary of the network; its own config says how
-    # a sweep over more than shape and seed adds it: 'name=${default_name}-lr${optimizer.lr}'
+    group: str = free("dit")  # name of the group of runs that are compared with each other
+    shape_name: str = free()  # name of the network's shape, from the properties that the studies vary
+    # a sweep over more than shape and seed adds to the name: 'name=${default_name}-lr${optimizer.lr}'
     default_name: str = free("${shape_name}-seed${seed}")
     name: str = free("${default_name}")
     sweep_dir: str = free("runs/${group}")
     run_dir: str = free("${sweep_dir}/${name}")
-    remote_dir: str | None = free(None)  # gs:// or s3:// URL that holds the run; run_dir is then its working copy
+    remote_dir: str | None = free(None)  # gs:// or s3:// URL where the run is stored; run_dir is then its working copy
     resume: ResumeSettings = field(default_factory=ResumeSettings, metadata={"free": True})
-    replay: str | None = free(None)  # RUN/nonfinite_STEP of a diverged run: look at that step, train nothing
+    replay: str | None = free(None)  # RUN/nonfinite_STEP of a diverged run: examine that step, train nothing
     dump_nonfinite: bool = free(True)  # keep a link to the last checkpoint and the config of a diverged run, for replay
 
     init_from: str | None = free(None)  # weights to start with: ours, a released .pt, a diffusers folder or a hub name
-    seed: int = 0  # of weights, order, draws
+    seed: int = 0  # of initial weights, order of samples, and random draws
     total_steps: int = positive(400_000)
     batch_size: int = positive(256)  # global, over all processes
     class_dropout: float = 0.1  # fraction of labels replaced by the null class
     max_grad_norm: float | None = positive(None)  # null: gradients are not clipped
-    skip_grad_norm: float | None = None  # leave out steps whose gradient norm exceeds the running median so many times
+    skip_grad_norm: float | None = None  # skip steps whose gradient norm exceeds this many times the running median
     precision: Precision = Precision.bf16
     activation_checkpointing: bool = free(False)  # recompute each block in the backward pass: a third more compute
 
     log_every: int = positive(100)  # steps
     checkpoint_every: int = positive(10_000, free=True)  # steps
-    keep_checkpoints: int = positive(2, free=True)  # the newest so many
+    keep_checkpoints: int = positive(2, free=True)  # number of the newest checkpoints that are kept
     keep_checkpoint_every: int | None = positive(
         None, free=True
-    )  # steps between checkpoints that stay for ever; null: none does
+    )  # steps between checkpoints that are kept forever; null: none is
     sample_every: int | None = positive(10_000, free=True)  # steps between sample grids; null: never
     evaluate_every: int | None = positive(None, free=True)  # steps between evaluations; null: never
 
@@ -87,7 +87,7 @@ class TrainSettings(Settings):
         if kept is not None and kept % every:
             raise ValueError(
                 f"keep_checkpoint_every {kept} is not a multiple of checkpoint_every {every}, so few or no checkpoints "
-                "would stay; change one of them."
+                "would be kept; change one of them."
             )
         if not 0 <= self.class_dropout <= 1:
             raise ValueError(
@@ -101,11 +101,11 @@ class EncodeSettings(Settings):
 
     data: DataSettings = field(default_factory=DataSettings)
     encoding: Any = MUST_BE_GIVEN
-    seed: int = 0  # of the fixed permutation that mixes classes over shards
-    batch_size: int = positive(64)  # images in one call of the autoencoder; another size may round otherwise
+    seed: int = 0  # of the fixed permutation that mixes the classes across shards
+    batch_size: int = positive(64)  # images per call of the autoencoder; another size may round differently
     device: Device = Device.auto
-    threads: int | None = None  # that read and crop images; null: this process's share of the cores
-    max_skipped_fraction: float = 0.01  # of images that cannot be read; the job fails past it
+    threads: int | None = None  # number of threads that read and crop images; null: this process's share of the cores
+    max_skipped_fraction: float = 0.01  # of images that cannot be read; above it, the job fails
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,23 +117,23 @@ class EncodeSettings(Settings):
 
 @dataclass
 class VerifySettings(EncodeSettings):
-    """``ditscale verify``. With ``repair``, the settings are those that the shards were encoded with."""
+    """``ditscale verify``. With ``repair``, give the settings that the shards were encoded with."""
 
-    repair: bool = False  # encode what is damaged again
+    repair: bool = False  # encode damaged shards again
 
 
 @dataclass
 class ForeignSettings(Settings):
-    """Settings that weights of other programs leave open; null: the usual value."""
+    """Settings that the files of other programs do not state; null: the usual value."""
 
-    num_heads: int | None = None  # of a released .pt of a width that is none of the paper's
-    num_classes: int | None = None  # where the label table's last row may be a class or the null class
-    frequency_shift: int | None = None  # null: 1 of a diffusers folder, as it computes, else 0, as of published weights
+    num_heads: int | None = None  # for a released .pt file whose width is not one of the paper's
+    num_classes: int | None = None  # needed where the label table's last row may be a class or the null class
+    frequency_shift: int | None = None  # null: 1 for a diffusers folder, as diffusers computes; else 0, as published
 
 
 @dataclass
 class SampleSettings(Settings):
-    """``ditscale sample``. ``data`` and ``diffusion`` are of a foreign checkpoint; ours carries its own."""
+    """``ditscale sample``. ``data`` and ``diffusion`` apply to foreign checkpoints only; ours contain their own."""
 
     data: Any = MUST_BE_GIVEN
     diffusion: Any = MUST_BE_GIVEN
@@ -141,13 +141,13 @@ class SampleSettings(Settings):
     sampler: Any = MUST_BE_GIVEN
     guidance: Any = MUST_BE_GIVEN
     runtime: Any = MUST_BE_GIVEN
-    checkpoint: str = MUST_BE_GIVEN  # a run folder (its newest checkpoint), one checkpoint's folder, or foreign weights
+    checkpoint: str = MUST_BE_GIVEN  # a run folder (its newest checkpoint is used), a checkpoint, or foreign weights
     weights: str = "ema"  # model, an average, width_W of a run with power averages, or a table of a foreign file
     num_images: int = positive(80)
-    labels: list[Any] | None = None  # numbers or names of classes, repeated to num_images; null: balanced over all
-    batch_size: int = positive(64)  # images per process at once; changes no image
+    labels: list[Any] | None = None  # class numbers or names, repeated up to num_images; null: all classes in turn
+    batch_size: int = positive(64)  # images per process at once; does not change any image
     seed: int = 0
-    out: str | None = None  # path without ending of the .png and .npz; null: in the run's samples/
+    out: str | None = None  # path of the .png and .npz, without extension; null: in the run's samples/
     precision: Precision = Precision.fp32
 
 
@@ -163,19 +163,19 @@ class EvaluateSettings(Settings):
     checkpoint: str = MUST_BE_GIVEN
     weights: str = "ema"  # model, an average of the checkpoint, or width_W of a run with power averages
     precision: Precision = Precision.fp32
-    compile: bool = False  # the network's blocks: a minute at first, then faster on a GPU
-    metrics: list[str] = "${evaluation.metrics}"  # type: ignore[assignment]  # and nll: bits per dimension
+    compile: bool = False  # compile the network's blocks: takes a minute at first, then is faster on a GPU
+    metrics: list[str] = "${evaluation.metrics}"  # type: ignore[assignment]  # may also have nll: bits per dimension
 
 
 class SamplingSettings(Protocol):
-    """What jobs that make images have in common."""
+    """The settings that all jobs that generate images have."""
 
     sampler: Any
     guidance: Any
 
 
 class Program(StrEnum):
-    """Where exported weights go."""
+    """The program that weights are exported for."""
 
     reference = "reference"
     diffusers = "diffusers"
@@ -193,7 +193,7 @@ class ExportSettings(Settings):
 
 
 class Format(StrEnum):
-    """For people or for programs."""
+    """The format of the output: text for people, JSON for programs."""
 
     text = "text"
     json = "json"
@@ -201,22 +201,22 @@ class Format(StrEnum):
 
 @dataclass
 class PlanSettings(Settings):
-    """``ditscale plan``. Of ``data`` it takes sizes and counts, and reads no image."""
+    """``ditscale plan``. It takes sizes and counts from ``data``, and reads no image."""
 
     data: DataSettings = field(default_factory=DataSettings)
     model: Any = MUST_BE_GIVEN
     diffusion: Any = MUST_BE_GIVEN
-    shape_name: str = MUST_BE_GIVEN  # of the network; its own config says how
+    shape_name: str = MUST_BE_GIVEN  # name of the network's shape, from its own config
     name: str = "${shape_name}"
     total_steps: int = positive(400_000)
     batch_size: int = positive(256)  # global
     precision: Precision = Precision.bf16
     devices: int = positive(8)
-    peak_tflops: float = positive(989.0)  # true FLOPs of a device in that precision, dense; an H100's or H200's in bf16
-    utilization: float = positive(0.4)  # of the peak
+    peak_tflops: float = positive(989.0)  # of a device in that precision, dense; the default is an H100's in bf16
+    utilization: float = positive(0.4)  # fraction of the peak
     sampling_steps: int = 250
-    num_samples: int = positive(1_281_167)  # images in the shards: ImageNet's
-    flip: bool = True  # both orientations stored
+    num_samples: int = positive(1_281_167)  # images in the shards; the default is ImageNet's
+    flip: bool = True  # both orientations are stored
     format: Format = Format.text
 
 
@@ -228,8 +228,8 @@ class ReferenceSettings(Settings):
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     images: Any = MUST_BE_GIVEN
     runtime: Any = MUST_BE_GIVEN
-    num_kept: int = positive(10_000)  # images in the file, for precision and recall; ADM's number
-    batch_size: int = positive(250)  # images of a process at once
+    num_kept: int = positive(10_000)  # images kept in the file, for precision and recall; ADM's number
+    batch_size: int = positive(250)  # images per process at once
     seed: int = 0  # of the choice of kept images
     out: str = MUST_BE_GIVEN  # the .npz
 
@@ -263,7 +263,7 @@ SETTINGS: dict[str, type[Settings]] = {
 
 
 def register() -> None:
-    """Make the settings known to Hydra under ``{job}_schema``, and the launcher of sweeps."""
+    """Register with Hydra the settings of each job, as ``{job}_schema``, and the launcher of sweeps."""
     register_launcher()
     for job, kind in SETTINGS.items():
         ConfigStore.instance().store(name=f"{job}_schema", node=kind)

@@ -1,4 +1,4 @@
-"""What is looked at before the first run of a sweep starts."""
+"""Check a sweep before its first run starts."""
 
 import itertools
 import sys
@@ -20,15 +20,15 @@ from launch.command.app import CONF
 
 
 class OneFolderForEachRun(Callback):
-    """Refuses a sweep two runs of which would be written into one folder, before any of them starts.
+    """Refuses a sweep in which two runs would write into one folder, before any of them starts.
 
-    A run's ``name`` holds size, patch size, block and seed; a sweep over anything else must put it into the name.
+    A run's ``name`` contains size, patch size, block and seed; a sweep over anything else must add it to the name.
     """
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Compose every run of the sweep as Hydra will, and compare their folders.
 
-        Exits by itself: Hydra turns what a callback raises into a warning.
+        Exits itself instead of raising: Hydra would turn the exception of a callback into a warning.
         """
         loader = GlobalHydra.instance().config_loader()
         swept = _swept(config, loader)
@@ -39,7 +39,7 @@ class OneFolderForEachRun(Callback):
                 run = loader.load_sweep_config(config, list(overrides))
                 HydraConfig.instance().set_config(run)
                 by_folder[str(run.run_dir)].append([word for word in overrides if len(swept[_key(word)]) > 1])
-        except Exception:  # a mistake in an override: Hydra composes the same next, and says what is wrong
+        except Exception:  # a mistake in an override: Hydra composes the same runs next and reports it
             return
         finally:
             HydraConfig.instance().set_config(config)
@@ -49,8 +49,8 @@ class OneFolderForEachRun(Callback):
 
 
 def _swept(config: DictConfig, loader: ConfigLoader) -> dict[str, list[str]]:
-    """Each overridden setting with all its values, as ``key=value``; the command line's win over the config's."""
-    hydra: Any = OmegaConf.to_container(config.hydra, resolve=False)  # what a name refers to is resolved in each run
+    """Return all values of each overridden setting, as ``key=value``. The command line overrides the config."""
+    hydra: Any = OmegaConf.to_container(config.hydra, resolve=False)  # interpolations are resolved in each run
     words = [f"{key}={value}" for key, value in (hydra["sweeper"]["params"] or {}).items()]
     words += hydra["overrides"]["task"]
     overrides: list[Override] = OverridesParser.create(config_loader=loader).parse_overrides(words)
@@ -64,9 +64,9 @@ def _swept(config: DictConfig, loader: ConfigLoader) -> dict[str, list[str]]:
 
 
 def _refuse_swept_sweepers(swept: dict[str, list[str]]) -> None:
-    """Exit where several options of a group are swept, one of which has a sweep or a launcher of its own.
+    """Exit where several options of a group are swept and one of them sets a sweep or a launcher.
 
-    Hydra reads those before it composes the runs, so the first option's would be everyone's.
+    Hydra reads those before it composes the runs, so the first option's would apply to all runs.
     """
     for key, words in swept.items():
         folder = CONF / key
@@ -74,8 +74,8 @@ def _refuse_swept_sweepers(swept: dict[str, list[str]]) -> None:
         own = [option for option in options if _has_hydra_section(folder / f"{option}.yaml")]
         if len(options) > 1 and own:
             print(
-                f"ditscale train: error: {key} has {len(options)} values, but {own[0]} brings a sweep or a launcher of "
-                f"its own, which would be that of all; give one {key} a command: "
+                f"ditscale train: error: {key} has {len(options)} values, but {own[0]} sets a sweep or a launcher of "
+                f"its own, which would apply to all of them; give each {key} in a command of its own: "
                 f"{', '.join(f'-m {word}' for word in words)}.",
                 file=sys.stderr,
             )
@@ -83,7 +83,7 @@ def _refuse_swept_sweepers(swept: dict[str, list[str]]) -> None:
 
 
 def _has_hydra_section(path: Path) -> bool:
-    """Return whether a config file, or one of its folder that it is made of, sets anything of Hydra's."""
+    """Return whether a config file, or a file that its defaults name, has a ``hydra`` section."""
     if not path.is_file():
         return False
     content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}

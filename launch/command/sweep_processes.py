@@ -1,4 +1,4 @@
-"""Hydra's launcher of a sweep: each run is a process of its own, whose death is that run's failure alone."""
+"""A Hydra launcher that runs each run of a sweep in a process of its own, so that its death fails that run alone."""
 
 import atexit
 import importlib
@@ -29,32 +29,32 @@ from launch.command.cores import limit_threads, usable_cores
 from launch.command.parallel import PassedOn, started_by_torchrun, stop_without
 from train.signals import EX_TEMPFAIL, SIGNALS, StopSignals
 
-TARGET = "hydra_plugins.ditscale.SweepProcesses"  # Hydra takes launchers of that package alone, by their name
+TARGET = "hydra_plugins.ditscale.SweepProcesses"  # Hydra accepts only launchers whose name begins with that package
 
 log = logging.getLogger(__name__)
 
 
 class SweepTask(Protocol):
-    """Do the job of one run; its process shows progress in line ``row`` of the terminal."""
+    """A function that does the job of one run and shows its progress in line ``row`` of the terminal."""
 
     job: str
     row: int
 
     def __call__(self, config: DictConfig) -> None:
-        """Do it. Says what is wrong before it raises."""
+        """Do the job of a run. Prints what is wrong before it raises."""
         ...
 
     def name(self, config: DictConfig) -> str:
-        """Return what to call the run."""
+        """Return the name of a run for messages."""
         ...
 
     def exit_code(self, error: Exception) -> int:
-        """Return the code that a process exits with for what the run raised."""
+        """Return the exit code of the process of a run that raised ``error``."""
         ...
 
 
 class SweepFailedError(Exception):
-    """Some runs failed. What is wrong with each has been said."""
+    """Raised where runs of a sweep failed, after the reason of each was printed."""
 
     def __init__(self, sentence: str, code: int) -> None:
         super().__init__(sentence)
@@ -63,21 +63,21 @@ class SweepFailedError(Exception):
 
 @dataclass
 class SweepProcessesConfig:
-    """``hydra.launcher``."""
+    """The config section ``hydra.launcher``."""
 
     _target_: str = TARGET
-    n_jobs: int = 1  # runs at a time; -1: as many as there are cores
+    n_jobs: int = 1  # number of parallel runs; -1: one per core
 
 
 def register_launcher() -> None:
-    """Make ``hydra/launcher=processes`` known to Hydra."""
+    """Register ``hydra/launcher=processes`` with Hydra."""
     ConfigStore.instance().store(group="hydra/launcher", name="processes", node=SweepProcessesConfig)
     Plugins.instance().class_name_to_class[TARGET] = SweepProcesses
 
 
 @dataclass
 class _Run:
-    """One run of the sweep; its exit code once it has ended."""
+    """A run of the sweep, with its exit code once it has ended."""
 
     config: DictConfig
     name: str
@@ -90,42 +90,42 @@ class _Run:
 
 @dataclass
 class _Origin:
-    """The process of the sweep, and what Hydra was told there."""
+    """The process of the sweep, and the version base that Hydra uses there."""
 
     pid: int
     hydra_version: str
 
 
 class SweepProcesses(Launcher):
-    """Trains ``n_jobs`` runs of a sweep at a time, each in a process of its own.
+    """Trains ``n_jobs`` runs of a sweep in parallel, each in a process of its own.
 
-    Runs of several processes that must stay together, under torchrun or on the hosts of a TPU, follow one another in
-    the process of the sweep instead.
+    Under torchrun or on TPU hosts, where a run has several processes, the runs follow one another in the process of the
+    sweep instead.
     """
 
     def __init__(self, n_jobs: int) -> None:
         if n_jobs == 0:
-            raise ValueError("hydra.launcher.n_jobs is 0; give how many runs train at a time, or -1 for one a core.")
+            raise ValueError("hydra.launcher.n_jobs is 0; give the number of parallel runs, or -1 for one per core.")
         cores = usable_cores()
         self._places = n_jobs if n_jobs > 0 else max(1, cores + 1 + n_jobs)
         self._threads = max(1, cores // self._places) if self._places > 1 else None
 
     def setup(self, *, hydra_context: HydraContext, task_function: Any, config: DictConfig) -> None:
-        """Keep what Hydra gives."""
+        """Keep the context, the task and the config that Hydra passes."""
         self._context, self._config = hydra_context, config
         self._task: SweepTask = task_function
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Train all runs.
 
-        Raises `SweepFailedError` in the end where some failed; exits with 75 where some were stopped.
+        Raises `SweepFailedError` at the end where some failed; exits with 75 where some were stopped.
         """
         setup_globals()
         runs = [self._compose(list(words), number) for number, words in enumerate(job_overrides, initial_job_idx)]
         if any(_stays_together(run.config) for run in runs):
             return self._one_after_another(job_overrides, initial_job_idx)
         signals = PassedOn()
-        with signals.watched():  # imports too: some swallow the exception of a Ctrl-C
+        with signals.watched():  # covers the imports too: some swallow the exception of a Ctrl-C
             self._announce(job_overrides, initial_job_idx)
             method = _start_method()
             if method == "fork":
@@ -151,14 +151,14 @@ class SweepProcesses(Launcher):
         with open_dict(config):
             config.hydra.job.id = f"{config.hydra.job.name}_{number}"
             config.hydra.job.num = number
-        HydraConfig.instance().set_config(config)  # its name refers to it
+        HydraConfig.instance().set_config(config)  # the run's name may refer to Hydra's config
         try:
             return _Run(config, self._task.name(config))
         finally:
             HydraConfig.instance().set_config(self._config)
 
     def _train_all(self, runs: Sequence[_Run], method: str, signals: PassedOn) -> None:
-        """Start the runs in order, each when a place is free; after a signal only wait for those that train."""
+        """Start the runs in order, each when a place is free. After a signal, only wait for the runs in progress."""
         waiting, rows = list(reversed(runs)), list(range(self._places))
         training: dict[int, tuple[BaseProcess, _Run, int]] = {}
         while training or (waiting and not signals.requested):
@@ -176,7 +176,7 @@ class SweepProcesses(Launcher):
                 self._report_death(run, signals.requested)
 
     def _start(self, run: _Run, row: int, method: str) -> BaseProcess:
-        """Start the process of a run. It receives signals from where it can stop for them."""
+        """Start the process of a run, with signals blocked until the process can handle them."""
         context: Any = multiprocessing.get_context(method)
         origin = _Origin(os.getpid(), str(version.getbase()))
         arguments = (self._task, run.config, self._context, row, self._threads, origin)
@@ -189,13 +189,13 @@ class SweepProcesses(Launcher):
         return process
 
     def _report_death(self, run: _Run, requested: bool) -> None:
-        """Name a run whose process could not say itself why it ended."""
+        """Print a sentence on a run whose process was killed and could not report the reason itself."""
         assert run.code is not None
         killer = _killer(run.code)
-        if killer in SIGNALS and requested:  # by the second signal, at once
+        if killer in SIGNALS and requested:  # a second signal ends processes at once
             run.code = EX_TEMPFAIL
         elif killer == signal.SIGKILL:
-            fewer = "train fewer at a time (hydra.launcher.n_jobs) or " if self._places > 1 else ""
+            fewer = "train fewer in parallel (hydra.launcher.n_jobs) or " if self._places > 1 else ""
             self._say(
                 f"{run.name} failed: its process was killed by SIGKILL (often: the machine ran out of memory); {fewer}"
                 "free memory, then give the same command again, which continues it."
@@ -204,7 +204,7 @@ class SweepProcesses(Launcher):
             self._say(f"{run.name} failed: its process was killed by {killer.name}; the same command continues it.")
 
     def _conclude(self, runs: Sequence[_Run], requested: bool) -> None:
-        """Name the runs that are not finished and how they go on."""
+        """Report unfinished runs and how to continue them. Raises `SweepFailedError`, or exits with 75 if stopped."""
         if failed := [run for run in runs if run.failed]:
             names = ", ".join(run.name for run in failed)
             sentence = (
@@ -223,25 +223,25 @@ class SweepProcesses(Launcher):
 
 
 def _killer(code: int) -> signal.Signals | None:
-    """Return the signal that ended a process, also where the process itself ended at the second one."""
+    """Return the signal that ended a process, also where the process exited by itself on a second signal."""
     number = -code if code < 0 else code - 128
     return signal.Signals(number) if code < 0 or number in SIGNALS else None
 
 
 def _stays_together(config: DictConfig) -> bool:
-    """Return whether a run has processes besides this one, which must not meet those of another run."""
+    """Return whether a run has other processes besides this one, all of which must be in the same run."""
     if started_by_torchrun() or os.environ.get("WORLD_SIZE", "1") != "1":
         return True
-    from runtime.choice import has_tpu  # which imports PyTorch; showing help need not
+    from runtime.choice import has_tpu  # imports PyTorch, which --help does not need
 
     target = OmegaConf.select(config, "runtime._target_")
     return target == "runtime.choice.xla" or (target == "runtime.choice.auto" and has_tpu())
 
 
 def _start_method() -> str:
-    """Return how processes start: forked from this one, which has imported everything, where that is safe.
+    """Return the start method: "fork" where that is safe, which saves each run its imports, else "spawn".
 
-    A fork takes no other thread along, and CUDA does not work in it once it has worked here.
+    A fork copies no other threads, and CUDA does not work in it if it was initialized here.
     """
     import torch
 
@@ -250,7 +250,7 @@ def _start_method() -> str:
 
 
 def _import_ahead(config: DictConfig) -> None:
-    """Import once what each run would import by itself, in seconds."""
+    """Import modules here once, before the forks; each run would spend seconds on them."""
     names = ["runtime.accelerate", "torch._dynamo"]
     if config.get("evaluate_every") is not None:
         names.append("launch.report")
@@ -263,7 +263,7 @@ def _import_ahead(config: DictConfig) -> None:
 def _train(
     task: SweepTask, config: DictConfig, context: HydraContext, row: int, threads: int | None, origin: _Origin
 ) -> None:
-    """Be the process of one run. What a fork has of its parent, of signals and for the end, is the parent's alone."""
+    """Run one run in this process. First reset the signal and exit handlers that a fork has from its parent."""
     atexit._clear()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -286,4 +286,4 @@ def _train(
             if done.status == JobStatus.FAILED:
                 sys.exit(task.exit_code(done._return_value))
         finally:
-            atexit._run_exitfuncs()  # multiprocessing does so from Python 3.13 on; wandb's process waits for it
+            atexit._run_exitfuncs()  # multiprocessing calls them only since Python 3.13; wandb needs it

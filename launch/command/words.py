@@ -1,7 +1,7 @@
-"""Read the words of a command line as their writer meant them, before Hydra's grammar sees them.
+"""Prepare the words of a command line for Hydra's grammar, so that they are read as the user meant them.
 
-Hydra gives ``( ) = , # ! & ~ { }`` and more a meaning of their own. A path may have any of them, so a value that Hydra
-cannot read becomes a text in quotes; ``~`` at its beginning becomes the home folder; ``-m`` may stand anywhere.
+Hydra's grammar gives a meaning to ``( ) = , # ! & ~ { }`` and more, which a path may contain. So a value that Hydra
+cannot parse is quoted, a leading ``~`` becomes the home folder, and ``-m`` may stand anywhere.
 """
 
 import re
@@ -19,14 +19,14 @@ _WORD = re.compile(r"(?P<key>[+~]{0,2}[A-Za-z_][\w./@-]*)=(?P<value>.*)", re.DOT
 
 
 def prepared(words: Sequence[str]) -> list[str]:
-    """Return the words for Hydra: ``-m`` first, then each ``NAME=VALUE`` with what it cannot read in quotes."""
+    """Return the words for Hydra: ``-m`` first, then each ``NAME=VALUE``, quoted where Hydra cannot parse the value."""
     is_sweep = any(word in MULTIRUN for word in words)
     others = [_readable(word, is_sweep) for word in words if word not in MULTIRUN]
     return [*(["-m"] if is_sweep else []), *others]
 
 
 def quoted(key: str, value: str) -> str:
-    """Return an override whose value is this text, whatever is in it."""
+    """Return an override whose value is exactly this text, with special characters escaped."""
     escaped = re.sub(r"(\\*)('|$)", lambda found: found.group(1) * 2 + ("\\'" if found.group(2) else ""), value)
     return f"{key}='{escaped}'"
 

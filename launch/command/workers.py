@@ -1,4 +1,4 @@
-"""Processes that torchrun or ``accelerate launch`` started for a job which needs no communication."""
+"""Rank, threads and device of a process of torchrun or ``accelerate launch``, in a job without communication."""
 
 import os
 
@@ -9,7 +9,7 @@ from runtime.launched import require_sound_environment
 
 
 def workers_from_environment(threads: int | None) -> Workers:
-    """This process's rank among all; by default its share of the host's cores as threads."""
+    """Return this process's rank, the world size, and its threads: by default its share of the host's cores."""
     require_sound_environment()
     share = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return Workers(
@@ -20,9 +20,9 @@ def workers_from_environment(threads: int | None) -> Workers:
 
 
 def worker_device(choice: str) -> torch.device:
-    """The device of this process: its own GPU of the host, or the CPU. Raises ValueError where there is none.
+    """Return the device of this process: its own local GPU, or the CPU. Raises ValueError where it has no GPU.
 
-    That GPU becomes the process's default, so that what CUDA does by itself takes no memory of the first one.
+    That GPU becomes the process's default, so that CUDA's own allocations do not land on the first GPU.
     """
     local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if choice == "cpu" or (choice == "auto" and num_gpus == 0):

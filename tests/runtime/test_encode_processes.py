@@ -152,13 +152,13 @@ def test_a_disk_that_fills_up_leaves_no_half_shard_and_the_same_command_continue
 
 def test_verify_and_repair_from_the_command_line(whole: dict[str, bytes], words: list[str], tmp_path: Path) -> None:
     encoding("encode", *words, cwd=tmp_path)
-    assert "12 shards with 96 samples are as the manifest says" in encoding("verify", *words, cwd=tmp_path)
+    assert "12 shards with 96 samples match the manifest" in encoding("verify", *words, cwd=tmp_path)
     path = tmp_path / "shards/shard-000004.tar"
     path.write_bytes(path.read_bytes()[:1000])
     shown = encoding("verify", "data.shards=shards", cwd=tmp_path, expect=2)
     assert "shard-000004.tar has 1000 bytes, not" in shown
     assert "1 of 27 files in shards are damaged: shard-000004.tar" in shown  # 12 shards and sidecars, and 3 more
-    assert "as the manifest says" in encoding("verify", *words, "repair=true", cwd=tmp_path)
+    assert "match the manifest" in encoding("verify", *words, "repair=true", cwd=tmp_path)
     assert contents(tmp_path / "shards") == whole
 
 

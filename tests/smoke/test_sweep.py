@@ -95,7 +95,7 @@ def test_a_run_killed_with_9_is_that_runs_failure_alone_and_the_same_command_con
     assert sweep.wait(120) == 1
     shown = (tmp_path / "log").read_text()
     assert f"{first.name} failed: its process was killed by SIGKILL (often: the machine ran out of memory)" in shown
-    assert ("train fewer at a time (hydra.launcher.n_jobs)" in shown) == (n_jobs > 1)
+    assert ("train fewer in parallel (hydra.launcher.n_jobs)" in shown) == (n_jobs > 1)
     assert shown.splitlines()[-1].startswith(f"ditscale train: error: 1 of 3 runs failed: {first.name}; ")
     assert "Traceback" not in shown
     every_line = list(range(5, 201, 5))

@@ -169,5 +169,5 @@ def test_two_experiments_with_sweeps_of_their_own_are_refused_before_the_first_r
 ) -> None:
     shown = in_process("train", "-m", f"experiment={experiments}", *TINY_RUN[1:], expect=2)
     assert "experiment has 2 values, but" in shown
-    assert "give one experiment a command: -m experiment=demo" in shown
+    assert "give each experiment in a command of its own: -m experiment=demo" in shown
     assert not (tmp_path / "runs").exists()

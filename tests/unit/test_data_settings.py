@@ -143,9 +143,12 @@ def test_what_is_no_record_of_the_settings_is_named_and_not_waited_for(
 
 def test_a_plan_takes_shards_or_a_data_config_and_says_what_it_assumes(encoded: Path, in_process: InProcess) -> None:
     shown = in_process("plan", f"data.shards={encoded / 'shards/mine'}", "model.patch_size=4")
-    assert "Of 20 images of 2 classes (mine), latents 8x8x3, both orientations; 400,000 steps of 256;" in shown
+    assert "For 20 images of 2 classes (mine), latents 8x8x3, both orientations; 400,000 steps of 256;" in shown
     shown = in_process("plan", "data=digits", "model.patch_size=2", "flip=true")
     assert "(digits), latents 8x8x1, both orientations" in shown
     shown = in_process("plan")
-    assert "Of 1,281,167 images of 1,000 classes (imagenet), latents 32x32x4, both orientations;" in shown
-    assert "8 devices of 989 TFLOPs in bf16, used to 40%; 250 sampling steps. Each is a setting of plan." in shown
+    assert "For 1,281,167 images of 1,000 classes (imagenet), latents 32x32x4, both orientations;" in shown
+    assert (
+        "8 devices of 989 TFLOPs in bf16, at 40% utilization; 250 sampling steps. Each of these is a setting of plan."
+        in shown
+    )

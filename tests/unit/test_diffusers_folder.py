@@ -24,7 +24,7 @@ def test_a_file_of_a_diffusers_folder_stands_for_the_folder(tmp_path: Path, diff
         assert is_foreign(str(where))
         assert_same_weights(read_foreign(str(where), "ema", Facts()).model, random_model())
     path.rename(tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=r"has diffusers' names, whose shape a config.json says; give the folder"):
+    with pytest.raises(ValueError, match=r"has diffusers' names, which need a config.json; give the folder"):
         read_foreign(str(tmp_path / "a.safetensors"), "ema", Facts())
 
 
@@ -84,7 +84,7 @@ def test_a_config_of_diffusers_that_means_another_network_is_refused(
 def test_another_epsilon_is_said(diffusers_folder: Path) -> None:
     change_json(diffusers_folder / "transformer/config.json", norm_eps=None)  # diffusers' default, as in the published
     (note,) = read_foreign(str(diffusers_folder), "ema", Facts()).notes
-    assert "norm_eps of its config is 1e-05; here it is 1e-06, as in the released code" in note
+    assert "its config has norm_eps 1e-05, but 1e-06 is used, as in the released code" in note
 
 
 def test_embeddings_of_single_blocks_that_were_trained_apart_are_refused(diffusers_folder: Path) -> None:

@@ -114,7 +114,7 @@ def test_a_checkpoint_whose_autoencoder_was_replaced_is_refused(run: Path, in_pr
     resealed(state, spec={**content["spec"], "autoencoder_revision": "2"})
     for job in (EVALUATE, ["sample", "checkpoint=run", "runtime=cpu", "num_images=2", "out=x"]):
         shown = in_process(*job, expect=2)
-        assert "autoencoder identity 2 (1, 1, 1.0, 0.0), but where its config points there is identity 1 (1, 1" in shown
+        assert "autoencoder identity 2 (1, 1, 1.0, 0.0), but its config now points to identity 1 (1, 1" in shown
 
 
 def test_a_killed_evaluation_goes_on_only_where_its_chunks_are_of_the_same(

@@ -160,8 +160,8 @@ def test_exporting_a_run_of_latents_writes_a_pipeline_that_opens_and_decodes(
     assert images.shape == (2, 16, 16, 3)
     (tmp_path / "autoencoder/config.json").unlink()
     shown = in_process("export", "checkpoint=run", "to=diffusers", "out=parts")
-    assert "the autoencoder sd-vae-ft-ema is not at autoencoder any more" in shown
-    assert "so the folder holds none: give yours as DiTPipeline.from_pretrained(FOLDER, vae=...)." in shown
+    assert "the autoencoder sd-vae-ft-ema is no longer at autoencoder" in shown
+    assert "so the folder has no autoencoder: give yours as DiTPipeline.from_pretrained(FOLDER, vae=...)." in shown
     assert opened(tmp_path / "parts", vae=AutoencoderKL(**AUTOENCODER)).labels == pipeline.labels
     in_process("export", "checkpoint=parts", "to=diffusers", "out=again")
     assert read_class_names(tmp_path / "again", 3) == ("ant", "bee", "cat")

@@ -84,7 +84,7 @@ def test_no_logger_is_said_in_any_way(digits: Path, in_process: InProcess, word:
     assert ", no wandb\n" in in_process("train", *words, f"data.shards={digits}", word)
     assert not Path("run/wandb").exists()
     shown = in_process("train", *words, f"data.shards={digits}", "logger=wandb", "run_dir=other", expect=2)
-    assert "logger is 'wandb', but it is chosen by train/logger=wandb or train/logger=none." in shown
+    assert "logger is 'wandb', but a logger is chosen by train/logger=wandb or train/logger=none." in shown
 
 
 def test_a_report_of_runs_that_were_not_logged_logs_nothing(digits: Path, in_process: InProcess) -> None:

@@ -53,7 +53,7 @@ def test_sampling_says_which_table_it_took_and_takes_the_one_that_weights_names(
     shown = in_process(*SAMPLE, HEADS, "checkpoint=trained.pt", "out=a")
     assert "note: trained.pt: its table 'ema' is used (of 'model', 'ema')." in shown
     shown = in_process(*SAMPLE, HEADS, "checkpoint=raw.pt", "out=b")
-    assert "note: raw.pt: its table 'model' is used; there is no 'ema', so these need not be averaged" in shown
+    assert "note: raw.pt: its table 'model' is used; there is no 'ema', so these may not be averaged" in shown
     assert np.array_equal(images("a"), images("b"))
     in_process(*SAMPLE, HEADS, "checkpoint=trained.pt", "weights=model", "out=c")
     assert not np.array_equal(images("a"), images("c"))
@@ -71,7 +71,7 @@ def test_sampling_computes_with_the_position_embedding_of_the_file(tmp_path: Pat
     saved(tmp_path / "fixed.pt", GOLDEN)
     for name in ("drifted", "moved", "fixed"):
         shown = in_process(*SAMPLE, HEADS, f"checkpoint={name}.pt", f"out={name}")
-        assert ("its position embedding is up to 0.3 off the fixed one; its own is used" in shown) == (
+        assert ("its position embedding differs from the fixed one by up to 0.3; its own is used" in shown) == (
             name == "drifted"
         )
     assert np.abs(images("drifted") - images("moved")).max() <= 1
@@ -234,10 +234,10 @@ def test_no_kind_of_file_in_place_of_weights_makes_a_job_hang_or_crash(
         "fifo.pt": "fifo.pt is a named pipe, but it must be a file",
         "device.pt": "device.pt is a device, but it must be a file",
         "empty.pt": "empty.pt is empty (0 bytes)",
-        "folder.pt": "folder.pt is no folder of a diffusers DiT: it has no config.json",
+        "folder.pt": "folder.pt is not the folder of a diffusers DiT: it has no config.json",
         "folder": "folder",
         "loop": "loop is a link that leads back to itself, but it must be a file",
-        ".": "transformer is no folder of a diffusers DiT: it has no config.json",
+        ".": "transformer is not the folder of a diffusers DiT: it has no config.json",
         "cut.pt": "cut.pt is cut short: it has 5000 bytes",
         "absent.pt": "There is no file absent.pt",
         "absent": "There is no checkpoint folder absent",

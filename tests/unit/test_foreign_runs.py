@@ -58,7 +58,7 @@ def test_a_field_that_cannot_be_is_named_with_its_file_and_step(tmp_path: Path, 
     with pytest.raises(ValueError, match=r"A line of step 15 in .*/a/evaluations\.jsonl is damaged: ") as raised:
         read_study(tmp_path)
     assert f": {key}" in str(raised.value)
-    assert str(raised.value).endswith("; remove the line and measure again by `ditscale evaluate`.")
+    assert str(raised.value).endswith("; remove the line and measure again with `ditscale evaluate`.")
     assert len(str(raised.value)) < 600
 
 

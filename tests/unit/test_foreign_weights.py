@@ -110,14 +110,14 @@ def test_weights_chooses_among_the_tables_and_two_averages_are_not_guessed_betwe
     path = saved(tmp_path / "a.pt", {"model": GOLDEN, "ema": OTHER})
     assert_same_weights(read(path, "model").model, from_reference(GOLDEN, num_heads=4))
     assert_same_weights(read(path).model, from_reference(OTHER, num_heads=4))
-    assert "has 2 tables of weights ('model', 'ema'), none of them 'raw'" in refusal(path, "raw")
+    assert "has 2 tables of weights ('model', 'ema'), but 'raw' does not identify one" in refusal(path, "raw")
     several = saved(tmp_path / "b.pt", {"ema_0.99": GOLDEN, "ema_0.9999": OTHER})
-    assert "('ema_0.99', 'ema_0.9999'), none of them 'ema' alone; choose one by weights=NAME" in refusal(several)
+    assert "('ema_0.99', 'ema_0.9999'), but 'ema' does not identify one of them; choose one" in refusal(several)
     assert_same_weights(read(several, "ema_0.99").model, from_reference(GOLDEN, num_heads=4))
     unnamed = saved(tmp_path / "c.pt", GOLDEN)
-    assert "has 1 table of weights (one without a name), none of them 'model'" in refusal(unnamed, "model")
+    assert "has 1 table of weights (one without a name), but 'model' does not identify one" in refusal(unnamed, "model")
     twice = saved(tmp_path / "d.pt", {**GOLDEN, **prefixed("module.", OTHER)})
-    assert "d.pt: a table of it holds pos_embed twice, once as module.pos_embed; save the one meant" in refusal(twice)
+    assert "d.pt: a table of it has pos_embed twice, once as module.pos_embed; save only the one" in refusal(twice)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -153,7 +153,7 @@ def test_what_is_more_than_tensors_is_named_and_not_run(tmp_path: Path, legacy: 
     }.items():
         torch.save({"ema": GOLDEN, "args": value}, path, _use_new_zipfile_serialization=not legacy)
         sentence = refusal(path)
-        assert f"besides tensors and plain values it holds {name}, and to load that is to run code" in sentence
+        assert f"besides tensors and plain values it has {name}, and loading that would run code" in sentence
         assert "save the tensors alone, as torch.save({'ema': checkpoint['ema']}, 'weights.pt')" in sentence
     assert not (tmp_path / "ran").exists()
 
@@ -210,7 +210,7 @@ def test_what_is_no_file_of_weights_is_named(tmp_path: Path) -> None:
     assert f"{path} is a link that leads back to itself, but it must be a file" in refusal(path)
     path.unlink()
     path.mkdir()
-    assert f"{path} is no folder of a diffusers DiT: it has no config.json" in refusal(path)
+    assert f"{path} is not the folder of a diffusers DiT: it has no config.json" in refusal(path)
     path.rmdir()
     assert "cannot be read: File name too long" in refusal(tmp_path / f"{'x' * 300}.pt")
 
@@ -222,16 +222,16 @@ def test_files_of_other_kinds_are_named_by_what_they_are(tmp_path: Path) -> None
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n")
     assert f"{path} is a pointer of Git LFS, not the weights; fetch them with `git lfs pull`" in refusal(path)
     path.write_bytes(pickle.dumps(GOLDEN, protocol=4))
-    assert f"{path} is a pickle that torch.save did not write, and is not loaded" in refusal(path)
+    assert f"{path} is a pickle that torch.save did not write, so it is not loaded" in refusal(path)
     with path.open("wb") as file:
         np.savez(file, a=np.ones(3))
     assert f"{path} is an archive, but not one that torch.save wrote: it has no data.pkl" in refusal(path)
     torch.jit.script(torch.nn.Linear(2, 2)).save(path)
-    assert f"{path} is a TorchScript program, which is not run" in refusal(path)
+    assert f"{path} is a TorchScript program, which is never run" in refusal(path)
     saved(path, [GOLDEN])
-    assert f"{path} holds no table of weights, but a list" in refusal(path)
+    assert f"{path} has no table of weights, but a list" in refusal(path)
     saved(path, {"model": {"conv.weight": torch.ones(3)}, "step": 1})
-    assert f"{path} holds no table of weights of a DiT: nothing in it is named x_embedder.proj.weight" in refusal(path)
+    assert f"{path} has no table of weights of a DiT: nothing in it is named x_embedder.proj.weight" in refusal(path)
     saved(path, from_reference(GOLDEN, num_heads=4).state_dict())
     assert f"{path} is a part of a checkpoint of this program; give the folder that it lies in" in refusal(path)
 
@@ -244,7 +244,7 @@ def test_an_archive_that_was_packed_again_is_refused(tmp_path: Path) -> None:
     ):
         for record in source.infolist():
             packed.writestr(record.filename, source.read(record))
-    assert "was packed again by another program; unpack it and save it by torch.save" in refusal(tmp_path / "b.pt")
+    assert "was repacked by another program; unpack it and save it by torch.save" in refusal(tmp_path / "b.pt")
 
 
 def test_tensors_that_are_no_plain_finite_numbers_are_refused_by_name(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_tensors_that_are_no_plain_finite_numbers_are_refused_by_name(tmp_path: 
         f"{name} has values that are not finite": nan,
         f"{name} is torch.int8": value.to(torch.int8),
         f"{name} is torch.float32 (torch.sparse_coo)": value.to_sparse(),
-        f"{name} is (144, 48), but fewer numbers than that are stored of it": torch.zeros(1).expand(value.shape),
+        f"{name} is (144, 48), but fewer numbers than that are stored for it": torch.zeros(1).expand(value.shape),
         f"{name} is (7, 48) and not (144, 48)": value[:7].clone(),
     }
     for words, bad in cases.items():

@@ -53,7 +53,7 @@ def test_a_local_path_wins_over_a_name_of_the_hub(tmp_path: Path, cache: Path, i
     hub_cache(cache, NAME, random_model())
     (tmp_path / "facebook").mkdir()
     saved(tmp_path / NAME, {"state_dict": {}})
-    assert f"{NAME} holds no table of weights of a DiT" in in_process(*SAMPLE, f"checkpoint={NAME}", "out=x", expect=2)
+    assert f"{NAME} has no table of weights of a DiT" in in_process(*SAMPLE, f"checkpoint={NAME}", "out=x", expect=2)
 
 
 @pytest.mark.parametrize("job", ["sample", "train", "export"])
@@ -67,7 +67,7 @@ def test_a_name_that_is_neither_here_nor_in_the_cache_is_refused_in_both_reading
     assert (
         "runs/mistyped is neither a file or folder here nor a model of the Hugging Face hub that can be read" in shown
     )
-    assert f"the hub is switched off by HF_HUB_OFFLINE, and its cache {cache} does not hold it" in shown
+    assert f"the hub is switched off by HF_HUB_OFFLINE, and its cache {cache} does not have it" in shown
     assert "give a path that exists, or a name that the hub or its cache has" in shown
     assert len([line for line in shown.splitlines() if "error:" in line]) == 1
 
@@ -87,7 +87,7 @@ def test_what_the_cache_holds_of_a_name_must_be_a_dit_in_safetensors(cache: Path
     with pytest.raises(ValueError, match="holds no diffusers DiT in safetensors"):
         read_foreign(NAME, "ema", Facts())
     (inner / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"is no folder of a diffusers DiT: it has no config.json"):
+    with pytest.raises(ValueError, match=r"is not the folder of a diffusers DiT: it has no config.json"):
         read_foreign(NAME, "ema", Facts())
 
 

@@ -224,7 +224,7 @@ def test_a_folder_of_folders_is_one_class_and_a_note_says_so(tmp_path: Path, in_
     shown = in_process("encode", *words, "data.source.root=root", "data.image_size=8", "data.shards=shards")
     assert "6 samples of 1 classes in 1 shards" in shown
     assert "note: All images lie in 3 folders of root/photos, which is 1 class; if they are the classes" in shown
-    assert "note: 1 files of the source are left out, the first is photos/ant/x.mp4: a video is not read." in shown
+    assert "note: 1 files of the source are left out; the first is photos/ant/x.mp4: a video is not read." in shown
     shown = in_process("encode", *words, "data.source.root=root/photos", "data.image_size=8", "data.shards=three")
     assert "6 samples of 3 classes in 1 shards" in shown
 

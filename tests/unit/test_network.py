@@ -154,7 +154,7 @@ def test_a_section_builds_a_network_of_one_config_and_names_what_is_missing() ->
     model = build(section, num_classes=10)
     assert (model.latent_shape, model.out_channels, len(model.units())) == ((4, 8, 8), 8, 2)
     assert model.facts() == {"patch_size": 2, "width": 16, "depth": 2, "block": "AdaLNZeroBlock"}
-    with pytest.raises(ValueError, match="needs a setting 'num_classes'"):
+    with pytest.raises(ValueError, match="needs the setting 'num_classes'"):
         build(section)
 
 

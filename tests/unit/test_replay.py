@@ -125,7 +125,7 @@ def test_where_a_dump_cannot_be_written_the_run_still_says_why_it_ended(
     monkeypatch.setattr(shutil, "copytree", fail)
     shown = in_process(*words, expect=1)
     assert f"in step {STEP}, whose batch" in shown
-    assert "What led to it could not be kept for replay: [Errno 28] No space left on device" in shown
+    assert "The dump for replay could not be written: [Errno 28] No space left on device" in shown
 
 
 def test_replay_skips_the_steps_that_the_run_skipped(tmp_path: Path) -> None:

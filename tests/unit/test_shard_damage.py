@@ -278,7 +278,7 @@ def test_a_repair_mends_a_sidecar_and_what_people_read(in_process: InProcess) ->
     shown = in_process("verify", *encode_digits, expect=2)
     assert "classes.json has other classes than manifest.json" in shown
     assert "2 of 19 files in digits are damaged: shard-000003.json, classes.json; run" in shown
-    assert "as the manifest says" in in_process("verify", *encode_digits, "repair=true")
+    assert "match the manifest" in in_process("verify", *encode_digits, "repair=true")
     assert contents(Path("digits")) == before
 
 
