@@ -170,7 +170,7 @@ def test_a_run_does_not_start_from_a_trained_position_embedding(
 ) -> None:
     saved(tmp_path / "trained.pt", drifted(to_reference(digits_model()), 0.3))
     shown = train(in_process, digits, "init_from=trained.pt", "run_dir=x", expect=2)
-    assert "init_from trained.pt has a trained position embedding, up to 0.3 off the fixed one that a run has" in shown
+    assert "init_from trained.pt has a trained position embedding, up to 0.3 off the fixed one that a run uses" in shown
     assert not (tmp_path / "x").exists()
 
 
