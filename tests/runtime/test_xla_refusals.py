@@ -27,7 +27,7 @@ for optimizer in (torch.optim.SGD(model.parameters()), torch.optim.AdamW(model.p
     model = Case("x", "xla").model()
 model.blocks[0].router = torch.nn.Linear(63, 2)
 sharded = xla("fp32", **settings, mode="fsdp")
-with pytest.raises(ValueError, match="blocks.0.router.weight has 2 rows to shard, which is not a multiple of 4 devices"):
+with pytest.raises(ValueError, match="blocks.0.router.weight has 2 rows to shard, which is not a multiple of 4"):
     sharded.prepare(model, [model], torch.optim.AdamW(model.parameters()))
 
 # As one of several hosts feeds its rows; here there is one, whose rows are all.
