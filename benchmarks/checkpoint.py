@@ -1,4 +1,4 @@
-"""What a checkpoint costs: how long training stands still for it, and how long writing and loading take.
+"""Measure what a checkpoint costs: how long training stalls, and how long writing and loading take.
 
 ``python -m benchmarks.checkpoint [--size l] [--batch-size 1] [--folder DIR]`` prints one JSON line. It saves
 three times (the first allocates the copy in memory), loads once, and steps with and without a checkpoint being written.
@@ -31,7 +31,7 @@ SAVES = 3
 
 
 class Training:
-    """A training that can be stepped and saved."""
+    """A training run that can be stepped and saved."""
 
     def __init__(self, size: str, batch_size: int, store: FolderStore) -> None:
         runtime = AccelerateRuntime("bf16")
@@ -43,7 +43,7 @@ class Training:
         self.writer = CheckpointWriter(store, runtime)
 
     def step_sec(self, steps: int) -> float:
-        """Mean of some steps."""
+        """Run some steps, and return the mean seconds of one."""
         wait_for_device()
         started = time.perf_counter()
         for _ in range(steps):
@@ -53,7 +53,7 @@ class Training:
         return (time.perf_counter() - started) / steps
 
     def save(self) -> None:
-        """Begin to write."""
+        """Start writing a checkpoint."""
         self.writer.save(self.state, FACTS)
 
 

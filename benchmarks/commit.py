@@ -1,4 +1,4 @@
-"""Which version a result line is of."""
+"""Find the commit that a result line belongs to."""
 
 import shutil
 import subprocess
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def current_commit() -> str:
-    """The commit of this checkout, with ``-dirty`` where files differ from it; empty where there is no git."""
+    """Return the commit of this checkout, with ``-dirty`` if files differ from it; empty if git is not installed."""
     if shutil.which("git") is None:
         return ""
     words = ("git", "describe", "--always", "--dirty", "--exclude=*")

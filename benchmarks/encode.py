@@ -1,8 +1,8 @@
-"""The encode job against its bare encoder: ``python -m benchmarks.encode`` prints one JSON line.
+"""Compare the encode job with its bare encoder: ``python -m benchmarks.encode`` prints one JSON line.
 
-With an autoencoder of ``--pretrained``, else with one of random weights: of the paper's size on a GPU, small
+The autoencoder is that of ``--pretrained``, else one with random weights: of the paper's size on a GPU, a small one
 elsewhere. JPEGs of ImageNet's usual size are decoded, cropped, encoded in both orientations and written to shards; the
-bare encoder gets the same batches out of memory. 1.0 means that reading, decoding and writing cost nothing.
+bare encoder gets the same batches from memory. A ratio of 1.0 means that reading, decoding and writing cost nothing.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def no_progress(*_: Any) -> Iterator[Any]:
 
 
 def make_images(root: Path, count: int) -> None:
-    """Noisy 500x375 JPEGs of about 100 KB, as ImageNet's are, in 4 classes."""
+    """Write noisy 500x375 JPEGs of about 100 KB, like ImageNet's, in 4 classes."""
     rng = np.random.default_rng(0)
     for number in range(count):
         folder = root / f"class{number % 4}"
@@ -50,14 +50,14 @@ def make_images(root: Path, count: int) -> None:
         (folder / f"{number:05d}.JPEG").write_bytes(content.getvalue())
 
 
-SIZES = {  # of an AutoencoderKL of factor 8
+SIZES = {  # settings of an AutoencoderKL that downscales by 8
     "paper": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},
     "small": {"block_out_channels": (16, 32, 32, 32), "layers_per_block": 1, "norm_num_groups": 8},  # 1% of the work
 }
 
 
 def make_autoencoder(folder: Path, size: str) -> str:
-    """Random weights."""
+    """Save an autoencoder with random weights, and return its folder."""
     torch.manual_seed(0)
     stages = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     AutoencoderKL(**stages, **SIZES[size]).save_pretrained(folder)
@@ -106,7 +106,7 @@ def main() -> None:
             workers=Workers(threads=options.threads),
         )
         pipeline = options.images / (time.perf_counter() - started)
-        bare = (bare + bare_images_per_second(encoding, batch, repeats)) / 2  # before and after: the machine may drift
+        bare = (bare + bare_images_per_second(encoding, batch, repeats)) / 2  # before and after: speed may drift
     result = {
         "benchmark": "encode",
         "bare_encoder_images_per_sec": round(bare, 1),

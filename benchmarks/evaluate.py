@@ -1,9 +1,9 @@
-"""How fast images are made and measured, each against a plain eager loop in the same process; and the Frechet distance.
+"""Measure the speed of sampling and of metrics, each against a plain eager loop in the same process.
 
 ``python -m benchmarks.evaluate [frechet] [inception] [sampling] [sampling_small] [manifold]`` prints one JSON line for
 each. Weights are random: speed does not depend on them. Both networks run at the best of several batch sizes.
-``sampling`` is XL/2 in bf16, compiled (on a CPU of few images and steps: some 5 minutes), ``sampling_small`` S/8 in
-float32, eager. On a CPU seconds are CPU-seconds, which other work on the machine moves less, and each line says that
+``sampling`` is XL/2 in bf16, compiled (on a CPU with few images and steps: about 5 minutes), ``sampling_small`` S/8 in
+float32, eager. On a CPU seconds are CPU-seconds, which other work on the machine affects less, and each line says that
 the targets for a GPU (at least twice the plain loop, metrics under 5% of generation) were not measured.
 """
 
@@ -47,7 +47,7 @@ clock = time.perf_counter if ON_GPU else time.process_time
 
 
 def seconds_of(work: Callable[[], Any], repeats: int = 3) -> float:
-    """Of the fastest repeat, after one to warm up."""
+    """Return the seconds of the fastest repeat, after one warm-up."""
     found = []
     for _ in range(repeats + 1):
         if ON_GPU:
@@ -61,7 +61,10 @@ def seconds_of(work: Callable[[], Any], repeats: int = 3) -> float:
 
 
 def frechet() -> dict[str, Any]:
-    """CPU-seconds and error in 2048 dimensions against the closed form of commuting covariances."""
+    """Measure CPU-seconds and error of the Frechet distance in 2048 dimensions.
+
+    The error is against the closed form for commuting covariances.
+    """
     size = 2048
     spectrum = 10.0 / np.arange(1, size + 1)
     basis, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(size, size)))
@@ -80,7 +83,7 @@ def frechet() -> dict[str, Any]:
 
 
 def inception() -> dict[str, Any]:
-    """Images per second of the extractor, and of a loop over single images; 256 px."""
+    """Measure images per second of the extractor, and of a loop over single images, at 256 px."""
     extractor = _random_inception()
     count = 2000 if ON_GPU else 8
     images = np.random.default_rng(0).integers(0, 256, (count, 256, 256, 3), dtype=np.uint8)
@@ -118,7 +121,7 @@ def _sums(features: Features) -> None:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What is sampled; the time of an image is proportional to the steps."""
+    """The settings of a sampling benchmark; the time of an image is proportional to the steps."""
 
     model: str
     depth: int
@@ -133,19 +136,19 @@ class Sampled:
 
 
 def sampling() -> dict[str, Any]:
-    """XL/2 as one would sample it on a GPU."""
+    """Measure XL/2 as one would sample it on a GPU."""
     if ON_GPU:
         return _sampled(Sampled("XL/2", 28, 1152, 16, 2, "bf16", True, 10, 16, (32, 64, 128, 256)))
     return _sampled(Sampled("XL/2", 28, 1152, 16, 2, "bf16", True, 2, 2, (2, 4)))
 
 
 def sampling_small() -> dict[str, Any]:
-    """What is won without another precision or a compiler."""
+    """Measure the speed-up without a lower precision or a compiler."""
     return _sampled(Sampled("S/8", 12, 384, 6, 8, "fp32", False, 10, 4, (4, 8)))
 
 
 def _sampled(of: Sampled) -> dict[str, Any]:
-    """Guided images per second against a first script's loop: eager, two passes a step, float32 (TF32 on a GPU)."""
+    """Compare guided images per second with a plain loop: eager, two passes a step, float32 (TF32 on a GPU)."""
     if ON_GPU:
         allow_tf32(True)
     model = DiT(
@@ -202,7 +205,7 @@ def _plain_loop(model: DiT, process: GaussianDiffusion, of: Sampled) -> np.ndarr
 
 
 def _seconds_of_ours(model: DiT, process: GaussianDiffusion, of: Sampled, batch: int, repeats: int) -> float:
-    torch._dynamo.reset()  # a second size would be compiled for all sizes, which is slower
+    torch._dynamo.reset()  # a second size would be compiled with dynamic shapes, which is slower
     return seconds_of(lambda: _ours(model, process, of, batch), repeats)
 
 
@@ -215,7 +218,7 @@ def _ours(model: DiT, process: GaussianDiffusion, of: Sampled, batch: int) -> np
 
 
 def manifold() -> dict[str, Any]:
-    """Precision and recall of 2048 numbers: 50,000 and 10,000 images on a GPU, a tenth of both on a CPU."""
+    """Time precision and recall on 50,000 and 10,000 vectors of 2048 numbers; on a CPU a tenth of both."""
     num_samples, num_real = (50_000, 10_000) if ON_GPU else (5_000, 1_000)
     random = np.random.default_rng(0)
     samples, real = (random.normal(size=(count, 2048)).astype(np.float32) for count in (num_samples, num_real))
@@ -228,7 +231,7 @@ def manifold() -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on."""
+    """Return the facts on hardware and versions that the results depend on."""
     return {
         "device": torch.cuda.get_device_name() if ON_GPU else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),

@@ -1,4 +1,4 @@
-"""Reads and rewrites HLO as text: where tensors are, and what a partitioned program sends."""
+"""Read and rewrite HLO text: the shardings of tensors, and the collectives of a partitioned program."""
 
 import math
 import re
@@ -11,14 +11,14 @@ _COLLECTIVE = re.compile(rf"%(\S+) = (\(.*?\)|\S+) ({KINDS})(?:-done)?\(")
 
 
 def spread(text: str, traced: int, cores: int) -> str:
-    """Shardings over a mesh of ``traced`` devices as shardings over ``cores``: its first axis, data, grows."""
+    """Rewrite shardings over a mesh of ``traced`` devices for ``cores`` devices: its first axis, data, grows."""
 
     def widen(match: re.Match[str]) -> str:
         tiles, devices = ([int(number) for number in group.split(",")] for group in match.groups())
-        if devices == list(range(traced)):  # over all devices, or over the last axis where data has one device
+        if devices == list(range(traced)):  # sharded over all devices, or over the last axis where data has one device
             assert tiles.count(traced) == 1, match.group(0)
             order, tiles = f"<=[{cores}]", [cores if tile == traced else tile for tile in tiles]
-        else:  # over the last axis; the last tile counts the copies, along the data axis
+        else:  # sharded over the last axis; the last tile counts the copies along the data axis
             shards = traced // tiles[-1]
             tiles[-1] = cores // shards
             order = f"<=[{tiles[-1]},{shards}]T(1,0)"
@@ -28,7 +28,7 @@ def spread(text: str, traced: int, cores: int) -> str:
 
 
 class Collective(NamedTuple):
-    """One operation by which devices exchange something; shapes and bytes are of its result on one device."""
+    """An operation by which devices exchange data; shapes and bytes are those of its result on one device."""
 
     name: str
     kind: str
@@ -37,10 +37,10 @@ class Collective(NamedTuple):
 
 
 def collectives(hlo: str) -> list[Collective]:
-    """All of a partitioned program.
+    """Return all collectives of a partitioned program.
 
-    An asynchronous pair counts once, at its end. libtpu writes a reduce-scatter as a fusion whose computation is
-    named so and holds an all-reduce: its shapes and bytes are those of the whole.
+    An asynchronous pair counts once, at its end. libtpu writes a reduce-scatter as a fusion whose computation is named
+    all-reduce-scatter and contains an all-reduce; shapes and bytes are then those of the unscattered result.
     """
     found = []
     computation = ""
@@ -55,24 +55,24 @@ def collectives(hlo: str) -> list[Collective]:
 
 
 def totals(found: Sequence[Collective]) -> dict[str, dict[str, int]]:
-    """Per kind the number of operations and the bytes of their results."""
+    """Return, for each kind, the number of operations and the bytes of their results."""
     kinds = sorted({one.kind for one in found})
     sizes = {kind: [one.bytes for one in found if one.kind == kind] for kind in kinds}
     return {kind: {"count": len(sizes[kind]), "bytes": sum(sizes[kind])} for kind in kinds}
 
 
 def slices_of(hlo: str, name: str) -> list[tuple[int, ...]]:
-    """Shapes of the pieces that devices cut for themselves out of the value ``name``."""
+    """Return the shapes of the slices that devices take of the value ``name``."""
     cuts = re.findall(rf"= (\S+) dynamic-slice\(%{re.escape(name)},", hlo)
     return [dims for cut in cuts for _, dims in _arrays(cut)]
 
 
 def shape_bytes(shape: str) -> int:
-    """Bytes of an HLO shape or tuple of shapes, such as ``(f32[8,4]{1,0}, bf16[])``, without padding."""
+    """Return the bytes of an HLO shape or tuple of shapes, such as ``(f32[8,4]{1,0}, bf16[])``, without padding."""
     return sum(BITS[kind] // 8 * math.prod(dims) for kind, dims in _arrays(shape))
 
 
 def _arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
-    """Element type and dimensions of each array of a shape."""
+    """Return element type and dimensions of each array of a shape."""
     written = re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", shape)
     return [(kind, tuple(int(n) for n in dims.split(",") if n)) for kind, dims in written]

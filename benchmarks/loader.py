@@ -1,8 +1,8 @@
-"""Samples per second of the mapped loader against webdataset's streaming loader, on the same shards.
+"""Compare samples per second of the mapped loader and of webdataset's streaming loader, on the same shards.
 
 ``python -m benchmarks.loader`` writes one shard of random 32x32x4 moments in both orientations, lists it 512 times
 as the shards of a data set of ImageNet's size, and prints one JSON line. Everything runs on one core. Rates are
-per second of processor time, so that other programs on the machine change them little; wall time is beside them.
+per second of processor time, which other programs on the machine affect little; rates per wall time are given too.
 """
 
 import json
@@ -44,7 +44,7 @@ RESUMED_STEP = 1_000_000
 
 
 class RandomImages:
-    """Random 32x32 images; `FourChannels` makes moments of the usual shape of them."""
+    """A source of random 32x32 images, which `FourChannels` converts to moments of the usual shape."""
 
     name, fingerprint, block_sizes, left_out, notes = "random", "0", None, (), ()
     class_names = [str(number) for number in range(1000)]  # noqa: RUF012
@@ -58,14 +58,14 @@ class RandomImages:
 
 
 class FourChannels(IdentityAutoencoder):
-    """Stands for a VAE's encoder: four channels of mean and of log-variance."""
+    """A stand-in for a VAE's encoder: four channels of mean and of log-variance."""
 
     def moments(self, images: Tensor) -> Tensor:
         return images.expand(-1, 8, -1, -1).contiguous()
 
 
 def posterior_of_a_vae(folder: Path) -> DiffusersAutoencoder:
-    """The class that draws from stored moments for Stable Diffusion's VAE, here around a network of no size."""
+    """Return the autoencoder class of Stable Diffusion's VAE around a tiny network: only its `draw` is measured."""
     AutoencoderKL(block_out_channels=(8,), norm_num_groups=8, latent_channels=4).save_pretrained(folder)
     return DiffusersAutoencoder("random", str(folder), scale=0.18215)
 
@@ -79,7 +79,7 @@ def no_progress(*_: Any) -> Iterator[Any]:
 
 
 def write_shards(folder: Path) -> None:
-    """A folder whose manifest lists one shard, under as many names, as often as ImageNet needs."""
+    """Write a folder whose manifest lists one shard ``SHARDS`` times, under different names."""
     encoding = EncodeImages(FourChannels(4), Preparation(32, ExactSize()), True, torch.device("cpu"))
     settings = {"name": "random", "samples_per_shard": SAMPLES_PER_SHARD, "batch_size": 64, "seed": 0}
     manifest = encode(RandomImages(), encoding, folder, progress=no_progress, **settings)  # type: ignore[arg-type]
@@ -100,7 +100,7 @@ def batches_of(shards: MappedShards, order: Order, autoencoder: Autoencoder) -> 
 
 
 def mapped(shards: MappedShards, order: Order) -> Iterator[int]:
-    """Bare reading by mapping, in the order of training: sizes of the batches."""
+    """Read through memory maps alone, in the order of training, and yield the sizes of the batches."""
     flips = np.arange(BATCH_SIZE) % 2 == 0
     for step in range(RESUMED_STEP, 10**9):
         rows = order.rows_at(positions_of_step(step, BATCH_SIZE, 0, 1))
@@ -108,7 +108,7 @@ def mapped(shards: MappedShards, order: Order) -> Iterator[int]:
 
 
 def streamed(folder: Path) -> Iterator[int]:
-    """Bare reading through webdataset, one file after the other: sizes of the batches."""
+    """Read through webdataset alone, one file after the other, and yield the sizes of the batches."""
     urls = [str(folder / f"shard-{number:06d}.tar") for number in range(SHARDS)]
     dataset = webdataset.WebDataset(urls, shardshuffle=False).decode().to_tuple("moments.npy", "cls")
     for moments, _ in dataset.batched(BATCH_SIZE):
@@ -116,7 +116,7 @@ def streamed(folder: Path) -> Iterator[int]:
 
 
 def rates(sizes: Iterator[int]) -> dict[str, int]:
-    """Samples per second of processor time and of wall time, and the most anonymous memory on the way."""
+    """Measure samples per second of processor time and of wall time, and peak anonymous memory."""
     next(sizes)
     wall, processor, count, memory = time.perf_counter(), time.process_time(), 0, 0
     for size in sizes:
@@ -132,13 +132,13 @@ def rates(sizes: Iterator[int]) -> dict[str, int]:
 
 
 def anonymous_mib() -> int:
-    """Memory of this process that is not page cache."""
+    """Return this process's memory in MiB, without page cache."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem"))) // 1024
 
 
 def seconds_to_first_batch(folder: Path, autoencoder: Autoencoder, order: Callable[[list[int]], Order]) -> float:
-    """From opening the shards to the first batch of a resumed run; imports are done, no content is verified."""
+    """Measure from opening the shards to the first batch of a resumed run, without imports and checksums."""
     started = time.perf_counter()
     shards = MappedShards(folder, verify_checksums=False)
     batches_of(shards, order(shards.counts), autoencoder).batch(RESUMED_STEP)
@@ -152,7 +152,7 @@ ORDERS: dict[str, Callable[[list[int]], Order]] = {
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """What one run of the benchmark finds."""
+    """Return the results of one run of the benchmark."""
     autoencoder = posterior_of_a_vae(folder / "vae")
     first = {name: seconds_to_first_batch(folder, autoencoder, order) for name, order in ORDERS.items()}
     shards = MappedShards(folder, verify_checksums=False)
@@ -187,7 +187,7 @@ def main() -> None:
         result |= measure(Path(name))
     result |= {
         "anonymous_mib_before": before,
-        "load_average": round(os.getloadavg()[0], 1),  # of the machine's last minute: what else it was doing
+        "load_average": round(os.getloadavg()[0], 1),  # over the last minute, to show other work on the machine
         "processor": platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "numpy": np.__version__,

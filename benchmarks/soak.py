@@ -1,6 +1,6 @@
-"""The tests that kill jobs, and that damage files, as often as asked for: ``python -m benchmarks.soak encode 50``.
+"""Run the tests that kill jobs, or that damage files, many times: ``python -m benchmarks.soak encode 50``.
 
-Prints one JSON line and appends it to ``benchmarks/results/soak.jsonl``.
+It prints one JSON line and appends it to ``benchmarks/results/soak.jsonl``.
 """
 
 import argparse
@@ -24,8 +24,8 @@ TESTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("job", choices=TESTS)
-    parser.add_argument("times", type=int, help="kills, or damaged files")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of files, damages and jobs")
+    parser.add_argument("times", type=int, help="number of kills, or of damaged files")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the choice of files, damages and jobs")
     options = parser.parse_args()
     started = time.time()
     words = [sys.executable, "-m", "pytest", TESTS[options.job]]

@@ -1,10 +1,10 @@
-"""Compiles ditscale's training step for TPUs that are not there: does it fit, what does it compute, what does it send?
+"""Compile ditscale's training step for TPUs without having them, to find its memory, compute and collectives.
 
 ``make aot`` runs `CASES`; ``.venv-aot/bin/python -m benchmarks.tpu_aot v3-8 runtime.mode=zero1`` runs one. Each prints
 a JSON line. The step is XL/2's at 256 px, batch 256, in bf16 autocast, unless overrides of ``ditscale train`` say
 otherwise. `benchmarks.tpu_lower` traces it in the project's environment; this file runs in its own
-(requirements-aot.txt), for libtpu wants a jax that training has no use for. Nothing is executed: weights do not exist,
-and neither does a TPU.
+(requirements-aot.txt), since libtpu needs a jax that training does not. Nothing is executed: there are no weights and
+no TPU.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Of libtpu, read when it is loaded: ask no metadata server, allow other processes that also only compile.
+# libtpu reads these when it is loaded: query no metadata server, and allow other processes that also only compile.
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Topology(NamedTuple):
-    """What libtpu calls a slice. ``cores`` are XLA devices: half a chip on v3, else a chip."""
+    """A slice of TPUs by libtpu's name. ``cores`` counts XLA devices: half a chip on v3, else a chip."""
 
     name: str
     cores: int
@@ -54,7 +54,7 @@ TOPOLOGIES = {
     "v5e-8": Topology("v5e:2x4", 8),
     "v6e-8": Topology("v6e:2x4", 8),
 }
-# Autograd counts devices in 7 bits: larger slices are traced with this many, and the annotations rewritten.
+# Autograd has 7 bits for a device's index: larger slices are traced with this many, and the annotations rewritten.
 MOST_TRACED_DEVICES = 64
 REMAT = "activation_checkpointing=true"
 CASES: tuple[tuple[str, ...], ...] = (
@@ -75,14 +75,14 @@ CASES: tuple[tuple[str, ...], ...] = (
 
 
 class Lowered(NamedTuple):
-    """A traced step: its HLO before it is partitioned, and what `benchmarks.tpu_lower` says of it."""
+    """A traced step: its HLO before partitioning, and the facts that `benchmarks.tpu_lower` states."""
 
     hlo: str
     facts: dict[str, Any]
 
 
 def lower(python: str, devices: int, overrides: Sequence[str]) -> Lowered:
-    """Trace the step for that many devices in the project's environment."""
+    """Trace the step for ``devices`` devices in the project's environment."""
     with tempfile.TemporaryDirectory() as folder:
         command = [python, "-m", "benchmarks.tpu_lower", folder, *overrides]
         environment = {**os.environ, "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(devices)}
@@ -91,9 +91,9 @@ def lower(python: str, devices: int, overrides: Sequence[str]) -> Lowered:
 
 
 def finish(module: ir.Module) -> None:
-    """Give the state's arguments what tracing without weights leaves out: their sharding, and that they are donated.
+    """Mark the state's arguments as sharded and donated, which tracing without weights leaves out.
 
-    They are the arguments without a sharding of their own (`benchmarks.tpu_lower` annotates placeholders by an
+    They are the arguments without a sharding attribute (`benchmarks.tpu_lower` annotates placeholders by an
     operation); the step overwrites each of them.
     """
     main = next(function for function in module.body.operations if function.sym_name.value == "main")
@@ -108,16 +108,16 @@ def finish(module: ir.Module) -> None:
 
 
 def _annotation(value: ir.Value) -> ir.Attribute:
-    """The last of the sharding annotations that follow a value."""
+    """Return the last of the sharding annotations that follow a value."""
     found = None
     while len(users := [use.owner for use in value.uses]) == 1 and "mhlo.sharding" in users[0].attributes:
         found, value = users[0].attributes["mhlo.sharding"], users[0].results[0]
-    assert found is not None, "an argument that is neither sharded nor annotated"
+    assert found is not None, "an argument is neither sharded nor annotated"
     return found
 
 
 def multiply_adds(module: ir.Module) -> int:
-    """Multiply-adds of all matrix products of the traced step, over all cores."""
+    """Return the multiply-adds of all matrix products of the traced step, over all cores."""
     total = 0
 
     def add(operation: ir.Operation) -> ir.WalkResult:
@@ -136,20 +136,20 @@ def multiply_adds(module: ir.Module) -> int:
 
 
 def compile_for(devices: list[Any], module: ir.Module) -> Any:
-    """The executable of all devices under XLA's partitioner. Raises XlaRuntimeError where it does not fit."""
+    """Compile for all devices under XLA's partitioner. Raises JaxRuntimeError where the program does not fit."""
     options = xla_client.CompileOptions()
     build = options.executable_build_options
     options.num_replicas = build.num_replicas = 1
     options.num_partitions = build.num_partitions = len(devices)
     build.use_spmd_partitioning = True
-    build.allow_spmd_sharding_propagation_to_output = [True]  # as torch_xla compiles: results stay as annotated
+    build.allow_spmd_sharding_propagation_to_output = [True]  # as in torch_xla: results stay as annotated
     build.device_assignment = xla_client.DeviceAssignment.create(np.array([[device.id for device in devices]]))
     bytecode = mlir.module_to_bytecode(module)
     return devices[0].client.compile(bytecode, xla_client.DeviceList(tuple(devices)), options)
 
 
 def capacity_bytes(device: Any) -> int:
-    """HBM that a program may use, from the compiler's own words on a program that wants 256 GiB."""
+    """Return the HBM that a program may use, from the compiler's error for a program that needs 256 GiB."""
     too_much = [jax.ShapeDtypeStruct((2**32,), np.int8, sharding=jax.sharding.SingleDeviceSharding(device))] * 64
     try:
         jax.jit(lambda arrays: [array + 1 for array in arrays]).lower(too_much).compile()
@@ -165,7 +165,7 @@ def _gibibytes(pattern: str, message: str) -> int:
 
 
 def measure(topology: Topology, lowered: Lowered) -> dict[str, Any]:
-    """All that the compiler says of the step on a slice."""
+    """Return the compiler's results for the step on a slice."""
     description = topologies.get_topology_desc(
         platform="tpu", topology_name=topology.name, chip_config_name=topology.chip_config
     )
@@ -192,7 +192,7 @@ def measure(topology: Topology, lowered: Lowered) -> dict[str, Any]:
 
 
 def _of_executable(executable: Any, cores: int, model_multiply_adds: int) -> dict[str, Any]:
-    """Memory per core, compute over all cores, and what is sent."""
+    """Return memory per core, compute over all cores, and collectives."""
     memory = executable.get_compiled_memory_stats()
     parts = {
         "arguments": memory.argument_size_in_bytes,
@@ -204,21 +204,21 @@ def _of_executable(executable: Any, cores: int, model_multiply_adds: int) -> dic
     return {
         "hbm_bytes": sum(parts.values()),
         "hbm_parts_bytes": parts,
-        # Elementwise work is among the compiler's flops: half a percent for XL/2.
+        # The compiler's flops include elementwise operations: half a percent for XL/2.
         "compiled_multiply_adds_over_model": round(flops / 2 * cores / model_multiply_adds, 4),
         "collectives": totals(collectives(executable.hlo_modules()[0].to_string())),
     }
 
 
 def run_case(case: Sequence[str], python: str) -> dict[str, Any]:
-    """One result line of a slice's name and the step's settings."""
+    """Return the result line of a case: a slice's name and the step's settings."""
     name, *overrides = case
     topology = TOPOLOGIES[name]
     devices = min(topology.cores, MOST_TRACED_DEVICES)
     lowered = lower(python, devices, overrides)
     if devices < topology.cores and lowered.facts["fsdp_devices"] == devices:
         raise ValueError(
-            f"State is spread over all cores, but {name} has {topology.cores} and {devices} are traced; set "
+            f"State is sharded over all cores, but {name} has {topology.cores} and {devices} are traced; set "
             "runtime.fsdp_devices=8."
         )
     described = {"benchmark": "tpu_aot", "slice": name, "topology": topology.name, "cores": topology.cores}
@@ -227,16 +227,16 @@ def run_case(case: Sequence[str], python: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run one case of the command line, or all of `CASES`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", nargs="*", help="a slice and overrides of `ditscale train`; without: all of CASES")
-    parser.add_argument("--python", default=str(ROOT / ".venv/bin/python"), help="of the project's environment")
+    parser.add_argument("case", nargs="*", help="a slice and overrides of `ditscale train`; default: all of CASES")
+    parser.add_argument("--python", default=str(ROOT / ".venv/bin/python"), help="the project's Python")
     arguments = parser.parse_args()
     if arguments.case:
         print(json.dumps(run_case(arguments.case, arguments.python)), flush=True)
         return
     again = [sys.executable, "-m", "benchmarks.tpu_aot", "--python", arguments.python]
-    failed = [case for case in CASES if subprocess.run([*again, *case], cwd=ROOT).returncode]  # memory goes back
+    failed = [case for case in CASES if subprocess.run([*again, *case], cwd=ROOT).returncode]  # frees memory
     if failed:
         sys.exit(f"{len(failed)} of {len(CASES)} cases failed: {failed}")
 

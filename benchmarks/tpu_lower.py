@@ -1,7 +1,7 @@
-"""Traces ditscale's training step over many devices, without weights and without executing it.
+"""Trace ditscale's training step over many devices, without weights and without executing it.
 
 ``CPU_NUM_DEVICES=8 python -m benchmarks.tpu_lower FOLDER [override ...]`` takes overrides of ``ditscale train``. It
-writes ``step.hlo``, the step before it is partitioned, and ``step.json``, what it is, for `benchmarks.tpu_aot`.
+writes ``step.hlo``, the step before partitioning, and ``step.json``, its facts, for `benchmarks.tpu_aot`.
 """
 
 import json
@@ -34,7 +34,7 @@ XL_2 = ("model/size=xl", "model.patch_size=2", "model.latent_size=32", "model.ch
 
 
 def compose(overrides: list[str]) -> dict[str, Any]:
-    """The config of ``ditscale train`` for XL/2 in bf16 under the XLA runtime, with overrides."""
+    """Return the config of ``ditscale train`` for XL/2 in bf16 under the XLA runtime, with overrides."""
     register()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         config = hydra.compose("train", ["runtime=xla", "precision=bf16", "shape_name=step", *XL_2, *overrides])
@@ -42,7 +42,7 @@ def compose(overrides: list[str]) -> dict[str, Any]:
 
 
 def trace(config: dict[str, Any], runtime: TracingRuntime) -> str:
-    """The HLO of one whole step, with the sharding of everything that has one."""
+    """Return the HLO of one whole step, with all shardings."""
     runtime.require_batch(config["batch_size"])
     model = weightless(config["model"])
     process = runtime.place(build(config["diffusion"]))
@@ -60,7 +60,7 @@ def trace(config: dict[str, Any], runtime: TracingRuntime) -> str:
 
 
 def weightless(section: dict[str, Any]) -> DiT:
-    """The network with weights on the meta device. Its buffers, which no depth changes, are real."""
+    """Return the network with weights on the meta device. Its buffers, which depth does not change, are real."""
     with torch.device("meta"):
         model: DiT = build(section)
     for path, buffer in build({**section, "depth": 1}).named_buffers():
@@ -70,14 +70,14 @@ def weightless(section: dict[str, Any]) -> DiT:
 
 
 def host_batch(model: DiT, batch_size: int) -> Batch:
-    """Of zeros: only shapes matter."""
+    """Return a batch of zeros: only shapes matter."""
     latent = torch.zeros(batch_size, model.config.channels, model.config.latent_size, model.config.latent_size)
     index = torch.zeros(batch_size, dtype=torch.int64)
     return Batch(x_0=latent, noise=latent.clone(), t=index, condition={"label": index.clone()})
 
 
 def facts(config: dict[str, Any], runtime: TracingRuntime) -> dict[str, Any]:
-    """What was traced, by what."""
+    """Return the facts on the traced step and on the versions that traced it."""
     model = weightless(config["model"])
     shape = model.config
     mode, fsdp_devices = config["runtime"]["mode"], config["runtime"]["fsdp_devices"] or runtime.num_devices
@@ -98,7 +98,7 @@ def facts(config: dict[str, Any], runtime: TracingRuntime) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Entry point."""
+    """Trace the step, and write its HLO and its facts."""
     folder, config = Path(sys.argv[1]), compose(sys.argv[2:])
     runtime = TracingRuntime(config["precision"], config["runtime"]["mode"], config["runtime"]["fsdp_devices"])
     (folder / "step.hlo").write_text(trace(config, runtime))

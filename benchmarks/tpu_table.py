@@ -1,4 +1,4 @@
-"""Result lines of `benchmarks.tpu_aot` as the table of docs/tpu.md.
+"""Print result lines of `benchmarks.tpu_aot` as the table of docs/tpu.md.
 
 ``python -m benchmarks.tpu_table benchmarks/results/tpu_aot.jsonl``
 """
@@ -23,7 +23,7 @@ HEADINGS = (
 
 
 def table(lines: Iterable[str]) -> str:
-    """Markdown. "computes" is the compiled multiply-adds of all cores over those of model/flops.py."""
+    """Return the table in Markdown. "computes": compiled multiply-adds of all cores / those of model/flops.py."""
     rows = [HEADINGS, ("---",) * len(HEADINGS), *(_row(json.loads(line)) for line in lines)]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 

@@ -1,13 +1,13 @@
-"""Images per second of one training step, eager and compiled, against a plain step in the released code's style.
+"""Compare images per second of a training step, eager and compiled, with a plain step in the released code's style.
 
 ``python -m benchmarks.train_step [--sizes s b l xl] [--batch-size 256] [--precision bf16] [--variants ...]`` prints
-one JSON line a size: of all four on a GPU, of S on a CPU. ``--batch-size 0`` takes the largest power of two that fits
-a GPU. Patch size 2, 256 px. Peak memory is of a GPU alone.
+one JSON line per size; the default is all four on a GPU and S on a CPU. ``--batch-size 0`` takes the largest power of
+two that fits a GPU. Patch size is 2, images are 256 px. Peak memory is measured on a GPU only.
 
-Variants, all at one precision: ``baseline`` (eager, TF32 where there is a GPU, ``torch.autocast`` for bf16, AdamW as it
-comes, an average updated parameter by parameter, ``loss.item()`` each step), ``eager`` and ``compiled`` (ours, through
-runtime, step and feed). On a CPU the variants take turns and the medians are compared, since its speed drifts; beside
-wall time stands the processor time of the whole process, which other programs on the machine change little.
+The variants, all at one precision, are ``baseline`` (eager, TF32 on a GPU, ``torch.autocast`` for bf16, AdamW with its
+defaults, an average updated parameter by parameter, ``loss.item()`` each step), and ``eager`` and ``compiled`` (ours,
+through runtime, step and feed). On a CPU the variants take turns and the medians are compared, since its speed drifts;
+the process's processor time is given too, which other programs on the machine affect little.
 """
 
 import argparse
@@ -40,11 +40,11 @@ from train.step import make_step
 
 SIZES = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}
 LATENT, CHANNELS, CLASSES = 32, 4, 1000
-RunStep = Callable[[], float]  # does one step; seconds that it waited for data
+RunStep = Callable[[], float]  # runs one step -> seconds that it waited for data
 
 
 class Round(NamedTuple):
-    """Several steps of a variant: seconds a step by the wall and of processor time, and the share waited for data."""
+    """The timing of a round: wall and processor seconds per step, and the fraction of time spent waiting for data."""
 
     step_sec: float
     step_cpu_sec: float
@@ -61,7 +61,7 @@ def diffusion() -> GaussianDiffusion:
 
 
 def host_batches(batch_size: int) -> Iterator[Batch]:
-    """Random latents with the draws of training: all of the host's work but reading files."""
+    """Yield random latents with the draws of training: all of the host's work except reading files."""
     philox, shape, position = Philox(0), (CHANNELS, LATENT, LATENT), 0
     labels = torch.arange(batch_size) % CLASSES
     while True:
@@ -77,7 +77,7 @@ def host_batches(batch_size: int) -> Iterator[Batch]:
 
 
 def ours(size: str, batch_size: int, precision: Any, compiled: bool) -> RunStep:
-    """The project's step under its runtime."""
+    """Return the project's step under its runtime."""
     runtime = AccelerateRuntime(precision, compile=compiled)
     model, process = new_model(size), runtime.place(diffusion())
     ema = constant(model)
@@ -97,7 +97,7 @@ def ours(size: str, batch_size: int, precision: Any, compiled: bool) -> RunStep:
 
 
 def baseline(size: str, batch_size: int, precision: str) -> RunStep:
-    """A plain step, as one writes it first. Its data lie ready on the device."""
+    """Return a plain step, as a first script has it. Its data is already on the device."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     model, average = new_model(size).to(device), new_model(size).to(device).requires_grad_(False)
@@ -137,7 +137,7 @@ def wait_for_device() -> None:
 
 
 def timed(run: RunStep, steps: int) -> Round:
-    """Steps one after another, to the end of the device's work."""
+    """Time some steps, until the device has finished."""
     wait_for_device()
     started, cpu_started = time.perf_counter(), time.process_time()
     waited = sum(run() for _ in range(steps))
@@ -147,7 +147,7 @@ def timed(run: RunStep, steps: int) -> Round:
 
 
 def peak_flops() -> float:
-    """True FLOPs per second of a bf16 matrix product, the best of several: what utilisation is a fraction of."""
+    """Return true FLOPs per second of a bf16 matrix product, the best of several, as the base of utilization."""
     device, side = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 1024)
     one, other = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
 
@@ -160,7 +160,7 @@ def peak_flops() -> float:
 
 
 def largest_batch(variant: str, size: str, precision: str) -> int:
-    """The largest power of two that a step of this variant fits into a GPU with."""
+    """Return the largest power of two at which a step of this variant fits the GPU."""
     for batch_size in (2048, 1024, 512, 256, 128, 64, 32, 16, 8):
         try:
             timed(make(variant, size, batch_size, precision), 2)
@@ -169,11 +169,11 @@ def largest_batch(variant: str, size: str, precision: str) -> int:
             continue
         finally:
             free()
-    raise SystemExit(f"{size}/2 does not fit this GPU with 8 images")
+    raise SystemExit(f"{size}/2 does not fit this GPU even with 8 images")
 
 
 def free() -> None:
-    """Give back what the last variant held."""
+    """Free the memory of the last variant."""
     gc.collect()
     torch._dynamo.reset()
     if torch.cuda.is_available():
@@ -182,9 +182,9 @@ def free() -> None:
 
 
 def measure(arguments: argparse.Namespace, size: str, peak: float) -> dict[str, Any]:
-    """One size: every variant, and ratios to the baseline."""
+    """Measure every variant of a size, with ratios to the baseline."""
     found = (on_gpu if torch.cuda.is_available() else taking_turns)(arguments, size)
-    work = 2 * TRAINING_FACTOR * multiply_adds(new_model(size))  # FLOPs an image
+    work = 2 * TRAINING_FACTOR * multiply_adds(new_model(size))  # FLOPs per image
     for values in found.values():
         values["utilization_of_bf16_peak"] = round(values["images_per_sec"] * work / peak, 4)
         if "baseline" in found:
@@ -196,7 +196,7 @@ def measure(arguments: argparse.Namespace, size: str, peak: float) -> dict[str, 
 
 
 def on_gpu(arguments: argparse.Namespace, size: str) -> dict[str, dict[str, Any]]:
-    """One variant after the other, each with the whole memory."""
+    """Measure one variant after the other, each with the whole memory."""
     found = {}
     for variant in arguments.variants:
         batch_size = arguments.batch_size or largest_batch(variant, size, arguments.precision)
@@ -212,7 +212,7 @@ def on_gpu(arguments: argparse.Namespace, size: str) -> dict[str, dict[str, Any]
 
 
 def taking_turns(arguments: argparse.Namespace, size: str) -> dict[str, dict[str, Any]]:
-    """All variants in memory, a few steps of each in turn."""
+    """Measure with all variants in memory, a few steps of each in turn."""
     batch_size = arguments.batch_size or 8
     runs = {variant: make(variant, size, batch_size, arguments.precision) for variant in arguments.variants}
     for run in runs.values():
@@ -241,14 +241,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES) if has_gpu else ["s"])
     parser.add_argument("--batch-size", type=int, default=0, help="0: the largest that fits a GPU, 8 on a CPU")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="of all variants")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="precision of all variants")
     parser.add_argument("--variants", nargs="+", default=["baseline", "eager", "compiled"])
-    parser.add_argument("--steps", type=int, default=20 if has_gpu else 1, help="in a round")
+    parser.add_argument("--steps", type=int, default=20 if has_gpu else 1, help="steps per round")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--warm-up", type=int, default=5 if has_gpu else 1, help="steps")
+    parser.add_argument("--warm-up", type=int, default=5 if has_gpu else 1, help="warm-up steps")
     arguments = parser.parse_args()
     if not has_gpu:
-        print("No GPU: these are numbers of a CPU, and say nothing about the targets for GPUs.")
+        print("There is no GPU: these are numbers of a CPU, and say nothing about the targets for GPUs.")
     for size in arguments.sizes:
         peak = peak_flops()
         result = {

@@ -1,6 +1,6 @@
-"""One forward and backward pass of DiT-XL/2 at 256 px in bf16 autocast on the CPU: does it fit, and how long?
+"""Measure memory and time of one forward and backward pass of DiT-XL/2 at 256 px in bf16 autocast on the CPU.
 
-``python -m benchmarks.xl_step [depth]`` prints one JSON line; the model's depth is 28.
+``python -m benchmarks.xl_step [depth]`` prints one JSON line; the default depth is the model's 28.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Define a condition, the input of a training step and the network that takes them; divide a global batch."""
+"""Define the condition, the batch and the denoiser that takes them, and divide a global batch into parts."""
 
 from collections.abc import Callable, Mapping
 from operator import itemgetter
@@ -7,14 +7,14 @@ from typing import NamedTuple, Protocol, TypeVar, cast
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-# What a sample is conditioned on, by name: tensors [B, ...]; empty for an unconditional network. Samplers, guidance,
-# runtimes and the loop pass it through unseen: its source in data/ makes it, its embedding in model/ reads it.
+# The condition of B samples: tensors [B, ...] by name; empty for an unconditional network. A source in data/ makes it
+# and an embedding in model/ reads it; samplers, guidance, runtimes and the loop only pass it on.
 Condition = Mapping[str, Tensor]
 Tree = TypeVar("Tree")
 
 
 class Batch(NamedTuple):
-    """Samples with the random numbers of their visit: a process's share of a step's global batch."""
+    """Samples with their random numbers: a process's share of a step's global batch."""
 
     x_0: Tensor  # [B, c, h, w] float32, the latent, scaled by the autoencoder's factor
     noise: Tensor  # [B, c, h, w] float32
@@ -23,10 +23,10 @@ class Batch(NamedTuple):
 
 
 class Denoiser(Protocol):
-    """A network that knows no schedule, no guidance and drops no condition."""
+    """A network without schedule or guidance, which never drops the condition."""
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Return what the objective asks for: [B, k c, h, w], where k is its ``outputs_per_channel``.
+        """Return the prediction that the objective asks for: [B, k c, h, w], where k is its ``outputs_per_channel``.
 
         x_t is [B, c, h, w] float, t [B] int64 or float, the condition has B rows.
         """
@@ -46,11 +46,11 @@ def require_divisible(batch_size: int, num_members: int, members: str, micro_bat
     each = f" x {micro_batches} micro-batches" if micro_batches > 1 else ""
     below = batch_size - batch_size % parts
     choices = f"{below} or {below + parts}" if below else f"{parts}"
-    raise ValueError(f"batch_size {batch_size} does not divide by {num_members} {members}{each}; use {choices}.")
+    raise ValueError(f"batch_size {batch_size} is not a multiple of {num_members} {members}{each}; use {choices}.")
 
 
 def micro_batches_of(batch: Batch, count: int) -> list[Batch]:
-    """Return ``count`` equal parts, in order. The rows must divide."""
+    """Return ``count`` equal parts, in order. The number of rows must be a multiple of ``count``."""
     rows = len(batch.noise) // count
     assert rows * count == len(batch.noise)
     parts = [slice(first, first + rows) for first in range(0, rows * count, rows)]

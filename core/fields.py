@@ -1,7 +1,7 @@
 """Define the base class of settings: dataclasses that state their constraints, converted from and to plain values.
 
 A class of settings is defined next to the code that it configures. Hydra composes its values, `of` constructs it,
-``__post_init__`` validates it, and the result of `plain` is what is saved and hashed. Sections that name a component
+``__post_init__`` validates it, and the result of `plain` is saved and hashed. Sections that name a component
 (``_target_``) stay mappings.
 """
 
@@ -15,7 +15,7 @@ MUST_BE_GIVEN: Any = "???"  # Hydra's marker for a value without a default
 
 
 def positive(default: Any = MUST_BE_GIVEN, *, free: bool = False) -> Any:
-    """Return a field whose number must be above 0; None is allowed where the type allows it."""
+    """Return a field whose number must be above 0; None is valid if the type allows it."""
     return field(default=default, metadata={"positive": True, "free": free})
 
 
@@ -26,7 +26,7 @@ def free(default: Any = MUST_BE_GIVEN) -> Any:
 
 @dataclass
 class Settings:
-    """The values of a section. Raises ValueError, with the dotted name, for a number that its field does not allow."""
+    """The values of a section. Raises ValueError with the dotted name for a number that its field does not allow."""
 
     section: ClassVar[str] = ""  # the dotted name of the section; empty for a job's own settings
 

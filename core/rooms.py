@@ -1,11 +1,11 @@
-"""List the rooms of the house and what each may import. Packaging, tests and hashes of the source follow it."""
+"""List the rooms and what each may import. Packaging, tests and hashes of the source use this list."""
 
 import hashlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# From the ground floor up: a room may import the rooms that it names, and itself.
+# A room may import the rooms in its set, and itself.
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "core": frozenset(),
     "model": frozenset({"core"}),
@@ -25,7 +25,7 @@ def source_files(*rooms: str, root: Path = ROOT) -> list[Path]:
 
 
 def source_hash(*rooms: str, root: Path = ROOT) -> str:
-    """Return a hash of the Python files of rooms, each with its path."""
+    """Return the SHA-256 of the Python files of rooms and of their paths."""
     digest = hashlib.sha256()
     for path in source_files(*rooms, root=root):
         digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())

@@ -1,1 +1,1 @@
-"""The network and the autoencoder: pure functions of tensors. Imports nothing of ditscale."""
+"""Networks, their cost, and autoencoders: pure functions of tensors. This room imports core only."""

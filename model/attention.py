@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention. A variant overrides what becomes of queries and keys before the scores."""
+    """Multi-head self-attention. A variant overrides how queries and keys are prepared for the scores."""
 
     sees_positions = False  # whether `rotate` needs the tokens' positions
 
@@ -18,7 +18,7 @@ class SelfAttention(nn.Module):
         self.projection = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """[B, T, d], [T, 2] row and column, [B, T] bool (False: nobody attends to it) -> [B, T, d]."""
+        """Return the mixed tokens: [B, T, d], [T, 2] row and column, [B, T] bool (False: masked out) -> [B, T, d]."""
         batch, length, width = tokens.shape
         qkv = self.qkv(tokens).view(batch, length, 3, self.num_heads, width // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -29,11 +29,11 @@ class SelfAttention(nn.Module):
         return self.projection(mixed.transpose(1, 2).reshape(batch, length, width))
 
     def normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, heads, T, d / heads] queries and keys as they enter the scores; the paper's are as they are."""
+        """Return queries and keys [B, heads, T, d / heads] as the scores use them; the paper leaves them unchanged."""
         return query, key
 
     def rotate(self, vectors: Tensor, positions: Tensor) -> Tensor:
-        """[B, heads, T, d / heads] queries or keys, turned by their positions [T, 2]; the paper's are not."""
+        """Return queries or keys [B, heads, T, d / heads] rotated by positions [T, 2]; the paper does not rotate."""
         return vectors
 
 
@@ -43,7 +43,7 @@ AttentionFactory = Callable[[int, int], SelfAttention]  # (width, num_heads) -> 
 class QKNormSelfAttention(SelfAttention):
     """Queries and keys normalized per head (Dehghani et al. 2023, section 2).
 
-    Not the paper's: it is against attention scores that grow late in long bf16 runs.
+    The paper does not do this. It prevents attention scores from growing late in long bf16 runs.
     """
 
     def __init__(self, width: int, num_heads: int) -> None:
@@ -52,7 +52,7 @@ class QKNormSelfAttention(SelfAttention):
         self.norm_key = nn.LayerNorm(width // num_heads, eps=1e-6)
 
     def normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, heads, T, d / heads], each vector normalized with a learned scale and shift."""
+        """Return queries and keys [B, heads, T, d / heads], each vector normalized with a learned scale and shift."""
         return self.norm_query(query).to(query.dtype), self.norm_key(key).to(key.dtype)
 
 
@@ -67,7 +67,7 @@ class CrossAttention(nn.Module):
         self.projection = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[B, T, d], [B, M, d], [B, M] bool (False: nobody attends to it) -> [B, T, d]."""
+        """Return the mixed tokens: [B, T, d], context [B, M, d], [B, M] bool (False: masked out) -> [B, T, d]."""
         batch, length, width = tokens.shape
         query = self._heads(self.query(tokens))
         key, value = (self._heads(part) for part in self.key_value(context).chunk(2, dim=2))
@@ -75,18 +75,18 @@ class CrossAttention(nn.Module):
         return self.projection(mixed.transpose(1, 2).reshape(batch, length, width))
 
     def _heads(self, vectors: Tensor) -> Tensor:
-        """[B, L, d] -> [B, heads, L, d / heads]."""
+        """Split the width into heads: [B, T, d] -> [B, heads, T, d / heads]."""
         batch, length, width = vectors.shape
         return vectors.view(batch, length, self.num_heads, width // self.num_heads).transpose(1, 2)
 
 
 def over_keys(mask: Tensor | None) -> Tensor | None:
-    """[B, M] -> [B, 1, 1, M], the same for every head and query."""
+    """Return the mask [B, M] as [B, 1, 1, M], which every head and query shares."""
     return None if mask is None else mask[:, None, None, :]
 
 
 def initialize_linears(module: nn.Module, generator: torch.Generator) -> None:
-    """Xavier-uniform weights and zero biases for every linear map below ``module``, in definition order.
+    """Set every linear map inside ``module`` to Xavier-uniform weights and zero biases, in definition order.
 
     Joint maps (qkv, keys and values) are drawn as one matrix, as in the released code.
     """

@@ -1,4 +1,4 @@
-"""Autoencoders between images and latents, behind one interface."""
+"""Define the interface of autoencoders between images and latents, and the identity for pixel space."""
 
 from typing import ClassVar, Protocol, Self
 
@@ -7,15 +7,14 @@ from torch import Tensor
 
 
 class Autoencoder(Protocol):
-    """Images in [-1, 1] to latents and back.
+    """Converts images in [-1, 1] to latents and back.
 
-    ``downscale`` is the factor between image and latent side, ``channels`` the latent's channels,
-    ``image_channels`` the images'. The diffusion
-    sees (z - ``shift``) x ``scale``, one number or one per channel. ``name``, ``revision`` and ``precision`` (of
-    the network: fp32 or bf16) are its identity.
+    ``downscale`` is the ratio of image side to latent side, ``channels`` the number of latent channels and
+    ``image_channels`` that of image channels. The diffusion process sees (z - ``shift``) x ``scale``; both are one
+    number, or one per channel. ``name``, ``revision`` and ``precision`` (of the network: fp32 or bf16) identify it.
     """
 
-    usual_latents: ClassVar[tuple[int, int] | None]  # downscale and channels, for whoever has no weights at hand
+    usual_latents: ClassVar[tuple[int, int] | None]  # (downscale, channels), for use without the weights
     name: str
     revision: str
     precision: str
@@ -26,43 +25,43 @@ class Autoencoder(Protocol):
     shift: float | list[float]
 
     def to(self, device: torch.device | str) -> Self:
-        """Move the weights; returns itself."""
+        """Move the weights, and return the autoencoder."""
         ...
 
     def moments(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] float32 in [-1, 1] -> [B, 2c, h, w] float32: mean, then log-variance."""
+        """Encode images [B, C, H, W] float32 in [-1, 1] to [B, 2c, h, w] float32: mean, then log-variance."""
         ...
 
     def draw(self, moments: Tensor, posterior: Tensor) -> Tensor:
-        """[B, 2c, h, w] moments and [B, c, h, w] standard normals -> [B, c, h, w] scaled latent x_0."""
+        """Return scaled latents x_0 [B, c, h, w] from moments [B, 2c, h, w] and standard normals [B, c, h, w]."""
         ...
 
     def decode(self, latent: Tensor) -> Tensor:
-        """[B, c, h, w] scaled latent -> [B, C, H, W] float32 image, nominally in [-1, 1]."""
+        """Decode scaled latents [B, c, h, w] to images [B, C, H, W] float32, nominally in [-1, 1]."""
         ...
 
 
 class IdentityAutoencoder:
-    """Pixel space: the latent is the image. (The paper notes that DiTs apply there unchanged.)"""
+    """The autoencoder of pixel space: the latent is the image. (The paper notes that DiTs apply there unchanged.)"""
 
-    usual_latents: ClassVar[tuple[int, int] | None] = None  # those of pixels
+    usual_latents: ClassVar[tuple[int, int] | None] = None  # they depend on the images
     name = "identity"
     revision = "1"
     precision = "fp32"
     downscale = 1
     scale: float | list[float] = 1.0
     shift: float | list[float] = 0.0
-    log_variance = -30.0  # diffusers' lower clamp; written to keep the format of the shards, never drawn from
+    log_variance = -30.0  # diffusers' lower clamp; the format of shards needs a value, but `draw` does not use it
 
     def __init__(self, channels: int) -> None:
         self.channels = self.image_channels = channels
 
     def to(self, device: torch.device | str) -> Self:
-        """Itself: there are no weights."""
+        """Return the autoencoder unchanged: it has no weights."""
         return self
 
     def moments(self, images: Tensor) -> Tensor:
-        """[B, c, h, w] -> [B, 2c, h, w]: the image itself, and a constant. ValueError for other channels."""
+        """Return images [B, c, h, w] and a constant as [B, 2c, h, w]. Raises ValueError for other channels."""
         if images.shape[1] != self.channels:
             raise ValueError(
                 f"The identity autoencoder was configured for {self.channels} channels, but the images have "
@@ -71,9 +70,9 @@ class IdentityAutoencoder:
         return torch.cat([images, torch.full_like(images, self.log_variance)], dim=1)
 
     def draw(self, moments: Tensor, posterior: Tensor) -> Tensor:
-        """[B, 2c, h, w] -> [B, c, h, w]: the mean; there is nothing to draw."""
+        """Return the mean of the moments: [B, 2c, h, w] -> [B, c, h, w]. Nothing is drawn."""
         return moments[:, : self.channels].float()
 
     def decode(self, latent: Tensor) -> Tensor:
-        """[B, c, h, w] -> [B, c, h, w]: itself."""
+        """Return the latents [B, c, h, w] as float32: they are the images."""
         return latent.float()

@@ -1,4 +1,4 @@
-"""The KL-regularised autoencoder of latent diffusion (Rombach et al. 2022), out of diffusers."""
+"""Define the KL-regularized autoencoder of latent diffusion (Rombach et al. 2022), loaded by diffusers."""
 
 import hashlib
 from contextlib import AbstractContextManager, nullcontext
@@ -12,11 +12,11 @@ from core.precision import exact_float32
 
 
 class DiffusersAutoencoder:
-    """diffusers' ``AutoencoderKL`` from a local folder or a hub name, behind `Autoencoder`.
+    """diffusers' ``AutoencoderKL`` from a local folder or a hub name, behind the interface `Autoencoder`.
 
-    A latent reaches the diffusion as (z - shift) x scale, one number or one per channel; the paper's is
-    0.18215 x z. ``precision`` is that of the network; moments and images are float32. Weights are read from
-    safetensors only. Raises ValueError where there are none.
+    The diffusion process sees (z - shift) x scale, each one number or one per channel; in the paper it sees
+    0.18215 x z. ``precision`` is the network's; moments and images are float32. Weights are read from safetensors
+    only. Raises ValueError where they cannot be loaded.
     """
 
     usual_latents: ClassVar[tuple[int, int] | None] = (8, 4)  # Stable Diffusion's
@@ -38,37 +38,37 @@ class DiffusersAutoencoder:
         self.channels: int = self._network.config["latent_channels"]
         self.downscale: int = 2 ** (len(self._network.config["block_out_channels"]) - 1)
         self.scale, self.shift, self.precision = scale, shift, precision
-        # What the file itself says; diffusers fills in Stable Diffusion's 0.18215 and no shift where it says nothing.
+        # The config's own values; diffusers fills in Stable Diffusion's 0.18215 and no shift where it has none.
         self.own_scale = float(self._network.config["scaling_factor"])
         self.own_shift = float(self._network.config.get("shift_factor") or 0.0)
         self._scale, self._shift = (
             _per_channel("scale", scale, self.channels),
             _per_channel("shift", shift, self.channels),
         )
-        if precision == "bf16":  # past diffusers' own `to`, which warns of layers that this network does not have
+        if precision == "bf16":  # not diffusers' own `to`, which warns about layers that this network does not have
             torch.nn.Module.to(self._network, torch.bfloat16)
 
     def to(self, device: torch.device | str) -> "DiffusersAutoencoder":
-        """Move the weights; returns itself."""
+        """Move the weights, and return the autoencoder."""
         self._network.to(device)
         return self
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] float32 in [-1, 1] -> [B, 2c, H / downscale, W / downscale] float32: mean, log-variance."""
+        """Encode images [B, 3, H, W] float32 in [-1, 1] to [B, 2c, h, w] float32: mean, then log-variance."""
         with self._exact(images.device):
             posterior = self._network.encode(images.to(self._network.dtype)).latent_dist
         return torch.cat([posterior.mean, posterior.logvar], dim=1).float()
 
     def draw(self, moments: Tensor, posterior: Tensor) -> Tensor:
-        """[B, 2c, h, w] moments and [B, c, h, w] standard normals -> [B, c, h, w] float32 latent x_0."""
+        """Return latents x_0 [B, c, h, w] float32 from moments [B, 2c, h, w] and standard normals [B, c, h, w]."""
         mean, log_variance = moments.float().chunk(2, dim=1)
         latent = mean + torch.exp(0.5 * log_variance) * posterior
         return (latent - self._shift.to(latent.device)) * self._scale.to(latent.device)
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
-        """[B, c, h, w] latent x_0 -> [B, 3, H, W] float32, nominally in [-1, 1]."""
+        """Decode latents x_0 [B, c, h, w] to images [B, 3, H, W] float32, nominally in [-1, 1]."""
         unscaled = latent.float() / self._scale.to(latent.device) + self._shift.to(latent.device)
         with self._exact(latent.device):
             image: Tensor = self._network.decode(unscaled.to(self._network.dtype)).sample
@@ -76,14 +76,14 @@ class DiffusersAutoencoder:
 
     def for_pipeline(self) -> AutoencoderKL:
         """Return diffusers' own network, with the scale by which its pipelines divide latents before decoding."""
-        assert not isinstance(self.scale, list), "a pipeline knows one scale"
-        assert self.shift == 0.0, "a pipeline knows no shift"
+        assert not isinstance(self.scale, list), "a pipeline has one scale"
+        assert self.shift == 0.0, "a pipeline has no shift"
         self._network.register_to_config(scaling_factor=self.scale)
         network: AutoencoderKL = self._network
         return network
 
     def _exact(self, device: torch.device) -> AbstractContextManager[None]:
-        """float32 means float32, whatever the caller allows its own network."""
+        """Return the context in which float32 is true float32, whatever the caller allows its own network."""
         return exact_float32(device) if self.precision == "fp32" else nullcontext()
 
 
@@ -102,7 +102,7 @@ def _load(pretrained: str, hub_revision: str | None, subfolder: str | None) -> A
 
 
 def _weights_hash(network: torch.nn.Module) -> str:
-    """SHA-256 over names, shapes and float32 values: the same for every file format and place."""
+    """Return a SHA-256 over names, shapes and float32 values, which no file format or location changes."""
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
         digest.update(f"{name}{tuple(value.shape)}".encode())
@@ -111,7 +111,7 @@ def _weights_hash(network: torch.nn.Module) -> str:
 
 
 def _per_channel(name: str, value: float | list[float], channels: int) -> Tensor:
-    """[1, 1 or c, 1, 1]. Raises ValueError for another number of values."""
+    """Return the values as [1, 1 or c, 1, 1]. Raises ValueError for another number of values."""
     values = value if isinstance(value, list) else [value]
     if len(values) not in (1, channels):
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Transformer blocks: the paper's four, classes behind one interface, chosen by ``model/block=...``.
+"""Define the paper's four transformer blocks behind one interface; ``model/block=...`` selects one.
 
-A block is built by a factory ``(width, num_heads) -> Block``, and builds its norms, attention and MLP by factories too:
-another norm needs no other block. Adding one is a class here, a YAML in ``conf/model/block`` and a test. How a block
-uses its condition is what distinguishes it (paper, section 3.2 and figure 3).
+A factory ``(width, num_heads) -> Block`` builds a block, which builds its norms, attention and MLP by factories too:
+a new norm works with every block. A new block is a class here, a YAML in ``conf/model/block`` and a test. Blocks
+differ in how they use the condition (paper, section 3.2 and figure 3).
 """
 
 import torch
@@ -16,49 +16,49 @@ from model.norms import NormFactory, layer_norm
 
 
 class Assembly:
-    """Assemble the sequence that blocks work on: the image's tokens alone."""
+    """Assembles the sequence of T' tokens that blocks work on: here the T tokens of the image alone."""
 
     def enter(self, tokens: Tensor, embedded: Embedded) -> Tensor:
-        """Return the sequence before the first block: [B, T, d] -> [B, L, d]."""
+        """Return the sequence before the first block: [B, T, d] -> [B, T', d]."""
         return tokens
 
     def places(self, positions: Tensor, embedded: Embedded) -> Tensor:
-        """Return the positions of the sequence: [T, 2] row and column of the image's tokens -> [L, 2]."""
-        return positions.clone()  # its own in each pass: PyTorch/XLA writes over the inputs of what it recomputes
+        """Return the positions of the sequence: [T, 2] row and column of the image's tokens -> [T', 2]."""
+        return positions.clone()  # a new tensor each pass: PyTorch/XLA overwrites the inputs of what it recomputes
 
     def leave(self, sequence: Tensor, embedded: Embedded) -> Tensor:
-        """Return the image's tokens after the last block: [B, L, d] -> [B, T, d]."""
+        """Return the image's tokens after the last block: [B, T', d] -> [B, T, d]."""
         return sequence
 
 
 class ConditionFirst(Assembly):
-    """Put the condition's M tokens before the image's."""
+    """Puts the condition's M tokens before the image's T."""
 
     def enter(self, tokens: Tensor, embedded: Embedded) -> Tensor:
-        """[B, T, d] -> [B, M + T, d]."""
+        """Return the condition's and the image's tokens: [B, T, d] -> [B, M + T, d]."""
         return torch.cat([embedded.tokens.to(tokens.dtype), tokens], dim=1)
 
     def places(self, positions: Tensor, embedded: Embedded) -> Tensor:
-        """[T, 2] -> [M + T, 2]: all of the condition is at the origin."""
+        """Return the positions with the condition's tokens at the origin: [T, 2] -> [M + T, 2]."""
         return nn.functional.pad(positions, (0, 0, embedded.tokens.shape[1], 0))
 
     def leave(self, sequence: Tensor, embedded: Embedded) -> Tensor:
-        """[B, M + T, d] -> [B, T, d]."""
+        """Return the image's tokens: [B, M + T, d] -> [B, T, d]."""
         return sequence[:, embedded.tokens.shape[1] :]
 
 
 class Block(nn.Module):
-    """Maps a sequence of tokens to one of the same length under a condition."""
+    """Maps a sequence of tokens and a condition to a sequence of the same length."""
 
     assembly: type[Assembly] = Assembly
     sees_positions = False  # whether `forward` needs the tokens' positions
 
     def forward(self, tokens: Tensor, embedded: Embedded, positions: Tensor | None = None) -> Tensor:
-        """[B, L, d], the condition, [L, 2] row and column of each token -> [B, L, d]."""
+        """Return the new tokens: [B, T', d], the condition, [T', 2] row and column of each token -> [B, T', d]."""
         raise NotImplementedError
 
     def final_layer(self, width: int, patch_values: int) -> FinalLayer:
-        """Return a new layer that decodes what blocks of this kind make."""
+        """Return a new layer that decodes the output of blocks of this kind."""
         return FinalLayer(width, patch_values)
 
     def initialize(self) -> None:
@@ -66,9 +66,9 @@ class Block(nn.Module):
 
 
 class _TransformerBlock(Block):
-    """Hold what all four share: a pre-norm attention branch and a pre-norm MLP branch."""
+    """The common part of all four blocks: a pre-norm attention branch and a pre-norm MLP branch."""
 
-    affine_norms = True  # adaptive blocks regress what the norms would learn
+    affine_norms = True  # False in adaptive blocks, which regress the scale and shift that norms would learn
     final_layer_class: type[FinalLayer] = FinalLayer
 
     def __init__(
@@ -89,26 +89,26 @@ class _TransformerBlock(Block):
         self.sees_positions = self.attention.sees_positions
 
     def final_layer(self, width: int, patch_values: int) -> FinalLayer:
-        """Return one with the norm of the blocks."""
+        """Return a final layer with the norm of the blocks."""
         return self.final_layer_class(width, patch_values, self._norm)
 
 
 class InContextBlock(_TransformerBlock):
-    """In-context conditioning: timestep and label are M more tokens, the block is a plain ViT's."""
+    """The block of in-context conditioning: a plain ViT block; timestep and label are M additional tokens."""
 
     assembly = ConditionFirst
 
     def forward(self, tokens: Tensor, embedded: Embedded, positions: Tensor | None = None) -> Tensor:
-        """[B, M + T, d] -> [B, M + T, d]; the condition is among the tokens already."""
+        """Return the new tokens: [B, M + T, d] -> [B, M + T, d]. The condition is already among them."""
         mask = embedded.mask
-        if mask is not None:  # the image's tokens are all there
+        if mask is not None:  # it covers the condition's tokens; none of the image's are masked out
             mask = nn.functional.pad(mask, (0, tokens.shape[1] - mask.shape[1]), value=True)
         tokens = tokens + self.attention(self.norm_attention(tokens), positions, mask)
         return tokens + self.mlp(self.norm_mlp(tokens))
 
 
 class CrossAttentionBlock(_TransformerBlock):
-    """Cross-attention: after self-attention, the tokens attend to the condition's (timestep, label)."""
+    """The block with cross-attention: after self-attention, tokens attend to the condition's (timestep, label)."""
 
     def __init__(
         self,
@@ -124,14 +124,14 @@ class CrossAttentionBlock(_TransformerBlock):
         self.cross_attention = CrossAttention(width, num_heads)
 
     def forward(self, tokens: Tensor, embedded: Embedded, positions: Tensor | None = None) -> Tensor:
-        """[B, T, d] -> [B, T, d]."""
+        """Return the new tokens: [B, T, d] -> [B, T, d]."""
         tokens = tokens + self.attention(self.norm_attention(tokens), positions)
         tokens = tokens + self.cross_attention(self.norm_cross_attention(tokens), embedded.tokens, embedded.mask)
         return tokens + self.mlp(self.norm_mlp(tokens))
 
 
 class AdaLNBlock(_TransformerBlock):
-    """Adaptive layer norm: scale and shift of both norms are regressed from the sum of the embeddings."""
+    """The block with adaptive layer norm: the sum of the embeddings is regressed to scale and shift of both norms."""
 
     affine_norms = False
     final_layer_class = AdaptiveFinalLayer
@@ -160,19 +160,19 @@ class AdaLNBlock(_TransformerBlock):
         return regressed.chunk(self.num_modulations, dim=1)
 
     def forward(self, tokens: Tensor, embedded: Embedded, positions: Tensor | None = None) -> Tensor:
-        """[B, T, d] -> [B, T, d]."""
+        """Return the new tokens: [B, T, d] -> [B, T, d]."""
         shift_a, scale_a, shift_m, scale_m = self.modulations(embedded)
         tokens = tokens + self.attention(modulate(self.norm_attention(tokens), shift_a, scale_a), positions)
         return tokens + self.mlp(modulate(self.norm_mlp(tokens), shift_m, scale_m))
 
 
 class AdaLNZeroBlock(AdaLNBlock):
-    """AdaLN with a regressed gate on each branch, zero at the start: an untrained block is the identity."""
+    """The adaLN block with a regressed gate on each branch, zero at first: an untrained block is the identity."""
 
     num_modulations = 6
 
     def forward(self, tokens: Tensor, embedded: Embedded, positions: Tensor | None = None) -> Tensor:
-        """[B, T, d] -> [B, T, d]."""
+        """Return the new tokens: [B, T, d] -> [B, T, d]."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulations(embedded)
         mixed = self.attention(modulate(self.norm_attention(tokens), shift_a, scale_a), positions)
         tokens = tokens + gate_a.unsqueeze(1) * mixed

@@ -1,4 +1,4 @@
-"""Activation checkpointing: less memory for a third more compute. Leaves the network's maths and names alone."""
+"""Activation checkpointing: less memory for a third more compute. The network's results and names do not change."""
 
 from collections.abc import Callable
 from types import MethodType
@@ -10,7 +10,7 @@ from model.network import Network
 
 
 def checkpoint_units(network: Network, checkpoint: Callable[..., Any]) -> None:
-    """Keep only each unit's inputs for the backward pass and compute the rest of it again there.
+    """Keep only each unit's inputs for the backward pass, which recomputes the rest.
 
     ``checkpoint(function, unit, *arguments)`` is the runtime's activation-checkpointing function. Arguments and results
     are trees of tensors and other values.
@@ -20,5 +20,5 @@ def checkpoint_units(network: Network, checkpoint: Callable[..., Any]) -> None:
         return checkpoint(type(unit).forward, unit, *arguments)
 
     for unit in network.units():
-        # One function for all, of which the unit is an argument: compiled once, it serves every unit.
+        # One function takes every unit as an argument, so that it is compiled once for all of them.
         unit.forward = MethodType(forward, unit)

@@ -1,8 +1,9 @@
-"""Weights between this program and diffusers' DiT, both ways, and a whole ``DiTPipeline`` of ours.
+"""Convert weights from and to diffusers' DiT, and write a model as a whole ``DiTPipeline``.
 
-Weights mean the same there, with one difference that no weight can undo: frequency i of the timestep's 128 is
-10,000^(-i/128) in the released code and 10,000^(-i/127) in diffusers' DiT (``downscale_freq_shift=1``). So diffusers'
-outputs for the released weights are a little off the released code's. `DiT` computes either, by ``frequency_shift``.
+Both programs use the weights in the same way, except for one difference that no weight can undo: frequency i of the
+timestep's 128 is 10,000^(-i/128) in the released code and 10,000^(-i/127) in diffusers' DiT
+(``downscale_freq_shift=1``). So diffusers' outputs for the released weights differ slightly from the released code's.
+`DiT` computes either, by ``frequency_shift``.
 """
 
 import json
@@ -18,10 +19,10 @@ from model.dit import DiT, DiTConfig
 from model.network import Network
 from model.released import describe, require_depth, require_released_architecture, require_tensors, shapes_only
 
-ANCHOR = "pos_embed.proj.weight"  # the tensor by which a table under diffusers' names is known
-FIXED_WITHIN = 2.0**-8  # of the fixed position embedding: what averaging, or bfloat16, makes of it
-NULL_CLASS = 1000  # of `DiTPipeline`, whatever the number of classes
-_EMBEDDINGS = {  # ours -> diffusers', where every block repeats them
+ANCHOR = "pos_embed.proj.weight"  # the tensor that identifies a state dict with diffusers' names
+FIXED_WITHIN = 2.0**-8  # most that averaging, or bfloat16, changes a fixed position embedding
+NULL_CLASS = 1000  # in `DiTPipeline`, whatever the number of classes
+_EMBEDDINGS = {  # ours -> diffusers', where every block has a copy
     "timestep_embedding.input": "timestep_embedder.linear_1",
     "timestep_embedding.output": "timestep_embedder.linear_2",
     "label_embedding": "class_embedder.embedding_table",
@@ -31,7 +32,7 @@ _OUTER = {
     "final_layer.modulation": "proj_out_1",
     "final_layer.decoder": "proj_out_2",
 }
-# Ours within a block -> diffusers' within a block; q, k and v are apart there.
+# Ours within a block -> diffusers' within a block, which has separate q, k and v.
 _BLOCK = {
     "attention.projection": "attn1.to_out.0",
     "mlp.hidden": "ff.net.0.proj",
@@ -41,7 +42,7 @@ _BLOCK = {
 
 
 class TransformerShape(Protocol):
-    """What the config beside diffusers' weights says of the network."""
+    """The network's shape, as the config next to diffusers' weights states it."""
 
     sample_size: int
     num_attention_heads: int
@@ -54,10 +55,10 @@ class TransformerShape(Protocol):
 
 
 def from_diffusers(state: Mapping[str, Tensor], shape: TransformerShape, frequency_shift: int) -> DiT:
-    """Return a DiT with diffusers' weights, of the shape that the config beside them says.
+    """Return a DiT with diffusers' weights, of the shape that the config next to them states.
 
-    Raises ValueError that names the first three tensors that are missing, unknown or of another shape, and where
-    blocks have embeddings of their own, which `DiT` has once.
+    Raises ValueError naming the first three tensors that are missing, unknown or of another shape, and where the
+    blocks' embeddings differ, since `DiT` has one for all blocks.
     """
     arguments = _arguments(shape, frequency_shift)
     depth = require_depth(state, r"transformer_blocks\.(\d{1,4})\.")
@@ -72,7 +73,7 @@ def from_diffusers(state: Mapping[str, Tensor], shape: TransformerShape, frequen
 
 
 def _arguments(config: TransformerShape, frequency_shift: int) -> dict[str, Any]:
-    """Return DiT's arguments. Raises ValueError where the config is of no DiT."""
+    """Return the arguments of `DiTConfig`. Raises ValueError where the config does not describe a DiT."""
     out_channels = config.out_channels or config.in_channels
     if out_channels not in (config.in_channels, 2 * config.in_channels):
         raise ValueError(
@@ -104,11 +105,11 @@ def to_diffusers(
     """Write a folder that ``DiTPipeline.from_pretrained`` opens.
 
     Without an ``autoencoder`` (diffusers' ``AutoencoderKL``) that call needs ``vae=None``, and the pipeline denoises
-    but decodes nothing. ``betas`` are of the process that the weights were trained with; None is the paper's.
+    but does not decode. ``betas`` are those of the process that the weights were trained with; None: the paper's.
 
-    A model with ``frequency_shift`` 1 has the same outputs there; for one with 0 the weights are the same and
-    the outputs a little off (see above). The pipeline's guidance takes class 1000 for the null class, so it is
-    right for 1,000 classes only. Raises ValueError for a model that does not exist there.
+    In diffusers, a model with ``frequency_shift`` 1 has the same outputs, and one with 0 has slightly different ones
+    (see above). The pipeline's guidance uses class 1000 as the null class, which is right for 1,000 classes only.
+    Raises ValueError for a model that diffusers cannot express.
     """
     from diffusers import DiTTransformer2DModel
 
@@ -125,12 +126,12 @@ def to_diffusers(
         num_embeds_ada_norm=config.num_classes,
         norm_eps=1e-6,
     )
-    theirs.load_state_dict({**theirs.state_dict(), **_as_diffusers(model)})  # its fixed position embedding stays
+    theirs.load_state_dict({**theirs.state_dict(), **_as_diffusers(model)})  # keeps its own fixed position embedding
     theirs.save_pretrained(Path(folder) / "transformer")
     if autoencoder is not None:
         autoencoder.save_pretrained(Path(folder) / "vae")
-    # diffusers itself would write the scheduler's defaults too, and whoever swaps it by `from_config` would inherit the
-    # steps of DDIM (timestep_spacing "leading"). What is absent is the new scheduler's own default.
+    # diffusers itself would write the scheduler's defaults too, and a scheduler made from it by `from_config` would
+    # inherit DDIM's timestep_spacing "leading". A new scheduler uses its own default for each absent key.
     _write_config(Path(folder) / "scheduler" / "scheduler_config.json", "DDIMScheduler", _scheduler_settings(betas))
     parts = {
         "transformer": ["diffusers", "DiTTransformer2DModel"],
@@ -150,7 +151,7 @@ def _write_config(path: Path, class_name: str, content: Mapping[str, Any]) -> No
 
 
 def _scheduler_settings(betas: Sequence[float] | None) -> dict[str, Any]:
-    """Return what a scheduler of diffusers must know of the process; None is the paper's, linear over 1,000 steps."""
+    """Return the process as settings of a diffusers scheduler; None is the paper's, linear over 1,000 steps."""
     settings: dict[str, Any] = {"num_train_timesteps": 1000, "clip_sample": False, "prediction_type": "epsilon"}
     linear = torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)
     given = linear if betas is None else torch.tensor(betas, dtype=torch.float64)
@@ -160,17 +161,17 @@ def _scheduler_settings(betas: Sequence[float] | None) -> dict[str, Any]:
 
 
 def notes_on_pipeline(network: Network) -> list[str]:
-    """Return what the pipeline does otherwise than this program."""
+    """Return sentences on how the pipeline differs from this program for these weights."""
     said, notes = describe(network), []
     if said.frequency_shift == 0:
-        notes.append("diffusers' DiT spaces the timestep's frequencies otherwise, so its outputs are a little off.")
+        notes.append("diffusers' DiT spaces the timestep's frequencies differently, so its outputs are a little off.")
     if said.position_drift > 0:
         notes.append(
-            f"diffusers' DiT has the fixed position embedding, not this one, which is {said.position_drift:.2g} off."
+            f"diffusers' DiT uses the fixed position embedding, not this one, which is {said.position_drift:.2g} off."
         )
     if said.num_classes != NULL_CLASS:
         notes.append(
-            f"DiTPipeline takes class {NULL_CLASS} for the null class, which is {said.num_classes} here: give "
+            f"DiTPipeline uses class {NULL_CLASS} as the null class, which is {said.num_classes} here: give "
             "it guidance_scale=1."
         )
     return notes
@@ -180,13 +181,13 @@ def _require_there(network: Network) -> DiT:
     model = require_released_architecture(network)
     if not model.has_null_class:
         raise ValueError(
-            f"These weights have no null class, but diffusers' DiT has one behind its {model.config.num_classes} "
+            f"These weights have no null class, but diffusers' DiT has one after its {model.config.num_classes} "
             "classes; keep them in the released code's format."
         )
     if (drift := model.position_drift()) > FIXED_WITHIN:
         raise ValueError(
             f"The position embedding of these weights was trained: it is up to {drift:.3g} off the fixed one, which "
-            "diffusers' DiT has; keep them in the released code's format."
+            "diffusers' DiT uses; keep them in the released code's format."
         )
     return model
 
@@ -205,15 +206,15 @@ def _require_one_embedding(state: Mapping[str, Tensor], depth: int) -> None:
                 other = name.replace(".0.", f".{block}.", 1)
                 if not torch.equal(state[name].float(), state[other].float()):
                     raise ValueError(
-                        f"{other} differs from {name}, as after training in diffusers, where each block has embeddings "
-                        "of its own; this program's DiT has one for all blocks."
+                        f"{other} differs from {name}, as after training in diffusers, where each block has its own "
+                        "embeddings; this program's DiT has one for all blocks."
                     )
 
 
 def _our_tensor(name: str, state: Mapping[str, Tensor]) -> Tensor:
-    """Return one of our tensors out of diffusers'."""
+    """Return one of our tensors, made from diffusers'."""
     stem, leaf = name.rsplit(".", 1)
-    if stem in _EMBEDDINGS:  # every block repeats the embeddings; they are one
+    if stem in _EMBEDDINGS:  # every block has the same copy
         return state[f"transformer_blocks.0.norm1.emb.{_EMBEDDINGS[stem]}.{leaf}"]
     if stem in _OUTER:
         value = state[f"{_OUTER[stem]}.{leaf}"]
@@ -225,7 +226,7 @@ def _our_tensor(name: str, state: Mapping[str, Tensor]) -> Tensor:
 
 
 def _their_tensors(name: str, value: Tensor, model: DiT) -> dict[str, Tensor]:
-    """Return diffusers' tensors out of one of ours; embeddings are repeated in every block."""
+    """Return diffusers' tensors, made from one of ours; embeddings are repeated in every block."""
     config = model.config
     stem, leaf = name.rsplit(".", 1)
     if stem in _EMBEDDINGS:
@@ -241,7 +242,7 @@ def _their_tensors(name: str, value: Tensor, model: DiT) -> dict[str, Tensor]:
 
 
 def _block_of(stem: str) -> tuple[str, str]:
-    """Split the name of one of our blocks' tensors into diffusers' block and what is within ours."""
+    """Split the name of a tensor in a block into diffusers' name of the block and our name within the block."""
     found = re.fullmatch(r"blocks\.(\d+)\.(.+)", stem)
     assert found is not None
     return f"transformer_blocks.{found.group(1)}", found.group(2)

@@ -1,4 +1,4 @@
-"""The Diffusion Transformer (Peebles & Xie, arXiv 2212.09748, section 3.2)."""
+"""Define the Diffusion Transformer (Peebles & Xie, arXiv 2212.09748, section 3.2)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ BlockFactory = Callable[[int, int], Block]  # (width, num_heads) -> block
 EmbeddingFactory = Callable[[int], ConditionEmbedding]  # (width) -> embedding
 
 
-# Far above what anyone trains: a config may come out of a file, and a model is built before its weights are compared.
+# Limits far above any real model: a config may come from a file, and a model is built before its weights are checked.
 _MOST = {
     "latent_size": 2**12,
     "channels": 2**12,
@@ -31,24 +31,24 @@ _MOST = {
     "num_heads": 2**12,
     "num_classes": 2**24,
 }
-_MOST_POSITIONS = 2**30  # numbers in the table of positions
+_MOST_POSITIONS = 2**30  # numbers in the position embedding
 
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Everything that fixes a DiT's shape. Raises ValueError where the numbers do not fit together."""
+    """All settings that determine a DiT's shape. Raises ValueError where the numbers do not fit together."""
 
     latent_size: int  # side of the square latent
     channels: int  # c, channels of the latent
     patch_size: int  # p, side of a patch
     width: int  # d, channels of a token
-    depth: int  # N, number of blocks
+    depth: int  # number of blocks
     num_heads: int
     num_classes: int  # without the null class, which has index num_classes; 0: unconditional
     block: BlockFactory = AdaLNZeroBlock
-    outputs_per_channel: int = 2  # of the network, for each channel of the latent: the objective's
+    outputs_per_channel: int = 2  # of the network, for each channel of the latent; the objective determines it
     frequency_shift: int = 0  # of the timestep's frequencies: 0 as released, 1 as in diffusers
-    embedding: EmbeddingFactory | None = None  # of another condition than labels
+    embedding: EmbeddingFactory | None = None  # for a condition other than labels
 
     def __post_init__(self) -> None:
         for name in ("latent_size", "channels", "patch_size", "width", "depth", "num_heads", "num_classes"):
@@ -75,14 +75,14 @@ class DiTConfig:
             )
         if self.frequency_shift not in (0, 1):
             raise ValueError(
-                f"model.frequency_shift is {self.frequency_shift}, but there are two: 0 as in the released code, 1 as "
+                f"model.frequency_shift is {self.frequency_shift}, but it must be 0, as in the released code, or 1, as "
                 "in diffusers."
             )
 
         if self.num_tokens * self.width > _MOST_POSITIONS:
             raise ValueError(
                 f"{self.num_tokens} tokens of model.width {self.width} need {self.num_tokens * self.width} numbers for "
-                f"their positions, but at most {_MOST_POSITIONS} are made; set a larger model.patch_size."
+                f"their positions, but at most {_MOST_POSITIONS} are allowed; set a larger model.patch_size."
             )
 
     @property
@@ -92,7 +92,7 @@ class DiTConfig:
 
     @property
     def num_tokens(self) -> int:
-        """T = (latent_size / p)^2, the length of the sequence."""
+        """Return T = (latent_size / p)^2, the number of the image's tokens."""
         return (self.latent_size // self.patch_size) ** 2
 
     @property
@@ -101,19 +101,19 @@ class DiTConfig:
         return self.channels * self.outputs_per_channel
 
     def condition_embedding(self) -> ConditionEmbedding:
-        """Return a new embedding of the condition: labels, nothing, or another one."""
+        """Return a new embedding of the condition: the configured one, else one of labels, else an empty one."""
         if self.embedding is not None:
             return self.embedding(self.width)
         return LabelEmbedding(self.num_classes, self.width) if self.num_classes else ConditionEmbedding()
 
 
 class DiT(Network):
-    """The transformer of patches. A new one is initialized from the seed 0; call `initialize` for another."""
+    """A transformer over patches of the latent. It is initialized from seed 0; call `initialize` for another seed."""
 
     config_class = DiTConfig
     config: DiTConfig
     position_embedding: Tensor
-    positions: Tensor | None  # [T, 2], where blocks see them
+    positions: Tensor | None  # [T, 2], if blocks use them
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__(config)
@@ -135,23 +135,23 @@ class DiT(Network):
 
     @property
     def embedding(self) -> ConditionEmbedding:
-        """Return what embeds the condition. Its name in the network is its own."""
+        """Return the module that embeds the condition. The module itself decides its name in the network."""
         return cast(ConditionEmbedding, self.get_submodule(self._embedding_name))
 
     @property
     def has_null_class(self) -> bool:
-        """Return whether the condition can be dropped: the label table has a row for that, or there are no labels."""
+        """Return whether the condition can be dropped: the label table has a row for it, or there is no table."""
         labels = self.embedding
         return not isinstance(labels, LabelEmbedding) or labels.has_null_class
 
     def position_drift(self) -> float:
-        """Return the largest difference between the position embedding and the fixed one that is made here."""
+        """Return the largest difference between the position embedding and the fixed sine-cosine one."""
         fixed = position_embedding_2d(self.config.width, self.config.latent_size // self.config.patch_size)
         return float((self.position_embedding.cpu() - fixed).abs().max())
 
     @property
     def block_list(self) -> list[Block]:
-        """The blocks, from the first to the last."""
+        """Return the blocks, from the first to the last."""
         return cast(list[Block], list(self.blocks))
 
     def units(self) -> Sequence[nn.Module]:
@@ -159,7 +159,7 @@ class DiT(Network):
         return self.block_list
 
     def facts(self) -> dict[str, int | str]:
-        """Return the shape, and the class of the blocks."""
+        """Return patch size, width, depth and the class of the blocks."""
         config = self.config
         return {
             "patch_size": config.patch_size,
@@ -173,7 +173,7 @@ class DiT(Network):
         return (self.position_embedding,)
 
     def notes(self) -> Sequence[str]:
-        """Return a sentence where a token cannot hold its patch."""
+        """Return a sentence if a token has fewer channels than its patch has values."""
         p, width, values = self.config.patch_size, self.config.width, self.patch_embedding.in_features
         if width >= values:
             return ()
@@ -183,10 +183,10 @@ class DiT(Network):
         )
 
     def initialize(self, seed: int) -> None:
-        """Draw the weights anew from one generator seeded with ``seed`` (released code's scheme).
+        """Draw new weights from one generator seeded with ``seed``, by the released code's scheme.
 
-        Xavier-uniform linears (the patch embedding included) and zero biases; label table and timestep
-        MLP normal(0, 0.02); then what blocks and final layer set to zero.
+        Linear maps, the patch embedding included, are Xavier-uniform with zero biases; the label table and the
+        timestep MLP are normal(0, 0.02); blocks and final layer then set some of their weights to zero.
         """
         generator = torch.Generator().manual_seed(seed)
         if self.patch_embedding.weight.is_meta:  # shapes only: nothing to draw
@@ -200,11 +200,11 @@ class DiT(Network):
         self.final_layer.initialize()
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
-        """Predict what the objective asks for: [B, outputs_per_channel c, h, w].
+        """Return the prediction that the objective asks for: [B, outputs_per_channel c, h, w].
 
-        x_t is [B, c, h, w] float, t [B] int64 or float, the condition {"label": [B] int64 in [0, num_classes]} or, of
-        an unconditional network, {}.
-        Raises ValueError for latents of another shape than the config's.
+        x_t is [B, c, h, w] float, t is [B] int64 or float, and the condition is {"label": [B] int64 in
+        [0, num_classes]}, or {} for an unconditional network. Raises ValueError for latents of another shape than the
+        config's.
         """
         self._require_shape(x_t)
         tokens = self.patch_embedding(self._patchify(x_t)) + self.position_embedding
@@ -231,14 +231,14 @@ class DiT(Network):
             )
 
     def _patchify(self, latent: Tensor) -> Tensor:
-        """[B, c, h, w] -> [B, T, c p p], the layout of a convolution's weight."""
+        """Cut latents into patches in the layout of a convolution's weight: [B, c, h, w] -> [B, T, c p p]."""
         batch, channels, height, width = latent.shape
         p = self.config.patch_size
         patches = latent.view(batch, channels, height // p, p, width // p, p)
         return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, self.config.num_tokens, channels * p * p)
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
-        """[B, T, p p c'] -> [B, c', h, w]. The released code's layout: channels fastest."""
+        """Assemble patches in the released code's layout, channels last: [B, T, p p c'] -> [B, c', h, w]."""
         grid, p = self.config.latent_size // self.config.patch_size, self.config.patch_size
         values = patches.view(-1, grid, grid, p, p, self.config.out_channels)
         side = self.config.latent_size

@@ -1,4 +1,4 @@
-"""What turns timesteps, conditions and grid positions into vectors of the network's width."""
+"""Embed timesteps, conditions and grid positions as vectors of the network's width."""
 
 import math
 from collections.abc import Mapping
@@ -9,18 +9,18 @@ from torch import Tensor, nn
 
 
 def sincos_frequencies(num_frequencies: int, dtype: torch.dtype, shift: int = 0) -> Tensor:
-    """Geometric frequencies 10,000^(-i / (num_frequencies - shift)): [num_frequencies], computed in ``dtype``."""
+    """Return the frequencies 10,000^(-i / (num_frequencies - shift)): [num_frequencies], computed in ``dtype``."""
     exponent = -math.log(10_000) * torch.arange(num_frequencies, dtype=dtype)
     return torch.exp(exponent / (num_frequencies - shift))
 
 
 def position_embedding_2d(width: int, grid_size: int) -> Tensor:
-    """Fixed sine-cosine position embedding of a square grid, [grid_size**2, width] float32.
+    """Return the fixed sine-cosine position embedding of a square grid, [grid_size**2, width] float32.
 
     The released DiT follows MAE: rows of the grid are the slow axis of the tokens; the first half of the
     channels encodes the column, the second half the row, each as (sines, cosines).
 
-    Raises ValueError where width is no multiple of 4, since two axes need a sine and a cosine each.
+    Raises ValueError where width is not a multiple of 4: each of the two axes needs a sine and a cosine.
     """
     if width % 4:
         raise ValueError(
@@ -37,15 +37,15 @@ def position_embedding_2d(width: int, grid_size: int) -> Tensor:
 
 
 def grid_positions(grid_size: int) -> Tensor:
-    """Row and column of each token of a square grid, [grid_size**2, 2] float32."""
+    """Return row and column of each token of a square grid, [grid_size**2, 2] float32."""
     axis = torch.arange(grid_size, dtype=torch.float32)
     return torch.cartesian_prod(axis, axis)
 
 
 class TimestepEmbedding(nn.Module):
-    """Sinusoidal features of t, then a two-layer perceptron with SiLU (paper, section 3.2).
+    """Embeds t by sinusoidal features and a two-layer perceptron with SiLU (paper, section 3.2).
 
-    The features are (cosines, sines), the order of ADM and of the released weights. Frequency i of n is
+    The features are (cosines, sines), in the order of ADM and of the released weights. The i-th of n frequencies is
     10,000^(-i / (n - ``frequency_shift``)): the released code has shift 0, diffusers' DiT has 1.
     """
 
@@ -55,34 +55,34 @@ class TimestepEmbedding(nn.Module):
     def __init__(self, width: int, frequency_shift: int = 0) -> None:
         super().__init__()
         num_frequencies = self.num_features // 2
-        # In float32 like the released code: at t = 999 the rounding of a frequency is 1e-4 of an angle.
+        # In float32 like the released code: at t = 999 the rounding of a frequency changes an angle by 1e-4.
         frequencies = sincos_frequencies(num_frequencies, torch.float32, frequency_shift)
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.input = nn.Linear(self.num_features, width)
         self.output = nn.Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
-        """[B] int64 or float (in steps of the 1,000-step process) -> [B, width]."""
+        """Return the embedded t: [B] int64 or float, in steps of the 1,000-step process -> [B, d]."""
         angles = t.float().unsqueeze(1) * self.frequencies
         features = torch.cat([angles.cos(), angles.sin()], dim=1)
         return self.output(nn.functional.silu(self.input(features)))
 
 
 class Embedded(NamedTuple):
-    """Hold what blocks are conditioned on, the timestep included."""
+    """The embedded timestep and condition, which blocks are conditioned on."""
 
-    vector: Tensor  # [B, d]: of adaptive norms
-    tokens: Tensor  # [B, M, d]: the same as a sequence, of in-context and cross-attention; M is not fixed
-    mask: Tensor | None  # [B, M] bool, False where there is no token; None: all are there
+    vector: Tensor  # [B, d], for adaptive norms
+    tokens: Tensor  # [B, M, d], the same as a sequence, for in-context and cross-attention blocks; M is not fixed
+    mask: Tensor | None  # [B, M] bool, False where there is no token; None: there is one everywhere
 
 
 class ConditionEmbedding(nn.Module):
-    """Embeds a condition together with the timestep. This one is of an unconditional network, whose condition is {}."""
+    """Embeds a condition together with the timestep. This base class is for unconditional networks (condition {})."""
 
-    name = "condition_embedding"  # of the module in a network, and so of its tensors in a checkpoint
+    name = "condition_embedding"  # the module's name in a network, which prefixes its tensors in a checkpoint
 
     def embed(self, timestep: Tensor, condition: Mapping[str, Tensor]) -> Embedded:
-        """[B, d] embedded timestep, tensors by name with leading dimension B."""
+        """Embed a condition, tensors [B, ...] by name; ``timestep`` is the embedded timestep [B, d]."""
         return Embedded(timestep, timestep.unsqueeze(1), None)
 
     def initialize(self, generator: torch.Generator) -> None:
@@ -94,7 +94,7 @@ class ConditionEmbedding(nn.Module):
 
 
 class LabelEmbedding(ConditionEmbedding, nn.Embedding):
-    """A table of labels; the row behind the classes', where there is one, is of the null class."""
+    """A table with one row per class and, usually, a last row for the null class."""
 
     name = "label_embedding"
 
@@ -103,12 +103,12 @@ class LabelEmbedding(ConditionEmbedding, nn.Embedding):
         self.num_classes = num_classes
 
     def embed(self, timestep: Tensor, condition: Mapping[str, Tensor]) -> Embedded:
-        """{"label": [B] int64 in [0, num_classes]}: tokens are (timestep, label), the vector is their sum."""
+        """Embed {"label": [B] int64 in [0, num_classes]}: tokens are (timestep, label), the vector is their sum."""
         tokens = torch.stack([timestep, self(condition["label"])], dim=1)
         return Embedded(tokens.sum(dim=1), tokens, None)
 
     def initialize(self, generator: torch.Generator) -> None:
-        """Normal(0, 0.02), as in the released code."""
+        """Draw the table from normal(0, 0.02), as the released code does."""
         nn.init.normal_(self.weight, std=0.02, generator=generator)
 
     def example(self, batch: int, device: torch.device) -> dict[str, Tensor]:
@@ -117,10 +117,10 @@ class LabelEmbedding(ConditionEmbedding, nn.Embedding):
 
     @property
     def has_null_class(self) -> bool:
-        """Return whether there is a row for "no label", as in every table that is made here."""
+        """Return whether there is a row for "no label"; every newly built table has one."""
         return self.num_embeddings > self.num_classes
 
     def remove_null_class(self) -> None:
-        """Take the null class's row away: weights of other programs, trained without label dropout, have none."""
+        """Remove the null class's row: other programs' weights, trained without label dropout, have none."""
         self.weight = nn.Parameter(self.weight[: self.num_classes].detach().clone())
         self.num_embeddings = self.num_classes

@@ -1,4 +1,4 @@
-"""From tokens back to patches."""
+"""Define final layers, which decode tokens to patches."""
 
 from torch import Tensor, nn
 
@@ -7,12 +7,12 @@ from model.norms import NormFactory, layer_norm
 
 
 def modulate(normalized: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Per-sample affine map of normalized tokens: [B, T, d], [B, d], [B, d] -> [B, T, d]."""
+    """Scale and shift normalized tokens per sample: [B, T, d], [B, d], [B, d] -> [B, T, d]."""
     return normalized * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 class FinalLayer(nn.Module):
-    """Norm, then a linear decoder of each token to its patch (paper, section 3.2)."""
+    """Decodes each token to its patch by a norm and a linear map (paper, section 3.2)."""
 
     affine_norm = True
 
@@ -27,12 +27,12 @@ class FinalLayer(nn.Module):
         nn.init.zeros_(self.decoder.bias)
 
     def forward(self, tokens: Tensor, embedded: Embedded) -> Tensor:
-        """[B, T, d] -> [B, T, patch_values]."""
+        """Decode tokens to patches: [B, T, d] -> [B, T, patch_values]."""
         return self.decoder(self.norm(tokens))
 
 
 class AdaptiveFinalLayer(FinalLayer):
-    """The same with an adaptive norm, for the adaptive blocks."""
+    """A final layer with an adaptive norm, for the adaptive blocks."""
 
     affine_norm = False
 
@@ -47,6 +47,6 @@ class AdaptiveFinalLayer(FinalLayer):
         nn.init.zeros_(self.modulation.bias)
 
     def forward(self, tokens: Tensor, embedded: Embedded) -> Tensor:
-        """[B, T, d] -> [B, T, patch_values]."""
+        """Decode tokens to patches: [B, T, d] -> [B, T, patch_values]."""
         shift, scale = self.modulation(nn.functional.silu(embedded.vector)).chunk(2, dim=1)
         return self.decoder(modulate(self.norm(tokens), shift, scale))

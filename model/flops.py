@@ -1,8 +1,8 @@
-"""Compute and size of a network from its config alone.
+"""Compute the cost and size of a network from its config alone.
 
 The paper's "Gflops" are giga multiply-adds (GMACs) of one forward pass of one image without guidance; true
-FLOPs are twice that. They are counted in one forward pass without memory: every matrix product, attention with scores
-and values. Not counted: additions of biases and residuals, norms, activations, look-ups.
+FLOPs are twice that. They are counted in a forward pass on the meta device: every matrix product, and attention's
+products with scores and values. Biases, residual additions, norms, activations and look-ups are not counted.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def weightless(make: Callable[[], NetworkT]) -> NetworkT:
 
 
 def multiply_adds(network: Network) -> int:
-    """Multiply-adds (MACs) of one image's forward pass without guidance, wherever the network's weights are."""
+    """Return the multiply-adds (MACs) of one image's forward pass without guidance, on whatever device weights are."""
     twin = weightless(network.twin)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         twin(*twin.example_inputs(1))
@@ -34,17 +34,17 @@ def multiply_adds(network: Network) -> int:
 
 
 def cost_of_call(network: Any) -> int:
-    """Return the multiply-adds of one call of a network for an image."""
+    """Return the multiply-adds of one call of a network for one image."""
     assert isinstance(network, Network)
     return multiply_adds(network)
 
 
 def num_parameters(network: Network) -> int:
-    """Parameters as the paper counts them: fixed tables, such as the position embedding, are included."""
+    """Return the number of parameters as the paper counts them: with fixed tables such as the position embedding."""
     twin = weightless(network.twin)
     return sum(tensor.numel() for tensor in (*twin.parameters(), *twin.tables()))
 
 
 def training_multiply_adds(network: Network, images_seen: int) -> int:
-    """Training compute in the paper's sense (Figure 9): forward cost x images seen x 3, in multiply-adds."""
+    """Return training compute as in the paper (Figure 9): forward cost x images seen x 3, in multiply-adds."""
     return TRAINING_FACTOR * multiply_adds(network) * images_seen

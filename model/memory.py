@@ -1,4 +1,4 @@
-"""Bytes that training a network takes, from its config alone."""
+"""Compute the memory that training a network takes, from its config alone."""
 
 import torch
 from torch import Tensor
@@ -11,12 +11,12 @@ STATE_BYTES_PER_PARAMETER = {"weights": 4, "gradients": 4, "optimizer": 8, "ema"
 
 
 def activation_bytes_per_image(network: Network, bf16: bool) -> int:
-    """What one more image of a batch keeps for the backward pass, without activation checkpointing.
+    """Return the bytes that each image of a batch keeps for the backward pass, without activation checkpointing.
 
-    Not a formula: tensors without memory go through the network, and what autograd saves is added up. A
-    compiler, or another attention kernel than the CPU's flash one, keeps less or more.
+    There is no formula: fake tensors pass through the network, and the sizes of what autograd saves are added up. A
+    compiler, or an attention kernel other than the CPU's flash one, may keep less or more.
     """
-    return _saved_bytes(network, bf16, 2) - _saved_bytes(network, bf16, 1)  # the difference leaves out the weights
+    return _saved_bytes(network, bf16, 2) - _saved_bytes(network, bf16, 1)  # the difference excludes the weights
 
 
 def _saved_bytes(network: Network, bf16: bool, batch_size: int) -> int:

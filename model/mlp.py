@@ -1,14 +1,14 @@
-"""Pointwise feed-forward networks, made by factories ``(width, mlp_ratio) -> module``, chosen by ``model/mlp=...``."""
+"""Define pointwise feed-forward networks, built by ``(width, mlp_ratio) -> module``; ``model/mlp=...`` selects one."""
 
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
-MlpFactory = Callable[[int, float], nn.Module]  # (width, hidden width over width) -> [B, T, d] -> [B, T, d]
+MlpFactory = Callable[[int, float], nn.Module]  # (width, hidden width / width) -> module: [B, T, d] -> [B, T, d]
 
 
 class GeluMlp(nn.Module):
-    """Two linear maps with a tanh-approximated GELU between them (the paper's)."""
+    """The paper's MLP: two linear maps with a tanh-approximated GELU between them."""
 
     def __init__(self, width: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -16,5 +16,5 @@ class GeluMlp(nn.Module):
         self.output = nn.Linear(self.hidden.out_features, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[B, T, d] -> [B, T, d]."""
+        """Apply the MLP to each token: [B, T, d] -> [B, T, d]."""
         return self.output(nn.functional.gelu(self.hidden(tokens), approximate="tanh"))

@@ -1,7 +1,7 @@
-"""What the rest of the program asks of a network: the class behind ``conf/model/*.yaml``.
+"""Define the base class of networks: the interface that the rest of the program uses, behind ``conf/model/*.yaml``.
 
-Only this room knows more of a network than this. A network takes one config, a dataclass that checks itself; the keys
-of its section in ``conf/`` are the fields of that class.
+Only model/ depends on more of a network than this. A network takes one config, a dataclass that validates itself; the
+keys of its section in ``conf/`` are the fields of that class.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Network(nn.Module):
-    """Denoiser over latents. It knows no schedule, no guidance and drops no condition."""
+    """A denoiser of latents. It has no schedule and no guidance, and never drops the condition."""
 
     config_class: ClassVar[type]  # of ``config``
     latent_shape: tuple[int, int, int]  # (c, h, w)
@@ -23,22 +23,22 @@ class Network(nn.Module):
         self._built_as: Any = type(self)  # FSDP2 gives sharded modules classes of its own
 
     def twin(self) -> Self:
-        """Return a new network of the same config: on the meta device, a network without memory."""
+        """Return a new network of the same config. Under the meta device it takes no memory."""
         twin: Self = self._built_as(self.config)
         return twin
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
-        """[B, c, h, w] float, [B] int64 or float, tensors by name with leading dimension B -> [B, c', h, w]."""
+        """Return the prediction: [B, c, h, w] float, [B] int64 or float, tensors [B, ...] by name -> [B, c', h, w]."""
         raise NotImplementedError
 
     def initialize(self, seed: int) -> None:
-        """Draw the weights anew from one generator with this seed. Nothing is drawn on the meta device."""
+        """Draw new weights from one generator with this seed. Nothing is drawn on the meta device."""
         raise NotImplementedError
 
     def units(self) -> Sequence[nn.Module]:
-        """Return the parts that are compiled, recomputed and sharded one by one, wherever they are in the tree.
+        """Return the modules that are compiled, recomputed and sharded one by one.
 
-        Parts of one class and shape share a compilation. None is within another.
+        Units of one class and shape share a compilation. No unit contains another.
         """
         raise NotImplementedError
 
@@ -47,13 +47,13 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def facts(self) -> dict[str, int | str]:
-        """Return what a record of an evaluation says of the network's shape, by name."""
+        """Return the facts on the network's shape, by name, that records of evaluations contain."""
         raise NotImplementedError
 
     def tables(self) -> Sequence[Tensor]:
-        """Return fixed tables that a paper counts among the parameters."""
+        """Return the fixed tables that the paper counts as parameters."""
         return ()
 
     def notes(self) -> Sequence[str]:
-        """Return sentences on what of its shape a user may not want."""
+        """Return warnings about the network's shape, one sentence each."""
         return ()

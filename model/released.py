@@ -1,7 +1,7 @@
-"""Weights between this program and the released code (facebookresearch/DiT), both ways, bit for bit.
+"""Convert weights from and to the released code (facebookresearch/DiT), bit for bit.
 
-Only adaLN-Zero exists there. Its fixed position embedding is a tensor of the table too: the released trainer averages
-it into its EMA, where it drifts by rounding, so the values of the table are the ones computed with.
+The released code has adaLN-Zero only. Its state dict contains the fixed position embedding too: the released trainer
+averages it into the EMA, where it drifts by rounding, so networks compute with the values of the state dict.
 """
 
 import math
@@ -21,10 +21,10 @@ from model.flops import weightless
 from model.mlp import GeluMlp
 from model.network import Network
 
-ANCHOR = "x_embedder.proj.weight"  # the tensor by which a table under the released names is known
-ROUNDING = 1e-6  # up to which two ways of computing the fixed position embedding differ
+ANCHOR = "x_embedder.proj.weight"  # the tensor that identifies a state dict with the released names
+ROUNDING = 1e-6  # most that two ways of computing the fixed position embedding differ
 _LABELS = "y_embedder.embedding_table.weight"
-# Released name -> ours, for everything but the two tensors of other shape (see `_as_released`).
+# Released name -> ours, for all tensors except the two that have another shape (see `to_reference`).
 _RENAMED = (
     ("x_embedder.proj", "patch_embedding"),
     ("t_embedder.mlp.0", "timestep_embedding.input"),
@@ -42,7 +42,7 @@ _HEADS_OF_WIDTH = {384: 6, 768: 12, 1024: 16, 1152: 16}  # S, B, L, XL
 
 @dataclass(frozen=True)
 class Description:
-    """Hold what decides how weights are read, and what is done with them, in this program and in others."""
+    """The facts that determine how this program and others read and use the weights."""
 
     num_heads: int
     num_classes: int
@@ -52,7 +52,7 @@ class Description:
 
 
 def describe(network: Network) -> Description:
-    """Describe a network that other programs may have. Raises ValueError for one that they have not."""
+    """Describe a network for other programs. Raises ValueError where it is not a DiT."""
     model, config = _dit(network), _dit(network).config
     return Description(
         config.num_heads, config.num_classes, model.has_null_class, config.frequency_shift, model.position_drift()
@@ -62,17 +62,16 @@ def describe(network: Network) -> Description:
 def _dit(network: Network) -> DiT:
     if not isinstance(network, DiT):
         raise ValueError(
-            f"Only a DiT exists outside this program, but the model is of class {type(network).__name__}; "
-            "keep it in our format."
+            f"Other programs have only DiT, but the model is of class {type(network).__name__}; keep it in our format."
         )
     return network
 
 
 def notes_on_reference(network: Network) -> list[str]:
-    """Return what the released code does otherwise with these weights."""
+    """Return sentences on how the released code differs from this program for these weights."""
     if describe(network).frequency_shift == 0:
         return []
-    return ["the released code spaces the timestep's frequencies otherwise, so its outputs are a little off."]
+    return ["the released code spaces the timestep's frequencies differently, so its outputs are a little off."]
 
 
 def from_reference(
@@ -81,11 +80,11 @@ def from_reference(
     num_classes: int | None = None,
     frequency_shift: int = 0,
 ) -> DiT:
-    """Return a DiT with the released code's weights; its shape is read off them.
+    """Return a DiT with the released code's weights; its shape is inferred from them.
 
-    ``num_heads`` cannot be read off: None takes the paper's for its four widths. ``num_classes`` says whether the last
-    row of the label table is the null class (rows - 1) or a class like the others (rows); None takes it for the null
-    class. Raises ValueError that names the first three tensors that are missing, unknown or of another shape.
+    ``num_heads`` cannot be inferred: None selects the paper's for its four widths. ``num_classes`` says whether the
+    last row of the label table is the null class (rows - 1) or a class like the others (rows); None means the null
+    class. Raises ValueError naming the first three tensors that are missing, unknown or of another shape.
     """
     arguments = _shape_of(state_dict, num_heads, num_classes) | {"frequency_shift": frequency_shift}
     rows = label_rows(state_dict)
@@ -100,7 +99,7 @@ def from_reference(
 
 
 def shapes_only(arguments: Mapping[str, Any]) -> DiT:
-    """Return a DiT without memory: what a file claims is not yet believed. Raises ValueError for no DiT's shape."""
+    """Return a DiT on the meta device, to check a file's claims without memory. Raises ValueError for invalid ones."""
     try:
         config = DiTConfig(**arguments)
         return weightless(lambda: DiT(config))
@@ -109,9 +108,9 @@ def shapes_only(arguments: Mapping[str, Any]) -> DiT:
 
 
 def to_reference(network: Network) -> dict[str, Tensor]:
-    """Return the weights under the released names. Raises ValueError for a model that does not exist there.
+    """Return the weights under the released names. Raises ValueError for a model that the released code cannot express.
 
-    The released code has ``frequency_shift`` 0; a model with 1 would have other outputs there.
+    The released code has ``frequency_shift`` 0; it would compute other outputs for a model with 1.
     """
     model = require_released_architecture(network)
     config = model.config
@@ -122,37 +121,37 @@ def to_reference(network: Network) -> dict[str, Tensor]:
 
 
 def label_rows(state_dict: Mapping[str, Tensor]) -> int:
-    """Return how many rows the label table of the released weights has."""
+    """Return the number of rows of the label table in the released weights."""
     _require_present(state_dict, (_LABELS,))
     return int(_require_dimensions(state_dict, _LABELS, 2)[0])
 
 
 def require_released_architecture(network: Network) -> DiT:
-    """Return the network, which other programs have too. Raises ValueError for one that they have not."""
+    """Return the network as a DiT. Raises ValueError where other programs do not have its architecture."""
     model = _dit(network)
     if not isinstance(model.embedding, LabelEmbedding):
-        raise ValueError("Only networks with labels exist outside this program; keep this one in our format.")
+        raise ValueError("Other programs have only networks with labels; keep this one in our format.")
     first = model.block_list[0]
     if type(first) is not AdaLNZeroBlock or type(first.attention) is not SelfAttention:
         raise ValueError(
-            f"Only adaLN-Zero blocks with plain attention exist outside this program, but the model has "
+            f"Other programs have only adaLN-Zero blocks with plain attention, but the model has "
             f"{type(first).__name__} with {type(getattr(first, 'attention', None)).__name__}; keep it in our format."
         )
     for name, part, plain in (("norm", first.norm_mlp, nn.LayerNorm), ("MLP", first.mlp, GeluMlp)):
         if type(part) is not plain:
             raise ValueError(
-                f"Only the {name} {plain.__name__} exists outside this program, but the model has "
+                f"Other programs have only the {name} {plain.__name__}, but the model has "
                 f"{type(part).__name__}; keep it in our format."
             )
     return model
 
 
 def require_tensors(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ValueError where names or shapes of tensors are not the expected ones, naming the first three."""
+    """Raise ValueError where names or shapes of tensors differ from the expected ones, naming the first three."""
     problems = [f"{name} is missing" for name in expected if name not in state]
     problems += [f"{name} is unknown" for name in state if name not in expected]
     problems += [
-        f"{name} is {tuple(state[name].shape)} and not {shape}"
+        f"{name} is {tuple(state[name].shape)}, not {shape}"
         for name, shape in expected.items()
         if name in state and tuple(state[name].shape) != shape
     ]
@@ -161,7 +160,7 @@ def require_tensors(state: Mapping[str, Tensor], expected: Mapping[str, tuple[in
 
 
 def require_depth(state: Mapping[str, Tensor], pattern: str) -> int:
-    """Return how many blocks there are tensors of, by the number in each name. Raises ValueError for gaps."""
+    """Return the number of blocks, from the numbers in the names of tensors. Raises ValueError for gaps."""
     numbers = {int(found.group(1)) for name in state if (found := re.match(pattern, name))}
     if not numbers or numbers != set(range(len(numbers))):
         absent = min(set(range(len(numbers) + 1)) - numbers)
@@ -170,7 +169,7 @@ def require_depth(state: Mapping[str, Tensor], pattern: str) -> int:
 
 
 def replace_label_table(model: DiT, num_classes: int) -> DiT:
-    """Return the same network for another number of classes; only the label table is drawn anew, from the seed 0."""
+    """Return the same network for another number of classes; only its label table is new, drawn from seed 0."""
     renewed = DiT(replace(model.config, num_classes=num_classes))
     kept = {name: value for name, value in model.state_dict().items() if not name.startswith("label_embedding.")}
     renewed.load_state_dict(kept, strict=False)
@@ -180,7 +179,7 @@ def replace_label_table(model: DiT, num_classes: int) -> DiT:
 
 @torch.no_grad()
 def add_null_class(model: DiT) -> DiT:
-    """Return the same network with a row for the null class, drawn anew from the seed 0, behind its classes' rows."""
+    """Return the same network with a new row for the null class, drawn from seed 0, after its classes' rows."""
     completed = replace_label_table(model, model.config.num_classes)
     _labels(completed).weight[:-1] = _labels(model).weight
     return completed
@@ -199,7 +198,7 @@ def _labels(model: DiT) -> LabelEmbedding:
 
 
 def _shape_of(state: Mapping[str, Tensor], num_heads: int | None, num_classes: int | None) -> dict[str, Any]:
-    """Return DiT's arguments, from the shapes of the released weights."""
+    """Return the arguments of `DiTConfig`, from the shapes of the released weights."""
     _require_present(state, (ANCHOR, "pos_embed", _LABELS, "final_layer.linear.weight"))
     width, channels, patch_size, patch_width = _require_dimensions(state, ANCHOR, 4)
     grid = math.isqrt(_require_dimensions(state, "pos_embed", 3)[1])
@@ -221,11 +220,11 @@ def _shape_of(state: Mapping[str, Tensor], num_heads: int | None, num_classes: i
 def _heads(width: int, num_heads: int | None) -> int:
     if num_heads is None and width not in _HEADS_OF_WIDTH:
         raise ValueError(
-            f"The number of heads of a model of width {width} is not in its weights; give foreign.num_heads."
+            f"The weights of a model of width {width} do not contain its number of heads; give foreign.num_heads."
         )
     heads = _HEADS_OF_WIDTH[width] if num_heads is None else num_heads
     if heads < 1 or width % heads:
-        raise ValueError(f"foreign.num_heads is {heads}, but that does not divide the width {width} of the weights.")
+        raise ValueError(f"foreign.num_heads is {heads}, which does not divide the width {width} of the weights.")
     return heads
 
 

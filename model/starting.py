@@ -1,19 +1,19 @@
-"""Weights that a network starts with: what must agree for them to mean the same, and what starts anew."""
+"""Load the weights that a network starts with: check that the shapes agree, and renew what cannot be taken over."""
 
 from model.diffusers_weights import FIXED_WITHIN
 from model.dit import DiT
 from model.network import Network
 from model.released import ROUNDING, add_null_class, replace_label_table
 
-# What must agree for weights to mean the same. Classes only renew the label table, and no weight knows of the
-# latent's size, since the position embedding of a run is the fixed one.
+# Settings that must agree for weights to have the same meaning. Other classes need only a new label table, and no
+# weight depends on the latent's size, since the position embedding of a run is the fixed one.
 _SHAPE = ("channels", "patch_size", "width", "depth", "num_heads", "frequency_shift")
 
 
 def take_over(network: Network, found: Network, where: str) -> list[str]:
     """Fill ``network`` with the weights of ``found``, which was read from ``where``.
 
-    Returns sentences on what was not taken over. Raises ValueError where the shapes differ, naming both.
+    Return sentences on what was not taken over. Raises ValueError where the shapes differ, naming both.
     """
     notes: list[str] = []
     if isinstance(network, DiT) and isinstance(found, DiT):
@@ -26,12 +26,12 @@ def take_over(network: Network, found: Network, where: str) -> list[str]:
 
 
 def _fitted(model: DiT, found: DiT, where: str) -> tuple[DiT, list[str]]:
-    """Return the network that was found with a label table for the classes of ``model``."""
+    """Return the network ``found`` with a label table for the classes of ``model``, and notes on the changes."""
     _require_shape(model, found, where)
     notes = _require_fixed_positions(model, found, where)
     if found.config.num_classes != model.config.num_classes:
         notes.append(
-            f"{where} knows {found.config.num_classes} classes and this run {model.config.num_classes}: the label "
+            f"{where} has {found.config.num_classes} classes and this run {model.config.num_classes}: the label "
             "table starts anew, all other weights are taken over."
         )
         found = replace_label_table(found, model.config.num_classes)
@@ -49,18 +49,18 @@ def _require_shape(model: DiT, found: DiT, where: str) -> None:
 
 
 def _require_fixed_positions(model: DiT, found: DiT, where: str) -> list[str]:
-    """Return what becomes of the position embedding, which a run has fixed. Raises ValueError where it was trained."""
+    """Return notes on replacing the position embedding by the fixed one. Raises ValueError where it was trained."""
     drift, notes = found.position_drift(), []
     if drift > FIXED_WITHIN:
         raise ValueError(
-            f"init_from {where} has a trained position embedding, up to {drift:.3g} off the fixed one that a run has; "
-            "start from weights of a fixed one."
+            f"init_from {where} has a trained position embedding, up to {drift:.3g} off the fixed one that a run uses; "
+            "start from weights with a fixed one."
         )
     if found.config.latent_size != model.config.latent_size:
         notes.append(
-            f"{where} is of latents of side {found.config.latent_size} and this run of {model.config.latent_size}: all "
-            "weights are taken over, the position embedding is the fixed one of this run's grid."
+            f"{where} has latents of side {found.config.latent_size} and this run of {model.config.latent_size}: all "
+            "weights are taken over, and the position embedding is the fixed one of this run's grid."
         )
     elif drift > ROUNDING:
-        notes.append(f"{where}: in this run the fixed position embedding takes the place of its own ({drift:.2g} off).")
+        notes.append(f"{where}: this run replaces its position embedding by the fixed one ({drift:.2g} off).")
     return notes

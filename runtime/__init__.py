@@ -1,1 +1,1 @@
-"""Where tensors live and how replicas agree. The only room that imports accelerate."""
+"""Place tensors on devices and let processes agree. Only this room imports accelerate and torch_xla."""

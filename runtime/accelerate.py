@@ -1,4 +1,4 @@
-"""CPU, one GPU, or data-parallel GPUs and nodes, through Hugging Face accelerate."""
+"""Train on a CPU, one GPU, or data-parallel GPUs and nodes, through Hugging Face accelerate."""
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,12 +21,12 @@ from runtime.protocol import Metrics, Precision, Step
 
 
 class AccelerateRuntime(AccelerateDevices):
-    """Training on `AccelerateDevices`, whose settings it takes too.
+    """Trains on `AccelerateDevices`, whose settings it takes too.
 
-    ``mode`` replicated keeps the whole state on each (DistributedDataParallel); fsdp spreads weights,
-    averages and optimizer over all of them (FSDP2). ``compile`` compiles one unit, which all equal units share.
+    ``mode`` replicated keeps the whole state on each device (DistributedDataParallel); fsdp shards weights, averages
+    and optimizer state over all of them (FSDP2). ``compile`` compiles one unit, which all equal units share.
 
-    Raises ValueError as `AccelerateDevices` does, and where state cannot be spread because no processes were launched.
+    Raises ValueError as `AccelerateDevices` does, and for fsdp where no processes were launched to shard over.
     """
 
     def __init__(
@@ -45,18 +45,18 @@ class AccelerateRuntime(AccelerateDevices):
         self._mode, self._micro_batches, self._compile = mode, micro_batches, compile
         if mode == "fsdp" and not is_initialized():
             raise ValueError(
-                "runtime.mode is fsdp, but 0 processes were launched to spread the state over; start with torchrun, or "
+                "runtime.mode is fsdp, but 0 processes were launched to shard the state over; start with torchrun, or "
                 "set runtime.mode=replicated."
             )
 
     def require_batch(self, batch_size: int) -> None:
-        """One row per process and micro-batch at least."""
+        """Raise ValueError where a global batch does not divide into processes and micro-batches."""
         require_divisible(batch_size, self.data_world, "processes", self._micro_batches)
 
     def prepare(
         self, model: nn.Module, averages: Sequence[nn.Module], optimizer: torch.optim.Optimizer
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Wrap in DistributedDataParallel, or shard, where there are several processes."""
+        """Move the state to the device; wrap the model in DistributedDataParallel, or shard, for several processes."""
         by_name = {name: optimizer.state.get(parameter, {}) for name, parameter in model.named_parameters()}
         names = {parameter: name for name, parameter in model.named_parameters()}
         order = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
@@ -70,26 +70,27 @@ class AccelerateRuntime(AccelerateDevices):
             _compile_regions(model)
         if self._mode == "fsdp" or self.data_world == 1:
             return model, optimizer
-        # Buffers are constants: there is no need to send them before each forward pass.
+        # Buffers are constants: they need not be sent before each forward pass.
         wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
         return wrapped, optimizer
 
     def checkpoint(self, method: Callable[..., Any], owner: nn.Module, *arguments: Any) -> Any:
-        """PyTorch's own. Bound methods of two modules would be two programs to torch.compile."""
-        # Nothing is drawn on a device, so there are no generators to set back.
+        """Apply PyTorch's activation checkpointing to ``method(owner, *arguments)``."""
+        # `partial`, since torch.compile would compile the bound methods of two modules as two programs. Nothing is
+        # drawn on a device, so there is no generator to restore.
         return checkpoint(partial(method, owner), *arguments, use_reentrant=False, preserve_rng_state=False)
 
     def feed(self, host_batches: Iterable[Batch]) -> Iterator[list[Batch]]:
-        """Copy each batch to the device, without waiting on CUDA."""
+        """Copy each batch to the device, asynchronously on CUDA, and yield its micro-batches."""
         for batch in host_batches:
             yield micro_batches_of(mapped(batch, self.put), self._micro_batches)
 
     def step(self, function: Step) -> Step:
-        """Itself: eager execution."""
+        """Return the step unchanged: execution is eager."""
         return function
 
     def micro_step(self, model: nn.Module, is_last: bool) -> AbstractContextManager[Any]:
-        """Gradients are exchanged in the last backward pass only."""
+        """Return the context of a micro-batch's passes: gradients are exchanged in the last backward pass only."""
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(is_last)
         if isinstance(model, DistributedDataParallel) and not is_last:
@@ -98,11 +99,11 @@ class AccelerateRuntime(AccelerateDevices):
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients, averaged over processes by DistributedDataParallel or FSDP."""
+        """Add the gradients, which DistributedDataParallel or FSDP averages over processes."""
         loss.backward()
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-        """Global norm of the averaged gradients, which are scaled down to ``max_norm``."""
+        """Scale the averaged gradients down to the global norm ``max_norm``, and return the norm before."""
         trained = list(parameters)
         norm = self.norm([p.grad for p in trained if p.grad is not None])
         if max_norm is not None:
@@ -110,18 +111,18 @@ class AccelerateRuntime(AccelerateDevices):
         return norm
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Parts of sharded tensors are summed over processes."""
+        """Return the Euclidean norm of all tensors together; the shards of a tensor are summed over processes."""
         norm = torch.nn.utils.get_total_norm(tensors)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def fetch(self, history: Sequence[Metrics]) -> dict[str, list[float]]:
-        """Means over processes, then one copy to the host."""
+        """Return each step's means over processes, copied to the host at once."""
         steps = [torch.stack([value.float() for value in metrics.values()]) for metrics in history]
         means = self._accelerator.reduce(torch.stack(steps, dim=1), reduction="mean").tolist()
         return dict(zip(history[0], means, strict=True))
 
     def copy_to_host(self, tensors: Mapping[str, Tensor], wanted: Container[str], host: dict[str, Tensor]) -> None:
-        """One tensor at a time, so that no process has to hold more than one whole; to pinned memory from a GPU."""
+        """Copy one tensor at a time, so that a device holds at most one whole tensor; from a GPU to pinned memory."""
         pinned = self.device.type == "cuda"
         for name, value in tensors.items():
             whole = (value.full_tensor() if isinstance(value, DTensor) else value).detach()
@@ -134,7 +135,7 @@ class AccelerateRuntime(AccelerateDevices):
 
 
 def _shard(module: nn.Module, device_type: str, world: int) -> None:
-    """FSDP2: each unit is gathered when it is used, and what lies around the units is gathered as one."""
+    """Shard by FSDP2: each unit is gathered when it is used, and all parameters outside of units are one more unit."""
     mesh = init_device_mesh(device_type, (world,))
     for unit in _units(module):
         fully_shard(unit, mesh=mesh)
@@ -146,14 +147,14 @@ def _units(module: nn.Module) -> Sequence[nn.Module]:
 
 
 def _compile_regions(model: nn.Module) -> None:
-    """Compile unit by unit: all of one class and shape share one compilation."""
-    torch._dynamo.config.optimize_ddp = False  # it would cut blocks up at the bounds of buckets, to send them sooner
+    """Compile unit by unit: all units of one class and shape share one compilation."""
+    torch._dynamo.config.optimize_ddp = False  # it would split blocks at the boundaries of gradient buckets
     for unit in _units(model):
         unit.compile()
 
 
 def _fuse(optimizer: torch.optim.Optimizer) -> None:
-    """One kernel for all of a parameter's arithmetic, where the optimizer has one; CPUs and GPUs have it."""
+    """Set the optimizer to its fused kernel, if it has one; CPUs and GPUs support it."""
     for group in optimizer.param_groups:
         if "fused" in group:
             group["fused"], group["foreach"] = True, False
@@ -165,7 +166,7 @@ def _hand_over(
     states: Mapping[str, Mapping[str, Tensor]],
     parameters: Mapping[str, nn.Parameter],
 ) -> None:
-    """Let the optimizer go on with the parameters and states of these names, each state where its parameter is."""
+    """Give the optimizer the new parameters of these names, with their states moved to the parameters' devices."""
     optimizer.state.clear()
     for group, names in zip(optimizer.param_groups, order, strict=True):
         group["params"] = [parameters[name] for name in names]
@@ -176,11 +177,11 @@ def _hand_over(
 
 
 def _beside(value: Tensor, parameter: nn.Parameter, group: Mapping[str, Any]) -> Tensor:
-    """On the parameter's device and spread like it; a count of steps stays on the host but for a fused kernel."""
+    """Move optimizer state to its parameter's device and sharding. The step count stays on the CPU unless fused."""
     if value.dim() == 0:
         return value.to(parameter.device) if group.get("fused") else value
     local = value.to(parameter.device)
     if not isinstance(parameter, DTensor):
         return local
-    # Every process holds the whole value, so none needs to be sent.
+    # Every process holds the whole value, so nothing needs to be sent.
     return distribute_tensor(local, parameter.device_mesh, parameter.placements, src_data_rank=None)

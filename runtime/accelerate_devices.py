@@ -1,4 +1,4 @@
-"""The device of each process of accelerate: where tensors lie, and what denoisers and decoders compute there."""
+"""Place tensors and run denoisers and decoders on the device of each accelerate process."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
 
-# accelerate picks XLA wherever torch_xla can be imported, even for cpu=True; it must not know of it.
+# accelerate selects XLA wherever torch_xla can be imported, even for cpu=True; this hides torch_xla from it.
 os.environ["USE_TORCH_XLA"] = "0"
 
 import accelerate
@@ -24,12 +24,12 @@ from runtime.protocol import ModuleT, Precision
 
 
 class AccelerateDevices:
-    """One process a device; several under ``torchrun`` or ``accelerate launch``.
+    """Processes with one device each; several under ``torchrun`` or ``accelerate launch``.
 
-    ``tf32`` lets GPUs multiply float32 matrices in TF32; ``deterministic`` keeps them to kernels that give the same
-    bits each time. A process that waits for another longer than ``timeout_sec`` stops.
+    ``tf32`` lets GPUs multiply float32 matrices in TF32; ``deterministic`` restricts them to kernels that give the
+    same bits each time. A process that waits for another longer than ``timeout_sec`` stops.
 
-    Raises ValueError where the asked device is absent or the launched processes do not see each other.
+    Raises ValueError where the requested device is absent or the launched processes do not see each other.
     """
 
     num_local_devices = 1
@@ -49,9 +49,9 @@ class AccelerateDevices:
             raise ValueError(
                 "runtime.device is cuda, but PyTorch sees 0 GPUs; install a driver or set runtime.device=auto."
             )
-        AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier run in this process
+        AcceleratorState._reset_state(reset_partial_state=True)  # left by an earlier run in this process
         on_cpu = device == "cpu" or not has_cuda
-        backend = "cuda:nccl,cpu:gloo" if "LOCAL_RANK" in os.environ and not on_cpu else None  # numpy goes over gloo
+        backend = "cuda:nccl,cpu:gloo" if "LOCAL_RANK" in os.environ and not on_cpu else None  # gloo sends numpy arrays
         self._accelerator = accelerate.Accelerator(
             cpu=on_cpu,
             mixed_precision="no" if precision == "fp32" else precision,
@@ -74,52 +74,52 @@ class AccelerateDevices:
             )
 
     def require_same(self, facts: Mapping[str, str]) -> None:
-        """Over the process group."""
+        """Raise ValueError where processes differ in a fact, exchanged over the process group."""
         require_same(facts, lambda mine: gather_object([mine]))
 
     def together(self) -> AbstractContextManager[Any]:
-        """Nothing to do: the launcher ends all processes when one has ended with an error."""
+        """Return an empty context: the launcher stops all processes when one ends with an error."""
         return nullcontext()
 
     def place(self, module: ModuleT) -> ModuleT:
-        """Move to the device."""
+        """Move a module to the device."""
         return module.to(self.device)
 
     def put(self, rows: Tensor) -> Tensor:
-        """To the device, without waiting on CUDA."""
+        """Copy rows to the device, asynchronously on CUDA."""
         pinned = self.device.type == "cuda"
         return (rows.pin_memory() if pinned else rows).to(self.device, non_blocking=pinned)
 
     def rows(self, batch: Tensor) -> Tensor:
-        """To the host."""
+        """Copy this process's rows to the host."""
         return batch.cpu()
 
     def parts(self, batch: Tensor, most: int) -> Sequence[Tensor]:
-        """Views."""
+        """Return views of at most ``most`` rows."""
         return batch.split(most)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bf16 in the network where configured."""
+        """Return the context of the network's precision."""
         context: AbstractContextManager[Any] = self._accelerator.autocast()
         return context
 
     def inference(self, denoiser: Denoiser) -> Denoiser:
-        """Itself."""
+        """Return the denoiser unchanged."""
         return denoiser
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
-        """Concatenation over processes; they may have unequal numbers of rows."""
+        """Return the rows of all processes, concatenated; processes may have different numbers of rows."""
         return np.concatenate(gather_object([rows]))
 
     def wait(self) -> None:
-        """A barrier."""
+        """Wait until every process has arrived."""
         self._accelerator.wait_for_everyone()
 
 
 def _set_deterministic(is_deterministic: bool) -> None:
-    """Keep GPUs to kernels that give the same bits each time, or not."""
+    """Restrict GPUs to kernels that give the same bits each time, or lift the restriction."""
     if is_deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it PyTorch refuses matrix products
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch refuses matrix products without it
         settings: Any = torch.utils.deterministic
-        settings.fill_uninitialized_memory = False  # nothing here reads such memory
+        settings.fill_uninitialized_memory = False  # no code here reads uninitialized memory
     torch.use_deterministic_algorithms(is_deterministic)

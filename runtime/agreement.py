@@ -1,16 +1,16 @@
-"""Processes of one job must run the same config and the same code; where they do not, say so and stop."""
+"""Check that all processes of a job run the same config and the same code."""
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-Exchange = Callable[[Any], list[Any]]  # an object of this process -> those of all, in rank order
+Exchange = Callable[[Any], list[Any]]  # this process's object -> the objects of all processes, in rank order
 MAX_NAMED = 5
 
 
 def require_same(facts: Mapping[str, str], exchange: Exchange) -> None:
-    """Compare hashes of the facts; where they differ, exchange the facts and raise ValueError that names them."""
+    """Compare hashes of the facts; where they differ, exchange the facts and raise ValueError naming them."""
     if len(set(exchange(fingerprint(facts)))) == 1:
         return
     everyone: list[Mapping[str, str]] = exchange(dict(facts))
@@ -25,11 +25,11 @@ def require_same(facts: Mapping[str, str], exchange: Exchange) -> None:
 
 
 def fingerprint(facts: Mapping[str, str]) -> str:
-    """SHA-256 of the facts."""
+    """Return the SHA-256 of the facts."""
     return hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()
 
 
 def _difference(key: str, values: list[str]) -> str:
-    """The value of rank 0, and the first other one with its rank."""
+    """Return a sentence with the value of rank 0 and the first value that differs, with its rank."""
     rank = next(rank for rank, value in enumerate(values) if value != values[0])
     return f"{key} is {values[0]} on process 0 and {values[rank]} on process {rank}"

@@ -1,4 +1,4 @@
-"""Which runtime: what must hold before a library is imported is settled here."""
+"""Choose the runtime, and check its requirements before its library is imported."""
 
 import os
 from importlib.metadata import PackageNotFoundError, version
@@ -9,15 +9,15 @@ import torch
 
 from runtime.protocol import Mode, Precision, Runtime
 
-# Of Google's accelerators on the PCI bus; its network cards have the same vendor.
+# PCI ids of Google's accelerators; its network cards have the same vendor id.
 _TPU_VENDOR = "0x1ae0"
 _TPU_DEVICES = {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}  # v2 and v3, v4, v5, v6, v7
-_LAST_TORCH_XLA = "2.9.0"  # the one of torch 2.9.0; no later torch has one
+_LAST_TORCH_XLA = "2.9.0"  # for torch 2.9.0; there is none for a later torch
 _LOWERED_PRECISION = ("XLA_USE_BF16", "XLA_DOWNCAST_BF16", "XLA_USE_FP16", "XLA_DOWNCAST_FP16")
 
 
 def auto(precision: Precision, micro_batches: int = 1) -> Runtime:
-    """XLA where this machine has a TPU, else accelerate, which takes a GPU where there is one, else the CPU."""
+    """Return the XLA runtime if this machine has a TPU, else accelerate's, which uses a GPU if there is one."""
     if has_tpu():
         return xla(precision, "tpu", micro_batches=micro_batches)
     from runtime.accelerate import AccelerateRuntime
@@ -35,10 +35,10 @@ def xla(
     compilation_cache: str | None = None,
     timeout_sec: float = 600.0,
 ) -> Runtime:
-    """The XLA runtime on this machine's TPU, or on ``cpu_devices`` virtual devices of its CPU.
+    """Return the XLA runtime on this machine's TPU, or on ``cpu_devices`` virtual devices of its CPU.
 
-    Raises ValueError where torch_xla is missing or built for another torch, a TPU was asked for that is not
-    there, or a variable would lower the precision of the weights.
+    Raises ValueError where torch_xla is missing or built for another torch, where a TPU was requested and there is
+    none, and where an environment variable would lower the precision of the weights.
     """
     require_torch_xla()
     lowered = [name for name in _LOWERED_PRECISION if os.environ.get(name, "0") not in ("", "0")]
@@ -63,7 +63,7 @@ def xla(
 
 
 def require_torch_xla() -> None:
-    """Raise ValueError with the command that installs both where torch_xla is missing or not of torch's version."""
+    """Raise ValueError where torch_xla is missing or not of torch's version, with the command that installs both."""
     ours = torch.__version__.split("+")[0]
     command = f"pip install torch=={_LAST_TORCH_XLA} 'torch_xla[tpu]=={_LAST_TORCH_XLA}'"
     try:
@@ -80,7 +80,7 @@ def require_torch_xla() -> None:
 
 
 def has_tpu(devices: Path = Path("/sys/bus/pci/devices")) -> bool:
-    """Whether a TPU is on the PCI bus."""
+    """Return whether a TPU is on the PCI bus."""
     return any(
         _read(device / "vendor") == _TPU_VENDOR and _read(device / "device") in _TPU_DEVICES
         for device in devices.glob("*")

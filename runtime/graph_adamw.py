@@ -1,4 +1,4 @@
-"""AdamW for a training step that is one compiled graph."""
+"""Define AdamW for a training step that is one compiled graph."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,16 +9,16 @@ from torch import Tensor, nn
 
 
 class GraphAdamW(torch.optim.AdamW):
-    """AdamW as one unchanging graph: its state exists from the start, and the learning rate is a device tensor.
+    """AdamW whose graph never changes: its state exists from the start, and the learning rate is a device tensor.
 
-    A learning rate that is a Python number would be merged with any equal number of the step, such as one minus
-    the averages' decay, and so change the graph. Made by `continuing`.
+    XLA would merge a learning rate that is a Python number with any equal number of the step, such as one minus the
+    averages' decay, which would change the graph. `continuing` constructs it.
     """
 
-    found_inf: Tensor | None = None  # [] float32, 1 where the next step is to be left out, as in PyTorch's fused AdamW
+    found_inf: Tensor | None = None  # [] float32, 1 to skip the next step, as in PyTorch's fused AdamW
     _put: Callable[[Tensor], Tensor]
     _keeps_gradients: bool
-    _num_steps: Tensor  # [] float32, one for all parameters
+    _num_steps: Tensor  # [] float32, shared by all parameters
     _rates: dict[int, tuple[float, Tensor]]  # of each group
 
     @classmethod
@@ -31,9 +31,10 @@ class GraphAdamW(torch.optim.AdamW):
         put: Callable[[Tensor], Tensor],
         keeps_gradients: bool,
     ) -> "GraphAdamW":
-        """Of the same groups and state as ``optimizer``, which steps the parameters ``on_host``, by name.
+        """Return an optimizer with the groups and state of ``optimizer``, whose parameters are ``on_host``, by name.
 
-        ``keeps_gradients`` sets gradients to zero instead of dropping them, for micro-batches.
+        ``keeps_gradients`` sets gradients to zero instead of dropping them, for micro-batches. Raises ValueError where
+        ``optimizer`` is not plain AdamW.
         """
         if type(optimizer) is not torch.optim.AdamW or optimizer.defaults["amsgrad"] or optimizer.defaults["maximize"]:
             found = {key: optimizer.defaults.get(key) for key in ("amsgrad", "maximize")}
@@ -63,12 +64,12 @@ class GraphAdamW(torch.optim.AdamW):
         return self
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Gone before the step's end, or zeros for the next micro-batches; else they would be its results."""
+        """Drop the gradients, or zero them for the next micro-batches; else the graph would output them."""
         super().zero_grad(set_to_none and not self._keeps_gradients)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Loshchilov & Hutter 2019, algorithm 2, with the bias corrections of Adam."""
+        """Update the parameters by algorithm 2 of Loshchilov & Hutter 2019, with the bias corrections of Adam."""
         if self.found_inf is None:
             return self._update()
         moments = [state[key] for state in self.state.values() for key in ("exp_avg", "exp_avg_sq")]
@@ -83,7 +84,7 @@ class GraphAdamW(torch.optim.AdamW):
         for number, group in enumerate(self.param_groups):
             rate, decay = self._rate(number, group["lr"]), group["weight_decay"]
             beta1, beta2 = group["betas"]
-            # 1 - beta^step without the cancellation that float32 has at small steps
+            # 1 - beta^step, without float32's cancellation at small steps.
             step_size = rate / -torch.expm1(self._num_steps * math.log(beta1))
             correction2 = torch.sqrt(-torch.expm1(self._num_steps * math.log(beta2)))
             for parameter in group["params"]:
@@ -95,7 +96,7 @@ class GraphAdamW(torch.optim.AdamW):
                 parameter.sub_(step_size * mean / (square.sqrt() / correction2 + group["eps"]))
 
     def _rate(self, number: int, value: float) -> Tensor:
-        """A group's learning rate on the device, renewed where it changed."""
+        """Return a group's learning rate on the device, sent again if it changed."""
         if number not in self._rates or self._rates[number][0] != value:
             self._rates[number] = value, self._put(torch.tensor(value, dtype=torch.float32))
         return self._rates[number][1]

@@ -1,4 +1,4 @@
-"""What hosts say to each other beside the accelerators: a gloo group over their network."""
+"""Exchange objects between hosts over their network, by a gloo group."""
 
 import os
 import sys
@@ -12,11 +12,11 @@ from typing import Any, NoReturn
 from torch import distributed
 
 BEAT_SEC = 2.0
-RUNNING, DONE = "running", "done"  # what else a process says of itself is its error
+RUNNING, DONE = "running", "done"  # any other state of a process is the text of its error
 
 
 class Hosts:
-    """``count`` processes, of which this is number ``index``; without a network where there is one.
+    """A group of ``count`` processes, of which this is number ``index``; a single process needs no network.
 
     ``address`` is an ``init_method`` of torch.distributed. A process that waits for another longer than
     ``timeout_sec`` stops.
@@ -32,7 +32,7 @@ class Hosts:
             )
 
     def exchange(self, mine: Any, group: Any = None) -> list[Any]:
-        """Every process's object, in order, on every one."""
+        """Return the objects of all processes, in rank order."""
         if self.count == 1:
             return [mine]
         everyone: list[Any] = [None] * self.count
@@ -40,13 +40,13 @@ class Hosts:
         return everyone
 
     def wait(self) -> None:
-        """A barrier."""
+        """Wait until every process has arrived."""
         if self.count > 1:
             distributed.barrier()
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """In the block, an error or the death of one process stops the others at once, even inside a collective.
+        """Stop all processes when one fails or dies inside the block, even while they wait in a collective.
 
         Processes leave the block together.
         """
@@ -71,7 +71,7 @@ class Hosts:
         while True:
             try:
                 states = self.exchange(state[0], group)
-            except RuntimeError as error:  # a connection was closed, or nothing was heard for too long
+            except RuntimeError as error:  # a connection was closed or timed out
                 _stop(f"another process of this job died ({str(error).splitlines()[0]})")
             failed = [index for index, said in enumerate(states) if said not in (RUNNING, DONE)]
             if self.index in failed or all(said == DONE for said in states):
@@ -82,6 +82,6 @@ class Hosts:
 
 
 def _stop(sentence: str) -> NoReturn:
-    """End this process from its watching thread: the main one may be waiting for the dead one for ever."""
+    """End this process from its watching thread: the main thread may wait forever for the dead process."""
     print(f"error: {sentence}; this process stops too.", file=sys.stderr, flush=True)
     os._exit(1)

@@ -1,4 +1,4 @@
-"""The XLA runtime for a step that is compiled elsewhere: state takes no memory, and nothing is executed."""
+"""Define the XLA runtime of a step that is compiled elsewhere: state takes no memory, and nothing is executed."""
 
 from collections.abc import Iterable
 
@@ -12,7 +12,7 @@ from runtime.xla import XlaRuntime
 
 
 class TracingRuntime(XlaRuntime):
-    """State that is on the meta device becomes placeholders: sharded like weights, but without memory."""
+    """Turns state on the meta device into placeholders, which are sharded like weights but take no memory."""
 
     def _put(self, value: Tensor, axes: Axes | None = None) -> Tensor:
         if not value.is_meta:
@@ -22,7 +22,7 @@ class TracingRuntime(XlaRuntime):
         return placeholder
 
     def hlo(self, results: Iterable[Tensor]) -> str:
-        """The program that computes these, as text, before it is partitioned; it names each once."""
+        """Return the program that computes these results, as text, before partitioning; each result occurs once."""
         once = {id(value): value for value in results}
         text: str = torch_xla._XLAC._get_xla_tensors_hlo(list(once.values()))
         return text

@@ -1,7 +1,7 @@
-"""What jobs ask of a machine, in three parts that build on each other: `Processes`, `Devices`, `Runtime`.
+"""Define the interface between jobs and machines, in three parts that extend each other.
 
-Whoever takes a runtime names the smallest part that it needs, so a runtime that cannot train still makes references
-and samples.
+These are `Processes`, `Devices` and `Runtime`. Functions name the smallest part that they need, so a runtime that
+cannot train can still compute references and samples.
 """
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -17,18 +17,18 @@ from core.batch import Batch, Denoiser
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Metrics = dict[str, Tensor]
 Precision = Literal["fp32", "bf16"]  # of the network's forward and backward pass
-Mode = Literal["replicated", "zero1", "fsdp"]  # spread over devices: nothing; optimizer and averages; weights too
+Mode = Literal["replicated", "zero1", "fsdp"]  # sharded: nothing; optimizer state and averages; weights too
 Step = Callable[[Sequence[Batch]], Metrics]  # the micro-batches of one optimizer step -> scalars on the device
 
 
 class Processes(Protocol):
-    """The processes of a job, of which this is one. Enough for what each does alone and all merge: a reference.
+    """The processes of a job, of which this is one: enough for local work that is merged, such as a reference.
 
-    ``data_rank`` of ``data_world`` processes read data; ``is_main`` writes files. "Every process" below means that
-    one which does not call makes the others wait for it.
+    This process reads data as rank ``data_rank`` of ``data_world``; the one that ``is_main`` writes files. Where a
+    docstring says that every process must call, the others wait for a process that does not.
     """
 
-    device: torch.device  # where this process computes what it shares with no other: features, say
+    device: torch.device  # for this process's own computations, such as features
     is_main: bool
     data_rank: int
     data_world: int
@@ -38,50 +38,50 @@ class Processes(Protocol):
         ...
 
     def together(self) -> AbstractContextManager[Any]:
-        """In the block, an error or the death of one process stops the others within a minute, with its error."""
+        """Return a context in which the error or death of one process stops the others within a minute."""
         ...
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
-        """Rows of all processes, concatenated in rank order on every one. Every process must call it."""
+        """Return the rows of all processes, concatenated in rank order. Every process must call it."""
         ...
 
     def wait(self) -> None:
-        """Return when every process has arrived."""
+        """Wait until every process has arrived."""
         ...
 
 
 class Devices(Processes, Protocol):
-    """Processes with places for tensors, which a network computes on together: enough for sampling and evaluation."""
+    """Processes with devices that run a network together: enough for sampling and evaluation."""
 
-    num_local_devices: int  # a process's rows of a batch are spread over so many devices
+    num_local_devices: int  # number of devices that share this process's rows of a batch
 
     def place(self, module: ModuleT) -> ModuleT:
-        """Bring parameters and buffers of what is not trained to the device, whole."""
+        """Move a module that is not trained to the device, unsharded."""
         ...
 
     def put(self, rows: Tensor) -> Tensor:
-        """This process's rows of a batch, from the host to its devices. Every process must put as many."""
+        """Copy this process's rows of a batch to its devices. Every process must put the same number of rows."""
         ...
 
     def rows(self, batch: Tensor) -> Tensor:
-        """This process's rows of a batch, on the host: the inverse of `put`. Every process must call it."""
+        """Copy this process's rows of a batch to the host, the inverse of `put`. Every process must call it."""
         ...
 
     def parts(self, batch: Tensor, most: int) -> Sequence[Tensor]:
-        """A batch on the devices in parts of ``most`` rows, each for `rows`; whole where devices share its rows."""
+        """Split a batch on the devices into parts of ``most`` rows for `rows`; return it whole if devices share it."""
         ...
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The network's precision."""
+        """Return the context of the network's precision."""
         ...
 
     def inference(self, denoiser: Denoiser) -> Denoiser:
-        """A denoiser as the runtime executes it inside a sampler."""
+        """Return the denoiser as the runtime executes it inside a sampler."""
         ...
 
 
 class Runtime(Devices, Protocol):
-    """Processes and devices that train: what the loop and the step ask for."""
+    """Processes and devices that train: the interface of the loop and the step."""
 
     def require_batch(self, batch_size: int) -> None:
         """Raise ValueError where a global batch does not divide into processes, devices and micro-batches."""
@@ -90,28 +90,28 @@ class Runtime(Devices, Protocol):
     def prepare(
         self, model: nn.Module, averages: Sequence[nn.Module], optimizer: torch.optim.Optimizer
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Bring a model, the averages of its weights and its optimizer from the host to the devices.
+        """Move a model, the averages of its weights and its optimizer from the host to the devices.
 
-        ``model`` and ``averages`` stay the modules that hold the state, possibly with new parameters in them.
-        Returns the module to step with, whose gradients agree over all devices, and the optimizer that goes
-        on from the state of the given one.
+        ``model`` and ``averages`` remain the modules that hold the state, possibly with new parameters. Return the
+        module to step with, whose gradients agree on all devices, and the optimizer, which continues from the state
+        of the given one.
         """
         ...
 
     def checkpoint(self, method: Callable[..., Any], owner: nn.Module, *arguments: Any) -> Any:
-        """``method(owner, *arguments)`` of trees of tensors, computed again in the backward pass instead of kept."""
+        """Return ``method(owner, *arguments)``, trees of tensors, and recompute it in the backward pass."""
         ...
 
     def feed(self, host_batches: Iterable[Batch]) -> Iterator[list[Batch]]:
-        """Host batches on the devices, in order, each as its micro-batches."""
+        """Yield the micro-batches of each host batch on the devices, in order."""
         ...
 
     def step(self, function: Step) -> Step:
-        """The training step as the runtime executes it."""
+        """Return the training step as the runtime executes it."""
         ...
 
     def micro_step(self, model: nn.Module, is_last: bool) -> AbstractContextManager[Any]:
-        """Around the forward and backward pass of a micro-batch; gradients need to agree after the last one only."""
+        """Return the context of a micro-batch's passes; gradients need to agree only after the last micro-batch."""
         ...
 
     def backward(self, loss: Tensor) -> None:
@@ -119,20 +119,20 @@ class Runtime(Devices, Protocol):
         ...
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-        """Scale gradients down to a global norm of ``max_norm``, if given; returns the norm before, [] float32."""
+        """Scale gradients down to a global norm of ``max_norm``, if given, and return the norm before, [] float32."""
         ...
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Euclidean norm of all tensors together, whatever their sharding, [] float32."""
+        """Return the Euclidean norm of all tensors together, whatever their sharding, [] float32."""
         ...
 
     def fetch(self, history: Sequence[Metrics]) -> dict[str, list[float]]:
-        """The only host read of training: each step's means over replicas. Every process must call it."""
+        """Return each step's means over replicas; training's only read from devices. Every process must call it."""
         ...
 
     def copy_to_host(self, tensors: Mapping[str, Tensor], wanted: Container[str], host: dict[str, Tensor]) -> None:
-        """Copy the ``wanted`` tensors whole, whatever their sharding, over those in ``host``, or add them to it.
+        """Copy the ``wanted`` tensors, unsharded, over those in ``host``, or add them to it.
 
-        Every process must call it, each with what it wants.
+        Every process must call it; what they want may differ.
         """
         ...

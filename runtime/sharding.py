@@ -1,8 +1,8 @@
-"""Which dimension of which parameter is sharded over devices: one rule for matrices, and a table of exceptions.
+"""Choose the dimension along which each parameter is sharded: one rule for matrices, and a table of exceptions.
 
-A matrix, or a tensor of more dimensions, is sharded along its first dimension that divides by the devices. In a DiT it
-is a multiple of the model's width (in all of the paper's sizes a multiple of 128). Vectors stay whole: their bytes are
-few, and each sharded one costs a collective.
+A matrix, or a tensor of more dimensions, is sharded along its first dimension that the number of devices divides. In a
+DiT that is a multiple of the model's width (in all of the paper's sizes a multiple of 128). Vectors stay whole: they
+are small, and each sharded one costs a collective.
 """
 
 import re
@@ -14,7 +14,7 @@ SHARDED = "fsdp"  # the mesh axis that state is sharded over
 Axes = tuple[str | None, ...]  # the mesh axis of each dimension; None: whole
 Rule = tuple[str, Axes]  # pattern of a full parameter name, its axes
 
-# Matrices whose rows are no multiple of the model's width, though they may happen to divide.
+# Matrices whose number of rows is not a multiple of the model's width, though the devices may happen to divide it.
 EXCEPTIONS: tuple[Rule, ...] = (
     (r"label_embedding\.weight", (None, SHARDED)),  # [classes + 1, d]
     (r"final_layer\.decoder\.weight", (None, SHARDED)),  # [2 c p p, d]
@@ -22,9 +22,9 @@ EXCEPTIONS: tuple[Rule, ...] = (
 
 
 def axes_of(name: str, shape: Sequence[int], num_shards: int, exceptions: Sequence[Rule] = EXCEPTIONS) -> Axes:
-    """Return the axes of the parameter ``name``, for ``num_shards`` devices along the axis.
+    """Return the axes of the parameter ``name``, for ``num_shards`` devices along the sharded axis.
 
-    Raises ValueError where no dimension of a matrix divides, and where two exceptions match.
+    Raises ValueError where ``num_shards`` divides no dimension of a matrix, and where two exceptions match.
     """
     found = [(pattern, axes) for pattern, axes in exceptions if re.fullmatch(pattern, name)]
     if len(found) > 1:
@@ -42,7 +42,7 @@ def axes_of(name: str, shape: Sequence[int], num_shards: int, exceptions: Sequen
         dimension = next((number for number, size in enumerate(shape) if size % num_shards == 0), 0)
     if shape[dimension] % num_shards:
         raise ValueError(
-            f"{name} has {shape[dimension]} rows to shard, which do not divide by {num_shards} devices; set "
+            f"{name} has {shape[dimension]} rows to shard, which is not a multiple of {num_shards} devices; set "
             "runtime.fsdp_devices to a divisor of model.width, or runtime.mode=replicated."
         )
     return tuple(SHARDED if number == dimension else None for number in range(len(shape)))

@@ -1,4 +1,4 @@
-"""Calls whose arguments and results are trees, as calls of leaves: for functions that look no deeper than that."""
+"""Convert calls on trees to calls on their leaves, for functions that accept only tensors."""
 
 from collections.abc import Callable
 from types import MethodType
@@ -11,7 +11,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 def flattened(
     method: Callable[..., Any], owner: nn.Module, arguments: tuple[Any, ...]
 ) -> tuple[MethodType, list[Any], Callable[[Any], Any]]:
-    """Return ``method`` of ``owner`` as a bound method of leaves, its leaves, and what makes its result a tree again.
+    """Return ``method`` of ``owner`` as a bound method of leaves, the leaves, and a function from its result to a tree.
 
     The result of the bound method is one tensor, or a tuple of leaves.
     """

@@ -1,8 +1,8 @@
-"""Training on TPUs through PyTorch/XLA's SPMD mode; virtual CPU devices run the same program.
+"""Train on TPUs through PyTorch/XLA's SPMD mode; virtual CPU devices run the same program.
 
-A training step is traced into one graph and compiled once. What keeps it one: all state is created and its
-sharding marked before the first step; what changes from step to step is a tensor on the device; gradients are
-gone, or zero, when the step ends. `runtime.choice` imports this file after it has set the environment.
+A training step is traced into one graph and compiled once. For this, all state is created and its sharding annotated
+before the first step, every value that changes from step to step is a tensor on the device, and gradients are dropped
+or zero when the step ends. `runtime.choice` imports this file after it has set the environment.
 """
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -25,11 +25,11 @@ from runtime.xla_layers import gather_where_used, trace_friendly
 
 
 class XlaRuntime(XlaDevices):
-    """Training on the mesh of `XlaDevices`.
+    """Trains on the mesh of `XlaDevices`.
 
-    ``mode`` says what is spread along the second axis by the table in `runtime.sharding`: nothing; optimizer
-    state and averages (``zero1``); these and the weights (``fsdp``, gathered where a layer uses them).
-    Raises ValueError where the devices do not divide.
+    ``mode`` selects the state that is sharded along the second axis, by the table in `runtime.sharding`: none
+    (``replicated``); optimizer state and averages (``zero1``); these and the weights (``fsdp``, gathered where a layer
+    uses them). Raises ValueError where ``fsdp_devices`` does not divide the number of devices.
     """
 
     def __init__(
@@ -45,13 +45,13 @@ class XlaRuntime(XlaDevices):
         self._mode, self._micro_batches = mode, micro_batches
 
     def require_batch(self, batch_size: int) -> None:
-        """One row per device and micro-batch at least."""
+        """Raise ValueError where a global batch does not divide into devices and micro-batches."""
         require_divisible(batch_size, self.num_devices, "devices", self._micro_batches)
 
     def prepare(
         self, model: nn.Module, averages: Sequence[nn.Module], optimizer: torch.optim.Optimizer
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Spread the state by the mode. Raises ValueError for another optimizer than AdamW."""
+        """Shard the state by the mode. Raises ValueError for an optimizer other than AdamW."""
         axes = {} if self._mode == "replicated" else sharding_of(model, self._num_shards)
         on_host = dict(model.named_parameters())
         self._distribute(model, axes if self._mode == "fsdp" else {})
@@ -68,17 +68,20 @@ class XlaRuntime(XlaDevices):
         return self._put(value, axes.get(name))
 
     def checkpoint(self, method: Callable[..., Any], owner: nn.Module, *arguments: Any) -> Any:
-        """PyTorch/XLA's own: the compiler would undo PyTorch's. A bound method gives it the weights to take again."""
+        """Apply PyTorch/XLA's activation checkpointing to ``method(owner, *arguments)``.
+
+        The compiler would undo PyTorch's. The function must be a bound method, from which it takes the weights.
+        """
         function, leaves, as_tree = flattened(method, owner, arguments)
         return as_tree(checkpoint(function, *leaves, preserve_rng_state=False))
 
     def feed(self, host_batches: Iterable[Batch]) -> Iterator[list[Batch]]:
-        """Copies go out while the step before is computed: executions do not block the host."""
+        """Send each batch while the previous step is computed, and yield its micro-batches."""
         for batch in host_batches:
             yield [mapped(part, self.put) for part in micro_batches_of(batch, self._micro_batches)]
 
     def step(self, function: Step) -> Step:
-        """Trace, then execute without waiting."""
+        """Return the step as one that is traced and then executed asynchronously."""
 
         def run(micro_batches: Sequence[Batch]) -> Metrics:
             metrics = function(micro_batches)
@@ -93,15 +96,15 @@ class XlaRuntime(XlaDevices):
         torch_xla.sync()
 
     def micro_step(self, model: nn.Module, is_last: bool) -> AbstractContextManager[Any]:
-        """A graph of its own where there are several: the same for each, so that their number costs no compilation."""
+        """Return a context that executes each of several micro-batches as one graph, which all of them share."""
         return nullcontext() if self._micro_batches == 1 else self._executed()
 
     def backward(self, loss: Tensor) -> None:
-        """The partitioner sums over devices what the batch was spread over."""
+        """Add the gradients, which XLA's partitioner sums over the devices that share the batch."""
         loss.backward()
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-        """Of the whole gradients, wherever their parts are."""
+        """Scale the whole gradients down to the global norm ``max_norm``, if given, and return the norm before."""
         trained = list(parameters)
         norm = self.norm([p.grad for p in trained if p.grad is not None])
         if max_norm is not None:
@@ -109,21 +112,21 @@ class XlaRuntime(XlaDevices):
         return norm
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Of the whole tensors, wherever their parts are."""
+        """Return the Euclidean norm of the whole tensors, whatever their sharding."""
         return torch.nn.utils.get_total_norm(tensors, foreach=False)
 
     def fetch(self, history: Sequence[Metrics]) -> dict[str, list[float]]:
-        """One transfer of what the steps left on the device; nothing is compiled."""
+        """Return the metrics that the steps left on the device, in one transfer; nothing is compiled."""
         names = list(history[0])
         values = torch_xla._XLAC._xla_get_cpu_tensors([metrics[name] for metrics in history for name in names])
         by_step = torch.stack(values).view(len(history), len(names))
         return dict(zip(names, by_step.T.tolist(), strict=True))
 
     def copy_to_host(self, tensors: Mapping[str, Tensor], wanted: Container[str], host: dict[str, Tensor]) -> None:
-        """One tensor at a time, so that no device has to hold more than one whole."""
+        """Copy one tensor at a time, so that a device holds at most one whole tensor."""
         torch_xla.sync(wait=True)
         for name, value in tensors.items():
-            if name in wanted or self.data_world > 1:  # several hosts gather a value together
+            if name in wanted or self.data_world > 1:  # with several hosts, gathering is collective
                 whole = self._whole(value.detach())
                 if name in wanted:
                     host[name] = whole

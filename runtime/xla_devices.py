@@ -1,4 +1,4 @@
-"""The devices of XLA, one process a host: where tensors lie, and what denoisers and decoders compute there.
+"""Place tensors and run denoisers and decoders on XLA's devices, with one process per host.
 
 PyTorch/XLA runs in its SPMD mode: one program over all devices. `runtime.xla` trains on them.
 """
@@ -12,7 +12,7 @@ import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
 import torch_xla.distributed.spmd as xs
-import torch_xla.distributed.xla_backend  # gives torch.distributed the address xla://
+import torch_xla.distributed.xla_backend  # registers the address xla:// with torch.distributed
 import torch_xla.runtime as xr
 from torch import Tensor, nn
 
@@ -22,13 +22,13 @@ from runtime.hosts import Hosts
 from runtime.protocol import ModuleT, Precision
 from runtime.sharding import SHARDED, Axes
 
-DATA = "data"  # the mesh axis that only the batch is spread over
+DATA = "data"  # the mesh axis along which only the batch is sharded
 
 
 class XlaDevices:
-    """A mesh of all devices, ``data`` x ``fsdp_devices``; the batch is spread over both axes.
+    """A mesh of all devices, ``data`` x ``fsdp_devices``; the batch is sharded over both axes.
 
-    Raises ValueError where the devices do not divide.
+    Raises ValueError where ``fsdp_devices`` does not divide the number of devices.
     """
 
     def __init__(
@@ -52,24 +52,24 @@ class XlaDevices:
         order, shape = np.arange(self.num_devices), (self.num_devices // self._num_shards, self._num_shards)
         self._state_mesh = xs.Mesh(order, shape, (DATA, SHARDED))
         self._batch_mesh = xs.Mesh(order, (self.num_devices,), (DATA,))  # tensors of rank 1 need a mesh of one axis
-        self._feeds_own_rows = self.data_world > 1  # a host's rows of a batch, not the whole batch
+        self._feeds_own_rows = self.data_world > 1  # this host sends its rows of a batch, not the whole batch
         self._hosts = Hosts(self.data_rank, self.data_world, "xla://", timeout_sec)
 
     def require_same(self, facts: Mapping[str, str]) -> None:
-        """Over the hosts' network."""
+        """Raise ValueError where hosts differ in a fact, exchanged over their network."""
         require_same(facts, self._hosts.exchange)
 
     def together(self) -> AbstractContextManager[Any]:
-        """Over the hosts' network: hosts are started one by one, and nobody else looks after them."""
+        """Return a context in which a failing host stops the others: hosts have no launcher that would do so."""
         return self._hosts.together()
 
     def place(self, module: ModuleT) -> ModuleT:
-        """A whole copy on every device."""
+        """Copy the whole module to every device."""
         self._distribute(module, {})
         return module
 
     def _distribute(self, module: nn.Module, axes: Mapping[str, Axes]) -> None:
-        """Replace parameters and buffers by their copies on the devices; those without axes are whole."""
+        """Replace parameters and buffers by copies on the devices; those without axes are unsharded."""
         for path, part in module.named_modules():
             for name, parameter in part._parameters.items():
                 if parameter is not None and parameter.device.type != self.device.type:
@@ -80,31 +80,31 @@ class XlaDevices:
                     part._buffers[name] = self._put(buffer)
 
     def _put(self, value: Tensor, axes: Axes | None = None) -> Tensor:
-        """State on the devices, spread along its axes. Every host holds the whole value."""
+        """Copy state to the devices, sharded along its axes. Every host holds the whole value."""
         spec = xs.ShardingSpec(self._state_mesh, axes or (None,) * value.dim())
         return _send(value, self.device, spec)
 
     def put(self, rows: Tensor) -> Tensor:
-        """Each device gets its part of this host's rows."""
+        """Copy to each device its part of this host's rows."""
         spec = xs.ShardingSpec(self._batch_mesh, (DATA,) + (None,) * (rows.dim() - 1), self._feeds_own_rows)
         return _send(rows, self.device, spec)
 
     def rows(self, batch: Tensor) -> Tensor:
-        """Executes what is pending, then reads."""
+        """Execute pending operations, then copy this host's rows to the host."""
         torch_xla.sync(wait=True)
         share = len(batch) // self.data_world
         return self._whole(batch)[self.data_rank * share : (self.data_rank + 1) * share]
 
     def parts(self, batch: Tensor, most: int) -> Sequence[Tensor]:
-        """The whole: each device has few of its rows."""
+        """Return the batch whole: each device has only a few of its rows."""
         return [batch]
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bf16 in the network where configured."""
+        """Return the context of the network's precision."""
         return torch.autocast("xla", torch.bfloat16, enabled=self._precision == "bf16")
 
     def inference(self, denoiser: Denoiser) -> Denoiser:
-        """A graph of its own for the network, the same at every step of a sampler."""
+        """Return the denoiser as a graph of its own, the same at every step of a sampler."""
 
         def run(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
             torch_xla.sync()
@@ -115,16 +115,16 @@ class XlaDevices:
         return run
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
-        """Over the hosts' network."""
+        """Return the rows of all hosts, concatenated, over their network."""
         return np.concatenate(self._hosts.exchange(rows))
 
     def wait(self) -> None:
-        """Hosts wait for each other; devices have no need to."""
+        """Wait until every host has arrived; devices need not wait."""
         self._hosts.wait()
 
     def _whole(self, value: Tensor) -> Tensor:
         if self.data_world > 1:
-            return value.cpu()  # gathered by a small program over all hosts
+            return value.cpu()  # a small program over all hosts gathers it
         shards = torch_xla._XLAC._get_local_shards([value])[0]
         places = torch_xla._XLAC._get_local_shard_replica_and_indices([value])[0]
         result = torch.empty(value.shape, dtype=value.dtype)
@@ -135,7 +135,7 @@ class XlaDevices:
 
 
 def _send(value: Tensor, device: torch.device, spec: xs.ShardingSpec) -> Tensor:
-    """A copy on the devices, spread or whole as marked."""
+    """Copy a value to the devices, sharded or whole as ``spec`` says."""
     sent: Any = xm.send_cpu_data_to_device([value.contiguous()], device, input_sharding=spec)
     result: Tensor = sent[0]
     return result

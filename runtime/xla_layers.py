@@ -1,4 +1,4 @@
-"""Layers as XLA's partitioner wants them: whole weights where they are used, and norms that it can partition."""
+"""Adapt layers to XLA's partitioner: gather weights where they are used, and replace norms by ones it can partition."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -14,9 +14,9 @@ from runtime.xla_devices import DATA
 
 
 def gather_where_used(model: nn.Module, axes: Mapping[str, Axes], state_mesh: xs.Mesh, batch_mesh: xs.Mesh) -> None:
-    """Each layer sees whole weights, its gradients are spread again, and its outputs stay spread by rows.
+    """Let each layer use gathered weights, while its gradients are sharded and its outputs stay sharded by rows.
 
-    Without this the partitioner follows the weights' sharding into the activations.
+    Otherwise the partitioner would propagate the weights' sharding to the activations.
     """
     for path, part in model.named_modules():
         full = {name: f"{path}.{name}".lstrip(".") for name in part._parameters}
@@ -28,7 +28,7 @@ def gather_where_used(model: nn.Module, axes: Mapping[str, Axes], state_mesh: xs
 def _forward_with_whole_weights(
     layer: nn.Module, forward: Callable[..., Any], axes: Mapping[str, Axes], mesh: xs.Mesh, *inputs: Any
 ) -> Any:
-    """``forward`` of a layer that owns the parameters of ``axes``, with gathered copies in their place."""
+    """Call ``forward`` of a layer with gathered copies in place of its parameters named in ``axes``."""
     kept = {name: layer._parameters[name] for name in axes}
     try:
         for name, parameter in kept.items():
@@ -39,7 +39,7 @@ def _forward_with_whole_weights(
 
 
 def _forward_by_rows(forward: Callable[..., Any], mesh: xs.Mesh, *inputs: Any) -> Any:
-    """``forward`` with its outputs, and their gradients, spread over their rows."""
+    """Call ``forward`` with its outputs, and their gradients, sharded by rows."""
 
     def by_rows(output: Tensor) -> Tensor:
         axes = (DATA,) + (None,) * (output.dim() - 1)
@@ -50,7 +50,7 @@ def _forward_by_rows(forward: Callable[..., Any], mesh: xs.Mesh, *inputs: Any) -
 
 
 class _Spread(torch.autograd.Function):
-    """A copy that is spread by ``axes``, whose gradient is spread by ``gradient_axes``."""
+    """Copies a tensor, sharded by ``axes``; its gradient is sharded by ``gradient_axes``."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, mesh: xs.Mesh, axes: Axes, gradient_axes: Axes) -> Tensor:
@@ -67,14 +67,14 @@ class _Spread(torch.autograd.Function):
 
 
 def trace_friendly(model: nn.Module) -> None:
-    """Norms in elementary operations: the batch norm that they would become is not partitioned by every backend."""
+    """Replace layer norms by elementary operations: XLA makes them batch norms, which not all backends partition."""
     for part in model.modules():
         if isinstance(part, nn.LayerNorm):
             part.forward = partial(_layer_norm, part)  # type: ignore[method-assign]
 
 
 def _layer_norm(norm: nn.LayerNorm, vectors: Tensor) -> Tensor:
-    """``norm(vectors)`` over the last dimension, in float32 as under autocast."""
+    """Return ``norm(vectors)`` over the last dimension, in float32 as under autocast."""
     vectors = vectors.float()
     centred = vectors - vectors.mean(dim=-1, keepdim=True)
     normalized = centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + norm.eps)

@@ -92,7 +92,7 @@ def test_a_run_changes_its_number_of_processes_on_the_way(whole_run: Path, digit
 
 def test_a_batch_that_does_not_divide_by_the_processes_is_refused(digits: Path, tmp_path: Path) -> None:
     shown = torchrun(2, *TINY_RUN, f"data.shards={digits}", "batch_size=15", cwd=tmp_path, expect=1)
-    assert "batch_size 15 does not divide by 2 processes; use 14 or 16" in shown
+    assert "batch_size 15 is not a multiple of 2 processes; use 14 or 16" in shown
     assert re.search(r"exitcode\s*: 2 ", shown)  # of our processes; the launcher's own is 1
 
 

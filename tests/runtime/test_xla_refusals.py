@@ -11,9 +11,9 @@ from tiny_run import Case
 
 settings = {"device": "cpu", "cpu_devices": 4}
 runtime = xla("fp32", **settings, micro_batches=8)
-with pytest.raises(ValueError, match="batch_size 16 does not divide by 4 devices x 8 micro-batches; use 32.$"):
+with pytest.raises(ValueError, match="batch_size 16 is not a multiple of 4 devices x 8 micro-batches; use 32.$"):
     runtime.require_batch(16)
-with pytest.raises(ValueError, match="batch_size 40 does not divide by 4 devices x 8 micro-batches; use 32 or 64.$"):
+with pytest.raises(ValueError, match="batch_size 40 is not a multiple of 4 devices x 8 micro-batches; use 32 or 64.$"):
     runtime.require_batch(40)
 with pytest.raises(ValueError, match="runtime.fsdp_devices 3 does not divide the 4 devices"):
     xla("fp32", **settings, fsdp_devices=3)
@@ -27,7 +27,7 @@ for optimizer in (torch.optim.SGD(model.parameters()), torch.optim.AdamW(model.p
     model = Case("x", "xla").model()
 model.blocks[0].router = torch.nn.Linear(63, 2)
 sharded = xla("fp32", **settings, mode="fsdp")
-with pytest.raises(ValueError, match="blocks.0.router.weight has 2 rows to shard, which do not divide by 4 devices"):
+with pytest.raises(ValueError, match="blocks.0.router.weight has 2 rows to shard, which is not a multiple of 4"):
     sharded.prepare(model, [model], torch.optim.AdamW(model.parameters()))
 
 # As one of several hosts feeds its rows; here there is one, whose rows are all.

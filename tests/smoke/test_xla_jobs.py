@@ -67,7 +67,7 @@ def test_sampling_and_evaluating_under_xla_repeat_what_training_measured(study: 
 def test_a_batch_that_does_not_fit_is_refused_before_anything_is_compiled(digits: Path, tmp_path: Path) -> None:
     words = [*TINY_RUN, f"data.shards={digits}", "run_dir=run", *XLA, "batch_size=18"]
     shown = ditscale("train", *words, cwd=tmp_path, expect=2)
-    assert "batch_size 18 does not divide by 4 devices; use 16 or 20" in shown
+    assert "batch_size 18 is not a multiple of 4 devices; use 16 or 20" in shown
     assert not (tmp_path / "run/config.yaml").exists()
 
 

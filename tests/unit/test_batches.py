@@ -99,7 +99,7 @@ def test_nothing_is_flipped_where_the_config_says_so(shards: MappedShards) -> No
 
 
 def test_a_batch_that_does_not_divide_is_refused(shards: MappedShards) -> None:
-    with pytest.raises(ValueError, match="batch_size 12 does not divide by 5 processes"):
+    with pytest.raises(ValueError, match="batch_size 12 is not a multiple of 5 processes"):
         make(shards, world=5)
 
 

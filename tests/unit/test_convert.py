@@ -49,7 +49,7 @@ def test_wrong_weights_are_refused_with_their_first_three_keys() -> None:
         from_reference(weights, num_heads=4)
     with pytest.raises(ValueError, match="pos_embed is missing"):
         from_reference({"x_embedder.proj.weight": torch.zeros(4, 4, 2, 2)})
-    with pytest.raises(ValueError, match="The number of heads of a model of width 48 is not in its weights"):
+    with pytest.raises(ValueError, match="The weights of a model of width 48 do not contain its number of heads"):
         from_reference(released_weights())
 
 
@@ -155,7 +155,7 @@ def test_models_that_exist_here_only_are_not_exported(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"but the model has .*{words}"):
             to_diffusers(model, tmp_path)
     without = from_reference(released_weights(), num_heads=4, num_classes=11)
-    with pytest.raises(ValueError, match="no null class, but diffusers' DiT has one behind its 11 classes"):
+    with pytest.raises(ValueError, match="no null class, but diffusers' DiT has one after its 11 classes"):
         to_diffusers(without, tmp_path)
     with pytest.raises(ValueError, match="position embedding of these weights was trained: it is up to 1"):
         to_diffusers(from_reference(drifted(1.0), num_heads=4), tmp_path)
@@ -175,7 +175,7 @@ def test_starting_weights_for_other_classes_say_that_the_label_table_is_new(tmp_
     model = tiny(num_classes=3)
     fresh_labels = model.label_embedding.weight.clone()
     (note,) = load_starting_weights(model, str(tmp_path / "a.pt"))
-    assert "knows 10 classes and this run 3: the label table starts anew" in note
+    assert "has 10 classes and this run 3: the label table starts anew" in note
     assert torch.equal(model.label_embedding.weight, fresh_labels)
     expected = from_reference(released_weights(), num_heads=4).blocks[0].attention.qkv.weight
     assert torch.equal(model.blocks[0].attention.qkv.weight, expected)

@@ -147,7 +147,7 @@ def test_exporting_a_run_of_latents_writes_a_pipeline_that_opens_and_decodes(
     in_process("train", *trained, *data, "run_dir=run")
     shown = in_process("export", "checkpoint=run", "to=diffusers", "out=pipeline")
     assert [line for line in shown.splitlines() if line.startswith("note:")] == [
-        "note: DiTPipeline takes class 1000 for the null class, which is 3 here: give it guidance_scale=1."
+        "note: DiTPipeline uses class 1000 as the null class, which is 3 here: give it guidance_scale=1."
     ]
     pipeline = opened(tmp_path / "pipeline")
     assert pipeline.vae.config.scaling_factor == 0.5
@@ -179,7 +179,7 @@ def test_exporting_a_run_in_pixel_space_says_that_the_pipeline_has_no_decoder(
     train(in_process, digits, "run_dir=run")
     shown = in_process("export", "checkpoint=run", "to=diffusers", "out=pipeline")
     assert "its latents are images, for which a DiTPipeline has no decoder: open it with vae=None." in shown
-    assert "diffusers' DiT spaces the timestep's frequencies otherwise, so its outputs are a little off." in shown
+    assert "diffusers' DiT spaces the timestep's frequencies differently, so its outputs are a little off." in shown
     pipeline = opened(tmp_path / "pipeline", vae=None)
     assert (pipeline.vae, pipeline.labels["7"]) == (None, 7)
     assert isinstance(read_diffusers_folder(tmp_path / "pipeline", 0)[0], DiT)

@@ -153,7 +153,7 @@ def test_a_run_starts_from_a_drifted_position_embedding_with_the_fixed_one_and_s
     saved(tmp_path / "fixed.pt", {"ema": weights})
     saved(tmp_path / "drifted.pt", {"ema": drifted(weights, 1.6e-4)})
     shown = train(in_process, digits, "init_from=drifted.pt", "run_dir=drifted")
-    assert "drifted.pt: in this run the fixed position embedding takes the place of its own (0.00016 off)." in shown
+    assert "drifted.pt: this run replaces its position embedding by the fixed one (0.00016 off)." in shown
     assert "its own is used" not in shown
     assert "takes the place" not in train(in_process, digits, "init_from=fixed.pt", "run_dir=fixed")
     one, other = (
@@ -170,7 +170,7 @@ def test_a_run_does_not_start_from_a_trained_position_embedding(
 ) -> None:
     saved(tmp_path / "trained.pt", drifted(to_reference(digits_model()), 0.3))
     shown = train(in_process, digits, "init_from=trained.pt", "run_dir=x", expect=2)
-    assert "init_from trained.pt has a trained position embedding, up to 0.3 off the fixed one that a run has" in shown
+    assert "init_from trained.pt has a trained position embedding, up to 0.3 off the fixed one that a run uses" in shown
     assert not (tmp_path / "x").exists()
 
 
@@ -178,7 +178,7 @@ def test_a_run_starts_from_weights_of_another_resolution(digits: Path, tmp_path:
     large = digits_model(latent_size=16)
     saved(tmp_path / "large.pt", to_reference(large))
     shown = train(in_process, digits, "init_from=large.pt", "run_dir=x")
-    assert "note: large.pt is of latents of side 16 and this run of 8: all weights are taken over" in shown
+    assert "note: large.pt has latents of side 16 and this run of 8: all weights are taken over" in shown
     model = digits_model()
     load_starting_weights(model, "large.pt")
     assert all(torch.equal(value, large.state_dict()[name]) for name, value in model.state_dict().items())
@@ -195,7 +195,7 @@ def test_a_runs_classes_choose_the_reading_of_a_label_table(tmp_path: Path, said
     fresh = model.label_embedding.weight.detach().clone()
     notes = " ".join(load_starting_weights(model, str(path)))
     if said == 9:
-        assert "knows 9 classes and this run 10: the label table starts anew" in notes
+        assert "has 9 classes and this run 10: the label table starts anew" in notes
         assert torch.equal(model.label_embedding.weight, fresh)
         return
     assert ("the second is taken, since this run has 10 classes" in notes) == (said is None)
@@ -268,7 +268,7 @@ def test_released_weights_travel_through_export_and_back_bit_for_bit(tmp_path: P
     assert all(torch.equal(again[name], value) for name, value in weights.items() if name != "pos_embed")
     assert from_reference(again, num_heads=4).position_drift() == 0
     shown = in_process("export", "checkpoint=folder", "to=reference", "out=d.pt")
-    assert "the released code spaces the timestep's frequencies otherwise" in shown
+    assert "the released code spaces the timestep's frequencies differently" in shown
 
 
 def test_runs_and_checkpoints_of_ours_are_not_taken_for_foreign(

@@ -257,7 +257,7 @@ def test_tensors_that_are_no_plain_finite_numbers_are_refused_by_name(tmp_path: 
         f"{name} is torch.int8": value.to(torch.int8),
         f"{name} is torch.float32 (torch.sparse_coo)": value.to_sparse(),
         f"{name} is (144, 48), but fewer numbers than that are stored for it": torch.zeros(1).expand(value.shape),
-        f"{name} is (7, 48) and not (144, 48)": value[:7].clone(),
+        f"{name} is (7, 48), not (144, 48)": value[:7].clone(),
     }
     for words, bad in cases.items():
         assert words in refusal(saved(tmp_path / "a.pt", {"ema": {**GOLDEN, name: bad}}))
@@ -293,7 +293,7 @@ def test_what_the_trainer_said_of_its_classes_decides(tmp_path: Path, trained: i
 def test_heads_that_do_not_fit_are_refused_by_the_setting_that_there_is(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.pt", GOLDEN)
     for heads in (0, 5, -4):
-        with pytest.raises(ValueError, match=rf"foreign.num_heads is {heads}, but that does not divide the width 48"):
+        with pytest.raises(ValueError, match=rf"foreign.num_heads is {heads}, which does not divide the width 48"):
             read_foreign(str(path), "ema", Facts(num_heads=heads))
-    with pytest.raises(ValueError, match=r"width 48 is not in its weights; give foreign.num_heads"):
+    with pytest.raises(ValueError, match=r"width 48 do not contain its number of heads; give foreign.num_heads"):
         read_foreign(str(path), "ema", Facts())

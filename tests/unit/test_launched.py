@@ -22,14 +22,14 @@ def test_what_launchers_set_and_no_launcher_at_all_are_fine(environment: dict[st
     [
         (
             {"WORLD_SIZE": "4"},
-            "WORLD_SIZE is 4, as a launcher sets it, but RANK and LOCAL_RANK and MASTER_ADDR and MASTER_PORT",
+            "WORLD_SIZE is 4, as if set by a launcher, but RANK and LOCAL_RANK and MASTER_ADDR and MASTER_PORT",
         ),
-        ({"RANK": "1"}, "RANK is 1, as a launcher sets it, but LOCAL_RANK"),
+        ({"RANK": "1"}, "RANK is 1, as if set by a launcher, but LOCAL_RANK"),
         ({"LOCAL_RANK": "0"}, "unset LOCAL_RANK, or start with torchrun"),
-        ({**WHOLE, "WORLD_SIZE": "x"}, "WORLD_SIZE is 'x', but it must be a whole number from 1 on"),
+        ({**WHOLE, "WORLD_SIZE": "x"}, "WORLD_SIZE is 'x', but it must be a whole number of at least 1"),
         ({**WHOLE, "MASTER_PORT": "-1"}, "MASTER_PORT is '-1'"),
-        ({**WHOLE, "RANK": "2"}, "RANK is 2, but WORLD_SIZE is 2"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED is true, but ditscale takes no such mode"),
+        ({**WHOLE, "RANK": "2"}, "RANK is 2, but it must be below WORLD_SIZE, which is 2"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED is true, but ditscale does not use that mode"),
         ({"ACCELERATE_USE_FSDP": "1"}, "runtime.mode=fsdp shards the state"),
         ({"ACCELERATE_DYNAMO_BACKEND": "junk"}, "runtime.compile=true compiles"),
     ],
@@ -43,4 +43,4 @@ def test_what_is_left_of_another_launch_is_one_sentence(environment: dict[str, s
 def test_the_command_says_it(tmp_path: Path, digits: Path, job: str) -> None:
     words = [*TINY_RUN, f"data.shards={digits}"] if job == "train" else ["data=digits"]
     shown = ditscale(job, *words, cwd=tmp_path, expect=2, env={"WORLD_SIZE": "4"})
-    assert "WORLD_SIZE is 4, as a launcher sets it" in shown
+    assert "WORLD_SIZE is 4, as if set by a launcher" in shown

@@ -90,7 +90,7 @@ def test_a_window_of_no_shards_is_refused() -> None:
 
 
 def test_a_batch_that_does_not_divide_by_the_processes_is_refused() -> None:
-    with pytest.raises(ValueError, match="batch_size 10 does not divide by 4 processes; use 8 or 12"):
+    with pytest.raises(ValueError, match="batch_size 10 is not a multiple of 4 processes; use 8 or 12"):
         positions_of_step(0, 10, 0, 4)
 
 

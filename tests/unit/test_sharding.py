@@ -67,12 +67,12 @@ def test_matrices_of_any_network_are_sharded_along_the_first_dimension_that_divi
 
 
 def test_a_matrix_that_does_not_divide_or_has_two_exceptions_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"router.weight has 2 rows to shard, which do not divide by 4 devices"):
+    with pytest.raises(ValueError, match=r"router.weight has 2 rows to shard, which is not a multiple of 4 devices"):
         axes_of("router.weight", (2, 63), 4)
     with pytest.raises(ValueError, match="matches 2 exceptions"):
         axes_of("label_embedding.weight", (11, 64), 4, [*EXCEPTIONS, (r"label.*", (None, SHARDED))])
 
 
 def test_a_width_that_does_not_divide_is_refused_with_both_numbers() -> None:
-    with pytest.raises(ValueError, match="has 384 rows to shard, which do not divide by 36 devices"):
+    with pytest.raises(ValueError, match="has 384 rows to shard, which is not a multiple of 36 devices"):
         sharding_of(shape_only(BLOCKS[0], "S", False), 36)
