@@ -2,7 +2,7 @@
 
 Some network file systems do not support ``flock`` and answer ENOLCK, EOPNOTSUPP, EIO or ENOSYS. All processes that use
 such a folder get the same answer and fall back to the same marker, ``NAME.soft``. The marker of a local process that
-has ended is taken over; that of a process on another machine must be removed by hand, so errors name it, and so does the
+has ended is taken over; that of a process on another machine must be removed by hand, so errors name it, as does the
 note of a job that waits for it.
 """
 
