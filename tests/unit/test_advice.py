@@ -179,7 +179,7 @@ def test_an_unreadable_image_of_a_reference_is_advised_what_its_job_takes(tmp_pa
         f"or make the reference of the shards, where it is left out, by {of_shards}."
     )
     shown = refusal(ClassifierFeatures, Unreadable(), 8, str(tmp_path))  # of any job, which may have shards already
-    assert shown.endswith("take it away, or choose other evaluation/features, which are not trained on these images.")
+    assert shown.endswith("remove it, or choose other evaluation/features, which are not trained on these images.")
     shown = refusal(make_reference, Unreadable(), 8, None)
     assert "by evaluation.reference (`ditscale reference evaluation/image_set=shards` makes one)" in shown
 
