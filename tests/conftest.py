@@ -187,7 +187,7 @@ def command(*arguments: str) -> list[str]:
 @functools.cache
 def warm(*modules: str) -> WarmJobs:
     """The process, one for each worker of pytest and each choice of modules, that forks jobs."""
-    jobs = WarmJobs(list(modules))
+    jobs = WarmJobs.importing(list(modules))
     atexit.register(jobs.close)
     return jobs
 

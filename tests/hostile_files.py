@@ -1,4 +1,4 @@
-"""Damage a file in every way, let each job that reads it run, and say what came of it.
+"""Run the trials of `hostile_trials` and say what came of each.
 
 A workspace is a folder with a finished run, its shards, references, caches and exports. A trial copies it, damages one
 file, runs one job and compares the job's result with that of the undamaged workspace.
@@ -12,17 +12,22 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import torch
 from conftest import TRAINING, warm
+from hostile_trials import CHECKPOINT, DUMP, Trial, damage
 from PIL import Image
+from warm_jobs import WarmJobs
 
-from core.records import SEAL, canonical_hash
+from core.reading import DamagedFileError
+from core.records import parse_object, unseal
 
 LIMIT_SEC = 90.0  # a job takes seconds
 GOOD = ("same", "recovered", "sentence", "said")
@@ -37,13 +42,24 @@ DATA = [
     "data.verify_checksums=true",
 ]
 NETWORK = ["model.width=16", "model.depth=2", "model.num_heads=2", "model.patch_size=4"]
+SCHEDULE = "diffusion.schedule.num_steps=20"  # each is a pass through the network where likelihoods are measured
+ENCODE = ["encode", *DATA, "data.samples_per_shard=10"]
 KERNEL = "evaluation.metric.kernel.subset_size=4"
 MEASURED = ["evaluation.num_images=8", "sampler.steps=2", "evaluation.features.epochs=1", "runtime=cpu"]
 TRAIN = [
-    *("train", *DATA, *NETWORK, *MEASURED, "run_dir=runs/run", "group=g", "precision=fp32", "train/logger=none"),
+    *(
+        "train",
+        *DATA,
+        *NETWORK,
+        *MEASURED,
+        SCHEDULE,
+        "run_dir=runs/run",
+        "group=g",
+        "precision=fp32",
+        "train/logger=none",
+    ),
     *("batch_size=8", "log_every=2", "checkpoint_every=2", "sample_every=null", "evaluate_every=4", "total_steps=4"),
 ]
-DUMP = "diverged/nonfinite_00000001"
 SAMPLED = ["sampler.steps=2", "num_images=4", "runtime=cpu", "out=out"]
 JOBS: dict[str, list[str]] = {
     "resume": [*TRAIN, "total_steps=6", "resume.allow=[total_steps]"],
@@ -61,35 +77,8 @@ JOBS: dict[str, list[str]] = {
     "export": ["export", "checkpoint=runs/run", "to=reference", "out=out.pt"],
     "report": ["report", "sweep=runs", "train/logger=none", "samples=0", "runtime=cpu"],
     "verify": ["verify", *DATA],
-    "encode": ["encode", *DATA],
+    "encode": ENCODE,
     "reference": ["reference", *DATA, "evaluation.features.epochs=1", "out=new.npz", "runtime=cpu"],
-}
-CHECKPOINT = "runs/run/checkpoints/step_00000004"
-TRAINING_JOBS = ("resume", "init_from")
-READERS = ("sample", "evaluate", "evaluate_reference", "export", "init_from", "resume")
-# Each kind of file, and the jobs that read it.
-KINDS: dict[str, tuple[str, ...]] = {
-    "runs/run/config.yaml": ("resume", "evaluate", "report"),
-    "runs/run/metrics.jsonl": ("resume",),
-    "runs/run/timing.jsonl": ("resume",),
-    "runs/run/evaluations.jsonl": ("resume", "report"),
-    f"{CHECKPOINT}/state.json": READERS,
-    f"{CHECKPOINT}/model.safetensors": ("resume",),
-    f"{CHECKPOINT}/ema.safetensors": READERS,
-    f"{CHECKPOINT}/optimizer.safetensors": ("resume",),
-    f"{CHECKPOINT}/metrics.jsonl": ("resume",),
-    f"{DUMP}/dump.json": ("replay",),
-    "shards/manifest.json": ("verify", "encode", "resume", "evaluate"),
-    "shards/index.npz": ("verify", "encode", "resume", "evaluate"),
-    "shards/shard-000001.tar": ("verify", "encode", "resume", "evaluate"),
-    "shards/shard-000001.json": ("verify", "encode"),
-    "shards/classes.json": ("verify", "encode"),
-    "cache/classifier-*/model.safetensors": ("evaluate", "evaluate_reference", "reference"),
-    "cache/classifier-*/*.json": ("evaluate", "evaluate_reference", "reference"),
-    "cache/reference-*/*": ("evaluate_reference",),
-    "reference.npz": ("evaluate_reference",),
-    "weights.pt": ("sample_weights",),
-    "photos/b/1.png": ("encode", "evaluate", "reference"),
 }
 
 
@@ -120,24 +109,55 @@ def digest(job: str, folder: Path, shown: str) -> str:
             content = torch.load(path, weights_only=True)
             hash_.update(b"".join(value.numpy().tobytes() for value in content.values()))
         else:
-            hash_.update(path.read_bytes() if path.is_file() else b"-")
+            hash_.update(placeless(path, folder) if path.is_file() else b"-")
     if job in ("replay", "verify"):
         hash_.update(re.sub(r"\r.*|.*/s, in .*", "", shown).encode())  # without bars and their times
     return hash_.hexdigest()
 
 
-def run_job(job: str, folder: Path) -> tuple[int | None, str]:
-    """Return a job's exit code, None where it hung, and what it printed."""
-    with tempfile.TemporaryDirectory() as aside:
-        output = Path(aside) / "output"
+def placeless(path: Path, folder: Path) -> bytes:
+    """Return a file's content; of the record that names a copy of the workspace, its fields without that."""
+    content = path.read_bytes()
+    if path.name != "data.json":
+        return content
+    try:
+        fields = unseal(parse_object(content, path.name), path.name)
+    except DamagedFileError:
+        return content
+    return json.dumps(fields).replace(str(folder.resolve()), "").encode()
+
+
+class Runner:
+    """Runs jobs in forks of a process that has imported what they import, two at a time where there are two cores."""
+
+    def __init__(self) -> None:
+        first = warm(*TRAINING)
+        both = [first, first.twin()] if len(os.sched_getaffinity(0)) > 1 else [first]
+        self._count, self._idle = len(both), SimpleQueue[WarmJobs]()
+        for jobs in both:
+            self._idle.put(jobs)
+
+    def run(self, words: list[str], folder: Path) -> tuple[int | None, str]:
+        """Return a job's exit code, None where it hung, and what it printed."""
+        jobs = self._idle.get()
         try:
-            code = warm(*TRAINING).start(JOBS[job], folder, output).wait(LIMIT_SEC)
-        except subprocess.TimeoutExpired:
-            code = None
-        return code, output.read_text(errors="replace") if output.exists() else ""
+            with tempfile.TemporaryDirectory() as aside:
+                output = Path(aside) / "output"
+                try:
+                    code: int | None = jobs.start(words, folder, output).wait(LIMIT_SEC)
+                except subprocess.TimeoutExpired:
+                    code = None
+                return code, output.read_text(errors="replace") if output.exists() else ""
+        finally:
+            self._idle.put(jobs)
+
+    def each(self, function: Callable[[Any], Any], of: Iterable[Any]) -> Iterator[Any]:
+        """Yield what a function that runs jobs returns for each, in their order, while others run."""
+        with ThreadPoolExecutor(self._count) as threads:
+            yield from threads.map(function, of)
 
 
-def make_workspace(folder: Path) -> None:
+def make_workspace(folder: Path, runner: Runner) -> None:
     """Fill a folder with images, shards, a finished run, a diverged one, a reference, weights, caches."""
     generator = np.random.default_rng(0)
     for label in "abcd":
@@ -145,158 +165,65 @@ def make_workspace(folder: Path) -> None:
             path = folder / f"photos/{label}/{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(generator.integers(256, size=(SIZE, SIZE, 3), dtype=np.uint8)).save(path)
+
+    def make(words: list[str]) -> None:
+        code, shown = runner.run(words, folder)
+        assert code == ("run_dir=diverged" in words), shown
+
+    make(ENCODE)
+    make(TRAIN)
     steps = [
-        ["encode", *DATA, "data.samples_per_shard=10"],
-        TRAIN,
-        [*TRAIN, "run_dir=diverged", "optimizer.lr=1e30", "evaluate_every=null"],
         ["reference", *DATA, "evaluation.features.epochs=1", "out=reference.npz", "runtime=cpu", "num_kept=16"],
+        [*TRAIN, "run_dir=diverged", "optimizer.lr=1e30", "evaluate_every=null"],
         ["export", "checkpoint=runs/run", "to=reference", "out=weights.pt"],
     ]
-    JOBS["encode"] = [*JOBS["encode"], "data.samples_per_shard=10"]
-    for words in steps:
-        with tempfile.TemporaryDirectory() as aside:
-            output = Path(aside) / "output"
-            code = warm(*TRAINING).start(words, folder, output).wait(LIMIT_SEC)
-            assert code == ("run_dir=diverged" in words), output.read_text()
-    code, shown = run_job("evaluate_reference", folder)  # which fills the cache
-    assert code == 0, shown
-
-
-def flip(content: bytes, dice: random.Random) -> bytes:
-    changed = bytearray(content)
-    place = dice.randrange(8 * len(content))
-    changed[place // 8] ^= 1 << place % 8
-    return bytes(changed)
-
-
-def with_numbers(content: bytes, dice: random.Random, value: bytes) -> bytes:
-    """Replace a number of a text, or eight bytes in the second half of anything else."""
-    numbers = list(re.finditer(rb"(?<=[ :\[,])-?\d+\.?\d*(?:e-?\d+)?(?=[,\n\]} ])", content))
-    if numbers and b"\0" not in content:
-        found = dice.choice(numbers)
-        return content[: found.start()] + value + content[found.end() :]
-    place = dice.randrange(len(content) // 2, max(len(content) // 2 + 1, len(content) - 8))
-    pattern = {b"NaN": b"\xff" * 8, b"null": b"\0" * 8}.get(value, b"\xff\xff\xef\x7f" * 2)
-    return content[:place] + pattern + content[place + 8 :]
-
-
-DAMAGES: dict[str, Callable[[bytes, random.Random], bytes] | None] = {
-    "flip": flip,
-    "cut": lambda content, dice: content[: dice.randrange(1, len(content))],
-    "emptied": lambda content, dice: b"",
-    "folder": None,
-    "pipe": None,
-    "device": None,
-    "NaN": lambda content, dice: with_numbers(content, dice, b"NaN"),
-    "huge": lambda content, dice: with_numbers(content, dice, dice.choice([b"1e400", b"9" * 400, b"10" + b"0" * 17])),
-    "null": lambda content, dice: with_numbers(content, dice, b"null"),
-    "resealed null": lambda content, dice: resealed(content, dice, None),
-    "resealed huge": lambda content, dice: resealed(content, dice, 10**18),
-    "resealed deep": lambda content, dice: resealed(content, dice, [[[{"_target_": "os.getcwd"}]]]),
-}
-
-
-def resealed(content: bytes, dice: random.Random, value: Any) -> bytes:
-    """Change a field of a JSON record as somebody would who knows how: its hash is right."""
-    record = json.loads(content)
-    assert isinstance(record, dict)
-    record.pop(SEAL, None)
-    into: Any = record
-    key = dice.choice(list(into))
-    while isinstance(into[key], dict) and into[key] and dice.random() < 0.7:
-        into, key = into[key], dice.choice(list(into[key]))
-    into[key] = value
-    return json.dumps({**record, SEAL: canonical_hash(record)}).encode()
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One file damaged in one way, read by one job."""
-
-    kind: str
-    damage: str
-    job: str
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.kind} | {self.damage} | {self.job} | seed {self.seed}"
-
-
-def every_trial() -> list[Trial]:
-    """Return each kind of file with each damage that it can have and each job that reads it."""
-    trials = [
-        Trial(kind, damage, job, 0)
-        for kind, jobs in KINDS.items()
-        for damage in DAMAGES
-        for job in jobs
-        if not damage.startswith("resealed") or kind.endswith("state.json") or kind.endswith("dump.json")
-    ]
-    own_content = ("flip", "NaN", "huge", "null")  # an own image is then another image
-    return [trial for trial in trials if not (trial.kind.startswith("photos") and trial.damage in own_content)]
-
-
-def some_trials(count: int, seed: int) -> Iterator[Trial]:
-    """Yield trials in an order of their own for each seed, all of them before any comes again with other dice."""
-    dice = random.Random(seed)
-    round_ = 0
-    while count > 0:
-        trials = every_trial()
-        dice.shuffle(trials)
-        for trial in trials[:count]:
-            yield Trial(trial.kind, trial.damage, trial.job, seed=1000 * seed + round_)
-        count -= len(trials)
-        round_ += 1
-
-
-def damage(path: Path, trial: Trial) -> None:
-    change = DAMAGES[trial.damage]
-    content = path.read_bytes() or b"0"  # of an empty file, such as a lock
-    path.unlink()
-    if change is not None:
-        path.write_bytes(change(content, random.Random(f"{trial}")))
-    elif trial.damage == "folder":
-        path.mkdir()
-    elif trial.damage == "pipe":
-        os.mkfifo(path)
-    else:
-        path.symlink_to("/dev/zero")
+    list(runner.each(make, steps))
+    make(JOBS["evaluate_reference"])  # which fills the cache
 
 
 class Fuzzer:
-    """Runs trials in copies of one workspace."""
+    """Runs trials, each in a copy of one workspace."""
 
     def __init__(self, folder: Path) -> None:
-        self._whole, self._copy = folder / "whole", folder / "copy"
+        self._whole, self._copies = folder / "whole", folder / "copies"
         self._whole.mkdir()
-        make_workspace(self._whole)
+        self._copies.mkdir()
+        self._runner = Runner()
+        make_workspace(self._whole, self._runner)
         self._expected: dict[str, str] = {}
 
-    def run(self, trial: Trial) -> tuple[str, str]:
-        """Return what came of a trial, one word, and what the job printed."""
-        expected = self._result_of(trial.job)
-        folder = self._fresh()
-        path = random.Random(f"{trial}").choice(sorted(folder.glob(trial.kind)))
-        damage(path, trial)
-        code, shown = run_job(trial.job, folder)
-        return self._outcome(trial, path.relative_to(folder), code, shown, expected, folder), shown
+    def run(self, trials: list[Trial]) -> Iterator[tuple[Trial, str, str]]:
+        """Yield trials with what came of them, one word, and what the job printed."""
+        jobs = list(dict.fromkeys(trial.job for trial in trials))
+        self._expected = dict(zip(jobs, self._runner.each(self._result_of, jobs), strict=True))
+        for trial, (outcome, shown) in zip(trials, self._runner.each(self._run, trials), strict=True):
+            yield trial, outcome, shown
 
     def _result_of(self, job: str) -> str:
-        if job not in self._expected:
-            folder = self._fresh()
-            code, shown = run_job(job, folder)
+        with self._copy() as folder:
+            code, shown = self._runner.run(JOBS[job], folder)
             assert code == 0, f"{job}: {shown}"
-            self._expected[job] = digest(job, folder, shown)
-        return self._expected[job]
+            return digest(job, folder, shown)
 
-    def _fresh(self) -> Path:
-        shutil.rmtree(self._copy, ignore_errors=True)
-        shutil.copytree(self._whole, self._copy, symlinks=True)
-        return self._copy
+    def _run(self, trial: Trial) -> tuple[str, str]:
+        with self._copy() as folder:
+            path = random.Random(f"{trial}").choice(sorted(folder.glob(trial.kind)))
+            damage(path, trial)
+            code, shown = self._runner.run(JOBS[trial.job], folder)
+            return self._outcome(trial, path.relative_to(folder), code, shown, folder), shown
 
-    def _outcome(self, trial: Trial, path: Path, code: int | None, shown: str, expected: str, folder: Path) -> str:
-        names = [path.name, path.parent.name] if path.name[0].isdigit() or "*" in trial.kind else [path.name]
+    @contextmanager
+    def _copy(self) -> Iterator[Path]:
+        """Lend a copy of the workspace."""
+        with tempfile.TemporaryDirectory(dir=self._copies) as folder:
+            yield Path(shutil.copytree(self._whole, Path(folder) / "copy", symlinks=True))
+
+    def _outcome(self, trial: Trial, path: Path, code: int | None, shown: str, folder: Path) -> str:
+        names = [path.name, path.parent.name] if "*" in trial.kind else [path.name]
         if trial.kind.startswith(CHECKPOINT):
             names.append(path.parent.name)
+        if trial.kind.startswith("photos"):
+            names.append("the images")  # an own image that changed is another image: these differ
         named = any(name in shown for name in names)
         if code is None:
             return "hang"
@@ -305,7 +232,7 @@ class Fuzzer:
         if code != 0:
             errors = [line for line in shown.splitlines() if "error: " in line]
             return "sentence" if len(errors) == 1 and named else "unnamed"
-        if digest(trial.job, folder, shown) == expected:
+        if digest(trial.job, folder, shown) == self._expected[trial.job]:
             return "recovered" if named else "same"
         # Somebody who knows the format may write another checkpoint: it is read as what it says.
         return "said" if named or trial.damage.startswith("resealed") else "different"

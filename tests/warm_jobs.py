@@ -13,9 +13,11 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 # What every job imports in the end.
 JOBS = [f"launch.{job}" for job in ("encode", "verify", "train", "sample", "evaluate", "reference", "export", "report")]
@@ -24,30 +26,55 @@ ENCODING = [*JOBS, "model.autoencoder_kl"]
 
 
 class WarmJobs:
-    """One job after the other, each in a fork of a process that has imported ``modules``."""
+    """One job after the other, each in a fork of a process that has imported what jobs import."""
 
-    def __init__(self, modules: list[str]) -> None:
-        self._server = subprocess.Popen(
-            [sys.executable, __file__, *modules], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-        )
+    def __init__(self, requests: FileIO, answers: FileIO, server: subprocess.Popen[bytes] | None = None) -> None:
+        self._requests, self._answers, self._server = requests, answers, server
+        self._twins: list[WarmJobs] = []
+
+    @classmethod
+    def importing(cls, modules: list[str]) -> "WarmJobs":
+        """Start a process that imports ``modules``."""
+        words = [sys.executable, __file__, *modules]
+        server = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        assert isinstance(server.stdin, FileIO)
+        assert isinstance(server.stdout, FileIO)
+        return cls(server.stdin, server.stdout, server)
+
+    def twin(self) -> "WarmJobs":
+        """Fork the process once more, between two jobs: the two run jobs at the same time."""
+        with tempfile.TemporaryDirectory() as folder:
+            requests, answers = Path(folder, "requests"), Path(folder, "answers")
+            os.mkfifo(requests)
+            os.mkfifo(answers)
+            self._ask({"requests": str(requests), "answers": str(answers)})
+            twin = WarmJobs(FileIO(requests, "w"), FileIO(answers, "r"))  # each waits until the other end is opened
+        self._twins.append(twin)
+        return twin
 
     def start(self, words: list[str], cwd: Path, output: Path, env: dict[str, str] | None = None) -> "WarmJob":
         """``ditscale WORDS...`` in ``cwd``; what it prints goes to the file ``output``."""
-        job = {"words": words, "cwd": str(cwd), "output": str(output), "env": {**os.environ, **(env or {})}}
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        self._server.stdin.write(json.dumps(job) + "\n")
-        return WarmJob(int(self._server.stdout.readline()), self._server.stdout)
+        self._ask({"words": words, "cwd": str(cwd), "output": str(output), "env": {**os.environ, **(env or {})}})
+        return WarmJob(int(self._answers.readline()), self._answers)
 
     def close(self) -> None:
         """End the process that jobs are forked from."""
-        self._server.communicate()
+        for twin in self._twins:
+            twin.close()
+        self._requests.close()
+        self._answers.read()
+        self._answers.close()
+        if self._server is not None:
+            self._server.wait()
+
+    def _ask(self, request: dict[str, Any]) -> None:
+        self._requests.write(json.dumps(request).encode() + b"\n")
 
 
 class WarmJob:
     """A running job, as `subprocess.Popen` shows it."""
 
-    def __init__(self, pid: int, status: IO[str]) -> None:
+    def __init__(self, pid: int, status: FileIO) -> None:  # without a buffer, where a line could wait unseen
         self.pid, self._status = pid, status
         self.returncode: int | None = None
 
@@ -59,6 +86,7 @@ class WarmJob:
         """As `poll`, once it has ended; it is killed after ``timeout`` seconds."""
         if self._read(timeout) is None:
             self.send_signal(signal.SIGKILL)
+            self._read(None)  # or the next job would take this one's status for its own
             raise subprocess.TimeoutExpired(f"job {self.pid}", timeout)
         assert self.returncode is not None
         return self.returncode
@@ -68,7 +96,7 @@ class WarmJob:
         if self.poll() is None:
             os.kill(self.pid, number)
 
-    def _read(self, timeout: float) -> int | None:
+    def _read(self, timeout: float | None) -> int | None:
         if self.returncode is None and select.select([self._status], [], [], timeout)[0]:
             self.returncode = int(self._status.readline())
         return self.returncode
@@ -78,13 +106,24 @@ def serve() -> dict[str, Any]:
     """Fork for each line of the standard input; returns the job in the child alone, and never in the parent."""
     for line in sys.stdin:
         assert threading.active_count() == 1  # a fork takes no other thread along
-        pid = os.fork()
+        request: dict[str, Any] = json.loads(line)
+        is_job, pid = "words" in request, os.fork()
+        if pid == 0 and is_job:
+            return request
         if pid == 0:
-            job: dict[str, Any] = json.loads(line)
-            return job
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-    sys.exit()
+            listen(request)
+        elif is_job:
+            print(pid, flush=True)
+            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    end(0)
+
+
+def listen(request: dict[str, str]) -> None:
+    """Be a twin: take jobs from pipes of its own from now on."""
+    for name, flags, number in (("requests", os.O_RDONLY, 0), ("answers", os.O_WRONLY, 1)):
+        pipe = os.open(request[name], flags)
+        os.dup2(pipe, number)
+        os.close(pipe)
 
 
 def become(job: dict[str, Any]) -> NoReturn:
