@@ -45,7 +45,7 @@ def test_wrong_weights_are_refused_with_their_first_three_keys() -> None:
     weights["blocks.0.attn.qkv.weight"] = torch.zeros(3, 3)
     del weights["blocks.1.mlp.fc1.bias"]
     weights["extra"] = torch.zeros(1)
-    with pytest.raises(ValueError, match=r"fc1.bias is missing; extra is unknown; .*qkv.weight is \(3, 3\) and not"):
+    with pytest.raises(ValueError, match=r"fc1.bias is missing; extra is unknown; .*qkv.weight is \(3, 3\), not"):
         from_reference(weights, num_heads=4)
     with pytest.raises(ValueError, match="pos_embed is missing"):
         from_reference({"x_embedder.proj.weight": torch.zeros(4, 4, 2, 2)})

@@ -262,7 +262,7 @@ def test_released_weights_travel_through_export_and_back_bit_for_bit(tmp_path: P
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[name], value) for name, value in weights.items())
     shown = in_process("export", "checkpoint=a.pt", "to=diffusers", "out=folder", HEADS)
-    assert "diffusers' DiT has the fixed position embedding, not this one, which is 0.00016 off" in shown
+    assert "diffusers' DiT uses the fixed position embedding, not this one, which is 0.00016 off" in shown
     in_process("export", "checkpoint=folder", "to=reference", "out=c.pt", "foreign.frequency_shift=0")
     again = torch.load(tmp_path / "c.pt", weights_only=True)
     assert all(torch.equal(again[name], value) for name, value in weights.items() if name != "pos_embed")
