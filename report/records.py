@@ -111,7 +111,7 @@ def read_records(run: RunFolder) -> list[Record]:
 
 
 def _checked(record: Record, run: RunFolder) -> Record:
-    name, again = f"A line of step {record['step']} in {run.evaluations}", "measure again by `ditscale evaluate`"
+    name, again = f"A line of step {record['step']} in {run.evaluations}", "measure again with `ditscale evaluate`"
     if absent := [key for key, needed in _FIELDS.items() if needed and key not in record]:
         raise ValueError(
             f"{name} has no {absent[0]!r}, so another program or version wrote it; remove the line and {again}."
