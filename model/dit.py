@@ -19,7 +19,7 @@ from model.embeddings import (
 from model.network import Network
 
 BlockFactory = Callable[[int, int], Block]  # (width, num_heads) -> block
-EmbeddingFactory = Callable[[int], ConditionEmbedding]  # (width) -> embedding
+EmbeddingFactory = Callable[..., ConditionEmbedding]  # (num_classes=, width=) -> embedding
 
 
 # Limits far above any real model: a config may come from a file, and a model is built before its weights are checked.
@@ -103,7 +103,7 @@ class DiTConfig:
     def condition_embedding(self) -> ConditionEmbedding:
         """Return a new embedding of the condition: the configured one, else one of labels, else an empty one."""
         if self.embedding is not None:
-            return self.embedding(self.width)
+            return self.embedding(num_classes=self.num_classes, width=self.width)
         return LabelEmbedding(self.num_classes, self.width) if self.num_classes else ConditionEmbedding()
 
 

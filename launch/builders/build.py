@@ -103,6 +103,18 @@ def require_outputs(model: Network, outputs_per_channel: int, of: str) -> None:
     )
 
 
+def require_condition(model: Network, conditions: ConditionSource) -> None:
+    """Raise ValueError where the network embeds other parts of a condition than its source makes."""
+    _, _, embedded = model.example_inputs(1)
+    made = conditions.in_turn(1)
+    if embedded.keys() != made.keys():
+        theirs, ours = (", ".join(sorted(parts)) or "nothing" for parts in (embedded, made))
+        raise ValueError(
+            f"The network {type(model).__name__} embeds {theirs}, but conditions of data/condition have {ours}; choose "
+            "the model/embedding of this condition, or another data/condition."
+        )
+
+
 def model_facts(model: Network, images_seen: int, weights: str, training_seed: int) -> dict[str, Any]:
     """Return an evaluation record's facts about the network. Compute is in giga multiply-adds, the paper's Gflops."""
     return {

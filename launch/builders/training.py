@@ -9,7 +9,7 @@ from data.conditions import ConditionSource
 from data.manifest import LatentSpec, Manifest
 from data.shards import MappedShards
 from diffusion.objective import Objective
-from launch.builders.build import condition_source, expected_spec, fill_model
+from launch.builders.build import condition_source, expected_spec, fill_model, require_condition
 from launch.builders.components import build
 from launch.builders.data_settings import require_shards
 from launch.builders.facts import facts_of_process
@@ -40,7 +40,7 @@ class PreparedRun:
 
     def new_state(self, starts_anew: bool) -> TrainState:
         """Return the state at step 0, on the CPU: weights from ``init_from`` or the seed, averages, the optimizer."""
-        return _new_state(self.config, self.objective, self.runtime, starts_anew)
+        return _new_state(self.config, self.conditions, self.objective, self.runtime, starts_anew)
 
     def batches(self, shards: MappedShards, rank: int, world: int) -> TrainingBatches:
         """Return the batches of process ``rank`` out of ``world`` processes."""
@@ -97,8 +97,11 @@ def prepare_run(config: TrainSettings, manifest: Manifest) -> PreparedRun:
     return PreparedRun(config, manifest, spec, autoencoder, conditions, objective, runtime)
 
 
-def _new_state(config: TrainSettings, objective: Objective, runtime: Processes, starts_anew: bool) -> TrainState:
+def _new_state(
+    config: TrainSettings, conditions: ConditionSource, objective: Objective, runtime: Processes, starts_anew: bool
+) -> TrainState:
     model: Network = build(config.model, outputs_per_channel=objective.outputs_per_channel)
+    require_condition(model, conditions)
     model.initialize(config.seed)
     if starts_anew and config.init_from is not None:
         for note in load_starting_weights(model, config.init_from):

@@ -7,6 +7,7 @@ leaves ``OUT/NAME.safetensors`` (the final state) and ``OUT/NAME.json`` (losses 
 import functools
 import json
 import math
+import pkgutil
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 import torch._dynamo.utils
+import yaml
 from deep_network import DeepConfig, DeepNetwork
 from safetensors.torch import save_file
 from torch import Tensor
@@ -37,6 +39,7 @@ from train.state import optimizer_tensors
 from train.step import make_step
 from train.summary import TOTAL
 
+CONF = Path(__file__).resolve().parents[2] / "conf/runtime"
 NUM_CLASSES, DECAY = 10, 0.9999
 NORMS = ("grad_norm", "param_norm", "update_norm")
 
@@ -46,7 +49,7 @@ class Case:
     """A network, a recipe and a runtime."""
 
     name: str
-    runtime: str  # plain, accelerate or xla
+    runtime: str  # plain, or a file of conf/runtime
     block: str = "AdaLNZeroBlock"  # of a DiT; Deep: another network
     qk_norm: bool = False
     settings: dict[str, Any] = field(default_factory=dict)  # of the runtime
@@ -198,13 +201,12 @@ def counted_exchange(sizes: list[int], bucket: GradBucket) -> torch.futures.Futu
 
 
 def make_runtime(case: Case) -> Any:
-    if case.runtime == "xla":
-        from runtime.choice import xla
-
-        return xla(case.precision, "cpu", **case.settings)  # type: ignore[arg-type]
-    from runtime.accelerate import AccelerateRuntime
-
-    return AccelerateRuntime(case.precision, **{"device": "cpu", **case.settings})  # type: ignore[arg-type]
+    """The runtime of ``conf/runtime``, on the CPU where it has a setting for that, imported no sooner than here."""
+    section = yaml.safe_load((CONF / f"{case.runtime}.yaml").read_text(encoding="utf-8"))
+    settings = {key: value for key, value in section.items() if not key.startswith("_")}
+    if "device" in settings:
+        settings["device"] = "cpu"
+    return pkgutil.resolve_name(section["_target_"])(case.precision, **{**settings, **case.settings})
 
 
 class Counters:

@@ -163,6 +163,14 @@ def test_a_shell_completes_jobs_settings_and_choices(tmp_path: Path) -> None:
     assert "model/size=" not in completed("ditscale plan x")
 
 
+def test_a_part_that_the_chosen_network_has_not_is_refused_by_its_name(tmp_path: Path, in_process: InProcess) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/other.yaml").write_text("_target_: model.other.Other\n")
+    words = [f"hydra.searchpath=[file://{tmp_path}]", "model=other", "shape_name=x", "model/size=digits_s"]
+    shown = in_process("train", *words, expect=2)
+    assert "What model=... chooses has no model/size; leave model/size out." in shown
+
+
 @pytest.mark.parametrize("experiments", ["demo/blocks,demo/scaling", "demo,paper/scaling"])
 def test_two_experiments_with_sweeps_of_their_own_are_refused_before_the_first_run(
     tmp_path: Path, in_process: InProcess, experiments: str

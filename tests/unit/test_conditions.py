@@ -1,17 +1,20 @@
 """Conditions are trees that nobody but their source and their embedding looks into; an empty one is unconditional."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY_RUN, InProcess, json_lines, resealed
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from test_model import tiny
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from core.batch import Batch, mapped, micro_batches_of
+from core.batch import Batch, Condition, mapped, micro_batches_of
 from data.conditions import ClassLabels, Unconditional, rows_of, with_dropped
 from diffusion.guidance import ClassifierFreeGuidance
 from diffusion.process import GaussianDiffusion
@@ -19,6 +22,7 @@ from diffusion.samplers import DDPM
 from diffusion.schedules import LinearSchedule
 from diffusion.variances import LearnedRangeVariance
 from model.blocks import AdaLNZeroBlock, CrossAttentionBlock, InContextBlock
+from model.embeddings import Embedded, LabelEmbedding
 
 WORDS = [*TINY_RUN, "run_dir=run", "total_steps=8", "log_every=2", "checkpoint_every=4"]
 
@@ -80,6 +84,57 @@ def test_unconditional_training_resumes_samples_and_evaluates(
         "evaluate", "checkpoint=run", "evaluation.num_images=8", "sampler.steps=2", "evaluation.features.epochs=1"
     )
     assert json_lines(tmp_path / "run/evaluations.jsonl")[-1]["recognized_fraction"] is None
+
+
+class LabelAndParity(ClassLabels):
+    """A condition of two parts."""
+
+    def of_samples(self, labels: NDArray[np.int64]) -> Condition:
+        label = torch.from_numpy(labels)
+        return {"label": label, "parity": label % 2}
+
+    def null(self, condition: Condition) -> Condition:
+        return {**super().null(condition), "parity": torch.full_like(condition["parity"], 2)}
+
+    def in_turn(self, num_images: int, num_groups: int | None = None) -> Condition:
+        return self.of_samples(super().in_turn(num_images, num_groups)["label"].numpy())
+
+
+class ParityEmbedding(LabelEmbedding):
+    """Sees both parts."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__(num_classes, width)
+        self.parity = nn.Embedding(3, width)
+
+    def embed(self, timestep: Tensor, condition: Mapping[str, Tensor]) -> Embedded:
+        return super().embed(timestep + self.parity(condition["parity"]), condition)
+
+    def example(self, batch: int, device: torch.device) -> dict[str, Tensor]:
+        label = super().example(batch, device)["label"]
+        return {"label": label, "parity": label.clone()}
+
+
+def named(made: type) -> str:
+    return f"{{_target_:{__name__}.{made.__name__},_partial_:true}}"
+
+
+def test_a_condition_of_two_parts_trains_where_the_network_embeds_both_and_is_refused_where_not(
+    digits: Path, tmp_path: Path, in_process: InProcess
+) -> None:
+    words = [
+        *WORDS,
+        f"data.shards={digits}",
+        "sample_every=8",
+        "~data/condition",
+        f"+condition={named(LabelAndParity)}",
+    ]
+    shown = in_process("train", *words, expect=2)
+    assert "The network DiT embeds label, but conditions of data/condition have label, parity; choose" in shown
+    in_process("train", *words, f"+model.embedding={named(ParityEmbedding)}")
+    weights = load_file(tmp_path / "run/checkpoints/step_00000008/model.safetensors")
+    assert weights["label_embedding.weight"].shape == (11, 16)
+    assert weights["label_embedding.parity.weight"].shape == (3, 16)
 
 
 def test_a_run_of_an_earlier_version_had_class_labels(digits: Path, tmp_path: Path, in_process: InProcess) -> None:

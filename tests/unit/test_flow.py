@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import InProcess, json_lines
+from test_model import tiny
 from torch import Tensor
 
 from core.batch import Batch, Condition, Denoiser
@@ -14,7 +15,7 @@ from core.draws import Philox, Purpose
 from diffusion.flow import StraightFlow
 from diffusion.objective import corrupt, predict
 from diffusion.process import GaussianDiffusion
-from diffusion.samplers import DDPM, Euler
+from diffusion.samplers import DDPM, Euler, Sampler
 from diffusion.schedules import LinearSchedule
 from diffusion.times import UniformTimes
 from diffusion.variances import LearnedRangeVariance
@@ -59,6 +60,34 @@ def test_eulers_method_converges_to_the_exact_solution_with_order_one() -> None:
         errors.append((found - (MEAN + STD * z)).abs().max().item())
     assert errors[-1] < 0.02
     assert 0.85 < np.log2(errors[0] / errors[-1]) / 3 < 1.2
+
+
+SAMPLERS = [Euler(6)]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_flows_sampler_says_how_often_it_calls_the_network(sampler: Sampler) -> None:
+    times: list[float] = []
+
+    def counted(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        times.append(t[0].item())
+        return perfect_velocity()(x_t, t, condition)
+
+    sampler.require(StraightFlow())
+    sampler(counted, StraightFlow(), lambda _: torch.randn(2, 1, 4, 4), {})
+    assert len(times) == sampler.calls()
+    assert times[0] == 1
+    assert 0 <= min(times) < max(times)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_flows_sampler_reads_nothing_back_from_the_device(sampler: Sampler) -> None:
+    """On the meta device there is nothing to read: a value that is asked for raises."""
+    model = tiny(outputs_per_channel=1).to("meta")
+    condition = {"label": torch.zeros(2, dtype=torch.int64, device="meta")}
+    sample = sampler(model, StraightFlow(), lambda _: torch.empty(2, 4, 8, 8, device="meta"), condition)
+    assert sample.shape == (2, 4, 8, 8)
+    assert sample.is_meta
 
 
 def test_times_depend_on_the_position_alone_and_lie_below_one() -> None:

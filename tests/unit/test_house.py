@@ -154,7 +154,8 @@ def test_every_config_file_builds_what_exists_with_settings_that_it_has(override
     more += ["data.name=x"] if override == "data=folder" else []
     homes = {"data/encoding": "encode", "evaluation/image_set": "reference"}  # groups that training has not
     job = next((job for group, job in homes.items() if override.startswith(group)), "train")
-    check_targets(composed(job, override, *more))
+    new = "+" if override.startswith("model/embedding=") else ""  # a group without a default: conditions choose from it
+    check_targets(composed(job, f"{new}{override}", *more))
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -168,6 +169,15 @@ def test_every_job_has_its_function_and_a_module_that_starts_it(job: str) -> Non
     settle = JOBS[job].settle
     assert settle is None or callable(pkgutil.resolve_name(settle))
     assert (ROOT / f"launch/{job}.py").read_text().endswith(f'if __name__ == "__main__":\n    start("{job}")\n')
+
+
+@pytest.mark.parametrize("job", ["train", "plan"])
+def test_a_networks_section_holds_what_its_own_config_says_and_no_part_of_a_dit(job: str, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/other.yaml").write_text("_target_: model.other.Other\nlayers: 3\n")
+    given = {"latent_size": 32, "channels": 4, "num_classes": 1000} if job == "plan" else {}
+    found = composed(job, f"hydra.searchpath=[file://{tmp_path}]", "model=other")["model"]
+    assert found == {"_target_": "model.other.Other", "layers": 3, **given}
 
 
 def test_a_groups_path_is_the_module_path_of_what_it_builds() -> None:
