@@ -280,4 +280,4 @@ def test_runs_and_checkpoints_of_ours_are_not_taken_for_foreign(
     in_process("sample", "checkpoint=runs/mine", "runtime=cpu", "num_images=2", "sampler.steps=2")
     path = tmp_path / "runs/mine/checkpoints/step_00000002/ema.safetensors"
     shown = in_process("sample", f"checkpoint={path}", "out=x", expect=2)
-    assert "ema.safetensors is a part of a checkpoint of this program; give the folder that it lies in" in shown
+    assert "ema.safetensors is part of a checkpoint of this program; give the folder that it lies in" in shown
