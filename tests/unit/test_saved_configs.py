@@ -184,5 +184,5 @@ def test_what_no_config_of_ours_says_is_refused(change_: Callable[[dict[str, Any
 
 
 def test_numbers_that_no_constructor_expects_name_the_file() -> None:
-    with pytest.raises(ValueError, match=r"^state.json asks for a model.dit.DiT that cannot be made"):
+    with pytest.raises(ValueError, match=r"^state.json asks for a model.dit.DiT that cannot be built"):
         build_saved(MODEL | {"width": 10**30}, "state.json")
