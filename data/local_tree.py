@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from core.reading import kind_of_node
-from data.unread import is_litter
+from data.unread import image_suffixes, is_litter
 
 MAX_WAYS = 1000  # paths to one folder; links to folders of links could otherwise multiply without end
 
@@ -33,15 +33,19 @@ class _Folder(NamedTuple):
 def local_tree(root: str, recursive: bool = True) -> Tree:
     """List a folder and, with ``recursive``, all folders below it except hidden ones.
 
-    Links to a parent folder, broken links, pipes, devices and sockets are reported as odd and never opened. Raises
-    OSError where ``root`` is not a folder, and ValueError for a folder that may not be listed.
+    Links to a parent folder, broken links, pipes, devices, sockets and empty folders with the name of an image are
+    reported as odd and never opened. Raises OSError where ``root`` is not a folder, and ValueError for a folder that
+    may not be listed.
     """
     tree = Tree({}, [], {})
     todo = [_Folder(root, "", frozenset([_identity(Path(root).stat())]))]
     ways: Counter[_Identity] = Counter()
     while todo:
         folder = todo.pop()
-        for entry in _entries(folder, root):
+        entries = _entries(folder, root)
+        if not entries and folder.prefix[:-1].lower().endswith(image_suffixes()):
+            tree.odd[folder.prefix[:-1]] = "is an empty folder"
+        for entry in entries:
             name = folder.prefix + entry.name
             status = _status(entry, name, tree)
             if status is None or (is_litter(entry.name) and not stat.S_ISREG(status.st_mode)):

@@ -139,6 +139,19 @@ def test_pipes_sockets_and_devices_are_set_aside_by_name_and_never_opened(tmp_pa
     ]
 
 
+def test_an_empty_folder_with_the_name_of_an_image_is_an_image_left_out(tmp_path: Path) -> None:
+    root = make_image_folder(tmp_path / "root", 2)
+    (root / "ant/lost.png").mkdir()
+    (root / "bee/more.png").mkdir()
+    (root / "bee/000.JPEG").rename(root / "bee/more.png/000.JPEG")
+    (root / "bee/empty").mkdir()
+    source = ImageFolder(str(root))
+    assert len(source) == 6
+    assert [(entry.source_id, entry.reason, entry.is_image) for entry in source.left_out] == [
+        ("ant/lost.png", "it is an empty folder", True)
+    ]
+
+
 def test_an_image_that_becomes_a_pipe_after_it_was_listed_is_one_unreadable_image(tmp_path: Path) -> None:
     from data.images import UnreadableImageError
 
