@@ -125,7 +125,7 @@ def test_help_shows_every_setting_with_its_default_and_every_choice_with_what_it
     if job == "train":
         assert re.search(r"batch_size=256 +global, over all processes", shown)
         assert re.search(r"log_every=100 +steps", shown)
-        assert re.search(r"adaln_zero +AdaLN with a regressed gate", shown)
+        assert re.search(r"adaln_zero +The adaLN block with a", shown)
         assert re.search(r"optimizer\.betas=\[0\.9, 0\.999\]", shown)
     if job == "sample":
         assert re.search(r"checkpoint \(must be given\) +a run folder", shown)
@@ -134,7 +134,7 @@ def test_help_shows_every_setting_with_its_default_and_every_choice_with_what_it
 def test_a_comment_stands_beside_the_setting_of_its_own_file() -> None:
     comments = comments_of("train", {"data": "imagenet256", "train/ema": "short_run"})
     assert comments["data.samples_per_shard"] == "512 shards"
-    assert comments["data.apply_exif"] == "ADM ignores the camera's orientation"
+    assert comments["data.apply_exif"] == "ADM ignores EXIF rotation"
     assert comments_of("train", {"data": "digits"})["data.samples_per_shard"] == "images in a tar file"
 
 

@@ -76,13 +76,13 @@ def test_a_stale_lock_of_another_host_names_its_file_where_a_run_or_shards_are_w
         (
             ["encode", "data=digits", "data.shards=shards"],
             "shards/.encode-0.lock.soft",
-            "Another `ditscale encode` works in shards as process 0; wait for it",
+            "Another `ditscale encode` is running in shards as process 0; wait for it",
         ),
     ]:
         of_another_host(tmp_path / marker)
         shown = run(words, tmp_path, no_locks, errno.ENOLCK, expect=2)
         assert said in shown
-        assert f"(if no job is left, of this machine or another, remove {marker})." in shown
+        assert f"(if no job is running, on this machine or another, remove {marker})." in shown
         assert len(shown.strip().splitlines()) == 2, shown  # the sentence, and how to see a traceback
         (tmp_path / marker).unlink()  # as the sentence says
         run(words, tmp_path, no_locks, errno.ENOLCK)
@@ -118,7 +118,7 @@ def test_a_stale_lock_of_another_host_names_its_file_where_a_job_waits(
     until = time.monotonic() + 240
     while job.poll() is None and time.monotonic() < until:
         for name in re.findall(
-            r"which holds \S+ \(if no job is left.*, remove (\S+)\)\.", (tmp_path / "output").read_text()
+            r"which holds \S+ \(if no job is running.*, remove (\S+)\)\.", (tmp_path / "output").read_text()
         ):
             named.add(Path(name))
             (tmp_path / name).unlink(missing_ok=True)  # as the note says
