@@ -150,7 +150,7 @@ class WandbLogger:
                 reinit="create_new",  # a sweep's runs may share a process
                 resume="allow" if mode == "online" else None,
                 mode=mode,  # type: ignore[arg-type]  # checked above
-                dir=self._folder,
+                dir=self._folder.resolve(),  # wandb's service may run in another folder, and relative paths are its own
                 settings=self._wandb.Settings(silent=True, console="off", x_disable_stats=True),
             )
 
