@@ -1,4 +1,4 @@
-"""Where the time of `make test` went: each layer leaves a record, and one table shows all of them.
+"""Report where the time of `make test` went: each layer leaves a record, and one table shows all of them.
 
 ``pytest --times FILE`` writes the records of its layers. ``python suite_times.py FOLDER NAME COMMAND...`` runs a
 command and writes its record, ``python suite_times.py FOLDER`` prints the table of the records in a folder.

@@ -42,13 +42,13 @@ class WarmProcesses:
         return self._read(0)
 
     def wait(self) -> int:
-        """As `poll`, once all have ended; the limit that they were started with ends them."""
+        """Return what `poll` does, once all have ended; the limit that they were started with ends them."""
         code = self._read(None)
         assert code is not None
         return code
 
     def send_signal(self, number: int) -> None:
-        """To the first, unless all have ended."""
+        """Send to the first, unless all have ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
@@ -88,7 +88,7 @@ def run_warm_python(
     limit_sec: float = 300,
     preload: str = "",
 ) -> str:
-    """As `start_warm_python`, to the end; returns what was printed."""
+    """Run as `start_warm_python` does, to the end. Returns what was printed."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output"
         job = start_warm_python(

@@ -39,7 +39,7 @@ def run(words: list[str], cwd: Path, library: str, number: int, expect: int = 0)
 
 
 def of_another_host(marker: Path) -> None:
-    """As a job leaves it that was killed there."""
+    """Write the marker that a killed job leaves there."""
     marker.parent.mkdir(parents=True, exist_ok=True)
     marker.write_text("4711\nanother-host\n")
 
@@ -91,7 +91,7 @@ def test_a_stale_lock_of_another_host_names_its_file_where_a_run_or_shards_are_w
 def test_a_stale_lock_of_another_host_names_its_file_where_a_job_waits(
     digits: Path, tmp_path: Path, no_locks: str
 ) -> None:
-    """Of every lock that jobs take turns at: the caches of the classifier and of a reference, and the report's."""
+    """Cover every lock that jobs wait for: the caches of the classifier and of a reference, and the report's."""
     reference = ["reference", "out=r.npz", "evaluation.features.epochs=1", "runtime=cpu"]
     measured = ["evaluate_every=2", "evaluation.num_images=8", "sampler.steps=2", "evaluation.features.epochs=1"]
     words = [*WORDS[:-2], *measured, "evaluation.reference=r.npz", f"data.shards={digits}", "sweep_dir=runs"]

@@ -47,7 +47,7 @@ class OneProcess:
 
 
 class OneDevice(OneProcess):
-    """What a denoiser needs beside that."""
+    """Return what a denoiser needs besides that."""
 
     num_local_devices = 1
 
@@ -69,7 +69,7 @@ def runtime(made: type) -> list[str]:
 
 
 def members(made: type, base: type = object) -> set[str]:
-    """What a class has of its own beside its base, annotated or defined."""
+    """Return what a class has of its own, annotated or defined, beyond its base."""
     named = {name for one in made.__mro__ for name in {*vars(one), *get_annotations(one)}}
     return {name for name in named if not name.startswith("_")} - (members(base) if base is not object else set())
 
