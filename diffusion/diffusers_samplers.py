@@ -8,13 +8,12 @@ from torch import Tensor
 
 from core.batch import Condition, Denoiser
 from diffusion.objective import Objective
-from diffusion.process import GaussianDiffusion, require_gaussian
-from diffusion.respacing import kept_steps
-from diffusion.samplers import Noise
+from diffusion.process import GaussianDiffusion
+from diffusion.samplers import GaussianSampler, Noise
 
 
 @dataclass(frozen=True)
-class DPMSolverPP:
+class DPMSolverPP(GaussianSampler):
     """DPM-Solver++ multistep (Lu et al. 2022, algorithm 2): one call of the network a step.
 
     Raises ValueError for an order that is not 1, 2 or 3.
@@ -28,19 +27,11 @@ class DPMSolverPP:
         if self.order not in (1, 2, 3):
             raise ValueError(f"sampler.order is {self.order}, but DPM-Solver++ has 1, 2 and 3; 2 is the usual one.")
 
-    def require(self, objective: Objective) -> None:
-        """Raise ValueError for another objective than the Gaussian one, or for more steps than it has."""
-        kept_steps(require_gaussian(objective, f"sampler {self.name}").num_steps, self.steps)
-
-    def calls(self) -> int:
-        """Return the number of steps."""
-        return self.steps
-
     def __call__(self, denoiser: Denoiser, objective: Objective, noise: Noise, condition: Condition) -> Tensor:
         """Return samples [B, c, h, w]."""
         from diffusers import DPMSolverMultistepScheduler
 
-        process = require_gaussian(objective, f"sampler {self.name}")
+        process = self.process(objective)
         scheduler = DPMSolverMultistepScheduler(
             trained_betas=process.tables.betas, algorithm_type="dpmsolver++", solver_order=self.order
         )
@@ -48,15 +39,11 @@ class DPMSolverPP:
 
 
 @dataclass(frozen=True)
-class Heun:
+class Heun(GaussianSampler):
     """Heun's second-order method (Karras et al. 2022, algorithm 1): two calls a step, but for the last."""
 
     name: ClassVar[str] = "heun"
     steps: int = 25
-
-    def require(self, objective: Objective) -> None:
-        """Raise ValueError for another objective than the Gaussian one, or for more steps than it has."""
-        kept_steps(require_gaussian(objective, f"sampler {self.name}").num_steps, self.steps)
 
     def calls(self) -> int:
         """Return two calls a step, but one for the last."""
@@ -66,7 +53,7 @@ class Heun:
         """Return samples [B, c, h, w]."""
         from diffusers import HeunDiscreteScheduler
 
-        process = require_gaussian(objective, f"sampler {self.name}")
+        process = self.process(objective)
         scheduler = HeunDiscreteScheduler(trained_betas=process.tables.betas)
         return _run(scheduler, denoiser, process, noise, condition, self.steps)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from core.batch import Condition, Denoiser
 from diffusion.flow import Flow
 from diffusion.objective import Objective, predict
-from diffusion.process import require_gaussian
+from diffusion.process import GaussianDiffusion, require_gaussian
 from diffusion.respacing import Steps, kept_steps, number_of
 
 
@@ -49,23 +49,35 @@ def step_of_rows(x: Tensor, step: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class DDPM:
-    """Ancestral sampling over respaced steps (Ho et al. 2020, algorithm 2)."""
+class GaussianSampler:
+    """The settings and refusals that samplers of the Gaussian process share; ``steps`` as in `kept_steps`."""
 
-    name: ClassVar[str] = "ddpm"
+    name: ClassVar[str]
     steps: Steps = 250
+
+    def process(self, objective: Objective) -> GaussianDiffusion:
+        """Return the objective's process. Raises ValueError for another objective."""
+        return require_gaussian(objective, f"sampler {self.name}")
 
     def require(self, objective: Objective) -> None:
         """Raise ValueError for another objective, or for steps that its process does not have (see `kept_steps`)."""
-        kept_steps(require_gaussian(objective, f"sampler {self.name}").num_steps, self.steps)
+        kept_steps(self.process(objective).num_steps, self.steps)
 
     def calls(self) -> int:
         """Return the number of steps."""
         return number_of(self.steps)
 
+
+@dataclass(frozen=True)
+class DDPM(GaussianSampler):
+    """Ancestral sampling over respaced steps (Ho et al. 2020, algorithm 2)."""
+
+    name: ClassVar[str] = "ddpm"
+    steps: Steps = 250
+
     def __call__(self, denoiser: Denoiser, objective: Objective, noise: Noise, condition: Condition) -> Tensor:
         """Return samples [B, c, h, w]."""
-        process = require_gaussian(objective, f"sampler {self.name}")
+        process = self.process(objective)
         respaced = process.respace(kept_steps(process.num_steps, self.steps))
         x = noise(0)
         for draw, step in enumerate(reversed(range(respaced.num_steps)), start=1):
@@ -78,7 +90,7 @@ class DDPM:
 
 
 @dataclass(frozen=True)
-class DDIM:
+class DDIM(GaussianSampler):
     """Implicit sampling (Song et al. 2020, equation 12); ``eta`` 0 is deterministic, 1 is ancestral.
 
     Raises ValueError for an ``eta`` outside [0, 1].
@@ -92,17 +104,9 @@ class DDIM:
         if not 0 <= self.eta <= 1:
             raise ValueError(f"sampler.eta is {self.eta}, but it must be between 0 (deterministic) and 1 (ancestral).")
 
-    def require(self, objective: Objective) -> None:
-        """Raise ValueError for another objective, or for steps that its process does not have (see `kept_steps`)."""
-        kept_steps(require_gaussian(objective, f"sampler {self.name}").num_steps, self.steps)
-
-    def calls(self) -> int:
-        """Return the number of steps."""
-        return number_of(self.steps)
-
     def __call__(self, denoiser: Denoiser, objective: Objective, noise: Noise, condition: Condition) -> Tensor:
         """Return samples [B, c, h, w]."""
-        process = require_gaussian(objective, f"sampler {self.name}")
+        process = self.process(objective)
         respaced = process.respace(kept_steps(process.num_steps, self.steps))
         x = noise(0)
         for draw, step in enumerate(reversed(range(respaced.num_steps)), start=1):

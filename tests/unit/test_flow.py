@@ -24,7 +24,10 @@ MEAN, STD = 0.4, 0.5
 
 
 def perfect_velocity() -> Denoiser:
-    """For x_0 ~ N(m, s^2): E[noise - x_0 | x_t] = -m + (t - (1 - t) s^2) (x_t - (1 - t) m) / ((1 - t)^2 s^2 + t^2)."""
+    """Return the exact velocity for x_0 ~ N(m, s^2).
+
+    E[noise - x_0 | x_t] = -m + (t - (1 - t) s^2) (x_t - (1 - t) m) / ((1 - t)^2 s^2 + t^2).
+    """
 
     def network(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         t = t.view(-1, 1, 1, 1)

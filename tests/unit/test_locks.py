@@ -128,7 +128,7 @@ def test_a_stale_lock_of_another_host_names_its_file_where_a_job_waits(
 
 
 def test_whoever_refuses_or_waits_takes_the_locks_words() -> None:
-    """Which name a marker: no other file takes a lock that may be one, or leaves its hint out."""
+    """Hold that no file takes a lock that may be a marker without giving its hint."""
     for path in source_files(*MAY_IMPORT):
         name, text = path.relative_to(ROOT).as_posix(), path.read_text()
         if "SoftFileLock" in text:
