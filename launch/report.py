@@ -19,7 +19,7 @@ from launch.command.settings import ReportSettings
 from launch.jobs import start
 from report.figures import SampleGrid, figure_8
 from report.study import Study, read_study
-from report.style import block_name, content_of, styled
+from report.style import content_of, styled
 from report.write import Report, write_report
 from runtime.protocol import Devices
 from train.lines import is_cut
@@ -152,7 +152,7 @@ def _text(report: Report) -> str:
     if study.held_back is not None:
         lines.append(study.held_back)
     if (fit := study.fit()) is not None:
-        lines.append(f"For the {fit.count} models with {block_name(study.main_block)} blocks:")
+        lines.append(f"For the {fit.count} {study.main_kind.models}:")
         lines.append(f"Spearman rank correlation of Gflops and distance: {fit.rank_correlation:.2f}")
         low, high = fit.slope_interval
         lines.append(

@@ -5,6 +5,8 @@ a new norm works with every block. A new block is a class here, a YAML in ``conf
 differ in how they use the condition (paper, section 3.2 and figure 3).
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -50,6 +52,7 @@ class ConditionFirst(Assembly):
 class Block(nn.Module):
     """Maps a sequence of tokens and a condition to a sequence of the same length."""
 
+    name: ClassVar[str]  # in records and figures; each class has its own
     assembly: type[Assembly] = Assembly
     sees_positions = False  # whether `forward` needs the tokens' positions
 
@@ -96,6 +99,7 @@ class _TransformerBlock(Block):
 class InContextBlock(_TransformerBlock):
     """The block of in-context conditioning: a plain ViT block; timestep and label are M additional tokens."""
 
+    name = "in-context"
     assembly = ConditionFirst
 
     def forward(self, tokens: Tensor, embedded: Embedded, positions: Tensor | None = None) -> Tensor:
@@ -109,6 +113,8 @@ class InContextBlock(_TransformerBlock):
 
 class CrossAttentionBlock(_TransformerBlock):
     """The block with cross-attention: after self-attention, tokens attend to the condition's (timestep, label)."""
+
+    name = "cross-attention"
 
     def __init__(
         self,
@@ -133,6 +139,7 @@ class CrossAttentionBlock(_TransformerBlock):
 class AdaLNBlock(_TransformerBlock):
     """The block with adaptive layer norm: the sum of the embeddings is regressed to scale and shift of both norms."""
 
+    name = "adaLN"
     affine_norms = False
     final_layer_class = AdaptiveFinalLayer
     num_modulations = 4
@@ -169,6 +176,7 @@ class AdaLNBlock(_TransformerBlock):
 class AdaLNZeroBlock(AdaLNBlock):
     """The adaLN block with a regressed gate on each branch, zero at first: an untrained block is the identity."""
 
+    name = "adaLN-Zero"
     num_modulations = 6
 
     def forward(self, tokens: Tensor, embedded: Embedded, positions: Tensor | None = None) -> Tensor:

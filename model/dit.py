@@ -127,7 +127,7 @@ class DiT(Network):
         self.register_buffer("position_embedding", position_embedding_2d(width, grid), persistent=False)
         self.blocks = nn.ModuleList([config.block(width, config.num_heads) for _ in range(config.depth)])
         first = self.block_list[0]
-        self._block_name, self._assembly = type(first).__name__, first.assembly()
+        self._block_name, self._assembly = first.name, first.assembly()
         positions = grid_positions(grid) if first.sees_positions else None
         self.register_buffer("positions", positions, persistent=False)
         self.final_layer = first.final_layer(width, config.out_channels * config.patch_size**2)
@@ -159,9 +159,10 @@ class DiT(Network):
         return self.block_list
 
     def facts(self) -> dict[str, int | str]:
-        """Return patch size, width, depth and the class of the blocks."""
+        """Return the family, patch size, width, depth and the name of the blocks."""
         config = self.config
         return {
+            "family": "DiT",
             "patch_size": config.patch_size,
             "width": config.width,
             "depth": config.depth,

@@ -47,7 +47,11 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def facts(self) -> dict[str, int | str]:
-        """Return the facts on the network's shape, by name, that records of evaluations contain."""
+        """Return the facts on the network's shape, by name, that records of evaluations contain.
+
+        ``family`` is required: figures compare networks of one family. The report also uses ``size`` (a name), or
+        ``width`` and ``depth``, and ``patch_size`` and ``block`` where the network has them.
+        """
         raise NotImplementedError
 
     def tables(self) -> Sequence[Tensor]:

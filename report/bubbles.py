@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 
 from report import paper
 from report.axes import label_axes, log_x
-from report.study import Record, distance_name, model_name
+from report.models import model_name
+from report.study import Record, distance_name
 from report.style import GFLOPS, GREY
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,17 +14,16 @@ from report import paper
 from report.axes import label_axes, literal, log_x, log_y, once, steps_axis
 from report.bubbles import Bubble, draw_bubbles, draw_systems
 from report.fit import CONFIDENCE
+from report.models import kind_of, model_name, patch_name, patch_order, size_name
 from report.study import (
     MEASURES,
     Measure,
     Record,
     Study,
     distance_name,
-    model_name,
     number_of,
-    size_name,
 )
-from report.style import GFLOPS, GREY, Palette, block_colour, block_name, legend_of_sizes, marker, new_figure
+from report.style import GFLOPS, GREY, Palette, kind_colour, legend_of_sizes, marker, new_figure
 
 DISTANCE = "frechet_distance"
 SampleGrid = tuple[list[str], NDArray[np.uint8]]  # names of runs, images [runs, columns, H, W, C]
@@ -78,17 +77,17 @@ def figure_5(study: Study) -> Figure:
     by_model: defaultdict[str, list[str]] = defaultdict(list)
     for name in sorted(curves, key=lambda name: study.chosen[name]["gmacs"]):
         by_model[model_name(study.chosen[name])].append(name)
-    panels = {model: names for model, names in by_model.items() if len({study.chosen[n]["block"] for n in names}) > 1}
+    panels = {model: names for model, names in by_model.items() if len({kind_of(study.chosen[n]) for n in names}) > 1}
     if not panels:
         raise NoDataError("no size and patch size has runs of two block types; sweep model/block.")
     figure, grid = _grid(len(panels), columns=3)
     for axes, (model, names) in zip(grid, panels.items(), strict=False):
         for name in names:
-            records, block = curves[name], study.chosen[name]["block"]
-            label = once(axes, literal(block_name(block)))
-            axes.plot(_steps(records), _values(records), "o-", color=block_colour(block), label=label, alpha=0.9)
+            records, kind = curves[name], kind_of(study.chosen[name])
+            label = once(axes, literal(kind.name))
+            axes.plot(_steps(records), _values(records), "o-", color=kind_colour(kind), label=label, alpha=0.9)
         for name in names:
-            _rings_over_training(axes, curves[name], block_colour(study.chosen[name]["block"]))
+            _rings_over_training(axes, curves[name], kind_colour(kind_of(study.chosen[name])))
         axes.set_title(model)
         steps_axis(axes)
         axes.legend()
@@ -107,7 +106,7 @@ def figure_6(study: Study) -> Figure:
             "no run was measured at two steps in one protocol; train longer, or with a smaller evaluate_every."
         )
     records = [study.chosen[name] for name in names]
-    patches = sorted({record["patch_size"] for record in records}, reverse=True)
+    patches = _patches(records)
     palette = Palette(records)
     sizes = list(palette.by_size)
     columns = max(len(patches), len(sizes))
@@ -117,7 +116,7 @@ def figure_6(study: Study) -> Figure:
     for axes in axes_.flat:
         axes.set_visible(False)
     rows: list[tuple[int, str, list[str]]] = [
-        *((0, f"patch size {p}", [n for n in names if study.chosen[n]["patch_size"] == p]) for p in patches),
+        *((0, p, [n for n in names if patch_name(study.chosen[n]) == p]) for p in patches),
         *((1, size, [n for n in names if size_name(study.chosen[n]) == size]) for size in sizes),
     ]
     places = {0: itertools.count(), 1: itertools.count()}
@@ -126,8 +125,8 @@ def figure_6(study: Study) -> Figure:
         axes.set_visible(True)
         for name in members:
             record = study.chosen[name]
-            label = once(axes, size_name(record) if row == 0 else f"patch size {record['patch_size']}")
-            alpha = 1 if row == 0 else shades[record["patch_size"]]
+            label = once(axes, size_name(record) if row == 0 else patch_name(record))
+            alpha = 1 if row == 0 else shades[patch_name(record)]
             style = marker(record) + "-"
             axes.plot(
                 _steps(curves[name]), _values(curves[name]), style, color=palette(record), alpha=alpha, label=label
@@ -147,7 +146,7 @@ def figure_7(samples: SampleGrid, study: Study) -> Figure:
     """Draw samples of all models from the same noise and labels: a row for each size, a column for each patch size."""
     names, images = samples
     records = {name: study.chosen[name] for name in names}
-    patches = sorted({r["patch_size"] for r in records.values()}, reverse=True)
+    patches = _patches(records.values())
     sizes = list(Palette(records.values()).by_size)
     columns = images.shape[1]
     width = min(11.0, 1.1 + 0.42 * columns * len(patches))
@@ -157,14 +156,14 @@ def figure_7(samples: SampleGrid, study: Study) -> Figure:
         axes.set(xticks=[], yticks=[], frame_on=False)
     for name, row in zip(names, images, strict=True):
         record = records[name]
-        axes = grid[sizes.index(size_name(record)), patches.index(record["patch_size"])]
+        axes = grid[sizes.index(size_name(record)), patches.index(patch_name(record))]
         if axes.images:  # already drawn for another seed of this model
             continue
         strip = np.concatenate([np.pad(image, ((1, 1), (1, 1), (0, 0)), constant_values=255) for image in row], axis=1)
         strip = strip[..., :3] if strip.shape[2] >= 3 else strip[..., 0]
         axes.imshow(strip, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     for axes, patch in zip(grid[0], patches, strict=True):
-        axes.set_title(f"patch size {patch}", loc="center")
+        axes.set_title(patch, loc="center")
     for axes, size in zip(grid[:, 0], sizes, strict=True):
         axes.set_ylabel(size, rotation=0, ha="right", va="center", fontweight="bold")
     return figure
@@ -237,8 +236,7 @@ def figure_10(study: Study) -> Figure:
     axes, palette = figure.subplots(), Palette(every)
     for name, records in curves.items():
         x = [record["sampling_gmacs"] for record in records]
-        block = study.chosen[name]["block"]
-        solid = block == study.main_block
+        solid = kind_of(study.chosen[name]) == study.main_kind
         axes.plot(x, _values(records), marker(records[0]) + ("-" if solid else ":"), color=palette(records[0]))
         points = paper.sampling_points_of(records[0])
         places = [(point.sampling_gmacs, point.fid) for point in points]
@@ -318,9 +316,7 @@ def _rings_over_training(axes: Axes, curve: Sequence[Record], colour: str) -> No
 def _scaling(study: Study, at_least: int) -> list[Record]:
     records = list(study.scaling().values())
     if len(records) < at_least:
-        raise NoDataError(
-            f"there are {len(records)} models of one block type, but a curve needs {at_least}; train more."
-        )
+        raise NoDataError(f"there are {len(records)} models of one kind, but a curve needs {at_least}; train more.")
     return records
 
 
@@ -380,6 +376,11 @@ def _grid(count: int, columns: int) -> tuple[Figure, list[Axes]]:
     for axes in grid.flat[count:]:
         axes.set_visible(False)
     return figure, list(grid.flat)
+
+
+def _patches(records: Iterable[Record]) -> list[str]:
+    """Return the names of the patch sizes, from large to small."""
+    return list(dict.fromkeys(patch_name(record) for record in sorted(records, key=patch_order)))
 
 
 def _steps(records: Sequence[Record]) -> list[int]:

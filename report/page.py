@@ -14,8 +14,8 @@ from PIL import Image
 from core.reading import DamagedFileError, read_regular
 from report import paper
 from report.fit import PowerLaw
-from report.study import COLUMNS, PROTOCOL_KEYS, Record, Study, model_name
-from report.style import block_name
+from report.models import model_name
+from report.study import COLUMNS, PROTOCOL_KEYS, Record, Study
 from train.runfolder import RunFolder
 
 # The facts that define a number, PROTOCOL_KEYS among them, in the order of the page.
@@ -70,10 +70,10 @@ def page_of(study: Study, figures: list[Shown], runs: list[dict[str, Any]]) -> s
 def _row(row: Record) -> dict[str, Any]:
     """Return a row of the first table, with readable column names; metrics come before costs."""
     hidden = {*COLUMNS, "fid"} - {"recognized_fraction"}
-    shown = {"run": row["run"], "model": model_name(row), "block": block_name(row["block"])}
+    shown = {"run": row["run"], "model": model_name(row), "block": row.get("block")}
     shown |= {"Gflops (GMACs)": row["gmacs"], "FID" if "fid" in row else "frechet distance": row["frechet_distance"]}
     shown |= {key.replace("_", " "): value for key, value in row.items() if key not in hidden}
-    shown |= {"parameters": row["parameters"], "training GMACs": row["training_gmacs"]}
+    shown |= {"family": row["family"], "parameters": row["parameters"], "training GMACs": row["training_gmacs"]}
     return shown | {"step": row["step"], "seed": row["training_seed"]}
 
 
@@ -123,8 +123,8 @@ def _fit_text(fit: PowerLaw | None, study: Study) -> str:
         return "There is no fit: it needs at least 3 models with different Gflops."
     low, high = fit.slope_interval
     return (
-        f"log10(distance) = {fit.intercept:.3f} + {fit.slope:.3f} log10(Gflops) through the {fit.count} models with "
-        f"{block_name(study.main_block)} blocks; 95% confidence interval of the slope {low:.3f} to {high:.3f}. "
+        f"log10(distance) = {fit.intercept:.3f} + {fit.slope:.3f} log10(Gflops) through the {fit.count} "
+        f"{study.main_kind.models}; 95% confidence interval of the slope {low:.3f} to {high:.3f}. "
         f"Correlation {fit.correlation:.2f} of both logarithms, {fit.semilog_correlation:.2f} of log Gflops and the "
         f"distance (the paper's FID: -0.93), {fit.rank_correlation:.2f} of ranks. The band assumes that the "
         "models deviate independently, and does not include the noise between seeds."

@@ -12,6 +12,7 @@ from evaluation.features.inception import SHA256 as INCEPTION_SHA256
 # (width, depth) of table 1.
 SIZES = {(384, 12): "S", (768, 12): "B", (1024, 24): "L", (1152, 28): "XL"}
 BATCH_SIZE = 256
+MAIN_BLOCK = "adaLN-Zero"  # of figures 2 and 6 to 10
 SWEEP_STEPS = 400_000  # of all twelve models and four blocks
 
 
@@ -22,7 +23,7 @@ class Point(NamedTuple):
     gmacs: float
     fid: float
     step: int = SWEEP_STEPS
-    block: str = "AdaLNZeroBlock"
+    block: str = MAIN_BLOCK
 
     @property
     def training_gmacs(self) -> float:
@@ -60,13 +61,13 @@ TABLE_4 = (
     Point("XL/8", 7.39, 106.41),
     Point("XL/4", 29.05, 43.01),
     Point("XL/2", 118.64, 19.47),
-    Point("XL/2", 119.37, 35.24, block="InContextBlock"),
-    Point("XL/2", 137.62, 26.14, block="CrossAttentionBlock"),
-    Point("XL/2", 118.56, 25.21, block="AdaLNBlock"),
+    Point("XL/2", 119.37, 35.24, block="in-context"),
+    Point("XL/2", 137.62, 26.14, block="cross-attention"),
+    Point("XL/2", 118.56, 25.21, block="adaLN"),
     Point("XL/2", 118.64, 10.67, 2_352_000),
     Point("XL/2", 118.64, 9.62, 7_000_000),
 )
-SWEEP = tuple(p for p in TABLE_4 if p.step == SWEEP_STEPS and p.block == "AdaLNZeroBlock")  # figure 8
+SWEEP = tuple(p for p in TABLE_4 if p.step == SWEEP_STEPS and p.block == MAIN_BLOCK)  # figure 8
 TABLE_2 = (
     System("ADM", 1120, 10.94, False),
     System("ADM-U", 742, 7.49, False),
@@ -114,13 +115,13 @@ def points_of(record: Mapping[str, Any]) -> list[Point]:
     """Return table 4's points of the record's model and block; none if it was measured differently."""
     if not shares_table_4(record):
         return []
-    return [point for point in TABLE_4 if (point.model, point.block) == (_model(record), record["block"])]
+    return [point for point in TABLE_4 if (point.model, point.block) == (_model(record), record.get("block"))]
 
 
 def sampling_points_of(record: Mapping[str, Any]) -> list[SamplingPoint]:
     """Return figure 10's points of the record's model; none if it was measured differently, apart from the steps."""
     fits = _is_adms_fid(record, 10_000) and _is_of_the_sweep(record) and record["step"] == SWEEP_STEPS
-    if not fits or record["block"] != "AdaLNZeroBlock":
+    if not fits or record.get("block") != MAIN_BLOCK:
         return []
     return [point for point in FIGURE_10 if point.model == _model(record)]
 
@@ -146,4 +147,4 @@ def _is_of_the_sweep(record: Mapping[str, Any]) -> bool:
 
 
 def _model(record: Mapping[str, Any]) -> str:
-    return f"{SIZES.get((record['width'], record['depth']))}/{record['patch_size']}"
+    return f"{SIZES.get((record.get('width', 0), record.get('depth', 0)))}/{record.get('patch_size')}"

@@ -73,10 +73,6 @@ class EvaluationRecord:
     feature_extractor_hash: Text
     reference: Text
     reference_hash: Text
-    patch_size: Size
-    width: Size
-    depth: Size
-    block: Text
     gmacs: Cost
     parameters: Count
     training_gmacs: Annotated[float, Field(ge=0, le=1e60)]
@@ -84,6 +80,12 @@ class EvaluationRecord:
     frechet_distance: Number
     frechet_distance_of_real_resample: Number | None
     recognized_fraction: Fraction | None
+    family: Text = "DiT"  # the rest of the network's shape is absent where it does not apply
+    size: Text = ""
+    patch_size: Size = 1
+    width: Size = 1
+    depth: Size = 1
+    block: Text = ""
     evaluated_by: Text | None = None
     reference_images: Count | None = None
     classifier_accuracy: Fraction | None = None
@@ -99,6 +101,13 @@ class EvaluationRecord:
 
 
 _FIELDS = {field.name: field.default is MISSING for field in fields(EvaluationRecord)}  # whether each is required
+_OF_EARLIER = ("patch_size", "width", "depth", "block")  # in each line without a family: earlier versions had DiT alone
+_BLOCKS_OF_EARLIER = {
+    "AdaLNZeroBlock": "adaLN-Zero",
+    "AdaLNBlock": "adaLN",
+    "CrossAttentionBlock": "cross-attention",
+    "InContextBlock": "in-context",
+}
 
 
 def read_records(run: RunFolder) -> list[Record]:
@@ -112,7 +121,9 @@ def read_records(run: RunFolder) -> list[Record]:
 
 def _checked(record: Record, run: RunFolder) -> Record:
     name, again = f"A line of step {record['step']} in {run.evaluations}", "measure again with `ditscale evaluate`"
-    if absent := [key for key, needed in _FIELDS.items() if needed and key not in record]:
+    needed = [key for key, is_needed in _FIELDS.items() if is_needed]
+    needed += () if "family" in record else _OF_EARLIER
+    if absent := [key for key in needed if key not in record]:
         raise ValueError(
             f"{name} has no {absent[0]!r}, so another program or version wrote it; remove the line and {again}."
         )
@@ -122,6 +133,8 @@ def _checked(record: Record, run: RunFolder) -> Record:
     except DamagedFileError as error:
         raise DamagedFileError(f"{str(error).rstrip('.')}; remove the line and {again}.") from None
     known.setdefault("sampling_gmacs", _sampling_gmacs_of_earlier(known))
+    if "family" not in known:
+        known |= {"family": "DiT", "block": _BLOCKS_OF_EARLIER.get(known["block"], known["block"])}
     return known
 
 

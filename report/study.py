@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from report import paper
 from report.fit import PowerLaw, fit_power_law
-from report.paper import SIZES
+from report.models import Kind, kind_of, model_name
 from report.records import Record, num_sampling_steps, read_records
 from train.runfolder import RunFolder
 
@@ -30,12 +31,10 @@ PROTOCOL_KEYS = (
     "reference_hash",
     "feature_extractor_hash",
 )
+SHAPE = ("family", "size", "patch_size", "width", "depth", "block")  # of a network, where it has them
 COLUMNS = (
     "run",
-    "patch_size",
-    "width",
-    "depth",
-    "block",
+    *SHAPE,
     "gmacs",
     "parameters",
     "training_gmacs",
@@ -101,9 +100,11 @@ class Study:
         """Return the chosen records as table rows, by increasing gmacs."""
         every = self.chosen.values()
         more = [m.key for m in MEASURES if m.key not in COLUMNS and None not in [number_of(r, m.key) for r in every]]
+        absent = [key for key in SHAPE if not any(key in record for record in every)]
         columns = [*COLUMNS[:-2], *(["fid"] if self.is_fid else []), *COLUMNS[-2:], *more]
+        columns = [column for column in columns if column not in absent]
         rows = [
-            {column: name if column == "run" else record[column] for column in columns}
+            {column: name if column == "run" else record.get(column) for column in columns}
             for name, record in self.chosen.items()
         ]
         return sorted(rows, key=lambda row: row["gmacs"])
@@ -128,18 +129,19 @@ class Study:
         return str(self.protocol["feature_extractor"])
 
     @property
-    def main_block(self) -> str:
-        """Return the block type of the scaling figures: that of most runs, with preference for AdaLNZeroBlock."""
-        blocks = [record["block"] for record in self.chosen.values()]
-        return max(blocks, key=lambda block: (blocks.count(block), block == "AdaLNZeroBlock"))
+    def main_kind(self) -> Kind:
+        """Return the kind of model of the scaling figures: that of most runs, with preference for the paper's block."""
+        kinds = [kind_of(record) for record in self.chosen.values()]
+        return max(kinds, key=lambda kind: (kinds.count(kind), kind.block == paper.MAIN_BLOCK))
 
     def scaling(self) -> dict[str, Record]:
-        """Return the chosen records of the main block, by increasing gmacs."""
-        found = {name: record for name, record in self.chosen.items() if record["block"] == self.main_block}
+        """Return the chosen records of the main kind, by increasing gmacs."""
+        main = self.main_kind
+        found = {name: record for name, record in self.chosen.items() if kind_of(record) == main}
         return dict(sorted(found.items(), key=lambda item: item[1]["gmacs"]))
 
     def fit(self, key: str = "frechet_distance") -> PowerLaw | None:
-        """Return the fit through the models of the main block, against gmacs.
+        """Return the fit through the models of the main kind, against gmacs.
 
         Several runs of one model, such as several seeds, are one point, their geometric mean: as separate points they
         would make the band too narrow.
@@ -305,15 +307,3 @@ def distance_name(record: Mapping[str, Any]) -> str:
     count = record["num_images"]
     images = f"{count // 1000}K" if count % 1000 == 0 else f"{count:,}"
     return f"FID-{images}" if "fid" in record else f"Frechet distance on {record['feature_extractor']}"
-
-
-def size_name(record: Mapping[str, Any]) -> str:
-    """Return the paper's S, B, L or XL, or else width and depth."""
-    width, depth = record["width"], record["depth"]
-    return SIZES.get((width, depth), f"d{width} n{depth}")
-
-
-def model_name(record: Mapping[str, Any]) -> str:
-    """Return a name such as "XL/2", or "d64 n4 p2" for sizes that are not the paper's."""
-    size, patch_size = size_name(record), record["patch_size"]
-    return f"{size}/{patch_size}" if size in SIZES.values() else f"{size} p{patch_size}"

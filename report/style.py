@@ -9,7 +9,8 @@ import matplotlib
 import matplotlib.figure
 from matplotlib.axes import Axes
 
-from report.study import Record, size_name
+from report.models import Kind, patch_name, patch_order, size_name, size_order
+from report.records import Record
 
 SETTINGS: Any = {
     "font.family": "DejaVu Sans",
@@ -39,8 +40,6 @@ SETTINGS: Any = {
 # Light to dark by increasing size, so that color-blind readers see the order.
 _COLOURS = ("#e3a72f", "#3aa17e", "#3b7dd8", "#6a3d9a", "#b23a48", "#4d4d4d")
 _MARKERS = {2: "o", 4: "s", 8: "^"}
-_BLOCKS = {"AdaLNZeroBlock": "adaLN-Zero", "AdaLNBlock": "adaLN", "InContextBlock": "in-context"}
-_BLOCKS["CrossAttentionBlock"] = "cross-attention"
 _BLOCK_COLOURS = {"adaLN-Zero": "#6a3d9a", "adaLN": "#3b7dd8", "cross-attention": "#3aa17e", "in-context": "#e3a72f"}
 GREY = "#8a8f98"
 GFLOPS = "Gflops of a forward pass (giga multiply-adds)"
@@ -50,8 +49,8 @@ class Palette:
     """The colors of the sizes of a study."""
 
     def __init__(self, records: Iterable[Mapping[str, Any]]) -> None:
-        sizes = {(record["depth"], record["width"]): size_name(record) for record in records}
-        self._colours = {name: _COLOURS[i % len(_COLOURS)] for i, (_, name) in enumerate(sorted(sizes.items()))}
+        names = [size_name(record) for record in sorted(records, key=size_order)]
+        self._colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(dict.fromkeys(names))}
 
     def __call__(self, record: Mapping[str, Any]) -> str:
         """Return the color of a record's size."""
@@ -65,17 +64,12 @@ class Palette:
 
 def marker(record: Mapping[str, Any]) -> str:
     """Return the marker of a record's patch size."""
-    return _MARKERS.get(record["patch_size"], "D")
+    return _MARKERS.get(record.get("patch_size", 0), "D")
 
 
-def block_name(block: str) -> str:
-    """Return the paper's name for a class of blocks."""
-    return _BLOCKS.get(block, block)
-
-
-def block_colour(block: str) -> str:
-    """Return the color of a class of blocks."""
-    return _BLOCK_COLOURS.get(block_name(block), GREY)
+def kind_colour(kind: Kind) -> str:
+    """Return the color of a kind of model: that of its block type."""
+    return _BLOCK_COLOURS.get(kind.name, GREY)
 
 
 def new_figure(width: float, height: float) -> matplotlib.figure.Figure:
@@ -102,11 +96,7 @@ def legend_of_sizes(axes: Axes, palette: Palette, records: Iterable[Record]) -> 
         matplotlib.lines.Line2D([], [], color=colour, linewidth=3, label=name)
         for name, colour in palette.by_size.items()
     ]
-    for patch_size in sorted({record["patch_size"] for record in records}):
-        shape = marker({"patch_size": patch_size})
-        handles.append(
-            matplotlib.lines.Line2D(
-                [], [], color=GREY, marker=shape, linestyle="none", label=f"patch size {patch_size}"
-            )
-        )
+    by_patch = {patch_name(record): marker(record) for record in sorted(records, key=patch_order, reverse=True)}
+    for name, shape in by_patch.items():
+        handles.append(matplotlib.lines.Line2D([], [], color=GREY, marker=shape, linestyle="none", label=name))
     axes.legend(handles=[*handles, *axes.get_legend_handles_labels()[0]])

@@ -73,7 +73,7 @@ class DeepNetwork(Network):
         return torch.zeros(batch, *self.latent_shape, device=device), t, self.label_embedding.example(batch, device)
 
     def facts(self) -> dict[str, int | str]:
-        return {"width": self.config.width, "levels": 2}
+        return {"family": "deep", "size": f"{self.config.width} channels", "levels": 2}
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         embedded = self.label_embedding.embed(self.timestep_embedding(t), condition)

@@ -61,6 +61,10 @@ def modern(block: type[Block]) -> Any:
     return randomized(tiny(block=partial(block, norm=rms_norm, mlp=SwiGlu, attention=RotaryAttention)))
 
 
+def test_each_block_has_a_name_of_its_own_in_records() -> None:
+    assert len({block.__dict__["name"] for block in BLOCKS}) == len(BLOCKS)
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 def test_rms_norm_swiglu_and_rotary_embeddings_are_variants_and_no_new_blocks(block: type[Block]) -> None:
     model, (x_t, t, condition) = modern(block), inputs()
@@ -154,7 +158,7 @@ def test_a_section_builds_a_network_of_one_config_and_names_what_is_missing() ->
     section |= {"num_heads": 2, "block": {"_target_": "model.blocks.AdaLNZeroBlock", "_partial_": True}}
     model = build(section, num_classes=10)
     assert (model.latent_shape, model.out_channels, len(model.units())) == ((4, 8, 8), 8, 2)
-    assert model.facts() == {"patch_size": 2, "width": 16, "depth": 2, "block": "AdaLNZeroBlock"}
+    assert model.facts() == {"family": "DiT", "patch_size": 2, "width": 16, "depth": 2, "block": "adaLN-Zero"}
     with pytest.raises(ValueError, match="needs the setting 'num_classes'"):
         build(section)
 

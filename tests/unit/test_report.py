@@ -51,10 +51,11 @@ def record_of(width: int, distance: float, **changes: Any) -> dict[str, Any]:
         "images_seen": 640,
         "weights": "ema",
         "evaluated_by": "train",
+        "family": "DiT",
         "patch_size": 4,
         "width": width,
         "depth": 4,
-        "block": "AdaLNZeroBlock",
+        "block": "adaLN-Zero",
         "gmacs": width**2 / 1e9,
         "parameters": width,
         "training_gmacs": 1.0,
@@ -132,6 +133,47 @@ def test_evaluating_both_runs_the_same_way_brings_the_curve_back(tmp_path: Path)
 def test_the_last_of_equal_evaluations_counts(tmp_path: Path) -> None:
     write_run(tmp_path, "a", record_of(16, 40.0), record_of(16, 41.0))
     assert distances(read_study(tmp_path)) == {"a": 41.0}
+
+
+def test_lines_of_earlier_versions_are_of_a_dit_whose_blocks_have_the_names_of_their_classes(tmp_path: Path) -> None:
+    earlier = {**record_of(16, 40.0), "block": "AdaLNZeroBlock"}
+    del earlier["family"]
+    write_run(tmp_path, "a", earlier)
+    write_run(tmp_path, "b", record_of(32, 20.0))
+    assert list(read_study(tmp_path).scaling()) == ["a", "b"]
+    del earlier["patch_size"]
+    write_run(tmp_path, "c", earlier)
+    with pytest.raises(ValueError, match=r"c/evaluations.jsonl has no 'patch_size', so another program or version"):
+        read_study(tmp_path)
+
+
+def network_record(size: str, distance: float, gmacs: float, **changes: Any) -> dict[str, Any]:
+    """Return a record of a network without patches, blocks, width and depth."""
+    record = record_of(16, distance, gmacs=gmacs, family="U-Net", size=size, **changes)
+    return {key: value for key, value in record.items() if key not in {"patch_size", "width", "depth", "block"}}
+
+
+@pytest.mark.parametrize("others", [0, 1, 3])
+def test_networks_of_any_family_are_drawn_and_each_curve_is_of_one_family(tmp_path: Path, others: int) -> None:
+    for number, width in enumerate([16, 32][:others] + [64][: others - 2]):
+        write_run(tmp_path, f"dit{number}", *(record_of(width, 900 / width - step, step=step) for step in (5, 10)))
+    for name, gmacs in (("u32", 1.0), ("u64", 4.0)):
+        size, steps = f"{name[1:]} channels", (5, 10)
+        write_run(tmp_path, name, *(network_record(size, 50 / gmacs + s, gmacs, step=s) for s in steps))
+    report = write_report(read_study(tmp_path), tmp_path / "report")
+    assert {2, 6, 8, 9} <= set(report.pictures)
+    main = ["dit0", "dit1", "dit2"] if others == 3 else ["u32", "u64"]
+    assert list(report.study.scaling()) == main
+    assert report.study.main_kind.models == (
+        "models with adaLN-Zero blocks" if others == 3 else "models of the family U-Net"
+    )
+    rows = {row[1]: row for row in Parsed(report.page.read_text()).tables["models"]}
+    assert {"32 channels", "64 channels"} <= rows.keys()
+    with report.table.open() as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == others + 2
+    assert ("patch_size" in table[0]) == (others > 0)
+    assert {row["family"] for row in table} == ({"U-Net", "DiT"} if others else {"U-Net"})
 
 
 def test_a_sweep_without_evaluations_is_refused(tmp_path: Path) -> None:
@@ -294,7 +336,7 @@ def test_the_papers_points_stand_beside_its_own_protocol_alone() -> None:
         (2_352_000, 10.67),
         (7_000_000, 9.62),
     ]
-    assert [p.fid for p in paper.points_of({**record, "block": "InContextBlock"})] == [35.24]
+    assert [p.fid for p in paper.points_of({**record, "block": "in-context"})] == [35.24]
     assert paper.points_of({**record, "width": 100}) == []
     assert not any(paper.points_of({**record, **change}) for change in OTHER_PROTOCOLS)
     of_10k = {**record, "num_images": 10_000, "sampler": {"name": "ddpm", "steps": 16}}
@@ -310,7 +352,7 @@ def circles(axes: Axes) -> list[tuple[float, float]]:
 
 
 def test_the_papers_points_are_drawn_where_its_protocol_is_shared(tmp_path: Path) -> None:
-    for block in ("AdaLNZeroBlock", "InContextBlock"):
+    for block in ("adaLN-Zero", "in-context"):
         steps = [papers_record(1152, 28, 9e6 / step, step=step, block=block) for step in (200_000, 400_000)]
         write_run(tmp_path, block, *steps)
     write_run(tmp_path, "s", *(papers_record(384, 12, 3e7 / step, step=step) for step in (200_000, 400_000)))
@@ -408,16 +450,16 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Report:
     names = []
     for width in (8, 16, 100):
         for patch_size in (4, 2):
-            for block in ("AdaLNZeroBlock", "InContextBlock"):
+            for block in ("adaLN-Zero", "in-context"):
                 name = f"d{width}-p{patch_size}-{block}"
                 gmacs = width * 16 / patch_size**2
-                distance = 300 / gmacs**0.5 * (1.3 if block == "InContextBlock" else 1)
+                distance = 300 / gmacs**0.5 * (1.3 if block == "in-context" else 1)
                 shape = {
                     "patch_size": patch_size,
                     "block": block,
                     "gmacs": gmacs,
                     "recall": 0.1 + width / 200 / patch_size,
-                    "recognized_fraction": None if name == "d8-p4-InContextBlock" else 0.5 + gmacs / 1000,
+                    "recognized_fraction": None if name == "d8-p4-in-context" else 0.5 + gmacs / 1000,
                 }
                 records = [
                     record_of(width, distance * 20 / step, step=step, training_gmacs=gmacs * step, **shape)
@@ -425,7 +467,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Report:
                 ]
                 steps = record_of(width, distance * 1.5, sampler={"name": "ddpm", "steps": 10}, **shape)
                 write_run(sweep, name, *records, steps, records[-1])
-                names += [name] if block == "AdaLNZeroBlock" else []
+                names += [name] if block == "adaLN-Zero" else []
     images = np.random.default_rng(0).integers(0, 256, (len(names), 3, 8, 8, 1), np.uint8)
     return write_report(read_study(sweep), sweep / "report", (names, images))
 
