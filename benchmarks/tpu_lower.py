@@ -22,9 +22,9 @@ from core.batch import Batch
 from launch.builders.build import build
 from launch.command.app import CONF
 from launch.command.settings import register
-from model.checkpointing import checkpoint_units
 from model.dit import DiT
 from model.flops import num_parameters, training_multiply_adds
+from model.network import checkpoint_units
 from runtime.lowering import TracingRuntime
 from train.ema import Averages
 from train.step import make_step

@@ -4,7 +4,8 @@ Only model/ depends on more of a network than this. A network takes one config, 
 keys of its section in ``conf/`` are the fields of that class.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
@@ -61,3 +62,18 @@ class Network(nn.Module):
     def notes(self) -> Sequence[str]:
         """Return warnings about the network's shape, one sentence each."""
         return ()
+
+
+def checkpoint_units(network: Network, checkpoint: Callable[..., Any]) -> None:
+    """Keep only the inputs of units for the backward pass, which recomputes the rest: less memory, a third more compute.
+
+    ``checkpoint(function, unit, *arguments)`` is the runtime's activation-checkpointing function. Arguments and results
+    are trees of tensors and other values.
+    """
+
+    def forward(unit: nn.Module, *arguments: Any) -> Any:
+        return checkpoint(type(unit).forward, unit, *arguments)
+
+    for unit in network.units():
+        # One function takes every unit as an argument, so that it is compiled once for all of them.
+        unit.forward = MethodType(forward, unit)

@@ -7,10 +7,9 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 
 from report import paper
-from report.axes import label_axes, log_x
 from report.models import model_name
 from report.study import Record, distance_name
-from report.style import GFLOPS, GREY
+from report.style import GFLOPS, GREY, label_axes, log_x
 
 
 def draw_systems(axes: Axes, best: Record, colour: str) -> None:

@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from report import paper
-from report.axes import label_axes, literal, log_x, log_y, once, steps_axis
 from report.bubbles import Bubble, draw_bubbles, draw_systems
 from report.fit import CONFIDENCE
 from report.models import kind_of, model_name, patch_name, patch_order, size_name
@@ -23,7 +22,21 @@ from report.study import (
     distance_name,
     number_of,
 )
-from report.style import GFLOPS, GREY, Palette, kind_colour, legend_of_sizes, marker, new_figure
+from report.style import (
+    GFLOPS,
+    GREY,
+    Palette,
+    kind_colour,
+    label_axes,
+    legend_of_sizes,
+    literal,
+    log_x,
+    log_y,
+    marker,
+    new_figure,
+    once,
+    steps_axis,
+)
 
 DISTANCE = "frechet_distance"
 SampleGrid = tuple[list[str], NDArray[np.uint8]]  # names of runs, images [runs, columns, H, W, C]

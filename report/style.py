@@ -1,4 +1,4 @@
-"""Define the style of all figures: one color for each size and one marker for each patch size."""
+"""Define the style of all figures and their axes: one color for each size and one marker for each patch size."""
 
 import io
 from collections.abc import Iterable, Mapping
@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib
 import matplotlib.figure
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from report.models import Kind, patch_name, patch_order, size_name, size_order
 from report.records import Record
@@ -100,3 +101,46 @@ def legend_of_sizes(axes: Axes, palette: Palette, records: Iterable[Record]) -> 
     for name, shape in by_patch.items():
         handles.append(matplotlib.lines.Line2D([], [], color=GREY, marker=shape, linestyle="none", label=name))
     axes.legend(handles=[*handles, *axes.get_legend_handles_labels()[0]])
+
+
+def once(axes: Axes, label: str) -> str | None:
+    """Return the label, or None if the legend of the axes already has it: runs of several seeds share one entry."""
+    return None if label in axes.get_legend_handles_labels()[1] else label
+
+
+def literal(text: str) -> str:
+    """Return text of a record escaped for matplotlib, which would render text between two dollar signs as a formula."""
+    return text.replace("$", r"\$")
+
+
+def label_axes(axes: Axes, x: str, y: str) -> None:
+    """Label the horizontal and the vertical axis."""
+    axes.set_xlabel(x)
+    axes.set_ylabel(literal(y))
+
+
+def steps_axis(axes: Axes) -> None:
+    """Set at most five ticks on the horizontal axis, written as 400K."""
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value / 1000:g}K" if value >= 10_000 else f"{value:g}")
+    )
+
+
+def log_x(axes: Axes) -> None:
+    """Make the horizontal axis logarithmic, with plain numbers at 1, 2 and 5 if it shows little more than a decade."""
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    low, high = axes.get_xlim()
+    if high < 30 * low:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def log_y(axes: Axes) -> None:
+    """Make the vertical axis logarithmic, with plain numbers at 1, 2 and 5 of each decade."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="y", which="minor", length=0)

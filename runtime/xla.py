@@ -8,18 +8,19 @@ or zero when the step ends. `runtime.choice` imports this file after it has set 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
 import torch_xla
 from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch_xla.utils.checkpoint import checkpoint
 
 from core.batch import Batch, mapped, micro_batches_of, require_divisible
 from runtime.graph_adamw import GraphAdamW
 from runtime.protocol import Metrics, Mode, Precision, Step
 from runtime.sharding import Axes, sharding_of
-from runtime.trees import flattened
 from runtime.xla_devices import XlaDevices
 from runtime.xla_layers import gather_where_used, trace_friendly
 
@@ -130,3 +131,24 @@ class XlaRuntime(XlaDevices):
                 whole = self._whole(value.detach())
                 if name in wanted:
                     host[name] = whole
+
+
+def flattened(
+    method: Callable[..., Any], owner: nn.Module, arguments: tuple[Any, ...]
+) -> tuple[MethodType, list[Any], Callable[[Any], Any]]:
+    """Return ``method`` of ``owner`` as a bound method of leaves, the leaves, and a function from its result to a tree.
+
+    The result of the bound method is one tensor, or a tuple of leaves.
+    """
+    leaves, inputs = tree_flatten(arguments)
+    outputs: list[TreeSpec] = []
+
+    def of_leaves(owner: nn.Module, *leaves: Any) -> Any:
+        results, spec = tree_flatten(method(owner, *tree_unflatten(leaves, inputs)))
+        outputs[:] = [spec]
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def as_tree(results: Any) -> Any:
+        return tree_unflatten(list(results) if isinstance(results, tuple) else [results], outputs[0])
+
+    return MethodType(of_leaves, owner), leaves, as_tree

@@ -15,7 +15,7 @@ from train.runfolder import RunFolder
 from train.saving import CheckpointWriter
 from train.signals import Stopped, StopSignals
 from train.state import TrainState
-from train.summary import summary
+from train.step import summary
 
 
 class Hook(Protocol):

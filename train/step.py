@@ -1,6 +1,7 @@
 """Define one training step, a pure function of the batch and the state without a device read."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,9 @@ from diffusion.objective import LOSS, Objective, corrupt
 from runtime.protocol import Devices, Metrics, Runtime, Step
 from train.ema import Averages
 from train.guards import SpikeGuard
-from train.summary import COUNT, SUM, TOTAL
+
+SUM, COUNT = "/sum", "/count"  # endings of two metrics whose quotient is one mean
+TOTAL = "/total"  # ending of a metric that is summed over the interval
 
 
 def make_step(
@@ -86,3 +89,21 @@ def by_quarter(losses: Tensor, level: Tensor) -> Metrics:
 def _mean(values: list[Tensor]) -> Tensor:
     """Return the mean of scalars [] on the device."""
     return torch.stack(values).mean()
+
+
+def summary(interval: Mapping[str, Sequence[float]]) -> dict[str, float | None]:
+    """Return means over the steps of an interval, sums for ``/total``, and sum of ``/sum`` / sum of ``/count``.
+
+    A mean over no samples is None.
+    """
+    line: dict[str, float | None] = {}
+    for name, values in interval.items():
+        if name.endswith(SUM):
+            mean_of = name.removesuffix(SUM)
+            count = math.fsum(interval[mean_of + COUNT])
+            line[mean_of] = math.fsum(values) / count if count else None
+        elif name.endswith(TOTAL):
+            line[name.removesuffix(TOTAL)] = math.fsum(values)
+        elif not name.endswith(COUNT):
+            line[name] = math.fsum(values) / len(values)
+    return line

@@ -9,16 +9,24 @@ from data.conditions import ConditionSource
 from data.manifest import LatentSpec, Manifest
 from data.shards import MappedShards
 from diffusion.objective import Objective
-from launch.builders.build import condition_source, expected_spec, fill_model, require_condition
+from launch.builders.build import (
+    condition_source,
+    expected_spec,
+    fill_model,
+    load_model,
+    require_condition,
+    require_outputs,
+)
 from launch.builders.components import build
 from launch.builders.data_settings import require_shards
 from launch.builders.facts import facts_of_process
-from launch.builders.starting_weights import load_starting_weights
+from launch.builders.foreign import Facts, is_foreign, read_foreign
 from launch.command.check import check_readers
 from launch.command.settings import TrainSettings
 from model.autoencoder import Autoencoder
-from model.checkpointing import checkpoint_units
-from model.network import Network
+from model.network import Network, checkpoint_units
+from model.released import describe
+from model.starting import take_over
 from runtime.protocol import Processes, Runtime, Step
 from train.ema import Averages
 from train.guards import SpikeGuard
@@ -110,3 +118,20 @@ def _new_state(
     ema: Averages = build(config.ema)(model)
     optimizer = build(config.optimizer)(model.parameters())
     return TrainState(model, ema, optimizer, config.batch_size, config.total_steps)
+
+
+def load_starting_weights(model: Network, where: str) -> list[str]:
+    """Fill ``model`` by ``init_from``: with weights of another program, or with the EMA of a run or checkpoint of ours.
+
+    Returns sentences on how they were read and what was not taken over. Raises ValueError where there are no weights,
+    and, naming both shapes, where shapes differ.
+    """
+    if is_foreign(where):
+        run = describe(model)
+        facts = Facts(frequency_shift=run.frequency_shift, likely_heads=run.num_heads, likely_classes=run.num_classes)
+        network = read_foreign(where, "ema", facts)
+        found, notes = network.model, list(network.notes)
+    else:
+        found, notes = load_model(where, "ema"), []
+    require_outputs(found, model.out_channels // model.latent_shape[0], of=where)
+    return [*notes, *take_over(model, found, where)]

@@ -146,7 +146,7 @@ class _Task:
         settings = SETTINGS[self.job].of(plain)
         hydra_config: Any = HydraConfig.get()
         if hydra_config.mode == RunMode.MULTIRUN:
-            from launch.command.gpus import take_gpu  # imports PyTorch, which --help does not need
+            from launch.command.machine import take_gpu  # imports PyTorch, which --help does not need
 
             redact_file(Path(hydra_config.sweep.dir) / "multirun.yaml", plain)
             take_gpu(plain, Path(hydra_config.sweep.dir))

@@ -25,7 +25,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from launch.command.cores import limit_threads, usable_cores
+from launch.command.machine import limit_threads, usable_cores
 from launch.command.parallel import PassedOn, started_by_torchrun, stop_without
 from train.signals import EX_TEMPFAIL, SIGNALS, StopSignals
 

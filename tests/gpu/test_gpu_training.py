@@ -19,7 +19,7 @@ from test_training import FACTS, everything, new_state
 from tiny_run import Case, diffusion, plain, under_runtime
 from torch import Tensor
 
-from model.checkpointing import checkpoint_units
+from model.network import checkpoint_units
 from train.checkpoint import load_checkpoint
 from train.guards import SpikeGuard
 from train.saving import CheckpointWriter

@@ -30,14 +30,12 @@ from diffusion.schedules import LinearSchedule
 from diffusion.variances import LearnedRangeVariance
 from model import blocks
 from model.attention import QKNormSelfAttention, SelfAttention
-from model.checkpointing import checkpoint_units
 from model.dit import DiT, DiTConfig
-from model.network import Network
+from model.network import Network, checkpoint_units
 from train import ema as averages_of
 from train.guards import SpikeGuard
 from train.state import optimizer_tensors
-from train.step import make_step
-from train.summary import TOTAL
+from train.step import TOTAL, make_step
 
 CONF = Path(__file__).resolve().parents[2] / "conf/runtime"
 NUM_CLASSES, DECAY = 10, 0.9999

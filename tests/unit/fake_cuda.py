@@ -48,8 +48,8 @@ from model import blocks
 from model.attention import QKNormSelfAttention
 from model.autoencoder import IdentityAutoencoder
 from model.autoencoder_kl import DiffusersAutoencoder
-from model.checkpointing import checkpoint_units
 from model.dit import DiT, DiTConfig
+from model.network import checkpoint_units
 from runtime.accelerate import AccelerateRuntime
 from train import ema as averages_of
 from train.checkpoint import load_checkpoint

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_model import forward_inputs, golden_model, inputs, tiny
 
 from launch.builders.diffusers_folder import read_diffusers_folder
-from launch.builders.starting_weights import load_starting_weights
+from launch.builders.training import load_starting_weights
 from model.attention import QKNormSelfAttention
 from model.blocks import AdaLNBlock, AdaLNZeroBlock
 from model.diffusers_weights import to_diffusers

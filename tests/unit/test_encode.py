@@ -20,9 +20,9 @@ from data.encode import Workers, encode
 from data.encodings import ImportLatents
 from data.image_folder import ImageFolder
 from data.images import CenterCrop, ExactSize, Preparation, to_unit_range
-from data.latent_tars import LatentTars
 from data.manifest import Manifest
 from data.shards import MappedShards
+from data.tars import LatentTars
 from data.verify import verify
 from model.autoencoder import IdentityAutoencoder
 from model.autoencoder_kl import DiffusersAutoencoder

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from launch.builders.foreign import is_foreign
-from launch.builders.starting_weights import load_starting_weights
+from launch.builders.training import load_starting_weights
 from model.diffusers_weights import to_diffusers
 from model.dit import DiT, DiTConfig
 from model.released import from_reference, to_reference

@@ -16,10 +16,10 @@ from core import remote
 from core.remote import Retry
 from data.encode import encode
 from data.image_folder import ImageFolder
-from data.image_tars import ImageTars
 from data.images import CenterCrop
 from data.shards import MappedShards
 from data.sources import Source
+from data.tars import ImageTars
 from model.autoencoder import IdentityAutoencoder
 
 QUICK = Retry(attempts=4, first_wait_sec=0.01, timeout_sec=0.5)

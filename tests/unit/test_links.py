@@ -15,10 +15,9 @@ from test_sources import contents, hugging_face_dataset, make_tars
 
 from data.hugging_face import ParquetImages, SavedDataset
 from data.image_folder import ImageFolder
-from data.image_tars import ImageTars
-from data.latent_tars import LatentTars
 from data.local_tree import MAX_WAYS
 from data.shards import MappedShards
+from data.tars import ImageTars, LatentTars
 from model.autoencoder import IdentityAutoencoder
 
 

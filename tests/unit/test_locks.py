@@ -133,7 +133,7 @@ def test_whoever_refuses_or_waits_takes_the_locks_words() -> None:
         name, text = path.relative_to(ROOT).as_posix(), path.read_text()
         if "SoftFileLock" in text:
             assert name == "core/locks.py"
-        if "except HeldError" in text and name != "launch/command/gpus.py":  # which takes the next one
+        if "except HeldError" in text and name != "launch/command/machine.py":  # which takes the next one
             assert "{error.hint}" in text, name
 
 

@@ -13,11 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.attention import QKNormSelfAttention
 from model.autoencoder import IdentityAutoencoder
 from model.blocks import AdaLNBlock, AdaLNZeroBlock, Block, CrossAttentionBlock, InContextBlock
-from model.checkpointing import checkpoint_units
 from model.dit import DiT, DiTConfig
 from model.embeddings import Embedded
 from model.flops import multiply_adds, num_parameters, training_multiply_adds, weightless
 from model.memory import activation_bytes_per_image
+from model.network import checkpoint_units
 from model.released import from_reference
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}

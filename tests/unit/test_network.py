@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from launch.builders.components import build
 from model.attention import CrossAttention, SelfAttention
 from model.blocks import AdaLNZeroBlock, Block, ConditionFirst, CrossAttentionBlock, InContextBlock
-from model.checkpointing import checkpoint_units
 from model.embeddings import ConditionEmbedding, Embedded, grid_positions, sincos_frequencies
 from model.flops import multiply_adds, num_parameters, weightless
 from model.mlp import GeluMlp
+from model.network import checkpoint_units
 
 
 def rms_norm(width: int, affine: bool) -> nn.Module:

@@ -19,11 +19,10 @@ from s3_server import BUCKET, s3_server
 from core.draws import Philox
 from data.hugging_face import ParquetImages, SavedDataset
 from data.image_folder import ImageFolder
-from data.image_tars import ImageTars
 from data.images import CenterCrop, UnreadableImageError, decode
-from data.latent_tars import LatentTars
 from data.plan import encoding_order
 from data.sources import Source, load_images
+from data.tars import ImageTars, LatentTars
 
 
 def contents(source: Source) -> list[tuple[str, bytes, int]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.command.cores import usable_cores
+from launch.command.machine import usable_cores
 
 FORKS = """
 import os, sys, threading
@@ -72,7 +72,7 @@ def test_a_containers_quota_bounds_the_cores_that_a_sweep_uses(
 LIMITED = """
 import torch
 from threadpoolctl import threadpool_info
-from launch.command.cores import limit_threads
+from launch.command.machine import limit_threads
 limit_threads(1)
 print({library["num_threads"] for library in threadpool_info()} | {torch.get_num_threads()})
 """

@@ -11,9 +11,8 @@ from pictures import encoded, photo
 from test_left_out import LFS_POINTER
 from test_sources import contents, make_tars
 
-from data.image_tars import ImageTars
 from data.images import UnreadableImageError
-from data.latent_tars import LatentTars
+from data.tars import ImageTars, LatentTars
 
 PICTURE = encoded(photo(0), "PNG")
 

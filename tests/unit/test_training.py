@@ -29,9 +29,8 @@ from train.runfolder import RunFolder
 from train.saving import CheckpointWriter
 from train.signals import Stopped, StopSignals
 from train.state import TrainState
-from train.step import make_step
+from train.step import make_step, summary
 from train.stores import FolderStore, list_checkpoints
-from train.summary import summary
 
 RUNTIME = AccelerateRuntime("fp32", device="cpu")
 FACTS = {"seed": 0, "config": {}, "spec": {}, "data_manifest_hash": "0"}

@@ -18,8 +18,8 @@ from test_sources import contents, hugging_face_dataset, make_tars
 from data.files import Files
 from data.hugging_face import ParquetImages, SavedDataset
 from data.image_folder import ImageFolder
-from data.image_tars import ImageTars
 from data.images import UnreadableImageError
+from data.tars import ImageTars
 
 PICTURE = encoded(photo(0))
 CLASSES = {"info": {"features": {"label": {"names": ["ant", "bee"], "_type": "ClassLabel"}}}}

@@ -1,7 +1,14 @@
-"""Index the samples of webdataset tars in one pass over the headers, then read any sample by its offset."""
+"""Read webdataset tars: index the samples in one pass over the headers, then read any sample by its offset.
 
+The sources of images and of latents that another program encoded are at the end.
+"""
+
+import io
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from core.records import canonical_hash
 from data.files import MAX_FILE_BYTES, given
@@ -9,7 +16,7 @@ from data.images import UnreadableImageError
 from data.named_files import named_files
 from data.sources import Example
 from data.tar_members import Member, read_tar
-from data.unread import LeftOut
+from data.unread import LFS_REASON, LeftOut, is_lfs_pointer
 
 READ_AHEAD_BYTES = 4 * 2**20  # for a remote tar, whose headers lie between the images
 
@@ -78,3 +85,32 @@ class TarSamples:
     def decoded(self, content: bytes, source_id: str) -> Any:
         """Return the content of the `Example` for a sample's bytes."""
         return content
+
+
+class ImageTars(TarSamples):
+    """A source of samples ``KEY.jpg`` (.jpeg, .png, .webp, .img) with ``KEY.cls``.
+
+    A key without such an image may have one in another format that Pillow reads.
+    """
+
+    name = "image tars"
+    suffixes = (".jpg", ".jpeg", ".png", ".webp", ".img")
+
+
+class LatentTars(TarSamples):
+    """A source of samples ``KEY.npy`` ([c, h, w] latents or [2c, h, w] moments) with ``KEY.cls``."""
+
+    name = "latent tars"
+    suffixes = (".npy", ".moments.npy", ".latent.npy")
+
+    def decoded(self, content: bytes, source_id: str) -> NDArray[np.generic]:
+        """Return the array. Raises UnreadableImageError where the bytes are not an array."""
+        if is_lfs_pointer(content):
+            raise UnreadableImageError(f"the file {LFS_REASON}", source_id)
+        try:
+            values = np.load(io.BytesIO(content), allow_pickle=False)
+        except Exception as error:  # numpy's parser of headers raises ValueError, TokenError, MemoryError and more
+            raise UnreadableImageError(f"{type(error).__name__}: {error}".replace("\n", " "), source_id) from error
+        if not isinstance(values, np.ndarray):
+            raise UnreadableImageError("it is a collection of arrays, not a single one", source_id)
+        return values
