@@ -65,7 +65,7 @@ class Network(nn.Module):
 
 
 def checkpoint_units(network: Network, checkpoint: Callable[..., Any]) -> None:
-    """Keep only the inputs of units for the backward pass, which recomputes the rest: less memory, a third more compute.
+    """Keep only units' inputs for the backward pass, which recomputes the rest: less memory, a third more compute.
 
     ``checkpoint(function, unit, *arguments)`` is the runtime's activation-checkpointing function. Arguments and results
     are trees of tensors and other values.

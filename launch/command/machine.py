@@ -1,4 +1,4 @@
-"""Share cores and GPUs of a machine between the runs of a sweep (``hydra.launcher.n_jobs``), without PyTorch at import."""
+"""Share a machine's cores and GPUs between the runs of a sweep (``hydra.launcher.n_jobs``). Import no PyTorch."""
 
 import itertools
 import math
