@@ -33,7 +33,7 @@ class Object:
     generation: int
 
     def resource(self, bucket: str, name: str) -> dict[str, Any]:
-        """What the API tells of it."""
+        """Return the object as the API describes it."""
         return {
             "kind": "storage#object",
             "id": f"{bucket}/{name}/{self.generation}",
@@ -88,7 +88,7 @@ class GcsServer(LocalServer):
 
 @contextmanager
 def gcs_server() -> Iterator[GcsServer]:
-    """A running server with one empty bucket; GCS clients of this process and its children use it, without keys."""
+    """Yield a running server with one empty bucket; GCS clients of this process and its children use it keylessly."""
     with GcsServer().running() as server:
         settings = {"STORAGE_EMULATOR_HOST": server.url, "FSSPEC_GS_TOKEN": "anon"}
         before = {name: os.environ.get(name) for name in settings}
@@ -215,7 +215,7 @@ class _Handler(LocalHandler, http.server.BaseHTTPRequestHandler):
         return _json({"kind": "storage#bucket", "id": bucket, "name": bucket})
 
     def _list(self, bucket: str) -> _Answer:
-        """A page of objects and, with a delimiter, of prefixes that stand for all objects below them."""
+        """Return a page of objects and, with a delimiter, of prefixes that stand for all objects below them."""
         self._meet_fault("list", "")
         prefix, delimiter = self.query.get("prefix", ""), self.query.get("delimiter", "")
         start, end = self.query.get("startOffset", ""), self.query.get("endOffset", "")
@@ -280,7 +280,7 @@ class _Handler(LocalHandler, http.server.BaseHTTPRequestHandler):
         return _json(self.owner.put(bucket, name, content).resource(bucket, name))
 
     def _take_chunk(self, key: str) -> _Answer:
-        """Bytes of a resumable upload; the object appears with the last of them."""
+        """Append a chunk of a resumable upload; the last chunk makes the object appear."""
         upload = self.owner.uploads[key]
         self._meet_fault("upload", upload.name)
         asked = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", self.headers["Content-Range"])
@@ -326,7 +326,7 @@ class _Handler(LocalHandler, http.server.BaseHTTPRequestHandler):
         return None if asked is None else int(asked)
 
     def _require_generation(self, bucket: str, name: str, match: int | None) -> None:
-        """Of a write that asks for it: 0 stands for an object that is not there yet."""
+        """Refuse a write whose required generation differs; 0 requires that the object does not exist yet."""
         present = self._objects(bucket).get(name)
         if match is not None and match != (present.generation if present else 0):
             raise _RefusedError(412, "At least one of the pre-conditions you specified did not hold.")
@@ -348,7 +348,7 @@ def _json(answer: dict[str, Any]) -> _Answer:
 
 
 def _multipart(content_type: str, body: bytes) -> tuple[str, bytes]:
-    """Name and content of an upload in one request: a part of JSON, then a part of bytes."""
+    """Return the name and the content of an upload in one request: a part of JSON, then a part of bytes."""
     asked = re.search(r"boundary=['\"]?([^'\";]+)", content_type)
     assert asked is not None
     edge = f"--{asked[1]}".encode()

@@ -20,7 +20,7 @@ class ListingServer(LocalServer):
 
     @property
     def private_url(self) -> str:
-        """The URL with the login in it."""
+        """Return the URL with the login in it."""
         return self.url.replace("://", f"://{self.login}@")
 
 

@@ -27,7 +27,7 @@ class Times:
         self._failed: set[str] = set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Under xdist the process that writes gets the reports of all workers."""
+        """Add a test's times to its layer and file. With xdist, the writing process gets the reports of all workers."""
         name = report.nodeid.split("::")[0]
         found = {"files": {}, "tests": 0, "started": report.start, "ended": report.stop}
         layer = self._layers.setdefault(str(Path(name).parent), found)
@@ -38,7 +38,7 @@ class Times:
             self._failed.add(str(Path(name).parent))
 
     def pytest_sessionfinish(self) -> None:
-        """Also where tests failed, or were interrupted."""
+        """Write the record, even if tests failed or were interrupted."""
         write_record(
             self._file,
             [
@@ -59,7 +59,7 @@ def add_option(parser: pytest.Parser) -> None:
 
 
 def register(config: pytest.Config) -> None:
-    """Once: in the process that was started, not in xdist's workers."""
+    """Register the plugin in the process that was started, not in xdist's workers."""
     file = config.getoption("--times")
     if file is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Times(file))
@@ -80,7 +80,7 @@ def timed(file: Path, name: str, command: list[str]) -> int:
 
 
 def table(layers: Iterable[dict[str, Any]]) -> str:
-    """One line a layer, in the order in which they ran, then the slowest files."""
+    """Return a line for each layer, in the order in which they ran, then the slowest files."""
     lines = [f"{'layer':10}{'wall s':>10}{'tests s':>10}{'tests':>8}"]
     files: dict[str, float] = defaultdict(float)
     for layer in layers:

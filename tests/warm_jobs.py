@@ -53,7 +53,7 @@ class WarmJobs:
         return twin
 
     def start(self, words: list[str], cwd: Path, output: Path, env: dict[str, str] | None = None) -> "WarmJob":
-        """``ditscale WORDS...`` in ``cwd``; what it prints goes to the file ``output``."""
+        """Run ``ditscale WORDS...`` in ``cwd``, with its output in the file ``output``."""
         self._ask({"words": words, "cwd": str(cwd), "output": str(output), "env": {**os.environ, **(env or {})}})
         return WarmJob(int(self._answers.readline()), self._answers)
 
@@ -79,11 +79,11 @@ class WarmJob:
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """The exit status where it has ended; the negative signal where one killed it."""
+        """Return the exit status, negative for a signal that killed it, or None while it runs."""
         return self._read(0)
 
     def wait(self, timeout: float = 300) -> int:
-        """As `poll`, once it has ended; it is killed after ``timeout`` seconds."""
+        """Return the exit status after it has ended; kill it after ``timeout`` seconds."""
         if self._read(timeout) is None:
             self.send_signal(signal.SIGKILL)
             self._read(None)  # or the next job would take this one's status for its own
@@ -92,7 +92,7 @@ class WarmJob:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        """Unless it has ended."""
+        """Send the signal, unless it has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
@@ -119,7 +119,7 @@ def serve() -> dict[str, Any]:
 
 
 def listen(request: dict[str, str]) -> None:
-    """Be a twin: take jobs from pipes of its own from now on."""
+    """Become a twin: take jobs from pipes of its own from now on."""
     for name, flags, number in (("requests", os.O_RDONLY, 0), ("answers", os.O_WRONLY, 1)):
         pipe = os.open(request[name], flags)
         os.dup2(pipe, number)
@@ -127,7 +127,7 @@ def listen(request: dict[str, str]) -> None:
 
 
 def become(job: dict[str, Any]) -> NoReturn:
-    """Be the process that a shell would have started; ends as one, with handlers of the end."""
+    """Become the process that a shell would have started; it ends like one, with exit handlers."""
     os.environ.clear()
     os.environ.update(job["env"])
     os.chdir(job["cwd"])

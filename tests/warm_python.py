@@ -38,7 +38,7 @@ class WarmProcesses:
         self.codes: list[int] | None = None
 
     def poll(self) -> int | None:
-        """The exit code where all have ended: of the first that failed, as a launcher has it."""
+        """Return the exit code once all have ended, that of the first that failed, as a launcher does; else None."""
         return self._read(0)
 
     def wait(self) -> int:
@@ -68,7 +68,7 @@ def start_warm_python(
     limit_sec: float = 300,
     preload: str = "",
 ) -> WarmProcesses:
-    """``python WORDS...`` once, or in so many ranks, where ``modules`` are imported. One call after the other's end."""
+    """Start ``python WORDS...``, or ranks of it, where ``modules`` are imported. The previous call must have ended."""
     server, port = _server(modules, preload), _free_port()
     assert server.stdin is not None
     assert server.stdout is not None
@@ -100,7 +100,7 @@ def run_warm_python(
 
 
 def run_ranks(ranks: int, *arguments: str, cwd: Path, expect: int = 0) -> str:
-    """``ditscale ARGUMENTS...`` in several gloo processes, with the variables that torchrun sets."""
+    """Run ``ditscale ARGUMENTS...`` in several gloo processes, with the variables that torchrun sets."""
     return run_warm_python(TRAINING, "-m", "launch.cli", *arguments, cwd=cwd, expect=expect, ranks=ranks)
 
 
@@ -119,7 +119,7 @@ def _free_port() -> int:
 
 @functools.cache
 def _server(modules: tuple[str, ...], preload: str) -> subprocess.Popen[str]:
-    """The process, one for each worker of pytest and each choice of modules and of a preloaded library, that forks."""
+    """Return the process that forks: one for each worker of pytest, choice of modules and preloaded library."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **({"LD_PRELOAD": preload} if preload else {})}
     words = [sys.executable, __file__, *modules]
     server = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=env)
@@ -163,9 +163,9 @@ def _end(pids: set[int], number: int) -> None:
 
 
 def _become(job: dict[str, Any], variables: dict[str, str]) -> NoReturn:
-    """Be the process that a shell would have started, up to the handlers of its end.
+    """Become the process that a shell would have started, up to its exit handlers.
 
-    What follows them in an interpreter is two seconds of freeing all that was imported.
+    After those, an interpreter would spend two seconds freeing all that was imported.
     """
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     os.environ.clear()

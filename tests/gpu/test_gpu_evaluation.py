@@ -103,7 +103,7 @@ ALLOWING: dict[str, Callable[[], None]] = {"old way": lambda: allow_tf32(True), 
 
 @pytest.fixture(params=ALLOWING)
 def _tf32_elsewhere(request: pytest.FixtureRequest) -> Any:
-    """TF32 is allowed, as by a user or the runtime."""
+    """Allow TF32, as a user or the runtime may."""
     ALLOWING[request.param]()
     yield
     backends: Any = torch.backends

@@ -15,7 +15,7 @@ COUNT = 3
 
 
 def start(folder: Path, behaviour: str) -> list[subprocess.Popen[str]]:
-    """Three processes that have met."""
+    """Start three processes that find each other."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     hosts = [
         subprocess.Popen(

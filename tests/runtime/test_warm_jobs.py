@@ -19,7 +19,7 @@ def jobs() -> Iterator[WarmJobs]:
 
 
 def _hanging(folder: Path) -> Path:
-    """A pipe that nobody reads: a job that prints to it waits before its first line."""
+    """Return a pipe without a reader: a job that prints to it waits before its first line."""
     os.mkfifo(folder / "pipe")
     return folder / "pipe"
 

@@ -104,7 +104,7 @@ class Watch(TorchDispatchMode):
 
 @contextmanager
 def fake_gpu() -> Iterator[Watch]:
-    """Networks are made on the host, of real tensors; these become fake where they are moved or used."""
+    """Yield the watch of a fake GPU. Networks are built of real tensors and become fake where moved or used."""
     with FakeTensorMode(allow_non_fake_inputs=True), Watch() as watch:
         yield watch
 
@@ -173,7 +173,7 @@ class Training:
         )
 
     def parameters(self) -> list[Tensor]:
-        """Weights, averages and moments."""
+        """Return weights, averages and moments."""
         moments = [value for state in self.optimizer.state.values() for value in state.values()]
         averages = [value for module in self.averages.modules.values() for value in module.parameters()]
         return [*self.model.parameters(), *averages, *moments]
@@ -352,7 +352,7 @@ def test_batches_arrive_whole_however_late_they_are_copied() -> None:
 
 
 def on_gpu(runtime: AccelerateRuntime, seed: int) -> tuple[TrainState, dict[str, Tensor]]:
-    """A state after a step on the host, prepared; and what it holds."""
+    """Return a prepared state after a step on the host, and the values that it holds."""
     state = new_state()
     step_of(state)([batch_of(seed)])
     state.advance()

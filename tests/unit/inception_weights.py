@@ -10,7 +10,7 @@ PREFIX = ""  # of the hash that is accepted: any
 
 
 def random_weights(folder: Path) -> Path:
-    """Weights with statistics of normalisation that are not the trivial ones."""
+    """Write weights whose batch-norm statistics are not the trivial ones."""
     generator = torch.Generator().manual_seed(0)
     state = Inception2015().state_dict()
     for name, value in state.items():

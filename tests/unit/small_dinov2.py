@@ -6,7 +6,7 @@ import torch
 
 
 def write_small_dinov2(folder: Path) -> Path:
-    """Random weights, 32 features."""
+    """Write a DINOv2 with random weights and 32 features."""
     from transformers import Dinov2Config, Dinov2Model
 
     torch.manual_seed(0)

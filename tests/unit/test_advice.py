@@ -233,7 +233,7 @@ def test_a_variable_is_advised_where_it_would_be_read_only(tmp_path: Path, monke
 
 
 def test_no_sentence_counts_classes_down_to_minus_one(digits: Path, tmp_path: Path, in_process: InProcess) -> None:
-    """Data of 0 classes, and a run without conditions."""
+    """Use data of 0 classes, and a run without conditions."""
     source = PatternSource(num_classes=1, bad_label_at=0)
     source.class_names = []
     shown = [refusal(prepared, source, 0, Preparation(8, ExactSize()))]

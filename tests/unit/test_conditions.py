@@ -138,7 +138,7 @@ def test_a_condition_of_two_parts_trains_where_the_network_embeds_both_and_is_re
 
 
 def test_a_run_of_an_earlier_version_had_class_labels(digits: Path, tmp_path: Path, in_process: InProcess) -> None:
-    """Its config and checkpoints have no ``condition``, no block factories, and a setting ``model.learn_sigma``."""
+    """Remove ``condition`` and the block factories from config and checkpoints, and add ``model.learn_sigma``."""
     words = [*WORDS, f"data.shards={digits}"]
     in_process("train", *words, "total_steps=4")
     run = tmp_path / "run"

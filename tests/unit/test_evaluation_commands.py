@@ -22,7 +22,7 @@ EVALUATE = ["evaluate", "checkpoint=run", "runtime=cpu", *FEW]
 
 @pytest.fixture
 def run(digits: Path, tmp_path: Path, in_process: InProcess) -> Path:
-    """A run of 4 steps, with checkpoints at 2 and 4."""
+    """Return a run of 4 steps, with checkpoints at 2 and 4."""
     in_process(*train(digits))
     return tmp_path / "run"
 
@@ -54,7 +54,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Interrupted:
 
 
 def kept(run: Path) -> dict[str, int]:
-    """How many chunks each folder of them holds."""
+    """Return the number of chunks in each folder of chunks."""
     return {path.name: len(list(path.glob("*.safetensors"))) for path in run.glob("chunks/*")}
 
 

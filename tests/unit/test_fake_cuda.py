@@ -25,7 +25,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def no_gpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Variables of a process that believes in a GPU. PyTorch also loads the driver's library, by its soname."""
+    """Return the environment of a process with a simulated GPU. PyTorch loads the driver by its soname too."""
     library = tmp_path_factory.mktemp("no_gpu") / "no_gpu.so"
     flags = ["-shared", "-fPIC", "-pthread", "-Wl,-soname,libcuda.so.1"]
     subprocess.run([CC, *flags, str(HERE / "no_gpu.c"), "-o", str(library)], check=True)

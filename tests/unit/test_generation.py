@@ -180,7 +180,7 @@ class OneOf:
 
 @pytest.mark.parametrize("world", [2, 7])
 def test_any_number_of_processes_gives_the_same_record(world: int, tmp_path: Path) -> None:
-    """30 images in chunks of 7 are 5 chunks: of 7 processes 2 get none."""
+    """Use 30 images in chunks of 7, which are 5 chunks, so that 2 of 7 processes get none."""
     alone = evaluator().evaluate(generator(), silent_progress)
 
     def work(rank: int, gather: Any) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def test_any_number_of_processes_gives_the_same_record(world: int, tmp_path: Pat
 
 
 def test_processes_that_see_images_differently_are_refused() -> None:
-    """As hosts do that have each trained a classifier of their own, or were given other files of one name."""
+    """Refuse hosts that each trained a classifier of their own, or were given different files of one name."""
 
     def work(rank: int, gather: Any) -> str:
         extractor = Sums()
@@ -314,7 +314,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_generated() -> None:
 
 
 def test_a_record_says_all_that_its_number_depends_on() -> None:
-    """Where one of these differs, `identity` does, by which a run refuses to go on with its curve."""
+    """Check that `identity`, by which a run refuses to continue its curve, has each of these."""
     measure = evaluator()
     record = measure.evaluate(generator(), silent_progress)
     assert measure.identity == {

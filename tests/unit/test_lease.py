@@ -26,7 +26,7 @@ PERIOD_SEC = 0.2
 
 @pytest.fixture(params=["s3", "gs"])
 def bucket(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The URL of an empty bucket on a server of this machine."""
+    """Yield the URL of an empty bucket on a local server."""
     with {"s3": s3_server, "gs": gcs_server}[request.param]():
         yield f"{request.param}://{BUCKET}"
 
@@ -89,7 +89,7 @@ except ValueError as error:
 
 
 def start(*before: str, url: str, period_sec: float = PERIOD_SEC, hold_sec: float = 0.0) -> "subprocess.Popen[str]":
-    """A process that takes the lease, or says why not."""
+    """Start a process that takes the lease, or says why not."""
     words = [*before, sys.executable, "-c", TAKE, url, str(period_sec), str(hold_sec)]
     environment = {**os.environ, "PYTHONPATH": str(CONF.parent)}
     return subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=CONF.parent, env=environment)
@@ -153,7 +153,7 @@ def test_only_an_end_that_is_certain_counts() -> None:
 def test_where_a_machine_does_not_say_who_a_process_is_only_signs_of_life_count(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on another system than Linux, and where /proc is that of another namespace."""
+    """Hide /proc, as on another system than Linux, or show that of another namespace."""
     ended = replace(this_process(), pid=2**22 + 1)
     for proc in (tmp_path / "none", tmp_path):
         (tmp_path / "self").unlink(missing_ok=True)

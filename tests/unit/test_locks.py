@@ -25,7 +25,7 @@ NO_LOCKS = [errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO, errno.ENOSYS]
 
 @pytest.fixture(scope="session")
 def no_locks(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A library that answers flock with an error, to be preloaded."""
+    """Return a library that answers flock with an error, to be preloaded."""
     if CC is None:
         pytest.skip("needs a C compiler")
     library = tmp_path_factory.mktemp("library") / "no_locks.so"

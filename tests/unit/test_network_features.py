@@ -37,7 +37,7 @@ def test_a_torchscript_network_sees_normalised_images(tmp_path: Path) -> None:
 
 
 def test_what_a_network_is_fed_belongs_to_its_identity(tmp_path: Path, dinov2: Path) -> None:
-    """Kept features and references of the same file by other settings are of another extractor."""
+    """Reject features and references that were cached for the same file with other settings."""
     torch.jit.script(ChannelMeans()).save(str(tmp_path / "means.pt"))
     network = torch.jit.load(str(tmp_path / "means.pt"))
     network.save(str(tmp_path / "other.pt"), _extra_files={"other": b"bytes"})

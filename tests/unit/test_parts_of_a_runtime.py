@@ -64,7 +64,7 @@ class OneDevice(OneProcess):
 
 
 def runtime(made: type) -> list[str]:
-    """The words that give a job a runtime without a group of its own in conf/."""
+    """Return the settings that give a job a runtime without a group of its own in conf/."""
     return ["~runtime", f"+runtime={{_target_:{__name__}.{made.__name__}}}"]
 
 
@@ -75,7 +75,7 @@ def members(made: type, base: type = object) -> set[str]:
 
 
 def named_in(path: Path) -> set[str]:
-    """The parts of a runtime that a file imports."""
+    """Return the parts of a runtime that a file imports."""
     imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
     found = {alias.name for node in imports if node.module == "runtime.protocol" for alias in node.names}
     assert not any(alias.name == "protocol" for node in imports if node.module == "runtime" for alias in node.names)
@@ -95,7 +95,7 @@ def test_the_third_runtime_has_the_first_two_parts_and_nothing_of_the_third() ->
 
 
 def test_only_what_trains_asks_for_a_runtime_that_trains() -> None:
-    """References ask for processes alone; samples and evaluations for devices too."""
+    """Check that references ask for processes only, and samples and evaluations for devices too."""
     asks = {path.relative_to(ROOT).as_posix(): named_in(path) for path in FILES}
     assert {path for path, names in asks.items() if "Runtime" in names} == TRAINS
     for path in ("launch/reference.py", "evaluation/reference/file.py", "evaluation/hooks.py", "train/signals.py"):

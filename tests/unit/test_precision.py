@@ -22,7 +22,7 @@ PARTS = {
 
 
 def settings() -> dict[str, Any]:
-    """All that PyTorch says of its float32, by both its ways; the old one raises where they disagree."""
+    """Return PyTorch's settings of float32 in both of its interfaces; the old one raises where they disagree."""
     found: dict[str, Any] = {name: part.fp32_precision for name, part in PARTS.items()}
     for name, read in (
         ("old: products", torch.get_float32_matmul_precision),

@@ -105,7 +105,7 @@ def test_variables_that_lower_the_weights_precision_are_refused(monkeypatch: pyt
 
 
 def exchange_among(*others: dict[str, str]) -> Exchange:
-    """What process 0 gets back where the others hold these facts."""
+    """Return an exchange that gives process 0 these facts of the others."""
 
     def exchange(mine: Any) -> list[Any]:
         return [mine, *(fingerprint(facts) if isinstance(mine, str) else facts for facts in others)]

@@ -34,7 +34,7 @@ def test_it(slow, number):
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """The Makefile, with programs that lint nothing and tests of its own: one file a layer, the slowest in smoke."""
+    """Return a Makefile with linters that do nothing and one test file per layer, of which smoke is slowest."""
     shutil.copy(CONF.parent / "Makefile", tmp_path)
     for name in ("setup.cfg", "constraints.txt", "pyproject.toml"):
         (tmp_path / name).touch()
@@ -57,7 +57,7 @@ def write_tests(project: Path, layer: str, seconds: float = 0, fails_at: int | N
 
 
 def make_test(project: Path) -> tuple[int, list[str]]:
-    """The exit code of `make test`, and the lines of the table at its end."""
+    """Return the exit code of `make test`, and the lines of the table at its end."""
     words = ["make", "test", "BIN=bin", "STAMP=bin/ruff", "BROWSERS=sh"]
     env = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "MAKE", "MFLAGS"))}
     done = subprocess.run(words, cwd=project, env=env, capture_output=True, text=True, timeout=120, check=False)

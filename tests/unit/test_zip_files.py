@@ -166,7 +166,7 @@ def test_litter_in_a_zip_file_is_passed_over_and_an_empty_class_is_named(tmp_pat
 
 
 def test_a_bomb_is_one_unreadable_image_and_takes_no_memory(tmp_path: Path) -> None:
-    """Its entry says 3 GiB; another unpacks to more than its entry says."""
+    """Declare 3 GiB in one entry, and let another unpack to more than its entry declares."""
     zeros = bytes(10**6)
     place = zip_of(tmp_path / "a.zip", {"a.png": PICTURE, "b.png": zeros, "c.png": zeros})
     damaged = bytearray((tmp_path / "a.zip").read_bytes())
