@@ -1,4 +1,4 @@
-"""What tests share: small shards, small configs, and the command as a user types it."""
+"""Define what tests share: small shards, small configs, and the command as a user types it."""
 
 import atexit
 import functools
@@ -81,7 +81,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def process_as_it_was() -> Iterator[None]:
-    """Take back what the command leaves in its process: Hydra's handlers (their streams end here), and a variable."""
+    """Restore what the command changes in its process: Hydra's handlers (their streams end here), and a variable."""
     handlers, level, variable = list(logging.root.handlers), logging.root.level, os.environ.get(FULL_ERROR)
     yield
     logging.root.handlers[:] = handlers
@@ -106,7 +106,7 @@ def silent_progress(label: str, done: int, total: int, unit: str) -> Iterator[_S
 
 
 class PatternSource:
-    """Small labelled images of known content: image i is filled with a ramp that depends on i."""
+    """Small labeled images of known content: image i is filled with a ramp that depends on i."""
 
     name = "pattern"
     block_sizes = None
@@ -225,7 +225,7 @@ def torchrun(processes: int, *arguments: str, cwd: Path, expect: int = 0) -> str
 
 
 class InProcess:
-    """``ditscale`` in the process of the tests, which saves it the seconds that imports take."""
+    """Runs ``ditscale`` in the process of the tests, which saves the seconds that imports take."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
         self._monkeypatch, self._capfd = monkeypatch, capfd
@@ -263,7 +263,7 @@ def run_process(words: list[str], cwd: Path, expect: int, env: dict[str, str] | 
 
 
 def resealed(path: Path, **changes: Any) -> None:
-    """Change fields of a sealed record as somebody would who knows how: its hash is right."""
+    """Change fields of a sealed record and update its hash, as an informed attacker would."""
     content = {key: value for key, value in json.loads(path.read_text()).items() if key != SEAL}
     path.write_text(json.dumps(seal({**content, **changes})))
 

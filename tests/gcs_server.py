@@ -1,6 +1,6 @@
-"""A server of this machine with the part of Google Cloud Storage's JSON API that gcsfs speaks, and faults on demand.
+"""A local server with the part of Google Cloud Storage's JSON API that gcsfs uses, and faults on demand.
 
-Objects are kept in memory, and shown complete or not at all, as the real store does. A rewrite ends in one call.
+Objects are kept in memory and appear complete or not at all, as in the real store. A rewrite takes one call.
 """
 
 import base64
@@ -27,7 +27,7 @@ STARTED = "2026-01-01T00:00:00.000000Z"  # objects have a generation, not a cloc
 
 @dataclass
 class Object:
-    """One object; a new generation for each time that it is written."""
+    """An object; every write gives it a new generation."""
 
     content: bytes
     generation: int
@@ -54,7 +54,7 @@ class Object:
 
 @dataclass
 class Upload:
-    """A resumable upload that has not ended."""
+    """An unfinished resumable upload."""
 
     bucket: str
     name: str
@@ -63,12 +63,12 @@ class Upload:
 
 
 class GcsServer(LocalServer):
-    """``buckets`` maps names to objects by name; put what a test needs there, or upload it as a client does.
+    """A server of ``buckets``, which map names to objects; tests put objects there, or upload them as clients do.
 
     ``calls`` counts requests as "VERB NAME", with NAME the object's name after its last slash ("" of a list), and
-    ``faults`` maps the same words to what the next such requests meet, in turn. Verbs: download, describe, list,
+    ``faults`` maps the same words to the faults of the next such requests, in turn. Verbs: download, describe, list,
     upload (each request of a resumable one too), delete, rewrite, move. Faults: any HTTP status ("503", "429", "403"),
-    "hang" (longer than any patience of a test), "cut" (the connection closes half-way), "flip" (one byte is another).
+    "hang" (longer than any test waits), "cut" (the connection closes half-way), "flip" (one byte is changed).
     """
 
     def __init__(self) -> None:
@@ -115,7 +115,7 @@ def upload(server: GcsServer, folder: Path, prefix: str) -> str:
 
 @dataclass
 class _Answer:
-    """To one request."""
+    """The answer to one request."""
 
     status: int = 200
     content: bytes = b""
@@ -124,7 +124,7 @@ class _Answer:
 
 
 class _RefusedError(Exception):
-    """Ends a request with an HTTP status."""
+    """A request is refused with an HTTP status."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -132,7 +132,7 @@ class _RefusedError(Exception):
 
 
 class _HangError(Exception):
-    """Ends a request without an answer."""
+    """A request ends without an answer."""
 
 
 class _Handler(LocalHandler, http.server.BaseHTTPRequestHandler):
@@ -191,7 +191,7 @@ class _Handler(LocalHandler, http.server.BaseHTTPRequestHandler):
         raise _RefusedError(501, f"{self.command} {path} is not served here")
 
     def _meet_fault(self, verb: str, name: str) -> str | None:
-        """Count the request; a fault that is none of the content is met here, the others are returned."""
+        """Count the request; raise its fault, or return a fault that changes the content."""
         fault = self.owner.met(f"{verb} {name.rsplit('/', 1)[-1]}")
         if fault is not None and fault.isdigit():
             raise _RefusedError(int(fault), "injected")

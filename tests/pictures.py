@@ -1,4 +1,4 @@
-"""Images and small autoencoders that tests make for themselves."""
+"""Make images and small autoencoders for tests."""
 
 import io
 from pathlib import Path

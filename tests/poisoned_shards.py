@@ -1,4 +1,4 @@
-"""Shards with one value that no encoder would have written."""
+"""Write shards with one value that no encoder would write."""
 
 import shutil
 from dataclasses import replace

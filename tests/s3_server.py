@@ -1,4 +1,4 @@
-"""An S3 server of this machine (moto), and its bucket filled with a folder."""
+"""Run a local S3 server (moto), and fill its bucket from a folder."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Report where the time of `make test` went: each layer leaves a record, and one table shows all of them.
+"""Report how long each part of `make test` took: each layer writes a record, and one table shows all of them.
 
 ``pytest --times FILE`` writes the records of its layers. ``python suite_times.py FOLDER NAME COMMAND...`` runs a
 command and writes its record, ``python suite_times.py FOLDER`` prints the table of the records in a folder.
@@ -19,7 +19,7 @@ SLOWEST = 10
 
 
 class Times:
-    """The part of pytest that writes a record: of each layer (a folder of tests) and of each file."""
+    """A pytest plugin that records the times of each layer (a folder of tests) and of each file."""
 
     def __init__(self, file: Path) -> None:
         self._file = file

@@ -1,7 +1,7 @@
-"""Where the tests of GPUs run: on one, or not at all.
+"""Choose the device of the GPU tests: a GPU; without one, they are skipped.
 
-``DITSCALE_GPU_TESTS_ON=cpu`` runs their bodies on the CPU, which shows that none has a slip before a GPU is at hand;
-it proves nothing about GPUs.
+``DITSCALE_GPU_TESTS_ON=cpu`` runs their bodies on the CPU, which finds mistakes in them before a GPU is available; it
+proves nothing about GPUs.
 """
 
 import os

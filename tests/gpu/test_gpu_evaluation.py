@@ -39,7 +39,7 @@ LABELS = ClassLabels(10)
 
 
 class Watched:
-    """A denoiser from whose first call on the host must not wait; before it, the sampler's tables are sent."""
+    """A denoiser; from its first call on, the host must not wait. Before it, the sampler's tables are copied."""
 
     def __init__(self, denoiser: Any) -> None:
         self._denoiser = denoiser

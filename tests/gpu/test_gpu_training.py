@@ -1,4 +1,4 @@
-"""Training on a GPU: the CPU's run, the same bits again, nothing to wait for, and checkpoints of what it was."""
+"""Training on a GPU gives the CPU's run, repeats it bit for bit, never waits, and saves the exact state."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What devices send each other in a step, read from the compiled program of XLA's CPU backend."""
+"""Devices exchange only what they must in a step, by the compiled program of XLA's CPU backend."""
 
 import json
 from collections import Counter

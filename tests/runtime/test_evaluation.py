@@ -1,4 +1,4 @@
-"""Evaluations that are killed go on where they were, on another number of processes; compiled ones measure the same."""
+"""Killed evaluations continue, on any number of processes; compiled networks give the same results."""
 
 import os
 import shutil

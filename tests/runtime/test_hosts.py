@@ -1,4 +1,4 @@
-"""Hosts of one job: they leave together, and none waits for one that is gone."""
+"""Hosts of one job end together, and none waits for one that has ended."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""XL/2's step is traced for many devices without weights: what `benchmarks/tpu_aot.py` compiles for TPUs."""
+"""XL/2's step is traced for many devices without weights, as `benchmarks/tpu_aot.py` compiles it for TPUs."""
 
 import re
 from collections import Counter
@@ -53,7 +53,7 @@ def expected_state(num_spread: int) -> Counter[tuple[str, str]]:
 
 
 class Graph:
-    """The entry computation of an HLO module, as far as it says where tensors are."""
+    """The entry computation of an HLO module: the operations that place tensors."""
 
     def __init__(self, hlo: str) -> None:
         entry = hlo[hlo.index("\nENTRY") :]

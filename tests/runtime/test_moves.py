@@ -1,6 +1,6 @@
-"""A run goes on under another number of processes or devices, another sharding, another runtime: the same run.
+"""A run that continues under other processes, devices, sharding or runtime stays the same run.
 
-Steps are left out on the way (skip_grad_norm), which every part of a run must decide as one process does.
+It skips some steps (skip_grad_norm); each part of the run must skip the same ones as a single process.
 """
 
 from pathlib import Path

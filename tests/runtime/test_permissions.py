@@ -1,6 +1,6 @@
-"""What a user may not read or write is one sentence, and nothing of a run is passed over.
+"""Missing permissions give one sentence, and no part of a run is skipped because of them.
 
-Nothing is forbidden to root but for two capabilities, which root gives up here.
+Root may read and write everything by two capabilities, which it gives up here.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""Jobs that read a run while it trains and keeps its newest checkpoint alone."""
+"""Jobs can read a run while it trains and keeps only its newest checkpoint."""
 
 import signal
 import subprocess

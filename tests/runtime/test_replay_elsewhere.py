@@ -1,4 +1,4 @@
-"""The step at which a run diverged is looked at under any runtime and sharding, and shows the same."""
+"""The step at which a run diverged gives the same report under any runtime and sharding."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A training run that is killed anywhere ends as if nothing had happened; what cannot be saved loses nothing."""
+"""A training run killed at any moment ends in the same bits; a failed save loses nothing."""
 
 import os
 import random
@@ -60,7 +60,7 @@ MOMENTS: list[Callable[[Path], bool]] = [lambda run: True, writes_a_checkpoint, 
 
 
 def killed(words: list[str], cwd: Path, in_moment: Callable[[Path], bool], after_sec: float) -> bool:
-    """Start training; kill -9 it in such a moment once it has written a line. Returns whether it was hit there."""
+    """Start training; kill -9 it at such a moment after it has written a line. Returns whether that succeeded."""
     run, before = cwd / "run", time.time()
     process = warm(*TRAINING).start(["train", *words], cwd, cwd / "log")
     timing = run / "timing.jsonl"

@@ -1,4 +1,4 @@
-"""A run that is asked to stop saves, exits with the code for "again later", and continues to the same bits."""
+"""A run that is asked to stop saves, exits with the code that requests a requeue, and continues to the same bits."""
 
 import os
 import signal

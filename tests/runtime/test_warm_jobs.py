@@ -1,4 +1,4 @@
-"""Jobs forked from a warm process: two at a time by twins, and a job that hung leaves the next one its own status."""
+"""Jobs are forked from a warm process, two at a time by twins; after a hung job, the next one gets its own status."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""A subprocess of the tests: trains tiny DiTs under the runtimes asked for and writes down what happened.
+"""Train tiny DiTs under the requested runtimes and record the results, in a subprocess of the tests.
 
 ``python tiny_run.py OUT CASES`` with a JSON list of cases; all of one process share its devices. Each case
 leaves ``OUT/NAME.safetensors`` (the final state) and ``OUT/NAME.json`` (losses and the runtime's counters).
@@ -210,7 +210,7 @@ def make_runtime(case: Case) -> Any:
 
 
 class Counters:
-    """Since the case began: compilations and reads by torch_xla's own metrics, else compilations by torch.compile's."""
+    """Counts of a case: compilations and device reads by torch_xla's metrics, else compilations by torch.compile."""
 
     def __init__(self, runtime: str) -> None:
         self._of_xla = runtime == "xla"

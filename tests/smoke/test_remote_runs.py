@@ -1,4 +1,4 @@
-"""A run that is kept in a bucket, as a user types it: it goes on from there on a machine that knows nothing of it."""
+"""A run in a bucket, as a user types it, continues on another machine without local files."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Passwords and keys in URLs are in nothing that a job prints or writes, as a user types it."""
+"""No job, as a user types it, prints or writes the passwords and keys in URLs."""
 
 import base64
 import shutil

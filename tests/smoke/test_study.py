@@ -1,4 +1,4 @@
-"""All jobs, end to end, as a user types them: a small sweep on the digits that ends in a curve."""
+"""All jobs work end to end, as a user types them: a small sweep on the digits ends in a curve."""
 
 import csv
 import json

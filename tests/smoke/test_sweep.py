@@ -1,4 +1,4 @@
-"""A sweep that is killed, and what keeps its runs apart."""
+"""A killed sweep continues, and its runs stay separate."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Training, grids, evaluation and sampling under XLA, as a user types them, on virtual devices of the CPU."""
+"""Training, grids, evaluation and sampling work under XLA, as a user types them, on virtual devices of the CPU."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Reads wandb's offline files: a log of protocol buffers in LevelDB's record format."""
+"""Read wandb's offline files: a log of protocol buffers in LevelDB's record format."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Weights of other programs that tests make for themselves, in every wrapping."""
+"""Make weights of other programs for tests, in every container format."""
 
 import hashlib
 import json
@@ -69,6 +69,6 @@ def hub_cache(root: Path, name: str, model: DiT) -> Path:
 
 
 def change_json(path: Path, **changes: object) -> None:
-    """Give a JSON object other values; None takes a key away."""
+    """Change values of a JSON object; None removes a key."""
     content = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))

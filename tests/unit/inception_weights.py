@@ -1,4 +1,4 @@
-"""Random weights for the Inception network, as a file: the public ones are no part of this repository."""
+"""Write random weights for the Inception network to a file: the public ones are not part of this repository."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A folder as a DINOv2's page on the hub, of a network small enough to make here."""
+"""Write a folder like DINOv2's page on the hub, of a small network."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A sentence advises what the job can do and has not done: no setting that has the value already, no empty range."""
+"""Errors advise what the job can do: never a setting that already has the value, never an empty range."""
 
 import json
 import re
@@ -34,7 +34,7 @@ FULL = torch.OutOfMemoryError("CUDA out of memory.")
 
 
 def refusal(call: object, *given: object, **named: object) -> str:
-    """Return the sentence that a call refuses with."""
+    """Return the sentence by which a call is refused."""
     with pytest.raises(ValueError, match=r"\S\.$") as raised:
         call(*given, **named)  # type: ignore[operator]
     return str(raised.value)

@@ -1,4 +1,4 @@
-"""diffusers' autoencoder behind our interface: the same numbers, an identity of its own, and clear errors."""
+"""diffusers' autoencoder behind our interface gives the same numbers, its own identity, and clear errors."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Batches: position in, batch out, whatever the number of processes."""
+"""Batches are a function of positions, whatever the number of processes."""
 
 import itertools
 import resource

@@ -1,4 +1,4 @@
-"""What lies in a bucket is a stranger's: names that lead elsewhere are refused, and only a run's files are fetched."""
+"""Objects in a bucket are untrusted: names that lead elsewhere are refused, and only a run's files are fetched."""
 
 import json
 import threading

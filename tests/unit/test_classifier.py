@@ -1,4 +1,4 @@
-"""The classifier that a job trains for itself, and keeps: damaged in any way, it is trained again to the same."""
+"""The cached classifier of a job is trained again to the same weights if it is damaged in any way."""
 
 import json
 from pathlib import Path

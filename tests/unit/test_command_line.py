@@ -1,4 +1,4 @@
-"""The command line takes paths as they are, says what there is, and refuses what it would get wrong."""
+"""The command line accepts any path, lists what exists, and refuses ambiguous input."""
 
 import re
 import signal

@@ -1,4 +1,4 @@
-"""Weights travel between the released code, this program and diffusers without a change."""
+"""Weights convert between the released code, this program and diffusers without a change."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Facts in files beat defaults: shards and checkpoints say what they are of, and nothing is typed twice."""
+"""Settings recorded in shards and checkpoints override defaults, so nothing is typed twice."""
 
 import json
 import os

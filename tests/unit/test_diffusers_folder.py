@@ -1,4 +1,4 @@
-"""Folders of diffusers are read without diffusers, or refused where their network is another."""
+"""Folders of diffusers are read without diffusers, or refused where their network differs."""
 
 import itertools
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The process against ADM's numbers and against closed forms."""
+"""The diffusion process equals ADM's numbers and closed forms."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""Numbers in docs/ are those of the committed result lines."""
+"""Numbers in docs/ equal those of the committed result lines."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""Averages of the weights against closed forms, and averages made after training."""
+"""Averages of the weights equal closed forms; averages of any width are made after training."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The encode job on faulty images and folders, verification and repair, and latents of other programs."""
+"""The encode job handles faulty images and folders, verifies and repairs, and imports latents of other programs."""
 
 import json
 import tarfile

@@ -1,4 +1,4 @@
-"""Statistics against closed forms, images against their index."""
+"""Statistics equal closed forms, and images depend on their index alone."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -151,7 +151,7 @@ def test_an_image_does_not_depend_on_the_batch_it_is_made_in() -> None:
 
 
 def test_images_are_rounded_as_in_the_released_sampling_code() -> None:
-    """Level v where 127.5 x + 128 is in [v, v + 1), cut off at both ends."""
+    """Check that x becomes level v where 127.5 x + 128 is in [v, v + 1), clipped at both ends."""
     levels = np.linspace(-10, 270, 2 * 4 * 8 * 8)
     given = torch.from_numpy((levels - 128) / 127.5).float().reshape(2, 4, 8, 8)
     make = replace(generator(), sampler=lambda *_: given)
@@ -198,7 +198,7 @@ def test_the_classifier_sees_the_images_that_were_encoded(tmp_path: Path) -> Non
 
 
 class PixelFeatures:
-    """Pixels as features, and the brightest column as the class."""
+    """An extractor whose features are pixels and whose class is the brightest column."""
 
     title, hash, facts = "pixels", "0", {"classifier_accuracy": 1.0}
 

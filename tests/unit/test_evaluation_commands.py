@@ -1,4 +1,4 @@
-"""`ditscale evaluate` and evaluations during training: what their records say, and which kept chunks they take."""
+"""`ditscale evaluate` and evaluations during training write complete records, and use the right cached chunks."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def train(digits: Path, *more: str, steps: int = 4) -> list[str]:
 
 
 class Interrupted:
-    """Stops jobs, as Ctrl-C would, when they have had the features of so many batches."""
+    """Stops jobs, as Ctrl-C would, after the features of a number of batches."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.left: float = float("inf")

@@ -1,4 +1,4 @@
-"""An exported folder is a pipeline of diffusers, which makes the images that this program makes."""
+"""An exported folder is a diffusers pipeline that generates the same images as this program."""
 
 import json
 import shutil

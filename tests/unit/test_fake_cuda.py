@@ -1,6 +1,6 @@
-"""The code of GPUs, on one that is not there: ``no_gpu.c`` makes PyTorch believe in it, ``fake_cuda.py`` has the tests.
+"""The code of GPUs passes ``fake_cuda.py`` on a simulated one, which ``no_gpu.c`` makes PyTorch see.
 
-No kernel runs, so no number is looked at: devices, dtypes, what the host waits for, and what only moves bytes.
+No kernel runs, so no number is checked, only devices, dtypes, waits of the host, and copies.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What a new user is told: where training starts, what will disappoint, and that names are as good as numbers."""
+"""A new user is told where training starts and which results will be poor, and may give names for numbers."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""A second objective behind the seam: flow matching on straight lines, with Euler's method."""
+"""A second objective works behind the interface: flow matching on straight lines, with Euler's method."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Jobs with weights of other programs: sampling from them, starting from them, exporting them."""
+"""Jobs sample from, start from, and export weights of other programs."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""Files of networks of anyone: TorchScript, DINOv2, Inception. Damage is named, in words of ours."""
+"""Untrusted networks (TorchScript, DINOv2, Inception) are read safely; damage is named in our own words."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Reference files of anyone: what their archive, headers and text claim is checked before anything is unpacked."""
+"""The claims of untrusted reference files in archive, headers and text are checked before anything is unpacked."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The report of run folders of anyone: fields that cannot be are named, nothing of them runs, nothing waits."""
+"""The report of untrusted run folders names impossible fields, runs no code of theirs, and never hangs."""
 
 import csv
 import json

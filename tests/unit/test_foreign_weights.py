@@ -1,4 +1,4 @@
-"""Weights of other programs are read in every wrapping, or refused in one sentence of ours."""
+"""Weights of other programs are read in every container format, or refused in one sentence of ours."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""Generated images: divided over processes, kept in chunks, written to files; what does not fit is refused."""
+"""Generated images are divided over processes, cached in chunks, and written to files; mismatches are refused."""
 
 import json
 import shutil
@@ -60,7 +60,7 @@ def test_chunks_of_all_processes_are_all_images_once() -> None:
 
 
 class CountingGenerator(Generator):
-    """Counts its images, and fails where it is told to, as a killed process would."""
+    """Counts its images, and fails at a given image, as a killed process would."""
 
     made: list[int]
     fail_at: int | None
@@ -80,7 +80,7 @@ def counting(fail_at: int | None = None, **changes: Any) -> CountingGenerator:
 
 
 class Sums(PixelFeatures):
-    """A few sums of pixels, so that 30 images have a covariance of full rank."""
+    """An extractor of a few sums of pixels, so that 30 images have a covariance of full rank."""
 
     def __call__(self, images: np.ndarray) -> Features:
         found = super().__call__(images)
@@ -162,7 +162,7 @@ def test_a_damaged_chunk_is_made_again(tmp_path: Path) -> None:
 
 
 class OneOf:
-    """A runtime of which there are several, as threads; alike in all else to the one on the CPU."""
+    """One of several runtimes, each in a thread, which otherwise equal the one on the CPU."""
 
     def __init__(self, rank: int, world: int, gather: Any) -> None:
         self.data_rank, self.data_world, self.gather, self.is_main = rank, world, gather, rank == 0
@@ -260,7 +260,7 @@ def test_images_that_are_not_finite_are_refused() -> None:
 
 
 class Overflowing(Sums):
-    """As a network in float16 whose activations are too large."""
+    """An extractor like a network in float16 whose activations overflow."""
 
     def __call__(self, images: np.ndarray) -> Features:
         found = super().__call__(images)

@@ -1,4 +1,4 @@
-"""gs:// against a local server: the same shards and batches as from a folder, in no more attempts than we asked for."""
+"""gs:// gives the same shards and batches as a folder, in no more attempts than requested, on a local server."""
 
 from collections.abc import Iterator
 from pathlib import Path

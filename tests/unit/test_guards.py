@@ -1,4 +1,4 @@
-"""Steps whose gradient is an outlier are left out, without a trace but in the log."""
+"""Steps whose gradient is an outlier are skipped, and leave a trace only in the log."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Index and tars of a stranger, whose hashes all fit: no array is believed to be as large as it says, and none runs."""
+"""Untrusted indices and tars with matching hashes: no array is trusted to have its stated size, and none runs code."""
 
 import io
 import os
@@ -262,7 +262,7 @@ def test_a_tar_that_the_manifest_vouches_for_is_still_checked(
 
 
 def test_a_tar_of_sound_samples_is_no_damage(folder: Path) -> None:
-    """Make the tars above."""
+    """Check that the tars above are sound without their damage."""
     path = folder / "shard-000003.tar"
     path.write_bytes(tar_of(GOOD))
     manifest = Manifest.load(folder)

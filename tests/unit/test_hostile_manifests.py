@@ -1,4 +1,4 @@
-"""Manifests and caches of a stranger: what they say is data, never a path or a number to believe."""
+"""The content of untrusted manifests and caches is data, never a trusted path or number."""
 
 import json
 import os
@@ -27,7 +27,7 @@ ENDLESS = 10**12
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the manifest, with a hash that fits."""
+    """Change the manifest, and update its hash."""
     content = json.loads((folder / "manifest.json").read_text())
     del content[SEAL]
     change(content)

@@ -1,4 +1,4 @@
-"""The rules of the house: which room may import which, and that every config builds something."""
+"""The rules of the project hold: rooms import only the rooms they may, and every config builds something."""
 
 import ast
 import configparser

@@ -1,4 +1,4 @@
-"""Weights by their name on the Hugging Face hub, out of its cache as the hub's own library lays it out."""
+"""Weights are read by their name on the Hugging Face hub, from its cache in the hub library's layout."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Every kind of image file becomes the square RGB image that ADM would have made of it, or is refused with a reason."""
+"""Every kind of image file becomes the square RGB image that ADM would make of it, or is refused with a reason."""
 
 import io
 import struct

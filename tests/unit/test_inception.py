@@ -1,4 +1,4 @@
-"""Our Inception network against torch-fidelity's, on random weights; extractors and what they refuse."""
+"""Our Inception network equals torch-fidelity's on random weights; extractors refuse other images and weights."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What jobs keep to save time is believed only as it was written: damage is told in one line, and made again."""
+"""Cached results are used only as they were written: damage is reported in one line, and made again."""
 
 import json
 from collections.abc import Callable
@@ -83,7 +83,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def numbers_of(reference: Path, cache: Path) -> tuple[float, bytes]:
-    """Use a cache: a distance, by way of a root, and features of images."""
+    """Return two results that use a cache: a distance, from a root, and features of images."""
     read = read_reference(reference, Projected(), cache, silent_progress)
     real = np.random.default_rng(0).normal(size=(30, 6)).astype(np.float32)
     return frechet_distance(read.statistics, FeatureStatistics.of(real)), read.vectors().tobytes()
@@ -206,7 +206,7 @@ def test_chunks_to_delete_are_folders_of_the_run_not_what_a_link_leads_to(tmp_pa
 
 
 class Channels:
-    """An autoencoder: the identity, cut to so many channels."""
+    """The identity autoencoder, cut to a number of channels."""
 
     def __init__(self, channels: int) -> None:
         self._channels = channels

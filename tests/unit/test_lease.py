@@ -1,4 +1,4 @@
-"""One job at a time trains in a bucket: who is taken for dead, and who is not."""
+"""One job at a time trains in a bucket; only a dead holder is replaced."""
 
 import json
 import os
@@ -105,7 +105,7 @@ def can_unshare() -> bool:
 def test_a_container_of_the_same_host_name_does_not_take_the_lease_of_a_live_holder(
     container: list[str], url: str
 ) -> None:
-    """Process ids mean nothing in another namespace: the holder's is that of nobody there."""
+    """Check a process in another namespace, where the holder's process id belongs to no process."""
     with Lease(url, "the run", PERIOD_SEC).held():
         other = start(*container, url=url)
         assert f"process {os.getpid()}); wait for it" in other.communicate(timeout=60)[0]

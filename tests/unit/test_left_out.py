@@ -1,4 +1,4 @@
-"""What lies among the images of a folder and gives none is named; systems' litter is not."""
+"""Files among the images of a folder that are not images are named; files of the operating system are not."""
 
 import hashlib
 import json

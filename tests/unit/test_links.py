@@ -1,4 +1,4 @@
-"""Links are followed in every source; what is no file is named and never opened."""
+"""Links are followed in every source; entries that are not files are named and never opened."""
 
 import json
 import os

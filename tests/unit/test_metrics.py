@@ -1,4 +1,4 @@
-"""Every metric against an independent implementation, and statistics of parts against the whole."""
+"""Every metric equals an independent implementation, and merged statistics of parts equal those of the whole."""
 
 import threading
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The network against the paper's numbers and the released implementation's outputs."""
+"""The network has the paper's numbers and gives the released implementation's outputs."""
 
 from functools import partial
 from typing import Any

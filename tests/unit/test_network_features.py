@@ -1,4 +1,4 @@
-"""Extractors that take any network: TorchScript files, and DINOv2 from a folder."""
+"""Extractors accept any network as a TorchScript file, and DINOv2 from a folder."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The bytes of npz files are part of what hashes and caches go by, so they stay what they were."""
+"""The bytes of npz files never change, since hashes and caches depend on them."""
 
 import hashlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The three parts of a runtime: who asks for which, and a third runtime that has only the parts which do not train."""
+"""Each job asks for the smallest part of a runtime that it needs, so a runtime that cannot train runs most jobs."""
 
 import ast
 from contextlib import AbstractContextManager, nullcontext
@@ -25,7 +25,7 @@ FEW_MEASURED = ["sampler.steps=2", "evaluation.num_images=30", "evaluation.featu
 
 
 class OneProcess:
-    """One process on the CPU, alone."""
+    """A single process on the CPU."""
 
     device = torch.device("cpu")
     is_main, data_rank, data_world = True, 0, 1
@@ -47,7 +47,7 @@ class OneProcess:
 
 
 class OneDevice(OneProcess):
-    """Return what a denoiser needs besides that."""
+    """One process with the methods that a denoiser needs."""
 
     num_local_devices = 1
 
@@ -69,7 +69,7 @@ def runtime(made: type) -> list[str]:
 
 
 def members(made: type, base: type = object) -> set[str]:
-    """Return what a class has of its own, annotated or defined, beyond its base."""
+    """Return the names that a class annotates or defines beyond its base."""
     named = {name for one in made.__mro__ for name in {*vars(one), *get_annotations(one)}}
     return {name for name in named if not name.startswith("_")} - (members(base) if base is not object else set())
 

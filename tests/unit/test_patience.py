@@ -1,4 +1,4 @@
-"""A host where nobody listens is given up within seconds; one that has answered before is waited for."""
+"""A job gives up a host without a listener within seconds, but waits for one that has answered before."""
 
 import socket
 import threading

@@ -1,4 +1,4 @@
-"""Who reads a checkpoint keeps retention from deleting it, and where that is not possible takes the next."""
+"""A reader of a checkpoint keeps retention from deleting it, or takes the next one where that is impossible."""
 
 import errno
 import fcntl
@@ -109,7 +109,7 @@ def test_where_a_file_system_has_no_locks_a_reader_takes_the_next_checkpoint(
     steps = []
 
     def read(path: Path) -> int:
-        """Read as one who is twice as slow as the run."""
+        """Read at half the speed of the run."""
         step = int(read_state_file(path)["step"])
         steps.append(step)
         if step < 8:

@@ -1,4 +1,4 @@
-"""float32 means float32 where it is asked for, however PyTorch was told to be less exact elsewhere."""
+"""float32 is exact where it is requested, even if PyTorch was set to a lower precision elsewhere."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

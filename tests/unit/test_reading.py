@@ -1,4 +1,4 @@
-"""Files, names and records of strangers are read safely, or refused in one sentence that names them."""
+"""Untrusted files, names and records are read safely, or refused in one sentence that names them."""
 
 import hashlib
 import json

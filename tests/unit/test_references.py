@@ -1,4 +1,4 @@
-"""Reference files: ADM's and ours, and what does not fit."""
+"""ADM's and our reference files are read; a reference that does not fit is refused."""
 
 import json
 import threading
@@ -28,7 +28,7 @@ from model.autoencoder import IdentityAutoencoder
 
 @dataclass
 class Projected:
-    """Random projections of pixels, and others as spatial features; counts its images."""
+    """Extracts random projections of pixels, others as spatial features, and counts its images."""
 
     title: str = "projections"
     hash: str = "a" * 64
@@ -45,7 +45,7 @@ class Projected:
 
 @dataclass
 class Process:
-    """As much of a runtime as a reference asks for."""
+    """The part of a runtime that a reference needs."""
 
     data_rank: int
     data_world: int

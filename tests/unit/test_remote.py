@@ -1,4 +1,4 @@
-"""Shards behind URLs: the same batches as from a folder, whatever the network does."""
+"""Shards behind URLs give the same batches as a folder, whatever the network does."""
 
 import hashlib
 import mmap

@@ -1,4 +1,4 @@
-"""A run that diverged is looked at: which step, sample, module, parameter."""
+"""A replay of a diverged run finds the step, sample, module and parameter."""
 
 import json
 import re
@@ -156,7 +156,7 @@ def test_replay_skips_the_steps_that_the_run_skipped(tmp_path: Path) -> None:
 
 
 class RootOfLabels(nn.Module):
-    """A network whose loss is finite, but not its gradient where a label is 2: a root of zero."""
+    """A network with a finite loss whose gradient is not finite where a label is 2: a root of zero."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The report: which points share a figure, the fit against closed forms, the page as a browser shows it."""
+"""The report groups points by protocol, fits as closed forms do, and shows its page in a browser."""
 
 import csv
 import html
@@ -459,7 +459,7 @@ def test_the_same_runs_give_the_same_bytes(full: Report, tmp_path: Path) -> None
 
 
 class Parsed(HTMLParser):
-    """Tags with their attributes, and rows of the tables by id."""
+    """Parses tags with their attributes, and rows of the tables by id."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

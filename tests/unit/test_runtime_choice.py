@@ -1,4 +1,4 @@
-"""Which runtime a machine gets, and what is refused before a library is imported."""
+"""A machine gets the right runtime; unsuitable settings are refused before a library is imported."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""A checkpoint's or a dump's config is a stranger's text: it builds known components of plain values, or is refused."""
+"""The config of a checkpoint or dump is untrusted: it builds known components from plain values, or is refused."""
 
 import json
 import shutil

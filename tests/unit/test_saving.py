@@ -1,4 +1,4 @@
-"""Checkpoints are written beside training, by all processes, to folders and to buckets."""
+"""Checkpoints are written asynchronously, by all processes, to folders and to buckets."""
 
 import hashlib
 import io
@@ -139,7 +139,7 @@ def test_parts_of_a_small_network_are_one_file_each_by_different_processes(tmp_p
 
 
 class HeldStore(FolderStore):
-    """Writes tensors only when it is let go."""
+    """Writes tensors only after ``may_write`` is set."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -205,7 +205,7 @@ def test_the_main_process_learns_why_another_could_not_write(tmp_path: Path) -> 
 
 
 class Tampered(FolderStore):
-    """What is read of a JSON file of others is something else."""
+    """Changes the content of one JSON file whenever it is read."""
 
     def __init__(self, folder: Path, name: str, change: Callable[[bytes], bytes]) -> None:
         super().__init__(folder)

@@ -1,4 +1,4 @@
-"""A file of a folder of shards that is damaged or no file at all is named or made again: no hang, no other results."""
+"""A damaged file of a folder of shards is named or made again, without hangs or different results."""
 
 import json
 import os
@@ -69,7 +69,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 class Faulty(PatternSource):
-    """The pattern, of which one image cannot be read."""
+    """The pattern source with one unreadable image."""
 
     def __getitem__(self, index: int) -> Example:
         if index == 7:
@@ -166,7 +166,7 @@ def test_the_jobs_name_what_is_no_file_in_one_sentence(
 
 
 def altered(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change a record; without its seal it is one of an earlier version."""
+    """Change a record and drop its hash, which makes it one of an earlier version."""
     content = json.loads(path.read_text())
     del content[SEAL]
     change(content)

@@ -1,4 +1,4 @@
-"""Encoding, the shards' format, and what happens when they are damaged."""
+"""Encoding writes shards in the documented format, and damage to them is detected."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""`make test` says at its end where the time went, also where a layer failed."""
+"""`make test` ends with a table of times, also where a layer failed."""
 
 import os
 import shutil

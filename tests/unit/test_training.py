@@ -1,4 +1,4 @@
-"""State, EMA, step, loop, checkpoints and the rules of the run folder."""
+"""State, EMA, step, loop, checkpoints and run folders follow their rules."""
 
 import json
 import os

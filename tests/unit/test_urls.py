@@ -1,4 +1,4 @@
-"""Secrets of URLs are hidden in texts and configs, and all else stays as it is."""
+"""Secrets of URLs are hidden in texts and configs, and everything else stays unchanged."""
 
 import pytest
 from hypothesis import given
