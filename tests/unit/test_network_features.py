@@ -87,7 +87,7 @@ def test_dinov2_of_a_folder_gives_the_class_token_of_images_as_pil_resizes_them(
     with torch.no_grad():
         expected = Dinov2Model.from_pretrained(dinov2)(normalised).pooler_output.numpy()
     assert found.shape == (5, 32)
-    # PIL rounds to whole grey levels.
+    # PIL rounds to whole gray levels.
     assert np.abs(found - expected).max() < 0.02 * np.abs(expected - expected.mean(axis=0)).max()
     assert dinov2_of(dinov2)(images).vectors == pytest.approx(found, abs=1e-5)
 
