@@ -66,11 +66,11 @@ class EncodeImages:
 
 
 def _as_grey(pixels: NDArray[np.uint8], source_id: str, autoencoder: str) -> NDArray[np.uint8]:
-    """Return [H, W, 1] of [H, W, 3]. Raises ValueError where the channels differ, so that the image is not grey."""
+    """Return [H, W, 1] of [H, W, 3]. Raises ValueError where the channels differ, so that the image is not gray."""
     grey = pixels[:, :, :1]
     if (pixels != grey).any():
         raise ValueError(
-            f"{source_id} is in color, but the autoencoder {autoencoder} takes 1 channel; make the images grey, or "
+            f"{source_id} is in color, but the autoencoder {autoencoder} takes 1 channel; make the images gray, or "
             "choose model/autoencoder=identity data.autoencoder.channels=3."
         )
     return grey

@@ -88,14 +88,14 @@ class Preparation(NamedTuple):
 def decode(content: bytes, apply_exif: bool = False) -> NDArray[np.uint8]:
     """Return the pixels [H, W, 3] uint8 of an encoded image in any format; of an animation, the first frame.
 
-    Transparency is dropped and CMYK and palettes are converted as Pillow (and so ADM) does; 16-bit grey is scaled to
+    Transparency is dropped and CMYK and palettes are converted as Pillow (and so ADM) does; 16-bit gray is scaled to
     8 bits, where Pillow would clip it. Raises UnreadableImageError with the reason.
     """
     if not content:
         raise UnreadableImageError("the file is empty")
     if is_lfs_pointer(content):
         raise UnreadableImageError(f"the file {LFS_REASON}")
-    assert not ImageFile.LOAD_TRUNCATED_IMAGES  # Pillow would fill the missing part of an image with grey
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES  # Pillow would fill the missing part of an image with gray
     try:
         with Image.open(io.BytesIO(content)) as picture:
             if picture.width * picture.height > MAX_PIXELS:
@@ -115,7 +115,7 @@ Image.MAX_IMAGE_PIXELS = None
 
 
 def _as_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # 16-bit grey, in 16 or 32 bits
+    if picture.mode.startswith("I"):  # 16-bit gray, in 16 or 32 bits
         levels = np.rint(np.asarray(picture).astype(np.float64) / 257).clip(0, 255)
         picture = Image.fromarray(levels.astype(np.uint8))
     elif picture.mode == "F":

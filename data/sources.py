@@ -37,7 +37,7 @@ class Source(Protocol):
 
 
 class DigitsSource:
-    """scikit-learn's ``load_digits``: 1,797 scanned 8x8 digits with 17 grey levels, inside the package."""
+    """scikit-learn's ``load_digits``: 1,797 scanned 8x8 digits with 17 gray levels, inside the package."""
 
     name = "digits"
     block_sizes = None

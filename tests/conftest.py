@@ -1,4 +1,4 @@
-"""What tests share: small shards, small configs, and the command as a user types it."""
+"""Define what tests share: small shards, small configs, and the command as a user types it."""
 
 import atexit
 import functools
@@ -81,7 +81,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def process_as_it_was() -> Iterator[None]:
-    """Take back what the command leaves in its process: Hydra's handlers (their streams end here), and a variable."""
+    """Restore what the command changes in its process: Hydra's handlers (their streams end here), and a variable."""
     handlers, level, variable = list(logging.root.handlers), logging.root.level, os.environ.get(FULL_ERROR)
     yield
     logging.root.handlers[:] = handlers
@@ -106,7 +106,7 @@ def silent_progress(label: str, done: int, total: int, unit: str) -> Iterator[_S
 
 
 class PatternSource:
-    """Small labelled images of known content: image i is filled with a ramp that depends on i."""
+    """Small labeled images of known content: image i is filled with a ramp that depends on i."""
 
     name = "pattern"
     block_sizes = None
@@ -128,7 +128,7 @@ class PatternSource:
 
 
 def encode_pattern(folder: Path, source: Any = None, **changes: Any) -> Any:
-    """50 small images in 4 shards, both orientations; ``changes`` are of the encoding or of the job."""
+    """Encode 50 small images in both orientations to 4 shards; ``changes`` are settings of encoding or job."""
     of_encoding = {"autoencoder": IdentityAutoencoder(1), "image_size": 8, "flip": True, "crop": ExactSize()}
     of_encoding |= {key: changes.pop(key) for key in of_encoding.keys() & changes.keys()}
     settings = {"name": "pattern", "samples_per_shard": 16, "batch_size": 7, "seed": 0} | changes
@@ -138,7 +138,7 @@ def encode_pattern(folder: Path, source: Any = None, **changes: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shards of `encode_pattern` as a stranger gives them: without our sidecars. Tests change copies."""
+    """Return the shards of `encode_pattern` as a stranger gives them, without our sidecars. Tests change copies."""
     folder = tmp_path_factory.mktemp("sound")
     encode_pattern(folder)
     for path in folder.glob("shard-*.json"):
@@ -148,7 +148,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(sound: Path, tmp_path: Path) -> Path:
-    """A copy of the sound shards, to be damaged."""
+    """Return a copy of the sound shards, to be damaged."""
     return Path(shutil.copytree(sound, tmp_path / "shards"))
 
 
@@ -158,7 +158,7 @@ def image_encoding(autoencoder: Any, image_size: int, flip: bool, crop: Any) -> 
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of encoded digits; tests must not change it."""
+    """Return a folder of encoded digits, which tests must not change."""
     folder = tmp_path_factory.mktemp("digits")
     encoding = image_encoding(IdentityAutoencoder(1), 8, flip=False, crop=ExactSize())
     settings = {"name": "digits", "samples_per_shard": 256, "batch_size": 64, "seed": 0}
@@ -168,7 +168,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def rounding_allowed() -> Iterator[None]:
-    """TF32 and autocast are on, as they may be around an evaluation."""
+    """Allow TF32 and autocast, as they may be around an evaluation."""
     convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     products = torch.backends.cuda.matmul
     before = convolutions.fp32_precision, products.fp32_precision
@@ -180,13 +180,13 @@ def rounding_allowed() -> Iterator[None]:
 
 
 def command(*arguments: str) -> list[str]:
-    """``ditscale ...`` as a subprocess's command line, wherever it is installed."""
+    """Return the command line of a subprocess that runs ``ditscale ...``, wherever it is installed."""
     return [sys.executable, "-m", "launch.cli", *arguments]
 
 
 @functools.cache
 def warm(*modules: str) -> WarmJobs:
-    """The process, one for each worker of pytest and each choice of modules, that forks jobs."""
+    """Return the process that forks jobs: one for each worker of pytest and each choice of modules."""
     jobs = WarmJobs.importing(list(modules))
     atexit.register(jobs.close)
     return jobs
@@ -225,7 +225,7 @@ def torchrun(processes: int, *arguments: str, cwd: Path, expect: int = 0) -> str
 
 
 class InProcess:
-    """``ditscale`` in the process of the tests, which saves it the seconds that imports take."""
+    """Runs ``ditscale`` in the process of the tests, which saves the seconds that imports take."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
         self._monkeypatch, self._capfd = monkeypatch, capfd
@@ -249,7 +249,7 @@ class InProcess:
 
 @pytest.fixture
 def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> InProcess:
-    """The command, run in ``tmp_path``."""
+    """Return a function that runs the command in ``tmp_path``."""
     monkeypatch.chdir(tmp_path)
     return InProcess(monkeypatch, capfd)
 
@@ -263,7 +263,7 @@ def run_process(words: list[str], cwd: Path, expect: int, env: dict[str, str] | 
 
 
 def resealed(path: Path, **changes: Any) -> None:
-    """Change fields of a sealed record as somebody would who knows how: its hash is right."""
+    """Change fields of a sealed record and update its hash, as an informed attacker would."""
     content = {key: value for key, value in json.loads(path.read_text()).items() if key != SEAL}
     path.write_text(json.dumps(seal({**content, **changes})))
 

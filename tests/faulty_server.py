@@ -1,4 +1,4 @@
-"""An HTTP server of this machine that serves a folder, or another server's answers, with faults on demand."""
+"""A local HTTP server that serves a folder, or another server's answers, with faults on demand."""
 
 import http.server
 import time
@@ -10,10 +10,10 @@ from local_server import LocalHandler, LocalServer
 
 
 class FaultyServer(LocalServer):
-    """``faults`` maps a file name to what its next requests meet, in turn; ``gets`` counts requests of each name.
+    """A server whose ``faults`` map a file name to those of its next requests; ``gets`` counts requests by name.
 
-    Faults: "500", "403", "hang" (longer than any patience of a test), "cut" (the connection closes half-way),
-    "flip" (one byte is another), "short" (a shorter file).
+    Faults: "500", "403", "hang" (longer than any test waits), "cut" (the connection closes half-way), "flip" (one byte
+    is changed), "short" (a shorter file).
     """
 
     def __init__(self, folder: Path | None = None, upstream: str | None = None, port: int = 0) -> None:

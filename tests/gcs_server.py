@@ -1,6 +1,6 @@
-"""A server of this machine with the part of Google Cloud Storage's JSON API that gcsfs speaks, and faults on demand.
+"""A local server with the part of Google Cloud Storage's JSON API that gcsfs uses, and faults on demand.
 
-Objects are kept in memory, and shown complete or not at all, as the real store does. A rewrite ends in one call.
+Objects are kept in memory and appear complete or not at all, as in the real store. A rewrite takes one call.
 """
 
 import base64
@@ -27,13 +27,13 @@ STARTED = "2026-01-01T00:00:00.000000Z"  # objects have a generation, not a cloc
 
 @dataclass
 class Object:
-    """One object; a new generation for each time that it is written."""
+    """An object; every write gives it a new generation."""
 
     content: bytes
     generation: int
 
     def resource(self, bucket: str, name: str) -> dict[str, Any]:
-        """What the API tells of it."""
+        """Return the object as the API describes it."""
         return {
             "kind": "storage#object",
             "id": f"{bucket}/{name}/{self.generation}",
@@ -54,7 +54,7 @@ class Object:
 
 @dataclass
 class Upload:
-    """A resumable upload that has not ended."""
+    """An unfinished resumable upload."""
 
     bucket: str
     name: str
@@ -63,12 +63,12 @@ class Upload:
 
 
 class GcsServer(LocalServer):
-    """``buckets`` maps names to objects by name; put what a test needs there, or upload it as a client does.
+    """A server of ``buckets``, which map names to objects; tests put objects there, or upload them as clients do.
 
     ``calls`` counts requests as "VERB NAME", with NAME the object's name after its last slash ("" of a list), and
-    ``faults`` maps the same words to what the next such requests meet, in turn. Verbs: download, describe, list,
+    ``faults`` maps the same words to the faults of the next such requests, in turn. Verbs: download, describe, list,
     upload (each request of a resumable one too), delete, rewrite, move. Faults: any HTTP status ("503", "429", "403"),
-    "hang" (longer than any patience of a test), "cut" (the connection closes half-way), "flip" (one byte is another).
+    "hang" (longer than any test waits), "cut" (the connection closes half-way), "flip" (one byte is changed).
     """
 
     def __init__(self) -> None:
@@ -88,7 +88,7 @@ class GcsServer(LocalServer):
 
 @contextmanager
 def gcs_server() -> Iterator[GcsServer]:
-    """A running server with one empty bucket; GCS clients of this process and its children use it, without keys."""
+    """Yield a running server with one empty bucket; GCS clients of this process and its children use it keylessly."""
     with GcsServer().running() as server:
         settings = {"STORAGE_EMULATOR_HOST": server.url, "FSSPEC_GS_TOKEN": "anon"}
         before = {name: os.environ.get(name) for name in settings}
@@ -115,7 +115,7 @@ def upload(server: GcsServer, folder: Path, prefix: str) -> str:
 
 @dataclass
 class _Answer:
-    """To one request."""
+    """The answer to one request."""
 
     status: int = 200
     content: bytes = b""
@@ -124,7 +124,7 @@ class _Answer:
 
 
 class _RefusedError(Exception):
-    """Ends a request with an HTTP status."""
+    """A request is refused with an HTTP status."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -132,7 +132,7 @@ class _RefusedError(Exception):
 
 
 class _HangError(Exception):
-    """Ends a request without an answer."""
+    """A request ends without an answer."""
 
 
 class _Handler(LocalHandler, http.server.BaseHTTPRequestHandler):
@@ -191,7 +191,7 @@ class _Handler(LocalHandler, http.server.BaseHTTPRequestHandler):
         raise _RefusedError(501, f"{self.command} {path} is not served here")
 
     def _meet_fault(self, verb: str, name: str) -> str | None:
-        """Count the request; a fault that is none of the content is met here, the others are returned."""
+        """Count the request; raise its fault, or return a fault that changes the content."""
         fault = self.owner.met(f"{verb} {name.rsplit('/', 1)[-1]}")
         if fault is not None and fault.isdigit():
             raise _RefusedError(int(fault), "injected")
@@ -215,7 +215,7 @@ class _Handler(LocalHandler, http.server.BaseHTTPRequestHandler):
         return _json({"kind": "storage#bucket", "id": bucket, "name": bucket})
 
     def _list(self, bucket: str) -> _Answer:
-        """A page of objects and, with a delimiter, of prefixes that stand for all objects below them."""
+        """Return a page of objects and, with a delimiter, of prefixes that stand for all objects below them."""
         self._meet_fault("list", "")
         prefix, delimiter = self.query.get("prefix", ""), self.query.get("delimiter", "")
         start, end = self.query.get("startOffset", ""), self.query.get("endOffset", "")
@@ -280,7 +280,7 @@ class _Handler(LocalHandler, http.server.BaseHTTPRequestHandler):
         return _json(self.owner.put(bucket, name, content).resource(bucket, name))
 
     def _take_chunk(self, key: str) -> _Answer:
-        """Bytes of a resumable upload; the object appears with the last of them."""
+        """Append a chunk of a resumable upload; the last chunk makes the object appear."""
         upload = self.owner.uploads[key]
         self._meet_fault("upload", upload.name)
         asked = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", self.headers["Content-Range"])
@@ -326,7 +326,7 @@ class _Handler(LocalHandler, http.server.BaseHTTPRequestHandler):
         return None if asked is None else int(asked)
 
     def _require_generation(self, bucket: str, name: str, match: int | None) -> None:
-        """Of a write that asks for it: 0 stands for an object that is not there yet."""
+        """Refuse a write whose required generation differs; 0 requires that the object does not exist yet."""
         present = self._objects(bucket).get(name)
         if match is not None and match != (present.generation if present else 0):
             raise _RefusedError(412, "At least one of the pre-conditions you specified did not hold.")
@@ -348,7 +348,7 @@ def _json(answer: dict[str, Any]) -> _Answer:
 
 
 def _multipart(content_type: str, body: bytes) -> tuple[str, bytes]:
-    """Name and content of an upload in one request: a part of JSON, then a part of bytes."""
+    """Return the name and the content of an upload in one request: a part of JSON, then a part of bytes."""
     asked = re.search(r"boundary=['\"]?([^'\";]+)", content_type)
     assert asked is not None
     edge = f"--{asked[1]}".encode()

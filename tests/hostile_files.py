@@ -1,4 +1,4 @@
-"""Run the trials of `hostile_trials` and say what came of each.
+"""Run the trials of `hostile_trials` and classify the outcome of each.
 
 A workspace is a folder with a finished run, its shards, references, caches and exports. A trial copies it, damages one
 file, runs one job and compares the job's result with that of the undamaged workspace.
@@ -83,7 +83,7 @@ JOBS: dict[str, list[str]] = {
 
 
 def results_of(job: str, folder: Path) -> list[Path]:
-    """Return the files that a job's result is in."""
+    """Return the files that contain a job's result."""
     patterns = {
         "resume": ("runs/run/checkpoints/step_00000006/*.safetensors", "runs/run/*.jsonl"),
         "init_from": ("other/checkpoints/*/*.safetensors", "other/metrics.jsonl"),
@@ -101,7 +101,7 @@ def results_of(job: str, folder: Path) -> list[Path]:
 
 
 def digest(job: str, folder: Path, shown: str) -> str:
-    """Return a hash over a job's result: the files that it wrote, or for jobs that only tell, what it said."""
+    """Return a hash over a job's result: the files that it wrote or, for jobs that only print, their output."""
     hash_ = hashlib.sha256()
     for path in results_of(job, folder):
         hash_.update(str(path.relative_to(folder)).encode())
@@ -116,7 +116,7 @@ def digest(job: str, folder: Path, shown: str) -> str:
 
 
 def placeless(path: Path, folder: Path) -> bytes:
-    """Return a file's content; of the record that names a copy of the workspace, its fields without that."""
+    """Return a file's content, for a record without the field that names the copy of the workspace."""
     content = path.read_bytes()
     if path.name != "data.json":
         return content
@@ -128,7 +128,7 @@ def placeless(path: Path, folder: Path) -> bytes:
 
 
 class Runner:
-    """Runs jobs in forks of a process that has imported what they import, two at a time where there are two cores."""
+    """Runs jobs in forks of a process that has imported their modules, two at a time on two cores."""
 
     def __init__(self) -> None:
         first = warm(*TRAINING)
@@ -138,7 +138,7 @@ class Runner:
             self._idle.put(jobs)
 
     def run(self, words: list[str], folder: Path) -> tuple[int | None, str]:
-        """Return a job's exit code, None where it hung, and what it printed."""
+        """Return a job's exit code, or None if it hung, and its output."""
         jobs = self._idle.get()
         try:
             with tempfile.TemporaryDirectory() as aside:
@@ -152,7 +152,7 @@ class Runner:
             self._idle.put(jobs)
 
     def each(self, function: Callable[[Any], Any], of: Iterable[Any]) -> Iterator[Any]:
-        """Yield what a function that runs jobs returns for each, in their order, while others run."""
+        """Yield the result of a function for each item, in order, while it already runs on later items."""
         with ThreadPoolExecutor(self._count) as threads:
             yield from threads.map(function, of)
 
@@ -193,7 +193,7 @@ class Fuzzer:
         self._expected: dict[str, str] = {}
 
     def run(self, trials: list[Trial]) -> Iterator[tuple[Trial, str, str]]:
-        """Yield trials with what came of them, one word, and what the job printed."""
+        """Yield each trial with its outcome in one word, and the job's output."""
         jobs = list(dict.fromkeys(trial.job for trial in trials))
         self._expected = dict(zip(jobs, self._runner.each(self._result_of, jobs), strict=True))
         for trial, (outcome, shown) in zip(trials, self._runner.each(self._run, trials), strict=True):

@@ -1,4 +1,4 @@
-"""Kinds of files, the damages they can have, the jobs that read them: each combination of the three is a trial."""
+"""Define the trials: each combination of a kind of file, a kind of damage and a job that reads the file."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def flip(content: bytes, dice: random.Random) -> bytes:
 
 
 def with_numbers(content: bytes, dice: random.Random, value: bytes) -> bytes:
-    """Replace a number of a text, or eight bytes in the second half of anything else."""
+    """Replace a number in a text, or eight bytes in the second half of any other file."""
     numbers = list(re.finditer(rb"(?<=[ :\[,])-?\d+\.?\d*(?:e-?\d+)?(?=[,\n\]} ])", content))
     if numbers and b"\0" not in content:
         found = dice.choice(numbers)
@@ -77,7 +77,7 @@ DAMAGES: dict[str, Callable[[bytes, random.Random], bytes] | None] = {
 
 
 def resealed(content: bytes, dice: random.Random, value: Any) -> bytes:
-    """Change a field of a JSON record as somebody would who knows how: its hash is right."""
+    """Change a field of a JSON record and update its hash, as an informed attacker would."""
     record = json.loads(content)
     assert isinstance(record, dict)
     record.pop(SEAL, None)
@@ -102,7 +102,7 @@ class Trial:
         return f"{self.kind} | {self.damage} | {self.job} | seed {self.seed}"
 
     def parts(self) -> set[tuple[str, ...]]:
-        """Return what the trial tries: its kind, damage and job, and each two of them."""
+        """Return what the trial covers: its kind, damage and job, and each pair of these."""
         kind, damage, job = ("kind", self.kind), ("damage", self.damage), ("job", self.job)
         return {kind, damage, job, (*kind, *damage), (*kind, *job), (*damage, *job)}
 
@@ -121,7 +121,7 @@ def every_trial() -> list[Trial]:
 
 
 def some_trials(count: int, seed: int) -> Iterator[Trial]:
-    """Yield trials in an order of their own for each seed, all of them before any comes again with other dice."""
+    """Yield trials in an order that the seed determines: all of them, then all again with other random damage."""
     dice = random.Random(seed)
     round_ = 0
     while count > 0:
@@ -134,7 +134,7 @@ def some_trials(count: int, seed: int) -> Iterator[Trial]:
 
 
 def covering_trials(count: int) -> list[Trial]:
-    """Return the same trials each time: each kind read by each of its jobs, and what else so many can cover."""
+    """Return the same trials each time: each kind with each job that reads it, then those that cover most others."""
     trials, chosen, covered = every_trial(), list[Trial](), set[tuple[str, ...]]()
     uses = Counter[str]()
 

@@ -1,4 +1,4 @@
-"""An HTTP server of this machine that lists the folders of a tree, and asks for a name and a password."""
+"""A local HTTP server that lists the folders of a tree, and asks for a user name and a password."""
 
 import base64
 import html
@@ -9,9 +9,9 @@ from local_server import LocalHandler, LocalServer
 
 
 class ListingServer(LocalServer):
-    """Serves ``folder``; ``links`` are further links in the listing of a path, of files or of anything.
+    """Serves ``folder``; ``links`` are additional links, to anything, in the listing of a path.
 
-    With a ``login`` "user:password" it refuses whoever does not send it.
+    With a ``login`` "user:password", it refuses requests without that login.
     """
 
     def __init__(self, folder: Path, login: str | None = None, links: dict[str, list[str]] | None = None) -> None:
@@ -20,7 +20,7 @@ class ListingServer(LocalServer):
 
     @property
     def private_url(self) -> str:
-        """The URL with the login in it."""
+        """Return the URL with the login in it."""
         return self.url.replace("://", f"://{self.login}@")
 
 

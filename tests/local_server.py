@@ -1,4 +1,4 @@
-"""An HTTP server of this machine for as long as a test needs it."""
+"""A local HTTP server for the duration of a test."""
 
 import http.server
 import threading
@@ -9,7 +9,7 @@ from typing import Any, Self
 
 
 class LocalServer:
-    """Of requests for ``handler``, whose ``owner`` it is. ``released`` ends those that hang."""
+    """A server whose requests ``handler`` answers, as its ``owner``. Setting ``released`` ends hanging requests."""
 
     def __init__(self, handler: type["LocalHandler"], port: int = 0) -> None:
         self.faults: dict[str, list[str]] = {}
@@ -20,7 +20,7 @@ class LocalServer:
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def met(self, call: str) -> str | None:
-        """Count a request; the fault that waits for it, if one does."""
+        """Count a request; return its fault, or None."""
         self.calls[call] += 1
         waiting = self.faults.get(call, [])
         return waiting.pop(0) if waiting else None
@@ -40,7 +40,7 @@ class LocalServer:
 
 
 class LocalHandler(http.server.BaseHTTPRequestHandler):
-    """Says nothing on the terminal."""
+    """A handler that logs nothing to the terminal."""
 
     owner: Any
 

@@ -1,4 +1,4 @@
-"""Images and small autoencoders that tests make for themselves."""
+"""Make images and small autoencoders for tests."""
 
 import io
 from pathlib import Path
@@ -11,7 +11,7 @@ from PIL import Image
 
 
 def photo(number: int, width: int = 40, height: int = 32) -> NDArray[np.uint8]:
-    """A smooth colourful image, another for each number: [height, width, 3]."""
+    """Return a smooth color image, a different one for each number: [height, width, 3]."""
     y, x = np.mgrid[0:height, 0:width] / 10.0
     waves = [np.sin(x * (1 + number % 3) + number), np.cos(y + number * 0.7), np.sin(x + y - number)]
     return np.rint(127.5 + 120 * np.stack(waves, axis=-1)).astype(np.uint8)
@@ -24,7 +24,7 @@ def encoded(pixels: NDArray[np.generic], kind: str = "JPEG", **options: object) 
 
 
 def make_image_folder(root: Path, per_class: int = 10, classes: tuple[str, ...] = ("ant", "bee", "cat")) -> Path:
-    """``root/CLASS/same-names.JPEG``."""
+    """Write images ``root/CLASS/NUMBER.JPEG``, with the same names in all classes."""
     for label, class_name in enumerate(classes):
         (root / class_name).mkdir(parents=True)
         for number in range(per_class):
@@ -34,7 +34,7 @@ def make_image_folder(root: Path, per_class: int = 10, classes: tuple[str, ...] 
 
 
 def make_autoencoder(folder: Path, channels: int = 4, seed: int = 0) -> Path:
-    """diffusers' ``AutoencoderKL`` with random weights: factor 2, as `from_pretrained` reads it."""
+    """Write a diffusers ``AutoencoderKL`` with random weights and factor 2, as `from_pretrained` reads it."""
     torch.manual_seed(seed)
     AutoencoderKL(
         block_out_channels=(8, 16),

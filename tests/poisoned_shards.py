@@ -1,4 +1,4 @@
-"""Shards with one value that no encoder would have written."""
+"""Write shards with one value that no encoder would write."""
 
 import shutil
 from dataclasses import replace
@@ -12,9 +12,9 @@ from data.shards import MappedShards
 
 
 def poisoned(shards_folder: Path, folder: Path, position: int, value: float = np.inf) -> str:
-    """A copy of shards in which the sample that ``position`` visits with seed 0 has one such pixel.
+    """Copy shards so that the sample that ``position`` visits with seed 0 has one pixel of this value.
 
-    The manifest goes with it. Returns the image's name.
+    The manifest is copied with them. Returns the image's name.
     """
     shutil.copytree(shards_folder, folder)
     shards = MappedShards(folder)

@@ -1,4 +1,4 @@
-"""An S3 server of this machine (moto), and its bucket filled with a folder."""
+"""Run a local S3 server (moto), and fill its bucket from a folder."""
 
 import os
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFA
 
 @contextmanager
 def s3_server() -> Iterator[str]:
-    """The URL of a running server with an empty bucket; S3 clients of this process and its children use it."""
+    """Yield the URL of a running server with an empty bucket; S3 clients of this process and its children use it."""
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

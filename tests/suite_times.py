@@ -1,4 +1,4 @@
-"""Report where the time of `make test` went: each layer leaves a record, and one table shows all of them.
+"""Report how long each part of `make test` took: each layer writes a record, and one table shows all of them.
 
 ``pytest --times FILE`` writes the records of its layers. ``python suite_times.py FOLDER NAME COMMAND...`` runs a
 command and writes its record, ``python suite_times.py FOLDER`` prints the table of the records in a folder.
@@ -7,27 +7,29 @@ command and writes its record, ``python suite_times.py FOLDER`` prints the table
 import json
 import subprocess
 import sys
+import textwrap
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 SLOWEST = 10
+REASON_CHARACTERS = 600
 
 
 class Times:
-    """The part of pytest that writes a record: of each layer (a folder of tests) and of each file."""
+    """A pytest plugin that records the times of each layer (a folder of tests) and of each file."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self._layers: dict[str, dict[str, Any]] = {}
-        self._failed: set[str] = set()
+        self._failed: dict[str, dict[str, str]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Under xdist the process that writes gets the reports of all workers."""
+        """Add a test's times to its layer and file. With xdist, the writing process gets the reports of all workers."""
         name = report.nodeid.split("::")[0]
         found = {"files": {}, "tests": 0, "started": report.start, "ended": report.stop}
         layer = self._layers.setdefault(str(Path(name).parent), found)
@@ -35,10 +37,12 @@ class Times:
         layer["tests"] += report.when == "call"
         layer["started"], layer["ended"] = min(layer["started"], report.start), max(layer["ended"], report.stop)
         if report.failed:
-            self._failed.add(str(Path(name).parent))
+            crash = getattr(report.longrepr, "reprcrash", None)
+            reason = str(getattr(crash, "message", report.longrepr)).strip()
+            self._failed.setdefault(str(Path(name).parent), {})[report.nodeid] = reason[:REASON_CHARACTERS]
 
     def pytest_sessionfinish(self) -> None:
-        """Also where tests failed, or were interrupted."""
+        """Write the record, even if tests failed or were interrupted."""
         write_record(
             self._file,
             [
@@ -48,6 +52,7 @@ class Times:
                     "tests": layer["tests"],
                     "files": layer["files"],
                     "failed": folder in self._failed,
+                    "reasons": self._failed.get(folder, {}),
                 }
                 for folder, layer in self._layers.items()
             ],
@@ -59,7 +64,7 @@ def add_option(parser: pytest.Parser) -> None:
 
 
 def register(config: pytest.Config) -> None:
-    """Once: in the process that was started, not in xdist's workers."""
+    """Register the plugin in the process that was started, not in xdist's workers."""
     file = config.getoption("--times")
     if file is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Times(file))
@@ -79,8 +84,8 @@ def timed(file: Path, name: str, command: list[str]) -> int:
     return code
 
 
-def table(layers: Iterable[dict[str, Any]]) -> str:
-    """One line a layer, in the order in which they ran, then the slowest files."""
+def table(layers: Sequence[dict[str, Any]]) -> str:
+    """Return a line for each layer, in the order in which they ran, then the slowest files and the failed tests."""
     lines = [f"{'layer':10}{'wall s':>10}{'tests s':>10}{'tests':>8}"]
     files: dict[str, float] = defaultdict(float)
     for layer in layers:
@@ -91,6 +96,10 @@ def table(layers: Iterable[dict[str, Any]]) -> str:
     slowest = sorted(files.items(), key=lambda file: -file[1])[:SLOWEST]
     if slowest:
         lines += ["", "slowest files", *(f"{seconds:10.1f} s  {name}" for name, seconds in slowest)]
+    reasons = {name: reason for layer in layers for name, reason in layer.get("reasons", {}).items()}
+    if reasons:
+        lines += ["", "failed tests"]
+        lines += [f"{name}\n{textwrap.indent(reason, '    ')}" for name, reason in reasons.items()]
     return "\n".join(lines)
 
 
@@ -98,7 +107,7 @@ def main(folder: Path, *words: str) -> int:
     if words:
         return timed(folder / f"{words[0]}.json", words[0], list(words[1:]))
     records = sorted(folder.glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
-    print(table(layer for record in records for layer in json.loads(record.read_text())))
+    print(table([layer for record in records for layer in json.loads(record.read_text())]))
     return 0
 
 

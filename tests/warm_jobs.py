@@ -1,7 +1,7 @@
-"""``ditscale ...`` in a process of its own that need not import everything again: forked from one that has.
+"""Run ``ditscale ...`` in forks of a process that has already imported its modules.
 
-A fork shares nothing with earlier jobs but the imported modules. What must see a fresh interpreter (other
-environment at import, the order of imports under XLA, launchers) starts one; `conftest.ditscale` decides.
+A fork shares only the imported modules with earlier jobs. Jobs that need a fresh interpreter (another environment at
+import, the order of imports under XLA, launchers) start one; `conftest.ditscale` decides.
 """
 
 import atexit
@@ -26,7 +26,7 @@ ENCODING = [*JOBS, "model.autoencoder_kl"]
 
 
 class WarmJobs:
-    """One job after the other, each in a fork of a process that has imported what jobs import."""
+    """Runs one job after the other, each in a fork of a process that has imported the jobs' modules."""
 
     def __init__(self, requests: FileIO, answers: FileIO, server: subprocess.Popen[bytes] | None = None) -> None:
         self._requests, self._answers, self._server = requests, answers, server
@@ -42,7 +42,7 @@ class WarmJobs:
         return cls(server.stdin, server.stdout, server)
 
     def twin(self) -> "WarmJobs":
-        """Fork the process once more, between two jobs: the two run jobs at the same time."""
+        """Fork the process again, between two jobs, so that both run jobs at the same time."""
         with tempfile.TemporaryDirectory() as folder:
             requests, answers = Path(folder, "requests"), Path(folder, "answers")
             os.mkfifo(requests)
@@ -53,7 +53,7 @@ class WarmJobs:
         return twin
 
     def start(self, words: list[str], cwd: Path, output: Path, env: dict[str, str] | None = None) -> "WarmJob":
-        """``ditscale WORDS...`` in ``cwd``; what it prints goes to the file ``output``."""
+        """Run ``ditscale WORDS...`` in ``cwd``, with its output in the file ``output``."""
         self._ask({"words": words, "cwd": str(cwd), "output": str(output), "env": {**os.environ, **(env or {})}})
         return WarmJob(int(self._answers.readline()), self._answers)
 
@@ -72,18 +72,18 @@ class WarmJobs:
 
 
 class WarmJob:
-    """A running job, as `subprocess.Popen` shows it."""
+    """A running job, with the interface of `subprocess.Popen`."""
 
     def __init__(self, pid: int, status: FileIO) -> None:  # without a buffer, where a line could wait unseen
         self.pid, self._status = pid, status
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """The exit status where it has ended; the negative signal where one killed it."""
+        """Return the exit status, negative for a signal that killed it, or None while it runs."""
         return self._read(0)
 
     def wait(self, timeout: float = 300) -> int:
-        """As `poll`, once it has ended; it is killed after ``timeout`` seconds."""
+        """Return the exit status after it has ended; kill it after ``timeout`` seconds."""
         if self._read(timeout) is None:
             self.send_signal(signal.SIGKILL)
             self._read(None)  # or the next job would take this one's status for its own
@@ -92,7 +92,7 @@ class WarmJob:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        """Unless it has ended."""
+        """Send the signal, unless it has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
@@ -103,7 +103,7 @@ class WarmJob:
 
 
 def serve() -> dict[str, Any]:
-    """Fork for each line of the standard input; returns the job in the child alone, and never in the parent."""
+    """Fork for each line of standard input; returns the job in the child, and never returns in the parent."""
     for line in sys.stdin:
         assert threading.active_count() == 1  # a fork takes no other thread along
         request: dict[str, Any] = json.loads(line)
@@ -119,7 +119,7 @@ def serve() -> dict[str, Any]:
 
 
 def listen(request: dict[str, str]) -> None:
-    """Be a twin: take jobs from pipes of its own from now on."""
+    """Become a twin: take jobs from pipes of its own from now on."""
     for name, flags, number in (("requests", os.O_RDONLY, 0), ("answers", os.O_WRONLY, 1)):
         pipe = os.open(request[name], flags)
         os.dup2(pipe, number)
@@ -127,7 +127,7 @@ def listen(request: dict[str, str]) -> None:
 
 
 def become(job: dict[str, Any]) -> NoReturn:
-    """Be the process that a shell would have started; ends as one, with handlers of the end."""
+    """Become the process that a shell would have started; it ends like one, with exit handlers."""
     os.environ.clear()
     os.environ.update(job["env"])
     os.chdir(job["cwd"])
@@ -149,9 +149,9 @@ def become(job: dict[str, Any]) -> NoReturn:
 
 
 def end(code: int) -> NoReturn:
-    """End as an interpreter does - threads joined, handlers of the end, streams flushed - but free no memory.
+    """End as an interpreter does - join threads, call exit handlers, flush streams - but free no memory.
 
-    To free the modules one by one takes a second of a fork, which copies each page that it touches.
+    Freeing the modules one by one takes a fork a second, since it copies each page that it touches.
     """
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()

@@ -1,7 +1,7 @@
-"""``python ...`` in processes that need not import everything again: forked from one that has.
+"""Run ``python ...`` in forks of a process that has already imported its modules.
 
-One call may start several processes, as torchrun would: the ranks of a job, which meet over gloo. What proves something
-of a launcher itself, or of how an interpreter starts, starts fresh ones.
+One call may start several processes, as torchrun would: the ranks of a job, which connect by gloo. Tests of a launcher
+itself, or of how an interpreter starts, start fresh interpreters.
 """
 
 import atexit
@@ -31,24 +31,24 @@ ENCODING = (*TRAINING, "model.autoencoder_kl")
 
 
 class WarmProcesses:
-    """Running ranks of one job; the output of all goes to one file."""
+    """The running ranks of one job, whose output goes to one file."""
 
     def __init__(self, pids: list[int], status: IO[str]) -> None:
         self.pid, self._status = pids[0], status
         self.codes: list[int] | None = None
 
     def poll(self) -> int | None:
-        """The exit code where all have ended: of the first that failed, as a launcher has it."""
+        """Return the exit code once all have ended, that of the first that failed, as a launcher does; else None."""
         return self._read(0)
 
     def wait(self) -> int:
-        """Return what `poll` does, once all have ended; the limit that they were started with ends them."""
+        """Return the exit code of `poll` after all have ended, at the latest at the time limit of their start."""
         code = self._read(None)
         assert code is not None
         return code
 
     def send_signal(self, number: int) -> None:
-        """Send to the first, unless all have ended."""
+        """Send the signal to the first process, unless all have ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
@@ -68,7 +68,7 @@ def start_warm_python(
     limit_sec: float = 300,
     preload: str = "",
 ) -> WarmProcesses:
-    """``python WORDS...`` once, or in so many ranks, where ``modules`` are imported. One call after the other's end."""
+    """Start ``python WORDS...``, or ranks of it, where ``modules`` are imported. The previous call must have ended."""
     server, port = _server(modules, preload), _free_port()
     assert server.stdin is not None
     assert server.stdout is not None
@@ -88,7 +88,7 @@ def run_warm_python(
     limit_sec: float = 300,
     preload: str = "",
 ) -> str:
-    """Run as `start_warm_python` does, to the end. Returns what was printed."""
+    """Run processes as `start_warm_python` does, to their end. Returns the output."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output"
         job = start_warm_python(
@@ -100,7 +100,7 @@ def run_warm_python(
 
 
 def run_ranks(ranks: int, *arguments: str, cwd: Path, expect: int = 0) -> str:
-    """``ditscale ARGUMENTS...`` in several gloo processes, with the variables that torchrun sets."""
+    """Run ``ditscale ARGUMENTS...`` in several gloo processes, with the variables that torchrun sets."""
     return run_warm_python(TRAINING, "-m", "launch.cli", *arguments, cwd=cwd, expect=expect, ranks=ranks)
 
 
@@ -119,7 +119,7 @@ def _free_port() -> int:
 
 @functools.cache
 def _server(modules: tuple[str, ...], preload: str) -> subprocess.Popen[str]:
-    """The process, one for each worker of pytest and each choice of modules and of a preloaded library, that forks."""
+    """Return the process that forks: one for each worker of pytest, choice of modules and preloaded library."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **({"LD_PRELOAD": preload} if preload else {})}
     words = [sys.executable, __file__, *modules]
     server = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=env)
@@ -128,7 +128,7 @@ def _server(modules: tuple[str, ...], preload: str) -> subprocess.Popen[str]:
 
 
 def _serve() -> tuple[dict[str, Any], dict[str, str]]:
-    """Fork the processes of each line of the standard input; returns the job and a process's variables in it alone."""
+    """Fork the processes of each line of standard input; returns in each of them, with the job and its variables."""
     for line in sys.stdin:
         job: dict[str, Any] = json.loads(line)
         assert threading.active_count() == 1  # a fork takes no other thread along
@@ -144,7 +144,7 @@ def _serve() -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _ended(pids: list[int], limit_sec: float) -> list[int]:
-    """Exit codes, in order; the first failure and the end of the time end the others, as a launcher does."""
+    """Return the exit codes, in order; the first failure or the time limit ends the others, as under a launcher."""
     codes: dict[int, int] = {}
     signal.signal(signal.SIGALRM, lambda *_: _end(set(pids) - codes.keys(), signal.SIGKILL))
     signal.setitimer(signal.ITIMER_REAL, limit_sec)
@@ -163,9 +163,9 @@ def _end(pids: set[int], number: int) -> None:
 
 
 def _become(job: dict[str, Any], variables: dict[str, str]) -> NoReturn:
-    """Be the process that a shell would have started, up to the handlers of its end.
+    """Become the process that a shell would have started, up to its exit handlers.
 
-    What follows them in an interpreter is two seconds of freeing all that was imported.
+    After those, an interpreter would spend two seconds freeing all that was imported.
     """
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     os.environ.clear()
@@ -209,9 +209,9 @@ def _run(words: list[str]) -> None:
 
 
 def _import(modules: list[str]) -> None:
-    """Import them; without torch_xla among them, as on a machine that has none.
+    """Import the modules; hide torch_xla unless it is one of them.
 
-    diffusers imports it wherever it is, and then each process opens the CPU's XLA client when it ends.
+    diffusers imports it wherever it is installed, and then each process opens the CPU's XLA client when it ends.
     """
     if "torch_xla" not in modules and importlib.util.find_spec("diffusers") is not None:
         importlib.import_module("diffusers.utils.import_utils")._torch_xla_available = False

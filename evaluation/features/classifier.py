@@ -109,7 +109,7 @@ class ClassifierFeatures:
     @torch.no_grad()
     def __call__(self, images: NDArray[np.uint8]) -> Features:
         """Map images [B, H, W, C] uint8 to features [B, D] float32 and the most likely classes [B]."""
-        if images.shape[3] == 1:  # generated images have one channel, grey images of a source three equal ones
+        if images.shape[3] == 1:  # generated images have one channel, gray images of a source three equal ones
             images = images.repeat(self._channels, axis=3)
         vectors, logits = self._network(to_unit_range(images))
         return Features(vectors.numpy(), logits.argmax(dim=1).numpy())

@@ -67,10 +67,10 @@ class InceptionFeatures:
 
     @torch.no_grad()
     def __call__(self, images: NDArray[np.uint8]) -> Features:
-        """Map images [B, H, W, C] uint8, C 1 (grey) or 3, to [B, 2048], [B, 2023] and [B, 1008] float32."""
+        """Map images [B, H, W, C] uint8, C 1 (gray) or 3, to [B, 2048], [B, 2023] and [B, 1008] float32."""
         if images.shape[3] not in (1, 3):
             raise ValueError(
-                f"The images have {images.shape[3]} channels, but the Inception network sees 3 (or 1, as grey); "
+                f"The images have {images.shape[3]} channels, but the Inception network sees 3 (or 1, as gray); "
                 "choose another evaluation/features."
             )
         with exact_float32(self._device):

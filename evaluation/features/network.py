@@ -35,7 +35,7 @@ class NetworkFeatures:
         if len(mean) != 3 or len(std) != 3:
             raise ValueError(
                 f"evaluation.features has {len(mean)} numbers in mean and {len(std)} in std, but needs 3 in each, one "
-                "a channel; repeat one number for grey images."
+                "a channel; repeat one number for gray images."
             )
         self._network, self.title, self._place = network.eval(), title, place
         identity = [weights_hash, image_size, [float(value) for value in mean], [float(value) for value in std]]
@@ -56,7 +56,7 @@ class NetworkFeatures:
         """Map images [B, H, W, C] uint8, C 1 or 3, to [B, D] float32. Raises ValueError for other shapes."""
         if images.shape[3] not in (1, 3):
             raise ValueError(
-                f"The images have {images.shape[3]} channels, but the network of {self.title} sees 3 (or 1, as grey); "
+                f"The images have {images.shape[3]} channels, but the network of {self.title} sees 3 (or 1, as gray); "
                 "choose another evaluation/features."
             )
         with exact_float32(self._device):

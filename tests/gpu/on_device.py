@@ -1,7 +1,7 @@
-"""Where the tests of GPUs run: on one, or not at all.
+"""Choose the device of the GPU tests: a GPU; without one, they are skipped.
 
-``DITSCALE_GPU_TESTS_ON=cpu`` runs their bodies on the CPU, which shows that none has a slip before a GPU is at hand;
-it proves nothing about GPUs.
+``DITSCALE_GPU_TESTS_ON=cpu`` runs their bodies on the CPU, which finds mistakes in them before a GPU is available; it
+proves nothing about GPUs.
 """
 
 import os
@@ -24,13 +24,13 @@ if DEVICE.type == "cuda" and not torch.cuda.is_available():
 
 
 def make_runtime(precision: Any = "fp32", **settings: Any) -> AccelerateRuntime:
-    """On the device; float32 is exact unless ``settings`` say otherwise."""
+    """Return a runtime on the device, with exact float32 unless ``settings`` say otherwise."""
     return AccelerateRuntime(precision, **{"device": DEVICE.type, "tf32": False, **settings})
 
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """In the block, what makes the host wait for the GPU raises."""
+    """Raise, within the block, at every operation that makes the host wait for the GPU."""
     if DEVICE.type != "cuda":
         yield
         return
@@ -42,5 +42,5 @@ def no_waiting() -> Iterator[None]:
 
 
 def distance(one: Tensor, other: Tensor) -> float:
-    """Relative, of a whole tensor: the norm of the difference over the norm."""
+    """Return the relative distance of two tensors: the norm of the difference over the norm."""
     return ((one - other).norm() / other.norm()).item()

@@ -39,7 +39,7 @@ LABELS = ClassLabels(10)
 
 
 class Watched:
-    """A denoiser from whose first call on the host must not wait; before it, the sampler's tables are sent."""
+    """A denoiser; from its first call on, the host must not wait. Before it, the sampler's tables are copied."""
 
     def __init__(self, denoiser: Any) -> None:
         self._denoiser = denoiser
@@ -103,7 +103,7 @@ ALLOWING: dict[str, Callable[[], None]] = {"old way": lambda: allow_tf32(True), 
 
 @pytest.fixture(params=ALLOWING)
 def _tf32_elsewhere(request: pytest.FixtureRequest) -> Any:
-    """TF32 is allowed, as by a user or the runtime."""
+    """Allow TF32, as a user or the runtime may."""
     ALLOWING[request.param]()
     yield
     backends: Any = torch.backends

@@ -1,4 +1,4 @@
-"""Training on a GPU: the CPU's run, the same bits again, nothing to wait for, and checkpoints of what it was."""
+"""Training on a GPU gives the CPU's run, repeats it bit for bit, never waits, and saves the exact state."""
 
 import json
 import os
@@ -32,7 +32,7 @@ BFLOAT16 = 1e-2  # relative, of losses
 
 
 def case(**fields: Any) -> Case:
-    """On the device, with exact float32."""
+    """Return a case on the device, with exact float32."""
     settings = {"device": DEVICE.type, "tf32": False, **fields.pop("settings", {})}
     return Case(fields.pop("name", "gpu"), "accelerate", settings=settings, **fields)
 
@@ -46,7 +46,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def assert_same_run(run: Case) -> None:
-    """Losses, norms and state are those of eager PyTorch on the CPU."""
+    """Check that losses, norms and state are those of eager PyTorch on the CPU."""
     (expected, of_plain), (found, facts) = plain(run), under_runtime(run)
     assert facts["losses"] == pytest.approx(of_plain["losses"], rel=FLOAT32)
     assert facts["skipped"] == of_plain["skipped"]

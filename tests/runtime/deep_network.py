@@ -1,4 +1,4 @@
-"""A network that is no DiT: convolutions, a skip connection, and units two levels deep whose arguments are trees."""
+"""A network that is not a DiT: convolutions, a skip connection, units two levels deep whose arguments are trees."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Stage(NamedTuple):
 
 
 class Level(nn.Module):
-    """A convolution, shifted and scaled by the condition; on the way up, joined with what came down."""
+    """A convolution, shifted and scaled by the condition; on the way up, it also takes the skip connection."""
 
     def __init__(self, width: int, joins: bool) -> None:
         super().__init__()

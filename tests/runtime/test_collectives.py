@@ -1,4 +1,4 @@
-"""What devices send each other in a step, read from the compiled program of XLA's CPU backend."""
+"""Devices exchange only what they must in a step, by the compiled program of XLA's CPU backend."""
 
 import json
 from collections import Counter
@@ -19,7 +19,7 @@ NUM_METRICS = 3 + 2 * 4  # loss, mse and vlb; sum and count of the loss in each 
 
 
 def program(folder: Path, stage: str, devices: int, mode: str, block: str) -> str:
-    """The step on so many virtual devices: the largest program of what XLA dumps at a stage."""
+    """Return the step on this many virtual devices: the largest program that XLA dumps at a stage."""
     dump = folder / f"{devices}-{mode}-{block}"
     settings = {"cpu_devices": devices, "mode": mode}
     case = {"name": "x", "runtime": "xla", "block": block, "steps": 1, "batch_size": BATCH_SIZE, "settings": settings}
@@ -29,14 +29,14 @@ def program(folder: Path, stage: str, devices: int, mode: str, block: str) -> st
 
 
 def shapes_of(model: DiT) -> Counter[tuple[int, ...]]:
-    """Sorted, since the compiler is free to transpose."""
+    """Return the parameters' shapes, each sorted, since the compiler may transpose."""
     return Counter(tuple(sorted(parameter.shape)) for parameter in model.parameters())
 
 
 def sums_kept_in_parts(text: str, devices: int) -> Counter[tuple[int, ...]]:
-    """Shapes of the sums over devices of which each keeps its own part alone.
+    """Return the shapes of the sums over devices of which each device keeps only its own part.
 
-    That is a reduce-scatter in two instructions. PyTorch/XLA's CPU backend has no pass that makes one of them;
+    Such a sum is a reduce-scatter in two instructions. PyTorch/XLA's CPU backend has no pass that merges them into one;
     the compiler for TPUs has.
     """
     kept = Counter()
@@ -50,7 +50,7 @@ def sums_kept_in_parts(text: str, devices: int) -> Counter[tuple[int, ...]]:
 
 
 def table_of(model: DiT) -> Counter[tuple[int, ...]]:
-    """The labels' table: rows of its gradient are exchanged, which is less than the table."""
+    """Return the shape of the label table: rows of its gradient are exchanged, which is less than the table."""
     return Counter({tuple(sorted(model.label_embedding.weight.shape)): 1})
 
 

@@ -23,7 +23,7 @@ SHARDS = 12
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """96 images and a small random autoencoder."""
+    """Return a folder with 96 images and a small random autoencoder."""
     folder = tmp_path_factory.mktemp("inputs")
     make_image_folder(folder / "images", per_class=32)
     make_autoencoder(folder / "autoencoder")
@@ -48,7 +48,7 @@ def words(inputs: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What an undisturbed job of one process writes."""
+    """Return the files that an undisturbed job of one process writes."""
     folder = tmp_path_factory.mktemp("whole")
     shown = encoding("encode", *words, cwd=folder)
     assert "96 samples of 3 classes in 12 shards" in shown
@@ -56,7 +56,7 @@ def whole(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 def encoding(job: str, *words: str, cwd: Path, expect: int = 0) -> str:
-    """A job in a process that has imported diffusers, which takes longer than these jobs do."""
+    """Run a job in a process that has already imported diffusers, since the import takes longer than these jobs do."""
     return run_warm_python(ENCODING, "-m", "launch.cli", job, *words, cwd=cwd, expect=expect)
 
 
@@ -65,7 +65,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def encoded_by(processes: int, words: list[str], cwd: Path) -> str:
-    """Several processes as torchrun starts them."""
+    """Encode in several processes, started as torchrun starts them."""
     return run_warm_python(ENCODING, "-m", "launch.cli", "encode", *words, cwd=cwd, ranks=processes)
 
 
@@ -78,7 +78,7 @@ def test_three_processes_write_the_same_bytes_as_one(whole: dict[str, bytes], wo
 def test_the_bar_of_the_first_process_counts_the_images_of_all(
     whole: dict[str, bytes], words: list[str], tmp_path: Path
 ) -> None:
-    """Of two; each finds two of its six shards done, and the first may find more that the other has just made."""
+    """Use two processes; each finds two of its six shards done, and the first may see more that the other finishes."""
     (tmp_path / "shards").mkdir()
     for shard in range(4):
         for name in (f"shard-{shard:06d}.tar", f"shard-{shard:06d}.json"):
@@ -97,7 +97,7 @@ def test_the_bar_of_the_first_process_counts_the_images_of_all(
 def test_a_job_killed_at_random_moments_ends_with_the_same_bytes(
     whole: dict[str, bytes], words: list[str], tmp_path: Path
 ) -> None:
-    """Each job is killed between the first and the third shard that it finishes; no shard is ever seen half."""
+    """Kill each job between the first and the third shard that it finishes; no partial shard is ever seen."""
     chance = random.Random(0)
     folder = tmp_path / "shards"
     kills, job = 0, ("-m", "launch.cli", "encode", *words)
@@ -126,7 +126,7 @@ def test_a_job_killed_at_random_moments_ends_with_the_same_bytes(
 def test_a_disk_that_fills_up_leaves_no_half_shard_and_the_same_command_continues(
     whole: dict[str, bytes], words: list[str], tmp_path: Path
 ) -> None:
-    """A limit on the size of files is what a full disk is to a writer: half of a shard fits, then writing fails."""
+    """Limit the size of files, which looks like a full disk to a writer: half of a shard fits, then writing fails."""
     half = len(whole["shard-000000.tar"]) // 2
 
     def limit() -> None:
@@ -163,7 +163,7 @@ def test_verify_and_repair_from_the_command_line(whole: dict[str, bytes], words:
 
 
 def test_a_model_trains_on_encoded_images_and_its_samples_are_decoded(words: list[str], tmp_path: Path) -> None:
-    """Images to latents to a run to pictures, with an autoencoder of four channels."""
+    """Run from images to latents to a run to pictures, with an autoencoder of four channels."""
     encoding("encode", *words, cwd=tmp_path)
     data = [word for word in words if word.startswith("data") and "source" not in word]
     size = ["model.width=16", "model.depth=1", "model.num_heads=2", "model.patch_size=4", "batch_size=8"]

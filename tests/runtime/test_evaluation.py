@@ -1,4 +1,4 @@
-"""Evaluations that are killed go on where they were, on another number of processes; compiled ones measure the same."""
+"""Killed evaluations continue, on any number of processes; compiled networks give the same results."""
 
 import os
 import shutil
@@ -39,7 +39,7 @@ def killed_with_chunks(chunks: Path, words: list[str], cwd: Path) -> None:
 
 @pytest.fixture(scope="module")
 def measured(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run that was evaluated once, and the images of that."""
+    """Return a folder with a run that was evaluated once, and the images of that evaluation."""
     folder = tmp_path_factory.mktemp("measured")
     ditscale("train", *TINY_RUN, f"data.shards={digits}", "run_dir=run", "total_steps=10", cwd=folder)
     ditscale("evaluate", *WORDS, *images("plain.npz"), cwd=folder)
@@ -65,7 +65,7 @@ def test_a_killed_evaluation_is_continued_by_two_processes(measured: Path, tmp_p
 
 
 def test_a_run_that_is_killed_while_it_evaluates_keeps_the_finished_chunks(digits: Path, tmp_path: Path) -> None:
-    """Chunks of another identity would still lie there at the end."""
+    """Check that no chunks are left: those of another identity would still be there at the end."""
     words = ["train", *TINY_RUN, f"data.shards={digits}", "total_steps=10", "evaluate_every=10"]
     words += [word for word in WORDS if word.startswith(("sampler", "evaluation"))]
     ditscale(*words, "run_dir=whole", cwd=tmp_path)

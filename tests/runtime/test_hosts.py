@@ -1,4 +1,4 @@
-"""Hosts of one job: they leave together, and none waits for one that is gone."""
+"""Hosts of one job end together, and none waits for one that has ended."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ COUNT = 3
 
 
 def start(folder: Path, behaviour: str) -> list[subprocess.Popen[str]]:
-    """Three processes that have met."""
+    """Start three processes that find each other."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     hosts = [
         subprocess.Popen(

@@ -1,4 +1,4 @@
-"""XL/2's step is traced for many devices without weights: what `benchmarks/tpu_aot.py` compiles for TPUs."""
+"""XL/2's step is traced for many devices without weights, as `benchmarks/tpu_aot.py` compiles it for TPUs."""
 
 import re
 from collections import Counter
@@ -41,7 +41,7 @@ def annotation(axes: Axes) -> str:
 
 
 def expected_state(num_spread: int) -> Counter[tuple[str, str]]:
-    """(shape, sharding) of weights, averages and two moments, of which the last ``num_spread`` are spread."""
+    """Return (shape, sharding) of weights, averages and two moments, of which the last ``num_spread`` are sharded."""
     with torch.device("meta"):
         model = DiT(DiTConfig(32, 4, 2, width=1152, depth=28, num_heads=16, num_classes=1000))
     axes = sharding_of(model, DEVICES)
@@ -53,7 +53,7 @@ def expected_state(num_spread: int) -> Counter[tuple[str, str]]:
 
 
 class Graph:
-    """The entry computation of an HLO module, as far as it says where tensors are."""
+    """The entry computation of an HLO module: the operations that place tensors."""
 
     def __init__(self, hlo: str) -> None:
         entry = hlo[hlo.index("\nENTRY") :]
@@ -62,7 +62,7 @@ class Graph:
         self.root = re.findall(r"%([\w.-]+)", next(op[4] for op in self.operations.values() if "ROOT" in op[0]))
 
     def annotated_arguments(self) -> Counter[tuple[str, str]]:
-        """Placeholders: arguments whose sharding is said by an operation on them."""
+        """Count the placeholders: arguments whose sharding is set by an operation on them."""
         bare = {name for name, op in self.operations.items() if op[3] == "parameter" and op[5] is None}
         users = [op for op in self.operations.values() if op[3] == "custom-call" and op[4].split("%")[-1] in bare]
         assert len(users) == len(bare)

@@ -1,6 +1,6 @@
-"""A run goes on under another number of processes or devices, another sharding, another runtime: the same run.
+"""A run that continues under other processes, devices, sharding or runtime stays the same run.
 
-Steps are left out on the way (skip_grad_norm), which every part of a run must decide as one process does.
+It skips some steps (skip_grad_norm); each part of the run must skip the same ones as a single process.
 """
 
 from pathlib import Path
@@ -25,13 +25,13 @@ def words(digits: Path) -> list[str]:
 
 @pytest.fixture
 def whole(words: list[str], tmp_path: Path, in_process: InProcess) -> Path:
-    """One process, without a stop. Steps are skipped from step 20 on, where there are norms enough for a median."""
+    """Return an uninterrupted run of one process. It skips steps from 20 on, after enough norms for a median."""
     in_process("train", *words, "run_dir=whole")
     return tmp_path / "whole"
 
 
 def until(step: int) -> list[str]:
-    """What ends a part of the run there."""
+    """Return the settings that end a part of the run at a step."""
     return ["run_dir=run", f"total_steps={step}"]
 
 
@@ -45,7 +45,7 @@ def state_of(run: Path) -> dict[str, torch.Tensor]:
 
 
 def require_same_run(run: Path, whole: Path, same_bits_until: int) -> None:
-    """To the rounding of sums in another order; the lines of the first part to the last bit."""
+    """Require the same bits in the lines of the first part, then equality up to the rounding of reordered sums."""
     lines, expected = json_lines(run / "metrics.jsonl"), json_lines(whole / "metrics.jsonl")
     assert [line["step"] for line in lines] == [line["step"] for line in expected]
     for line, one in zip(lines, expected, strict=True):

@@ -98,7 +98,7 @@ def train(cases: list[dict[str, Any]], out: Path, processes: int = 1, env: dict[
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All runs, as files."""
+    """Return the folder of all runs' files."""
     folder = tmp_path_factory.mktemp("runs")
     train([*(case(name, name, "plain") for name in RECIPES), *ACCELERATE_1, BF16[1]], folder)
     train(ACCELERATE_2, folder, processes=2)
@@ -113,12 +113,12 @@ def facts_of(out: Path, name: str) -> dict[str, Any]:
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Relative, of a whole tensor: the norm of the difference over the norm."""
+    """Return the relative distance of two tensors: the norm of the difference over the norm."""
     return ((one - other).norm() / other.norm()).item()
 
 
 def has_meaning(name: str) -> bool:
-    """Not the moments of a key norm's bias: softmax does not see it, its gradient is rounding and nothing else."""
+    """Return False for the moments of a key norm's bias: softmax cancels the bias, so its gradient is only rounding."""
     return not (name.startswith("optimizer/") and "norm_key.bias/exp_avg" in name)
 
 
@@ -132,7 +132,7 @@ def test_losses_weights_averages_and_moments_are_those_of_plain_pytorch(out: Pat
 
 
 def assert_same_run(out: Path, name: str, like: str) -> None:
-    """Losses, norms and the final state, to 1e-5 relative."""
+    """Check that losses, norms and the final state are equal to 1e-5 relative."""
     facts, expected = facts_of(out, name), facts_of(out, like)
     assert facts["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     for norm, values in expected["norms"].items():

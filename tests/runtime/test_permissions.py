@@ -1,6 +1,6 @@
-"""What a user may not read or write is one sentence, and nothing of a run is passed over.
+"""Missing permissions give one sentence, and no part of a run is skipped because of them.
 
-Nothing is forbidden to root but for two capabilities, which root gives up here.
+Root may read and write everything by two capabilities, which it gives up here.
 """
 
 import ctypes
@@ -33,7 +33,7 @@ for words in json.loads(sys.argv[1]):
 
 
 def obey_permissions() -> None:
-    """In a process before it executes another program: that one may no longer pass over the bits of a file's mode."""
+    """Give up the capabilities that override file modes. Called in a process before it executes another program."""
     if os.geteuid() == 0:
         libc = ctypes.CDLL(None, use_errno=True)
         for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
@@ -42,7 +42,7 @@ def obey_permissions() -> None:
 
 
 def shown_by(cwd: Path, *commands: list[str]) -> list[str]:
-    """What each command printed on standard error, with its exit code."""
+    """Return what each command printed on standard error, with its exit code."""
     words = [sys.executable, "-c", SCRIPT, json.dumps(commands)]
     done = subprocess.run(
         words, cwd=cwd, preexec_fn=obey_permissions, capture_output=True, text=True, timeout=300, check=False

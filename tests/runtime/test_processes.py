@@ -35,7 +35,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def whole_run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run of one process."""
+    """Return an uninterrupted run of one process."""
     folder = tmp_path_factory.mktemp("whole")
     ditscale("train", *TINY_RUN, f"data.shards={digits}", "run_dir=run", cwd=folder)
     return folder / "run"
@@ -43,7 +43,7 @@ def whole_run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run_of_two(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run of two processes."""
+    """Return an uninterrupted run of two processes."""
     folder = tmp_path_factory.mktemp("two")
     run_ranks(2, "train", *TINY_RUN, f"data.shards={digits}", "run_dir=run", cwd=folder)
     return folder / "run"
@@ -64,7 +64,7 @@ def test_two_processes_train_the_same_run_as_one(whole_run: Path, run_of_two: Pa
 def test_two_killed_processes_end_with_the_bits_of_two_that_were_not(
     run_of_two: Path, digits: Path, tmp_path: Path
 ) -> None:
-    """The same number of processes reduces in the same order."""
+    """Compare bit for bit: the same number of processes reduces in the same order."""
     words = [*TINY_RUN, f"data.shards={digits}", "run_dir=run"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     with (tmp_path / "log").open("w") as log:
@@ -139,7 +139,7 @@ def test_a_process_that_dies_stops_the_others_with_its_error(digits: Path, tmp_p
 
 @pytest.fixture
 def adopted() -> Iterator[None]:
-    """Processes whose parent dies become children of this one, which can then wait for their exit codes."""
+    """Make processes whose parent dies children of this one, which can then wait for their exit codes."""
     libc = ctypes.CDLL(None)
     assert libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
     yield
@@ -147,7 +147,7 @@ def adopted() -> Iterator[None]:
 
 
 def ranks_without_their_torchrun(words: list[str], cwd: Path) -> list[psutil.Process]:
-    """Two ranks that train, whose torchrun was just killed with -9."""
+    """Return two training ranks whose torchrun was just killed with -9."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     with (cwd / "log").open("w") as log:
         job = subprocess.Popen([*launcher, "-m", "launch.train", *words], cwd=cwd, stdout=log, stderr=log)
@@ -210,7 +210,7 @@ def killed_after(step: int, words: list[str], cwd: Path) -> None:
 
 
 def wait_for(path: Path, process: subprocess.Popen[bytes] | WarmJob) -> None:
-    """Until a running process has made the path."""
+    """Wait until a running process has made the path."""
     deadline = time.monotonic() + 120
     while not path.exists():
         assert process.poll() is None

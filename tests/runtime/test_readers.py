@@ -1,4 +1,4 @@
-"""Jobs that read a run while it trains and keeps its newest checkpoint alone."""
+"""Jobs can read a run while it trains and keeps only its newest checkpoint."""
 
 import signal
 import subprocess
@@ -15,7 +15,7 @@ from train.stores import list_checkpoints
 
 @pytest.fixture
 def run(digits: Path, tmp_path: Path) -> Iterator[Path]:
-    """A run under way that saves after each step, and deletes the checkpoint before."""
+    """Yield a running job that saves after each step and deletes the checkpoint before."""
     words = [*TINY_RUN, f"data.shards={digits}", "run_dir=run", "checkpoint_every=1", "keep_checkpoints=1"]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The step at which a run diverged is looked at under any runtime and sharding, and shows the same."""
+"""The step at which a run diverged gives the same report under any runtime and sharding."""
 
 import re
 from pathlib import Path
@@ -13,14 +13,14 @@ DUMP = "replay=run/nonfinite_00000012"
 
 
 def findings(shown: str) -> list[str]:
-    """The report without the numbers, which round otherwise elsewhere."""
+    """Return the report without its numbers, which are rounded differently elsewhere."""
     assert re.search(rf"\n  position {POSITION}: image digit-\d+, label \d.*, loss nan, largest \|x_0\| inf\n", shown)
     return re.findall(r"(?:samples|outputs of modules|norms of .*): \d+.*", shown)
 
 
 @pytest.fixture
 def alone(digits: Path, tmp_path: Path, in_process: InProcess) -> list[str]:
-    """What one process finds of the dump that it made."""
+    """Return what one process finds in the dump that it made."""
     poisoned(digits, tmp_path / "shards", POSITION)
     in_process("train", *TINY_RUN, "data.shards=shards", "run_dir=run", "model.depth=1", expect=1)
     return findings(in_process("train", DUMP))

@@ -1,4 +1,4 @@
-"""A training run that is killed anywhere ends as if nothing had happened; what cannot be saved loses nothing."""
+"""A training run killed at any moment ends in the same bits; a failed save loses nothing."""
 
 import os
 import random
@@ -21,7 +21,7 @@ LAST = f"checkpoints/step_{STEPS:08d}"
 
 @pytest.fixture(scope="module")
 def words(digits: Path) -> list[str]:
-    """A run that writes checkpoints, pictures and evaluations often, with two averages."""
+    """Return the settings of a run that often writes checkpoints, pictures and evaluations, with two averages."""
     often = [f"total_steps={STEPS}", "log_every=4", "checkpoint_every=6", "sample_every=30", "evaluate_every=30"]
     small = ["sampler.steps=2", "evaluation.num_images=40", "evaluation.batch_size=20", "evaluation.features.epochs=1"]
     averages = ["train/ema=several", "ema.decays=[0.995,0.9]"]
@@ -30,14 +30,14 @@ def words(digits: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nobody killed; its folder also has the trained feature classifier."""
+    """Return a run that was not killed; its folder also has the trained feature classifier."""
     folder = tmp_path_factory.mktemp("whole")
     ditscale("train", *words, f"evaluation.cache={folder / 'cache'}", cwd=folder, timeout_sec=TIMEOUT_SEC)
     return folder / "run"
 
 
 def state_of(run: Path) -> dict[str, bytes]:
-    """Every tensor of the last checkpoint, and the log, as bytes."""
+    """Return every tensor of the last checkpoint, and the log, as bytes."""
     files = {path.name: path.read_bytes() for path in sorted((run / LAST).glob("*.safetensors"))}
     assert set(files) == {"model.safetensors", "ema.safetensors", "ema_0.9.safetensors", "optimizer.safetensors"}
     return {**files, "metrics.jsonl": (run / "metrics.jsonl").read_bytes()}
@@ -48,7 +48,7 @@ def writes_a_checkpoint(run: Path) -> bool:
 
 
 def evaluates(run: Path) -> bool:
-    """The picture of a step is there, its evaluation is not."""
+    """Return whether the picture of a step exists but its evaluation does not."""
     return len(list((run / "samples").glob("step_*.png"))) > len(lines_of(run / "evaluations.jsonl"))
 
 
@@ -60,7 +60,7 @@ MOMENTS: list[Callable[[Path], bool]] = [lambda run: True, writes_a_checkpoint, 
 
 
 def killed(words: list[str], cwd: Path, in_moment: Callable[[Path], bool], after_sec: float) -> bool:
-    """Start training; kill -9 it in such a moment once it has written a line. Returns whether it was hit there."""
+    """Start training; kill -9 it at such a moment after it has written a line. Returns whether that succeeded."""
     run, before = cwd / "run", time.time()
     process = warm(*TRAINING).start(["train", *words], cwd, cwd / "log")
     timing = run / "timing.jsonl"
@@ -77,7 +77,7 @@ def killed(words: list[str], cwd: Path, in_moment: Callable[[Path], bool], after
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(whole: Path, words: list[str], tmp_path: Path) -> None:
-    """In a step, in the writing of a checkpoint, in an evaluation."""
+    """Kill within a step, while a checkpoint is written, and within an evaluation."""
     chance, run = random.Random(KILLS), tmp_path / "run"
     words = [*words, f"evaluation.cache={whole.parent / 'cache'}"]
     hits = [killed(words, tmp_path, MOMENTS[number % 3], chance.random() * 0.1) for number in range(KILLS)]
@@ -94,7 +94,7 @@ def evaluations_of(run: Path) -> list[tuple[int, float]]:
 
 
 def test_a_disk_that_fills_up_while_saving_loses_nothing(digits: Path, tmp_path: Path) -> None:
-    """A limit on the size of files is what a full disk is to a writer: half of the optimizer's state fits."""
+    """Limit the size of files, which looks like a full disk to a writer: half of the optimizer's state fits."""
     words = [*TINY_RUN, f"data.shards={digits}", "run_dir=run"]
     ditscale("train", *words, cwd=tmp_path)
     (tmp_path / "run").rename(tmp_path / "whole")
@@ -121,7 +121,7 @@ def test_a_disk_that_fills_up_while_saving_loses_nothing(digits: Path, tmp_path:
 
 
 def test_a_folder_that_may_not_be_written_is_one_sentence(digits: Path, tmp_path: Path) -> None:
-    """Nobody, root neither, makes folders in /sys."""
+    """Use a folder in /sys, where not even root can make folders."""
     shown = ditscale("train", *TINY_RUN, f"data.shards={digits}", "run_dir=/sys/ditscale", cwd=tmp_path, expect=2)
     assert "A file /sys/ditscale cannot be read or written: " in shown
     assert "Traceback" not in shown

@@ -1,4 +1,4 @@
-"""A run that is asked to stop saves, exits with the code for "again later", and continues to the same bits."""
+"""A run that is asked to stop saves, exits with the code that requests a requeue, and continues to the same bits."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ def words(digits: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nobody stopped."""
+    """Return a run that was not stopped."""
     folder = tmp_path_factory.mktemp("whole")
     ditscale("train", *words, cwd=folder)
     return folder / "run"
@@ -63,7 +63,7 @@ def test_a_stopped_run_exits_with_75_and_the_same_command_ends_with_the_same_bit
 def test_a_signal_during_an_evaluation_ends_it_and_the_same_command_makes_it_up(
     digits: Path, tmp_path: Path, in_process: InProcess
 ) -> None:
-    """The evaluation is at a step that has no checkpoint of its own."""
+    """Send the signal at a step that has no checkpoint of its own."""
     words = [*TINY_RUN, f"data.shards={digits}", "total_steps=30", "sample_every=15", "evaluate_every=15"]
     words += ["sampler.steps=25", "evaluation.num_images=600", "evaluation.batch_size=20"]
     words += ["evaluation.features.epochs=1", f"evaluation.cache={tmp_path / 'cache'}"]
@@ -120,7 +120,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_log_step(words:
 def test_a_signal_to_a_parallel_sweep_stops_its_workers_when_they_have_saved(
     words: list[str], tmp_path: Path, number: signal.Signals
 ) -> None:
-    """SIGKILL reaches the process alone that started them."""
+    """Send SIGKILL only to the process that started the workers."""
     sweep = [word for word in words if word != "run_dir=run"] + ["seed=0,1", "model.patch_size=4", "model.width=16"]
     job = start(["-m", *sweep, "total_steps=100000", "hydra.launcher.n_jobs=2"], tmp_path)
     runs = [tmp_path / f"runs/demo/d16-n2-p4-adaln_zero-seed{seed}" for seed in (0, 1)]

@@ -1,4 +1,4 @@
-"""Jobs forked from a warm process: two at a time by twins, and a job that hung leaves the next one its own status."""
+"""Jobs are forked from a warm process, two at a time by twins; after a hung job, the next one gets its own status."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ def jobs() -> Iterator[WarmJobs]:
 
 
 def _hanging(folder: Path) -> Path:
-    """A pipe that nobody reads: a job that prints to it waits before its first line."""
+    """Return a pipe without a reader: a job that prints to it waits before its first line."""
     os.mkfifo(folder / "pipe")
     return folder / "pipe"
 

@@ -1,4 +1,4 @@
-"""What does not fit an XLA mesh is refused before anything is compiled; rows of a host come back as they went."""
+"""Settings that do not fit an XLA mesh are refused before compilation; a host's rows return unchanged."""
 
 from pathlib import Path
 

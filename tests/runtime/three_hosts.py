@@ -1,4 +1,4 @@
-"""A subprocess of the tests: one of several hosts, without an accelerator.
+"""Run one of several hosts without an accelerator, in a subprocess of the tests.
 
 ``python three_hosts.py INDEX COUNT FOLDER BEHAVIOUR``: finish, fail, differ, or wait to be killed.
 """

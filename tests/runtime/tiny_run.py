@@ -1,4 +1,4 @@
-"""A subprocess of the tests: trains tiny DiTs under the runtimes asked for and writes down what happened.
+"""Train tiny DiTs under the requested runtimes and record the results, in a subprocess of the tests.
 
 ``python tiny_run.py OUT CASES`` with a JSON list of cases; all of one process share its devices. Each case
 leaves ``OUT/NAME.safetensors`` (the final state) and ``OUT/NAME.json`` (losses and the runtime's counters).
@@ -63,7 +63,7 @@ class Case:
     counts_exchanged: bool = False  # elements of the gradients that processes exchange, under DistributedDataParallel
 
     def model(self) -> Network:
-        """Small random weights everywhere: a fresh DiT is zero where it matters."""
+        """Return a model with small random weights everywhere, since parts of a fresh DiT are zero."""
         if self.block == "Deep":
             return DeepNetwork(DeepConfig())
         attention = QKNormSelfAttention if self.qk_norm else SelfAttention
@@ -75,17 +75,17 @@ class Case:
         return made
 
     def optimizer(self, model: Network) -> torch.optim.Optimizer:
-        """With weight decay, and an eps above the rounding of gradients that are zero."""
+        """Return AdamW with weight decay, and an eps above the rounding of gradients that are zero."""
         return torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, eps=1e-6)
 
     def averages(self, model: Network) -> averages_of.Averages:
-        """Of the weights."""
+        """Return the averages of the weights."""
         if self.average == "constant":
             return averages_of.constant(model, DECAY)
         return averages_of.power(model, [0.1])
 
     def batches(self, rank: int, world: int) -> Iterator[Batch]:
-        """A process's rows of each batch."""
+        """Yield a process's rows of each batch."""
         mine = slice(self.batch_size * rank // world, self.batch_size * (rank + 1) // world)
         for step in range(self.steps):
             generator = torch.Generator().manual_seed(step)
@@ -106,7 +106,7 @@ def diffusion() -> GaussianDiffusion:
 
 
 def plain(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The recipe in twenty lines of eager PyTorch, without runtime, step or EMA of ours."""
+    """Train by the recipe in twenty lines of eager PyTorch, without our runtime, step or EMA."""
     model, process = case.model(), diffusion()
     optimizer = case.optimizer(model)
     averages = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -143,12 +143,12 @@ def plain(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def norm(tensors: Iterable[Tensor]) -> float:
-    """Of all together, in float64."""
+    """Return the norm of all tensors together, in float64."""
     return math.sqrt(math.fsum(tensor.detach().double().square().sum().item() for tensor in tensors))
 
 
 def under_runtime(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The same through the project's runtime, step and EMA."""
+    """Train the same run through the project's runtime, step and EMA."""
     runtime = make_runtime(case)
     runtime.require_batch(case.batch_size)
     counters = Counters(case.runtime)
@@ -193,13 +193,13 @@ def under_runtime(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def counted_exchange(sizes: list[int], bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    """What DistributedDataParallel does by itself, noting how much."""
+    """Do what DistributedDataParallel does by default, and record the number of values."""
     sizes.append(bucket.buffer().numel())
     return allreduce_hook(None, bucket)
 
 
 def make_runtime(case: Case) -> Any:
-    """The runtime of ``conf/runtime``, on the CPU where it has a setting for that, imported no sooner than here."""
+    """Return the runtime of ``conf/runtime``, on the CPU where that can be set. It is imported only here."""
     section = yaml.safe_load((CONF / f"{case.runtime}.yaml").read_text(encoding="utf-8"))
     settings = {key: value for key, value in section.items() if not key.startswith("_")}
     if "device" in settings:
@@ -208,7 +208,7 @@ def make_runtime(case: Case) -> Any:
 
 
 class Counters:
-    """Since the case began: compilations and reads by torch_xla's own metrics, else compilations by torch.compile's."""
+    """Counts of a case: compilations and device reads by torch_xla's metrics, else compilations by torch.compile."""
 
     def __init__(self, runtime: str) -> None:
         self._of_xla = runtime == "xla"

@@ -1,4 +1,4 @@
-"""A subprocess of the tests: samples from a tiny DiT under one runtime.
+"""Sample from a tiny DiT under one runtime, in a subprocess of the tests.
 
 ``python tiny_samples.py OUT RUNTIME`` writes ``OUT/RUNTIME.npz``, images by sampler, and ``OUT/RUNTIME.json``:
 for each sampler how many programs the first batch compiled, how many the second, and how many were executed.

@@ -1,7 +1,7 @@
 """Every kind of file, damaged in every way, read by every job: no traceback, no hang, no silently different result.
 
 ``make test`` runs the same 60 trials each time; ``make soak`` draws a thousand (DITSCALE_TRIALS, DITSCALE_SEED) and
-commits what came of them.
+commits the outcomes.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A run that is kept in a bucket, as a user types it: it goes on from there on a machine that knows nothing of it."""
+"""A run in a bucket, as a user types it, continues on another machine without local files."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ PARTS = ("model", "ema", "optimizer")
 
 
 def test_a_run_in_a_bucket_survives_the_loss_of_its_machine(digits: Path, tmp_path: Path) -> None:
-    """Killed, its disk lost, continued elsewhere: the bits of a run on a disk. Then sampled from by its URL."""
+    """Kill a run, lose its disk and continue it elsewhere to the bits of a run on a disk; then sample by its URL."""
     words = [*TINY_RUN, f"data.shards={digits}", "run_dir=run", f"total_steps={STEPS}", "sample_every=50"]
     words.append("sampler.steps=2")
     here, there, plain = (tmp_path / name for name in ("here", "there", "plain"))

@@ -12,7 +12,7 @@ WORDS = [*TINY_RUN, "data/order=windowed", "data.order.shards_per_window=2", "ru
 
 @pytest.fixture(scope="module")
 def losses(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Of a run on the local folder."""
+    """Return the losses of a run on the local folder."""
     folder = tmp_path_factory.mktemp("local")
     ditscale("train", *WORDS, f"data.shards={digits}", cwd=folder)
     return [line["loss"] for line in json_lines(folder / "run/metrics.jsonl")]

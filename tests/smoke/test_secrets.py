@@ -1,4 +1,4 @@
-"""Passwords and keys in URLs are in nothing that a job prints or writes, as a user types it."""
+"""No job, as a user types it, prints or writes the passwords and keys in URLs."""
 
 import base64
 import shutil
@@ -22,7 +22,7 @@ FEW = ["sampler.steps=2", "evaluation.num_images=20", "evaluation.features.epoch
 
 @pytest.fixture
 def web(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ListingServer]:
-    """A server with the digits' shards, some images, and room for a run."""
+    """Yield a server with the digits' shards, some images, and room for a run."""
     folder = tmp_path_factory.mktemp("web")
     shutil.copytree(digits, folder / "digits")
     make_image_folder(folder / "images", per_class=2)
@@ -35,7 +35,7 @@ def private(server: ListingServer, name: str) -> str:
 
 
 def assert_no_secret(shown: str, folder: Path) -> None:
-    """Neither in what was printed nor in the name or the content of any file."""
+    """Check that no secret is in what was printed, or in the name or content of any file."""
     for secret in FORBIDDEN:
         assert secret not in shown.encode(), shown
         for path in folder.rglob("*"):
@@ -102,7 +102,7 @@ ERRORS = [
 
 
 def words_of(job: str, setting: str, web: ListingServer, digits: Path) -> list[str]:
-    """A command line that fails for a private URL."""
+    """Return a command line that fails for a private URL."""
     more = [*TINY_RUN, f"data.shards={digits}"] if job == "train" and setting != "data.shards" else []
     more += ["data/source=image_folder"] if job == "encode" else []
     url = private(web, "nowhere") + (f"?X-Amz-Signature={SIGNATURE}" if setting == "data.shards" else "")

@@ -1,4 +1,4 @@
-"""All jobs, end to end, as a user types them: a small sweep on the digits that ends in a curve."""
+"""All jobs work end to end, as a user types them: a small sweep on the digits ends in a curve."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ SWEEP = [
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which encode, a sweep of one model, the same of two, and the report have run."""
+    """Return a folder in which encode, a sweep of one model, the same of two, and the report have run."""
     folder = tmp_path_factory.mktemp("study")
     ditscale("encode", cwd=folder)
     ditscale("train", "-m", *SWEEP, "model.patch_size=4", cwd=folder, env={"WANDB_MODE": "offline"})

@@ -1,4 +1,4 @@
-"""A sweep that is killed, and what keeps its runs apart."""
+"""A killed sweep continues, and its runs stay separate."""
 
 import os
 import signal
@@ -59,7 +59,7 @@ def test_a_run_killed_in_its_last_evaluation_still_joins_the_groups_curve(tmp_pa
 
 @pytest.fixture(scope="module")
 def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first run of the sweep, trained alone and uninterrupted."""
+    """Return the first run of the sweep, trained alone and uninterrupted."""
     folder = tmp_path_factory.mktemp("whole")
     words = [word for word in SWEEP if not word.startswith(("hydra.", "seed="))]
     ditscale("train", *words, f"data.shards={digits}", "total_steps=200", "run_dir=run", cwd=folder)
@@ -67,7 +67,7 @@ def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def process_of(run: Path, sweep: subprocess.Popen[bytes]) -> psutil.Process:
-    """The process that trains a run: the one that holds its lock."""
+    """Return the process that trains a run: the one that holds its lock."""
     lock = str(run / ".lock")
     processes = psutil.Process(sweep.pid).children(recursive=True)
     (found,) = [process for process in processes if lock in [file.path for file in process.open_files()]]
@@ -125,7 +125,7 @@ def test_a_run_that_alone_is_asked_to_stop_leaves_the_others_training_and_the_sw
 def test_a_sweep_whose_process_cannot_be_forked_trains_in_fresh_ones(
     tmp_path: Path, digits: Path, whole: Path, in_process: InProcess
 ) -> None:
-    """Another thread of it, which a fork would not have, may hold a lock."""
+    """Start another thread, which a fork would not have and which may hold a lock."""
     done = threading.Event()
     thread = threading.Thread(target=done.wait)
     thread.start()

@@ -1,4 +1,4 @@
-"""The short form of ``benchmarks.xl_step``: one block of the paper's largest model."""
+"""The short form of ``benchmarks.xl_step`` works: one block of the paper's largest model."""
 
 import json
 import sys

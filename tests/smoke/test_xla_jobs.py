@@ -1,4 +1,4 @@
-"""Training, grids, evaluation and sampling under XLA, as a user types them, on virtual devices of the CPU."""
+"""Training, grids, evaluation and sampling work under XLA, as a user types them, on virtual devices of the CPU."""
 
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ print("programs compiled:", metrics.metric_data("CompileTime")[0])
 
 @pytest.fixture(scope="module")
 def study(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, under XLA and under accelerate."""
+    """Return a folder with the same run under XLA and under accelerate."""
     folder = tmp_path_factory.mktemp("xla")
     words = [*TINY_RUN, f"data.shards={digits}", "total_steps=10", "sample_every=10", "evaluate_every=10", *MEASURED]
     ditscale("train", *words, *XLA, "run_dir=xla", cwd=folder, env=FAST_COMPILE)

@@ -1,4 +1,4 @@
-"""Reads wandb's offline files: a log of protocol buffers in LevelDB's record format."""
+"""Read wandb's offline files: a log of protocol buffers in LevelDB's record format."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
 def _contents(raw: bytes) -> Iterator[bytes]:
-    """Payloads of all records, put together where they span blocks."""
+    """Yield the payloads of all records, joined where they extend over several blocks."""
     position, parts = FILE_HEADER, b""
     while position + RECORD_HEADER <= len(raw):
         left = BLOCK - position % BLOCK
@@ -37,13 +37,13 @@ def _records(path: Path) -> Iterator[wandb_internal_pb2.Record]:
 
 
 def offline_history(folder: Path) -> list[dict[str, str]]:
-    """Rows of history of the one offline run in ``folder/wandb``: names to values as JSON text."""
+    """Return the history rows of the one offline run in ``folder/wandb``: names to values as JSON text."""
     (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     return history_of(path)
 
 
 def history_of(path: Path) -> list[dict[str, str]]:
-    """Rows of history of one file: names to values as JSON text."""
+    """Return the history rows of one file: names to values as JSON text."""
     rows = []
     for record in _records(path):
         if record.WhichOneof("record_type") == "history":
@@ -53,11 +53,11 @@ def history_of(path: Path) -> list[dict[str, str]]:
 
 
 def metric_axes(path: Path) -> dict[str, str]:
-    """Each defined metric, a pattern included, with its x axis, or an empty text."""
+    """Return the x axis of each defined metric or pattern, empty where it has none."""
     metrics = [r.metric for r in _records(path) if r.WhichOneof("record_type") == "metric"]
     return {metric.name or metric.glob_name: metric.step_metric for metric in metrics}
 
 
 def run_group(path: Path) -> str:
-    """The group of a file's run."""
+    """Return the group of a file's run."""
     return next(r.run.run_group for r in _records(path) if r.WhichOneof("record_type") == "run")

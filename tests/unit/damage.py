@@ -1,4 +1,4 @@
-"""Damage files in every way that a reader has to find; guard against readers that wait for ever."""
+"""Damage files in every way that a reader must detect; fail if a reader waits forever."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from types import FrameType
 
 
 def flip(path: Path, bit: int | None = None) -> None:
-    """Flip one bit: in the middle, or the one that is named."""
+    """Flip one bit: the given one, else one in the middle."""
     content = bytearray(path.read_bytes())
     place = 8 * (len(content) // 2) + 3 if bit is None else bit
     content[place // 8] ^= 1 << place % 8
@@ -50,7 +50,7 @@ REPLACEABLE = {kind: damage for kind, damage in DAMAGES.items() if kind != "a fo
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Fail where the block takes longer."""
+    """Fail if the block takes longer."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise AssertionError(f"it takes longer than {seconds} seconds")

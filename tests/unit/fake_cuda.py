@@ -1,8 +1,8 @@
-"""What runs on a GPU, on one that is not there: run by `test_fake_cuda.py`, which preloads ``no_gpu.c``.
+"""Test the code of GPUs on a simulated one; `test_fake_cuda.py` runs this file and preloads ``no_gpu.c``.
 
 Tensors of the networks are fake: they have a device, a shape and a dtype, and no values. PyTorch raises where
-tensors of two devices meet; `Watch` notes what would make the host wait for the GPU. Tensors of what only moves bytes
-are real, and lie in the host's memory.
+tensors of two devices meet; `Watch` records what would make the host wait for the GPU. Tensors that are only copied are
+real, in the host's memory.
 """
 
 import platform
@@ -65,9 +65,9 @@ BLOCKS = ["AdaLNZeroBlock", "AdaLNBlock", "CrossAttentionBlock", "InContextBlock
 
 
 class Watch(TorchDispatchMode):
-    """Notes what the host waits for, and the dtypes that operations on the GPU give.
+    """Records what the host waits for, and the dtypes of the results of GPU operations.
 
-    A value that the host reads from the GPU is 1. ``pin_memory`` is done here, since fake tensors do not know it.
+    A value that the host reads from the GPU is 1. ``pin_memory`` is simulated here, since fake tensors lack it.
     """
 
     def __init__(self) -> None:
@@ -104,7 +104,7 @@ class Watch(TorchDispatchMode):
 
 @contextmanager
 def fake_gpu() -> Iterator[Watch]:
-    """Networks are made on the host, of real tensors; these become fake where they are moved or used."""
+    """Yield the watch of a fake GPU. Networks are built of real tensors and become fake where moved or used."""
     with FakeTensorMode(allow_non_fake_inputs=True), Watch() as watch:
         yield watch
 
@@ -173,7 +173,7 @@ class Training:
         )
 
     def parameters(self) -> list[Tensor]:
-        """Weights, averages and moments."""
+        """Return weights, averages and moments."""
         moments = [value for state in self.optimizer.state.values() for value in state.values()]
         averages = [value for module in self.averages.modules.values() for value in module.parameters()]
         return [*self.model.parameters(), *averages, *moments]
@@ -352,7 +352,7 @@ def test_batches_arrive_whole_however_late_they_are_copied() -> None:
 
 
 def on_gpu(runtime: AccelerateRuntime, seed: int) -> tuple[TrainState, dict[str, Tensor]]:
-    """A state after a step on the host, prepared; and what it holds."""
+    """Return a prepared state after a step on the host, and the values that it holds."""
     state = new_state()
     step_of(state)([batch_of(seed)])
     state.advance()
@@ -384,7 +384,7 @@ def test_a_checkpoint_is_of_the_step_it_was_taken_at_though_training_goes_on(tmp
 
 
 class SentToGpu:
-    """Moments of the host, sent to the GPU: an encoding that no kernel has to run for."""
+    """An encoding that sends moments from the host to the GPU, for which no kernel has to run."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -1,7 +1,7 @@
-"""A step of two processes that spread their state over GPUs that are not there: run by `test_fake_cuda.py`.
+"""Test a step of two processes that shard their state over simulated GPUs; `test_fake_cuda.py` runs this file.
 
-The process group is PyTorch's own fake: it sends nothing. DistributedDataParallel cannot run so, it wants the
-parameters' memory.
+The process group is PyTorch's own fake, which sends nothing. DistributedDataParallel cannot run this way, since it
+accesses the parameters' memory.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ __all__ = ["watch"]
 
 @pytest.fixture(autouse=True)
 def _group(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Process 0 of two."""
+    """Yield while this process is rank 0 of two."""
     for name, value in {
         "RANK": 0,
         "WORLD_SIZE": 2,

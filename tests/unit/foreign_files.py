@@ -1,4 +1,4 @@
-"""Weights of other programs that tests make for themselves, in every wrapping."""
+"""Make weights of other programs for tests, in every container format."""
 
 import hashlib
 import json
@@ -18,13 +18,13 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def released_weights() -> dict[str, Tensor]:
-    """The golden network's, as the released code names them: 10 classes, 4 latent channels, side 8."""
+    """Return the golden network's weights under the released code's names: 10 classes, 4 latent channels, side 8."""
     golden = golden_model()[1]
     return {name.removeprefix("weights/"): golden[name] for name in golden if name.startswith("weights/")}
 
 
 def zeros_like(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Another table of the same shape, which must not be taken; its position embedding is the fixed one."""
+    """Return zeros of the same shapes, which must not be read, with the fixed position embedding."""
     return {name: value if name == "pos_embed" else torch.zeros_like(value) for name, value in weights.items()}
 
 
@@ -49,7 +49,7 @@ def assert_same_weights(one: DiT, two: DiT) -> None:
 
 
 def hub_cache(root: Path, name: str, model: DiT) -> Path:
-    """A cache of the hub as its documentation lays it out: refs, snapshots of links, blobs named by their hash."""
+    """Write a cache of the hub as its documentation defines it: refs, snapshots of links, blobs named by their hash."""
     written = root / "written"
     to_diffusers(model, written)
     repository = root / f"models--{name.replace('/', '--')}"
@@ -69,6 +69,6 @@ def hub_cache(root: Path, name: str, model: DiT) -> Path:
 
 
 def change_json(path: Path, **changes: object) -> None:
-    """Give a JSON object other values; None takes a key away."""
+    """Change values of a JSON object; None removes a key."""
     content = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))

@@ -1,4 +1,4 @@
-"""Random weights for the Inception network, as a file: the public ones are no part of this repository."""
+"""Write random weights for the Inception network to a file: the public ones are not part of this repository."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ PREFIX = ""  # of the hash that is accepted: any
 
 
 def random_weights(folder: Path) -> Path:
-    """Weights with statistics of normalisation that are not the trivial ones."""
+    """Write weights whose batch-norm statistics are not the trivial ones."""
     generator = torch.Generator().manual_seed(0)
     state = Inception2015().state_dict()
     for name, value in state.items():

@@ -1,4 +1,4 @@
-"""A folder as a DINOv2's page on the hub, of a network small enough to make here."""
+"""Write a folder like DINOv2's page on the hub, of a small network."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import torch
 
 
 def write_small_dinov2(folder: Path) -> Path:
-    """Random weights, 32 features."""
+    """Write a DINOv2 with random weights and 32 features."""
     from transformers import Dinov2Config, Dinov2Model
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""A sentence advises what the job can do and has not done: no setting that has the value already, no empty range."""
+"""Errors advise what the job can do: never a setting that already has the value, never an empty range."""
 
 import json
 import re
@@ -34,7 +34,7 @@ FULL = torch.OutOfMemoryError("CUDA out of memory.")
 
 
 def refusal(call: object, *given: object, **named: object) -> str:
-    """Return the sentence that a call refuses with."""
+    """Return the sentence by which a call is refused."""
     with pytest.raises(ValueError, match=r"\S\.$") as raised:
         call(*given, **named)  # type: ignore[operator]
     return str(raised.value)
@@ -233,7 +233,7 @@ def test_a_variable_is_advised_where_it_would_be_read_only(tmp_path: Path, monke
 
 
 def test_no_sentence_counts_classes_down_to_minus_one(digits: Path, tmp_path: Path, in_process: InProcess) -> None:
-    """Data of 0 classes, and a run without conditions."""
+    """Use data of 0 classes, and a run without conditions."""
     source = PatternSource(num_classes=1, bad_label_at=0)
     source.class_names = []
     shown = [refusal(prepared, source, 0, Preparation(8, ExactSize()))]

@@ -1,4 +1,4 @@
-"""diffusers' autoencoder behind our interface: the same numbers, an identity of its own, and clear errors."""
+"""diffusers' autoencoder behind our interface gives the same numbers, its own identity, and clear errors."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def test_moments_draws_and_images_are_those_of_diffusers(folder: Path) -> None:
 
 
 def test_an_encoder_is_not_flip_equivariant(folder: Path) -> None:
-    """Why both orientations are encoded."""
+    """Check the reason why both orientations are encoded."""
     ours = DiffusersAutoencoder("x", str(folder), SCALE)
     plain, mirrored = ours.moments(images()), ours.moments(images().flip(3))
     assert (mirrored - plain.flip(3)).abs().max() > 0.1 * plain.abs().max()

@@ -1,4 +1,4 @@
-"""Batches: position in, batch out, whatever the number of processes."""
+"""Batches are a function of positions, whatever the number of processes."""
 
 import itertools
 import resource
@@ -90,7 +90,7 @@ def test_labels_are_the_shards_or_the_null_class(shards: MappedShards) -> None:
 
 
 def test_nothing_is_flipped_where_the_config_says_so(shards: MappedShards) -> None:
-    """Against the same positions with flips: same rows, never mirrored."""
+    """Compare with the same positions with flips: the rows are the same, but never mirrored."""
     plain, flipped = make(shards, flip=False).batch(0), make(shards, flip=True).batch(0)
     mirrored = torch.stack([latent.flip(2) for latent in flipped.x_0])
     for one, other, turned in zip(plain.x_0, flipped.x_0, mirrored, strict=True):
@@ -122,7 +122,7 @@ def test_prefetch_stops_its_thread_when_the_loop_is_left() -> None:
 
 
 def test_more_shards_than_open_files_are_allowed(shards: MappedShards, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mapped shard keeps its file open; the limit is raised, or named where the system forbids that."""
+    """Raise the limit on open files, since each mapped shard needs one, or name it if the system forbids that."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (300, limits[1]))

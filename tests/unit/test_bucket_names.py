@@ -1,4 +1,4 @@
-"""What lies in a bucket is a stranger's: names that lead elsewhere are refused, and only a run's files are fetched."""
+"""Objects in a bucket are untrusted: names that lead elsewhere are refused, and only a run's files are fetched."""
 
 import json
 import threading
@@ -26,7 +26,7 @@ RUN = f"gs://{BUCKET}/team/run"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of six steps, with a config, a picture and the id of its wandb run."""
+    """Return the folder of a run of six steps, with a config, a picture and the id of its wandb run."""
     path = tmp_path_factory.mktemp("run")
     folder = RunFolder(path)
     run_steps(new_state(), folder, 6)
@@ -40,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def gcs(run: Path) -> Iterator[GcsServer]:
-    """A bucket with the run."""
+    """Yield a server whose bucket holds the run."""
     with gcs_server() as server:
         upload(server, run, "team/run")
         yield server
@@ -210,7 +210,7 @@ def test_runs_of_one_name_in_two_stores_and_copies_of_a_former_run_are_not_mixed
 def test_a_run_whose_checkpoints_are_deleted_while_they_are_copied_is_copied_all_the_same(
     gcs: GcsServer, tmp_path: Path
 ) -> None:
-    """One that keeps the newest only, and saves at each step."""
+    """Copy a run that keeps only the newest checkpoint and saves at each step."""
     url, ended, state = f"gs://{BUCKET}/busy", threading.Event(), new_state(10**6)
     folder = RunFolder(tmp_path / "busy", BucketStore(f"{url}/checkpoints", tmp_path / "none"))
 

@@ -1,4 +1,4 @@
-"""The classifier that a job trains for itself, and keeps: damaged in any way, it is trained again to the same."""
+"""The cached classifier of a job is trained again to the same weights if it is damaged in any way."""
 
 import json
 from pathlib import Path
@@ -71,7 +71,7 @@ def test_a_classifiers_folder_that_is_empty_or_none_is_replaced(tmp_path: Path, 
 def test_facts_of_a_classifier_that_cannot_be_are_not_recorded(
     tmp_path: Path, change: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also where their seal is right."""
+    """Reject impossible facts even if their hash is right."""
     expected = classifier(tmp_path).facts
     path = next(tmp_path.glob("classifier-*/facts.json"))
     content = {key: value for key, value in json.loads(path.read_text()).items() if key != "record_sha256"}
@@ -95,7 +95,7 @@ def test_weights_of_another_network_are_not_taken_for_a_classifiers(
 
 
 def test_a_classifiers_weights_are_the_bytes_of_safetensors_and_as_readable_as_other_files(tmp_path: Path) -> None:
-    """Their hash stands in records, so it must not change with the program."""
+    """Check the bytes, since records contain their hash, which must not change with the program."""
     found = classifier(tmp_path)
     path = next(tmp_path.glob("classifier-*/model.safetensors"))
     assert path.read_bytes() == save(found._network.state_dict())

@@ -1,4 +1,4 @@
-"""The command line takes paths as they are, says what there is, and refuses what it would get wrong."""
+"""The command line accepts any path, lists what exists, and refuses ambiguous input."""
 
 import re
 import signal
@@ -89,7 +89,7 @@ def test_m_may_stand_anywhere(in_process: InProcess) -> None:
 
 
 def test_help_whose_reader_leaves_ends_without_a_word_and_leaves_signals_alone(in_process: InProcess) -> None:
-    """A process that takes the default of SIGPIPE dies when whoever it serves a file leaves early."""
+    """Leave SIGPIPE alone: with its default handler, a server dies when a reader leaves early."""
     before = signal.getsignal(signal.SIGPIPE)
     in_process("train", "--help")
     assert signal.getsignal(signal.SIGPIPE) == before

@@ -1,4 +1,4 @@
-"""Conditions are trees that nobody but their source and their embedding looks into; an empty one is unconditional."""
+"""Conditions are trees that only their source and their embedding read; an empty one is unconditional."""
 
 import json
 from collections.abc import Mapping
@@ -87,7 +87,7 @@ def test_unconditional_training_resumes_samples_and_evaluates(
 
 
 class LabelAndParity(ClassLabels):
-    """A condition of two parts."""
+    """A source of conditions with two parts."""
 
     def of_samples(self, labels: NDArray[np.int64]) -> Condition:
         label = torch.from_numpy(labels)
@@ -101,7 +101,7 @@ class LabelAndParity(ClassLabels):
 
 
 class ParityEmbedding(LabelEmbedding):
-    """Sees both parts."""
+    """An embedding that uses both parts."""
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__(num_classes, width)
@@ -138,7 +138,7 @@ def test_a_condition_of_two_parts_trains_where_the_network_embeds_both_and_is_re
 
 
 def test_a_run_of_an_earlier_version_had_class_labels(digits: Path, tmp_path: Path, in_process: InProcess) -> None:
-    """Its config and checkpoints have no ``condition``, no block factories, and a setting ``model.learn_sigma``."""
+    """Remove ``condition`` and the block factories from config and checkpoints, and add ``model.learn_sigma``."""
     words = [*WORDS, f"data.shards={digits}"]
     in_process("train", *words, "total_steps=4")
     run = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""Weights travel between the released code, this program and diffusers without a change."""
+"""Weights convert between the released code, this program and diffusers without a change."""
 
 from pathlib import Path
 
@@ -91,7 +91,7 @@ def test_another_number_of_classes_renews_the_label_table_alone() -> None:
 
 
 def drifted(by: float) -> dict[str, torch.Tensor]:
-    """The golden weights with a position embedding as a trainer leaves it that averages it or trains it."""
+    """Return the golden weights with a position embedding that a trainer averaged or trained."""
     weights = released_weights()
     noise = torch.randn(weights["pos_embed"].shape, generator=torch.Generator().manual_seed(0)).clamp(-2, 2) / 2
     return {**weights, "pos_embed": weights["pos_embed"] + by * noise}
@@ -111,7 +111,7 @@ def test_a_position_embedding_of_the_file_is_computed_with_and_comes_back_bit_fo
 
 
 def test_the_golden_output_needs_the_position_embedding_that_it_was_computed_with() -> None:
-    """Adding the drift to the patches' biases instead gives the released outputs again: it is used, and added once."""
+    """Subtract the drift from the patches' biases: the outputs show that the embedding is added exactly once."""
     golden = golden_model()[1]
     weights = released_weights()
     shift = torch.randn(48, generator=torch.Generator().manual_seed(1)) * 1e-3
@@ -138,7 +138,7 @@ def test_a_label_table_without_a_null_row_comes_in_and_goes_out_bit_for_bit(rows
 
 
 def test_weights_claim_no_more_than_is_there() -> None:
-    """A number of blocks or a width out of a file reserves no memory and no hours before all tensors were seen."""
+    """Allocate nothing by a file's number of blocks or width before all tensors were seen."""
     weights = released_weights()
     with pytest.raises(ValueError, match=r"there are 3 blocks, but no block 2"):
         from_reference({**weights, "blocks.9999.mlp.fc1.bias": torch.zeros(1)}, num_heads=4)
@@ -217,7 +217,7 @@ def test_the_papers_sizes_need_no_number_of_heads(width: int, num_heads: int) ->
 def test_every_size_is_the_same_network_in_all_three_programs(
     width: int, num_heads: int, patch_size: int, tmp_path: Path
 ) -> None:
-    """Widths, heads and patches of the paper; one block, since all blocks convert alike."""
+    """Use the paper's widths, heads and patches, and one block, since all blocks convert alike."""
     model = tiny(width=width, depth=1, num_heads=num_heads, patch_size=patch_size, frequency_shift=1)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

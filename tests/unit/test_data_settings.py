@@ -1,4 +1,4 @@
-"""Facts in files beat defaults: shards and checkpoints say what they are of, and nothing is typed twice."""
+"""Settings recorded in shards and checkpoints override defaults, so nothing is typed twice."""
 
 import json
 import os
@@ -25,7 +25,7 @@ FEW = ["evaluation.num_images=4", "sampler.steps=2", "evaluation.features.epochs
 
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of one's own with images and their shards."""
+    """Return a folder with images of one's own and their shards."""
     folder = tmp_path_factory.mktemp("own")
     dice = np.random.default_rng(0)
     for label in "ab":
@@ -66,7 +66,7 @@ def test_shards_of_an_earlier_version_say_all_but_their_source(encoded: Path, tm
 
 
 def test_an_evaluation_of_ones_own_data_takes_them_from_the_checkpoint(encoded: Path, in_process: InProcess) -> None:
-    """From another folder, too."""
+    """Evaluate from another folder, too."""
     shown = in_process("evaluate", f"checkpoint={encoded / 'run'}", *FEW, f"data.shards={encoded / 'shards/mine'}")
     assert '"reference_images": 20' in shown
     assert '"frechet_distance"' in in_process("evaluate", f"checkpoint={encoded / 'run'}", *FEW)

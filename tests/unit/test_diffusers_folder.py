@@ -1,4 +1,4 @@
-"""Folders of diffusers are read without diffusers, or refused where their network is another."""
+"""Folders of diffusers are read without diffusers, or refused where their network differs."""
 
 import itertools
 from pathlib import Path
@@ -88,7 +88,7 @@ def test_another_epsilon_is_said(diffusers_folder: Path) -> None:
 
 
 def test_embeddings_of_single_blocks_that_were_trained_apart_are_refused(diffusers_folder: Path) -> None:
-    """diffusers' blocks have embeddings of their own, which its training lets go apart; a DiT has one."""
+    """Refuse blocks whose embeddings differ: diffusers trains one for each block, but a DiT has a single one."""
     path = diffusers_folder / "transformer/diffusion_pytorch_model.safetensors"
     weights = load_file(path)
     name = "transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"

@@ -1,4 +1,4 @@
-"""The process against ADM's numbers and against closed forms."""
+"""The diffusion process equals ADM's numbers and closed forms."""
 
 from collections.abc import Callable
 from functools import partial
@@ -69,7 +69,7 @@ def test_gradients_equal_the_released_implementation(process: GaussianDiffusion)
 
 
 def exact_reverse(process: GaussianDiffusion, mean: float, std: float) -> Denoiser:
-    """`perfect_denoiser` with the reverse process's true variance, beta~ + coef1^2 Var(x_0 | x_t), as logits."""
+    """Return `perfect_denoiser` with the reverse process's true variance, beta~ + coef1^2 Var(x_0 | x_t), as logits."""
     noise_of = perfect_denoiser(process, mean, std)
 
     def denoiser(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -86,7 +86,7 @@ def exact_reverse(process: GaussianDiffusion, mean: float, std: float) -> Denois
 
 
 def test_the_bound_of_the_exact_model_is_the_entropy_of_the_data(process: GaussianDiffusion) -> None:
-    """For x_0 ~ N(m, s^2) in bins of 2/255: entropy h / ln 2 - log2(2/255) bits a dimension."""
+    """Compare with x_0 ~ N(m, s^2) in bins of 2/255, whose entropy is h / ln 2 - log2(2/255) bits per dimension."""
     mean, std = 0.1, 0.2
     generator = torch.Generator().manual_seed(0)
     x_0 = mean + std * torch.randn(256, 1, 8, 8, generator=generator)
@@ -163,7 +163,7 @@ def test_predicting_x_0_inverts_the_corruption(process: GaussianDiffusion) -> No
 
 
 def test_posterior_is_bayes_rule(process: GaussianDiffusion) -> None:
-    """q(x_{t-1} | x_t, x_0) from the product of the two Gaussians, in float64."""
+    """Compute q(x_{t-1} | x_t, x_0) from the product of the two Gaussians, in float64."""
     t, x_0, x_t = 300, 0.7, -0.4
     tables = process.tables
     before, beta = tables.alphas_cumprod[t - 1], tables.betas[t]
@@ -182,7 +182,7 @@ def test_kl_is_zero_for_equal_gaussians_and_positive_otherwise() -> None:
 
 
 def test_vlb_vanishes_for_the_exact_posterior(process: GaussianDiffusion) -> None:
-    """A network that predicts the true noise and the lower variance bound has KL 0 for t > 0."""
+    """Check that a network that predicts the true noise and the lower variance bound has KL 0 for t > 0."""
     t = torch.tensor([1, 10, 400, 999])
     x_0, noise = torch.rand(4, 1, 4, 4) * 2 - 1, torch.randn(4, 1, 4, 4)
     x_t = corrupt(process, Batch(x_0, noise, t, {}))
@@ -203,7 +203,7 @@ def test_vlb_sends_no_gradient_to_the_noise_prediction(process: GaussianDiffusio
 
 
 def perfect_denoiser(process: GaussianDiffusion, mean: float, std: float) -> Denoiser:
-    """For x_0 ~ N(mean, std^2) the best noise prediction is known in closed form."""
+    """Return the best noise prediction for x_0 ~ N(mean, std^2), which is known in closed form."""
 
     def denoiser(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         signal, spread = process.table("sqrt_alphas_cumprod", t), process.table("sqrt_one_minus_alphas_cumprod", t)
@@ -226,7 +226,7 @@ def test_samplers_give_a_gaussian_its_mean_and_variance(process: GaussianDiffusi
 
 
 def continuous_denoiser(process: GaussianDiffusion, mean: float, std: float) -> Denoiser:
-    """`perfect_denoiser` for times between steps: alphas_cumprod are interpolated like diffusers' sigmas."""
+    """Return `perfect_denoiser` for times between steps: alphas_cumprod are interpolated like diffusers' sigmas."""
     steps, alphas = np.arange(1000), process.tables.alphas_cumprod
     sigmas = np.sqrt((1 - alphas) / alphas)
 
@@ -251,7 +251,7 @@ def continuous_denoiser(process: GaussianDiffusion, mean: float, std: float) -> 
 def test_deterministic_samplers_converge_to_the_exact_solution_with_their_order(
     process: GaussianDiffusion, sampler: Callable[..., Sampler], order: int, last_error: float
 ) -> None:
-    """The probability-flow ODE takes a Gaussian to a Gaussian: x_0 = m + (x_T - a m) s / sqrt(a^2 s^2 + b^2)."""
+    """Compare with the probability-flow ODE of a Gaussian: x_0 = m + (x_T - a m) s / sqrt(a^2 s^2 + b^2)."""
     mean, std, start = 0.4, 0.5, torch.linspace(-2, 2, 9).view(9, 1, 1, 1)
     last = process.tables.alphas_cumprod[-1]
     exact = mean + (start - np.sqrt(last) * mean) * std / np.sqrt(last * std**2 + 1 - last)
@@ -266,7 +266,7 @@ def test_deterministic_samplers_converge_to_the_exact_solution_with_their_order(
 
 @pytest.mark.parametrize("sampler", [DDPM(4), DDIM(4), DDIM(4, eta=1.0), DPMSolverPP(4), Heun(4)])
 def test_sampling_reads_nothing_back_from_the_device(process: GaussianDiffusion, sampler: Sampler) -> None:
-    """On the meta device there is nothing to read: a value that is asked for raises."""
+    """Sample on the meta device, where reading a value raises."""
     model = tiny().to("meta")
     guided = ClassifierFreeGuidance(model, NULL, 4, scale=2.0, t_min=100, t_max=900)
     condition = {"label": torch.zeros(2, dtype=torch.int64, device="meta")}

@@ -1,4 +1,4 @@
-"""Numbers in docs/ are those of the committed result lines."""
+"""Numbers in docs/ equal those of the committed result lines."""
 
 import json
 from typing import Any
@@ -21,7 +21,7 @@ def test_the_table_of_tpus_is_made_of_the_result_lines() -> None:
 
 
 def compiled(slice_name: str, mode: str, recomputes: bool) -> dict[str, Any]:
-    """The committed line of a case."""
+    """Return the committed line of a case."""
     lines = [json.loads(line) for line in TPU_LINES]
     keys = [(line["slice"], line["mode"], line["activation_checkpointing"]) for line in lines]
     found: dict[str, Any] = lines[keys.index((slice_name, mode, recomputes))]

@@ -1,4 +1,4 @@
-"""Averages of the weights against closed forms, and averages made after training."""
+"""Averages of the weights equal closed forms; averages of any width are made after training."""
 
 import math
 from pathlib import Path
@@ -18,7 +18,7 @@ STEPS = 400
 
 
 def path_of_weights(steps: int = STEPS) -> Tensor:
-    """A random walk of one weight, [steps + 1] with the weights at the start."""
+    """Return a random walk of one weight, [steps + 1] with the weights at the start."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(steps + 1, generator=generator, dtype=torch.float64).cumsum(0)
 
@@ -42,7 +42,7 @@ def value_of(averages: Averages, name: str = "ema") -> float:
 
 
 def by_hand(weights: Tensor, kept: list[float]) -> float:
-    """The recursion in float64."""
+    """Compute the recursion in float64."""
     average = weights[0].item()
     for value, decay in zip(weights[1:].tolist(), kept, strict=True):
         average = decay * average + (1 - decay) * value
@@ -81,7 +81,7 @@ def test_several_decays_are_each_what_they_are_alone() -> None:
 
 
 def power_average(weights: Tensor, gamma: float) -> float:
-    """Weights of step i count as the integral of tau^gamma from i - 1 to i."""
+    """Return the average in which step i counts as the integral of tau^gamma from i - 1 to i."""
     edges = torch.arange(len(weights), dtype=torch.float64) ** (gamma + 1)
     return ((edges[1:] - edges[:-1]) * weights[1:]).sum().item() / edges[-1].item()
 
@@ -125,7 +125,7 @@ def state_with(model: nn.Module, averages: Averages) -> TrainState:
 
 
 def test_an_average_of_any_width_is_made_after_training(tmp_path: Path) -> None:
-    """As if it had been followed from the start, to a small part of what the weights move."""
+    """Compare with an average that followed the run, within a small part of the weights' path."""
     model, weights = one_weight(), path_of_weights()
     averages = power(model, [0.05, 0.1])
     state = state_with(model, averages)

@@ -1,4 +1,4 @@
-"""Averages of any width from the command line, made of what a run kept."""
+"""The command line makes averages of any width from the checkpoints of a run."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The encode job on faulty images and folders, verification and repair, and latents of other programs."""
+"""The encode job handles faulty images and folders, verifies and repairs, and imports latents of other programs."""
 
 import json
 import tarfile
@@ -193,7 +193,7 @@ def test_verify_names_just_what_is_damaged_and_encoding_again_mends_it(tmp_path:
 
 
 def test_verify_looks_into_shards_whose_checksum_was_made_to_fit(tmp_path: Path) -> None:
-    """A manifest is no proof by itself: values and labels are read."""
+    """Read values and labels, since a matching manifest alone proves nothing."""
     from core.reading import sha256_of
 
     def rewritten(change: Any) -> list[str]:
@@ -270,7 +270,7 @@ def test_latents_of_another_shape_or_with_flips_are_refused(tmp_path: Path, auto
 
 
 def test_the_bar_ends_at_the_images_of_all_processes_also_when_the_others_end_last(tmp_path: Path) -> None:
-    """The other of two works while the first, which looks at the others once a second, has done its last batch."""
+    """Let the second process work while the first, which polls it once a second, has finished its last batch."""
     counted: list[int] = []
 
     class Bar:

@@ -1,4 +1,4 @@
-"""Statistics against closed forms, images against their index."""
+"""Statistics equal closed forms, and images depend on their index alone."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -58,7 +58,7 @@ def test_distance_of_a_shifted_gaussian_is_the_squared_shift() -> None:
 
 
 def test_distance_of_scaled_gaussians_is_the_closed_form() -> None:
-    """Commuting covariances C and s^2 C: (s - 1)^2 tr C."""
+    """Compare with the distance of commuting covariances C and s^2 C, which is (s - 1)^2 tr C."""
     sample = features(500, 8)
     sample -= sample.mean(axis=0)
     one, two = FeatureStatistics.of(sample), FeatureStatistics.of(3 * sample)
@@ -74,7 +74,7 @@ def test_distance_equals_the_matrix_square_root_form() -> None:
 
 
 def test_distance_of_rank_deficient_covariances_is_the_closed_form() -> None:
-    """Fewer images than features: (1 - 1/2)^2 of the trace, from a covariance of rank 9 in 40 dimensions."""
+    """Use fewer images than features: (1 - 1/2)^2 of the trace, from a covariance of rank 9 in 40 dimensions."""
     sample = features(10, 40)
     sample -= sample.mean(axis=0)
     one, two = FeatureStatistics.of(sample), FeatureStatistics.of(sample / 2)
@@ -82,7 +82,7 @@ def test_distance_of_rank_deficient_covariances_is_the_closed_form() -> None:
 
 
 def test_distance_of_features_without_variance_is_the_closed_form() -> None:
-    """As dead ReLU features can be: singular covariances of many images, also where their number is not known."""
+    """Use singular covariances of many images, as of dead ReLU features, also with an unknown number of images."""
     basis = np.linalg.qr(features(40, 40, seed=3))[0]  # so that rounding reaches the eigenvalues that are zero
     sample = np.concatenate([features(500, 12), np.zeros((500, 28))], axis=1) @ basis
     sample -= sample.mean(axis=0)
@@ -94,7 +94,7 @@ def test_distance_of_features_without_variance_is_the_closed_form() -> None:
 
 
 def test_distance_of_few_images_far_from_the_origin_is_that_of_the_nuclear_norm() -> None:
-    """Rounding of the sums is then far above that of eigenvalues; only the number of images says what it is."""
+    """Use sums whose rounding far exceeds that of eigenvalues, so that only the number of images identifies it."""
     one, two = (sample - sample.mean(axis=0) for sample in (features(10, 40, 1), features(12, 40, 2)))
     nuclear = np.linalg.svd(one @ two.T, compute_uv=False).sum() / np.sqrt(9 * 11)
     expected = (one**2).sum() / 9 + (two**2).sum() / 11 - 2 * nuclear
@@ -151,7 +151,7 @@ def test_an_image_does_not_depend_on_the_batch_it_is_made_in() -> None:
 
 
 def test_images_are_rounded_as_in_the_released_sampling_code() -> None:
-    """Level v where 127.5 x + 128 is in [v, v + 1), cut off at both ends."""
+    """Check that x becomes level v where 127.5 x + 128 is in [v, v + 1), clipped at both ends."""
     levels = np.linspace(-10, 270, 2 * 4 * 8 * 8)
     given = torch.from_numpy((levels - 128) / 127.5).float().reshape(2, 4, 8, 8)
     make = replace(generator(), sampler=lambda *_: given)
@@ -189,7 +189,7 @@ def test_the_digit_classifier_is_accurate_and_trained_once(tmp_path: Path) -> No
 
 
 def test_the_classifier_sees_the_images_that_were_encoded(tmp_path: Path) -> None:
-    """Cropped, where the source has others than the data set's."""
+    """Crop the images where the source has other sizes than the data set."""
     cut = ClassifierFeatures(PatternSource(size=12), 8, str(tmp_path), crop=CenterCrop(), epochs=1)
     images, _ = load_images(PatternSource(size=12), 8, CenterCrop())
     assert cut(images).vectors.shape == (50, 64)
@@ -198,7 +198,7 @@ def test_the_classifier_sees_the_images_that_were_encoded(tmp_path: Path) -> Non
 
 
 class PixelFeatures:
-    """Pixels as features, and the brightest column as the class."""
+    """An extractor whose features are pixels and whose class is the brightest column."""
 
     title, hash, facts = "pixels", "0", {"classifier_accuracy": 1.0}
 

@@ -1,4 +1,4 @@
-"""`ditscale evaluate` and evaluations during training: what their records say, and which kept chunks they take."""
+"""`ditscale evaluate` and evaluations during training write complete records, and use the right cached chunks."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ EVALUATE = ["evaluate", "checkpoint=run", "runtime=cpu", *FEW]
 
 @pytest.fixture
 def run(digits: Path, tmp_path: Path, in_process: InProcess) -> Path:
-    """A run of 4 steps, with checkpoints at 2 and 4."""
+    """Return a run of 4 steps, with checkpoints at 2 and 4."""
     in_process(*train(digits))
     return tmp_path / "run"
 
@@ -33,7 +33,7 @@ def train(digits: Path, *more: str, steps: int = 4) -> list[str]:
 
 
 class Interrupted:
-    """Stops jobs, as Ctrl-C would, when they have had the features of so many batches."""
+    """Stops jobs, as Ctrl-C would, after the features of a number of batches."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.left: float = float("inf")
@@ -54,7 +54,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Interrupted:
 
 
 def kept(run: Path) -> dict[str, int]:
-    """How many chunks each folder of them holds."""
+    """Return the number of chunks in each folder of chunks."""
     return {path.name: len(list(path.glob("*.safetensors"))) for path in run.glob("chunks/*")}
 
 

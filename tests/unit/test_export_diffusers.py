@@ -1,4 +1,4 @@
-"""An exported folder is a pipeline of diffusers, which makes the images that this program makes."""
+"""An exported folder is a diffusers pipeline that generates the same images as this program."""
 
 import json
 import shutil
@@ -70,7 +70,7 @@ def test_the_pipeline_makes_the_images_of_ddim_with_its_own_steps(tmp_path: Path
 
 
 def test_a_scheduler_swapped_in_takes_its_own_steps_which_are_ours(tmp_path: Path) -> None:
-    """And not those of the DDIM that it was made from."""
+    """Check that the steps are not those of the DDIM that the scheduler was made from."""
     model = random_model(frequency_shift=1)
     to_diffusers(model, tmp_path)
     pipeline = opened(tmp_path, vae=None)
@@ -118,7 +118,7 @@ def test_the_whole_pipeline_opens_with_autoencoder_and_names_of_classes(tmp_path
 
 
 def test_the_documented_snippets_run_as_they_stand(tmp_path: Path) -> None:
-    """Each opens FOLDER: the first a pipeline with an autoencoder, the second one in pixel space."""
+    """Run both snippets on FOLDER: the first opens a pipeline with an autoencoder, the second one in pixel space."""
     section = (CONF.parent / "docs/model.md").read_text().split("### A pipeline of diffusers")[1]
     place = str(tmp_path / "folder")
     first, second = (part.split("```")[0].replace("FOLDER", place) for part in section.split("```python")[1:3])

@@ -1,6 +1,6 @@
-"""The code of GPUs, on one that is not there: ``no_gpu.c`` makes PyTorch believe in it, ``fake_cuda.py`` has the tests.
+"""The code of GPUs passes ``fake_cuda.py`` on a simulated one, which ``no_gpu.c`` makes PyTorch see.
 
-No kernel runs, so no number is looked at: devices, dtypes, what the host waits for, and what only moves bytes.
+No kernel runs, so no number is checked, only devices, dtypes, waits of the host, and copies.
 """
 
 import os
@@ -25,7 +25,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def no_gpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Variables of a process that believes in a GPU. PyTorch also loads the driver's library, by its soname."""
+    """Return the environment of a process with a simulated GPU. PyTorch loads the driver by its soname too."""
     library = tmp_path_factory.mktemp("no_gpu") / "no_gpu.so"
     flags = ["-shared", "-fPIC", "-pthread", "-Wl,-soname,libcuda.so.1"]
     subprocess.run([CC, *flags, str(HERE / "no_gpu.c"), "-o", str(library)], check=True)

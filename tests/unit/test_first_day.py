@@ -1,4 +1,4 @@
-"""What a new user is told: where training starts, what will disappoint, and that names are as good as numbers."""
+"""A new user is told where training starts and which results will be poor, and may give names for numbers."""
 
 import json
 import re
@@ -142,7 +142,7 @@ def test_grey_images_of_ones_own_train_as_grey_and_are_measured(tmp_path: Path, 
     shown = in_process("encode", *own, "model/autoencoder=identity_grey", "data.shards=other", expect=2)
     assert "boot/colour.png is in color, but the autoencoder identity takes 1 channel" in shown
     advised = "model/autoencoder=identity data.autoencoder.channels=3"
-    assert f"make the images grey, or choose {advised}." in shown
+    assert f"make the images gray, or choose {advised}." in shown
     once_set = ["model/autoencoder=identity", "data.autoencoder.channels=1", "data.shards=other"]
     assert advised in in_process("encode", *own, *once_set, expect=2)  # there it is the channels that are to change
 

@@ -1,4 +1,4 @@
-"""A second objective behind the seam: flow matching on straight lines, with Euler's method."""
+"""A second objective works behind the interface: flow matching on straight lines, with Euler's method."""
 
 import json
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_a_perfect_network_has_the_least_loss_and_predicts_the_conditional_means
 
 
 def test_eulers_method_converges_to_the_exact_solution_with_order_one() -> None:
-    """The flow takes z to m + s z, since it takes a Gaussian to a Gaussian and keeps the order of points."""
+    """Compare with m + s z, since the flow takes a Gaussian to a Gaussian and keeps the order of points."""
     z = torch.linspace(-2, 2, 9).view(9, 1, 1, 1)
     errors = []
     for steps in (10, 20, 40, 80):
@@ -85,7 +85,7 @@ def test_a_flows_sampler_says_how_often_it_calls_the_network(sampler: Sampler) -
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_flows_sampler_reads_nothing_back_from_the_device(sampler: Sampler) -> None:
-    """On the meta device there is nothing to read: a value that is asked for raises."""
+    """Sample on the meta device, where reading a value raises."""
     model = tiny(outputs_per_channel=1).to("meta")
     condition = {"label": torch.zeros(2, dtype=torch.int64, device="meta")}
     sample = sampler(model, StraightFlow(), lambda _: torch.empty(2, 4, 8, 8, device="meta"), condition)

@@ -1,4 +1,4 @@
-"""Jobs with weights of other programs: sampling from them, starting from them, exporting them."""
+"""Jobs sample from, start from, and export weights of other programs."""
 
 import argparse
 import os
@@ -30,7 +30,7 @@ def images(name: str) -> np.ndarray:
 
 
 def digits_model(**changes: int) -> DiT:
-    """A DiT of the shape that `TINY_RUN` trains, with weights that are not zero."""
+    """Return a DiT of the shape that `TINY_RUN` trains, with weights that are not zero."""
     shape = {"latent_size": 8, "channels": 1, "patch_size": 4, "width": 16, "depth": 2, "num_heads": 2}
     model = DiT(DiTConfig(**{**shape, "num_classes": 10, **changes}))
     generator = torch.Generator().manual_seed(0)
@@ -60,7 +60,7 @@ def test_sampling_says_which_table_it_took_and_takes_the_one_that_weights_names(
 
 
 def test_sampling_computes_with_the_position_embedding_of_the_file(tmp_path: Path, in_process: InProcess) -> None:
-    """As after the released trainer, which averages it; moved into the biases of the patches it gives the same."""
+    """Drift the embedding as the released trainer's averaging does; moved to the patches' biases it gives the same."""
     weights = drifted(GOLDEN, 0.3)
     saved(tmp_path / "drifted.pt", weights)
     moved = {
@@ -187,7 +187,7 @@ def test_a_run_starts_from_weights_of_another_resolution(digits: Path, tmp_path:
 
 @pytest.mark.parametrize("said", [None, 10, 9])
 def test_a_runs_classes_choose_the_reading_of_a_label_table(tmp_path: Path, said: int | None) -> None:
-    """10 rows for a run of 10 classes are these classes, without the null class, unless the trainer said otherwise."""
+    """Read 10 rows for a run of 10 classes as these classes without a null class, unless the trainer recorded 9."""
     weights = {**GOLDEN, TABLE: GOLDEN[TABLE][:10].clone()}
     arguments = {} if said is None else {"args": argparse.Namespace(num_classes=said)}
     path = saved(tmp_path / "a.pt", {"ema": weights, **arguments})
@@ -206,7 +206,7 @@ def test_a_runs_classes_choose_the_reading_of_a_label_table(tmp_path: Path, said
 
 
 def test_a_run_of_another_variance_is_told_the_setting(digits: Path, tmp_path: Path, in_process: InProcess) -> None:
-    """Following the one sentence must not lead to another that takes it back."""
+    """Follow the sentence's advice: it must not lead to another sentence that contradicts it."""
     saved(tmp_path / "fixed.pt", to_reference(digits_model(outputs_per_channel=1)))
     words = ["init_from=fixed.pt", "run_dir=x"]
     shown = train(in_process, digits, *words, expect=2)

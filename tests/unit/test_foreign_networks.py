@@ -1,4 +1,4 @@
-"""Files of networks of anyone: TorchScript, DINOv2, Inception. Damage is named, in words of ours."""
+"""Untrusted networks (TorchScript, DINOv2, Inception) are read safely; damage is named in our own words."""
 
 import json
 import os
@@ -103,7 +103,7 @@ def test_a_torchscript_file_damaged_in_any_way_is_refused_by_name(tmp_path: Path
 
 
 def test_every_flipped_bit_of_a_torchscript_file_is_found_or_changes_nothing(tmp_path: Path) -> None:
-    """PyTorch checks none of the checksums in it."""
+    """Flip bits, since PyTorch verifies no checksum of the file."""
     path = script(Linear(), tmp_path / "net.pt")
     whole, expected, refusals = path.read_bytes(), torchscript(path)(IMAGES).vectors, 0
     for bit in range(0, 8 * len(whole), 97):
@@ -177,7 +177,7 @@ def features(folder: Path) -> DINOv2Features:
 @pytest.mark.parametrize("kind", [kind for kind in DAMAGES if kind != "flipped bit"])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_dinov2_damaged_in_any_way_is_refused_by_name(dinov2: Path, tmp_path: Path, name: str, kind: str) -> None:
-    """A flipped bit in weights is found by their hash alone, which every record has."""
+    """Damage each file. A flipped bit in weights is found only by their hash, which every record has."""
     folder = shutil.copytree(dinov2, tmp_path / "copy")
     DAMAGES[kind](folder / name)
     if (name, kind) == ("model.safetensors", "zeros"):
@@ -240,7 +240,7 @@ def test_weights_of_a_dinov2_that_are_no_finite_numbers_are_named(
 
 
 def test_what_else_a_config_says_reaches_no_library(dinov2: Path, tmp_path: Path) -> None:
-    """Such as kernels to fetch, code to import, or how weights are packed."""
+    """Change settings such as kernels to fetch, code to import, or how weights are packed."""
     folder = shutil.copytree(dinov2, tmp_path / "copy")
     changed(
         folder,
@@ -276,7 +276,7 @@ def test_inceptions_weights_damaged_in_any_way_are_refused_by_name(weights: Path
 
 
 def test_older_files_of_weights_are_read_and_refused_where_they_are_cut(weights: Path, tmp_path: Path) -> None:
-    """As the public one is, which no checksum but its SHA-256 guards."""
+    """Use the format of the public file, which only its SHA-256 protects."""
     path = tmp_path / "old.pth"
     torch.save(state_of(weights), path, _use_new_zipfile_serialization=False)
     expected = load_inception(weights).state_dict()

@@ -1,4 +1,4 @@
-"""Reference files of anyone: what their archive, headers and text claim is checked before anything is unpacked."""
+"""The claims of untrusted reference files in archive, headers and text are checked before anything is unpacked."""
 
 import io
 import json
@@ -27,7 +27,7 @@ ABOUT["feature_extractor_hash"] = "a" * 64
 
 
 def arrays(**changes: Any) -> dict[str, np.ndarray]:
-    """A small reference for `Projected`; None leaves an array out."""
+    """Return a small reference for `Projected`; None leaves an array out."""
     random = np.random.default_rng(0)
     found: dict[str, np.ndarray] = {"about": np.array(json.dumps(ABOUT))}
     for size, suffix in ((6, ""), (4, "_s")):
@@ -56,7 +56,7 @@ def zipped(path: Path, members: list[tuple[str, bytes]], method: int = zipfile.Z
 
 
 def read(path: Path, cache: Path) -> Reference:
-    """All that a job takes of a reference."""
+    """Read everything that a job uses of a reference."""
     found = read_reference(path, Projected(), cache, silent_progress)
     FrechetDistance().require(Projected(), found, 30)
     if found.spatial is not None:
@@ -75,7 +75,7 @@ def refused(path: Path, words: str) -> None:
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_reference_damaged_in_any_way_is_refused_by_name(tmp_path: Path, kind: str) -> None:
-    """A missing one with what to fetch."""
+    """Name what to fetch where the reference is missing."""
     np.savez(tmp_path / "r.npz", **arrays())
     whole = read(tmp_path / "r.npz", tmp_path / "cache")
     DAMAGES[kind](tmp_path / "r.npz")
@@ -226,7 +226,7 @@ def test_a_member_that_is_no_array_is_named(tmp_path: Path) -> None:
 
 
 def bomb(path: Path, declared: int, header: str) -> Path:
-    """A member that is said to unpack to so many bytes, of which there are a few zeros."""
+    """Write an archive whose member claims to unpack to ``declared`` bytes, but holds a few zeros."""
     content = with_header(header, bytes(10**6))
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     packed = packer.compress(content) + packer.flush()

@@ -1,4 +1,4 @@
-"""The report of run folders of anyone: fields that cannot be are named, nothing of them runs, nothing waits."""
+"""The report of untrusted run folders names impossible fields, runs no code of theirs, and never hangs."""
 
 import csv
 import json
@@ -75,7 +75,7 @@ def test_a_number_that_json_does_not_know_is_named_with_its_line(tmp_path: Path,
 
 
 def test_numbers_at_the_edges_are_drawn(tmp_path: Path) -> None:
-    """As they are measured: integers for floats, zeros, tiny and large ones."""
+    """Draw numbers as they are measured: integers for floats, zeros, tiny and large ones."""
     edges = {"frechet_distance_of_real_resample": None, "recognized_fraction": 1, "training_gmacs": 0, "fid": 0}
     write_run(tmp_path, "tiny", record_of(16, 1e-30, gmacs=1e-30, **edges))
     write_run(tmp_path, "large", record_of(32, 10**29, gmacs=1e30, **edges))
@@ -88,7 +88,7 @@ STRANGE = "\"><script>alert('x')<!-- <img src=x onerror=y> &amp; {{ 7 * 7 }}{% r
 
 
 def test_names_and_texts_of_strangers_are_shown_and_run_nothing(tmp_path: Path) -> None:
-    """HTML, templates, and what matplotlib would take for a formula."""
+    """Use HTML, templates, and texts that matplotlib would take for formulas."""
     name = STRANGE
     sweep = tmp_path / name
     texts = dict.fromkeys(("feature_extractor", "reference", "decoder", "labels", "evaluated_by"), name)
@@ -210,7 +210,7 @@ def test_a_damaged_run_does_not_stop_another_of_the_sweep_that_ends(
 
 
 def test_the_lines_that_this_program_writes_pass(tmp_path: Path) -> None:
-    """`test_evaluation_commands` draws no report; its records have these fields."""
+    """Read the fields that records of `test_evaluation_commands` have, since that file draws no report."""
     record = record_of(16, 40.0, classifier_accuracy=0.98, classifier_held_out=359, average_of_steps=[2, 4])
     record |= {"metrics": {"frechet": {}, "precision_recall": {"k": 3, "distances": "fp32"}}, "precision": 0.5}
     record |= {"guidance": {"name": "ClassifierFreeGuidance", "scale": 1.5, "channels": None, "interval": [0, 900]}}

@@ -1,4 +1,4 @@
-"""Weights of other programs are read in every wrapping, or refused in one sentence of ours."""
+"""Weights of other programs are read in every container format, or refused in one sentence of ours."""
 
 import argparse
 import os
@@ -35,7 +35,7 @@ def read(path: Path, weights: str = "ema", **facts: Any) -> ForeignNetwork:
 
 
 def refusal(path: Path, weights: str = "ema", **facts: Any) -> str:
-    """The one sentence by which a file is refused; it names the file, and passes none of PyTorch's words on."""
+    """Return the one sentence that refuses a file; it names the file and quotes none of PyTorch's advice."""
     with pytest.raises(ValueError, match=path.name) as caught:
         read(path, weights, **facts)
     sentence = str(caught.value)
@@ -89,7 +89,7 @@ def test_one_safetensors_file_is_read(tmp_path: Path, prefix: str) -> None:
 
 
 def test_torchs_own_average_of_a_module_is_read(tmp_path: Path) -> None:
-    """Not only its names: what AveragedModel itself saves."""
+    """Read what AveragedModel itself saves, not only its names."""
     module = torch.nn.Module()
     for name, value in GOLDEN.items():
         place = module
@@ -143,7 +143,7 @@ class _Innocent:
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_what_is_more_than_tensors_is_named_and_not_run(tmp_path: Path, legacy: bool) -> None:
-    """The refused type, and a way out that runs nothing of the file here."""
+    """Name the refused type, and advise something that does not run the file's content here."""
     path = tmp_path / "bad.pt"
     for name, value in {
         f"{os.mkdir.__module__}.mkdir": _Exploit(str(tmp_path / "ran")),
@@ -174,7 +174,7 @@ def test_a_cut_file_is_cut_short_wherever_it_was_cut(tmp_path: Path, name: str) 
 
 
 def test_a_flipped_bit_in_a_released_file_is_found_anywhere(tmp_path: Path) -> None:
-    """PyTorch itself checks no checksum; a weight whose exponent flipped would be loaded in silence."""
+    """Flip bits, since PyTorch verifies no checksum and would silently load a weight with a changed exponent."""
     path = saved(tmp_path / "a.pt", {"ema": GOLDEN, "args": ARGS})
     whole = path.read_bytes()
     good = from_reference(GOLDEN, num_heads=4)
@@ -237,7 +237,7 @@ def test_files_of_other_kinds_are_named_by_what_they_are(tmp_path: Path) -> None
 
 
 def test_an_archive_that_was_packed_again_is_refused(tmp_path: Path) -> None:
-    """Mapped into memory, its records would be taken for what they are not."""
+    """Refuse compressed records: mapped into memory, they would be taken for values."""
     with (
         zipfile.ZipFile(saved(tmp_path / "a.pt", GOLDEN)) as source,
         zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as packed,

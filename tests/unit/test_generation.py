@@ -1,4 +1,4 @@
-"""Generated images: divided over processes, kept in chunks, written to files; what does not fit is refused."""
+"""Generated images are divided over processes, cached in chunks, and written to files; mismatches are refused."""
 
 import json
 import shutil
@@ -60,7 +60,7 @@ def test_chunks_of_all_processes_are_all_images_once() -> None:
 
 
 class CountingGenerator(Generator):
-    """Counts its images, and fails where it is told to, as a killed process would."""
+    """Counts its images, and fails at a given image, as a killed process would."""
 
     made: list[int]
     fail_at: int | None
@@ -80,7 +80,7 @@ def counting(fail_at: int | None = None, **changes: Any) -> CountingGenerator:
 
 
 class Sums(PixelFeatures):
-    """A few sums of pixels, so that 30 images have a covariance of full rank."""
+    """An extractor of a few sums of pixels, so that 30 images have a covariance of full rank."""
 
     def __call__(self, images: np.ndarray) -> Features:
         found = super().__call__(images)
@@ -162,7 +162,7 @@ def test_a_damaged_chunk_is_made_again(tmp_path: Path) -> None:
 
 
 class OneOf:
-    """A runtime of which there are several, as threads; alike in all else to the one on the CPU."""
+    """One of several runtimes, each in a thread, which otherwise equal the one on the CPU."""
 
     def __init__(self, rank: int, world: int, gather: Any) -> None:
         self.data_rank, self.data_world, self.gather, self.is_main = rank, world, gather, rank == 0
@@ -180,7 +180,7 @@ class OneOf:
 
 @pytest.mark.parametrize("world", [2, 7])
 def test_any_number_of_processes_gives_the_same_record(world: int, tmp_path: Path) -> None:
-    """30 images in chunks of 7 are 5 chunks: of 7 processes 2 get none."""
+    """Use 30 images in chunks of 7, which are 5 chunks, so that 2 of 7 processes get none."""
     alone = evaluator().evaluate(generator(), silent_progress)
 
     def work(rank: int, gather: Any) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def test_any_number_of_processes_gives_the_same_record(world: int, tmp_path: Pat
 
 
 def test_processes_that_see_images_differently_are_refused() -> None:
-    """As hosts do that have each trained a classifier of their own, or were given other files of one name."""
+    """Refuse hosts that each trained a classifier of their own, or were given different files of one name."""
 
     def work(rank: int, gather: Any) -> str:
         extractor = Sums()
@@ -260,7 +260,7 @@ def test_images_that_are_not_finite_are_refused() -> None:
 
 
 class Overflowing(Sums):
-    """As a network in float16 whose activations are too large."""
+    """An extractor like a network in float16 whose activations overflow."""
 
     def __call__(self, images: np.ndarray) -> Features:
         found = super().__call__(images)
@@ -314,7 +314,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_generated() -> None:
 
 
 def test_a_record_says_all_that_its_number_depends_on() -> None:
-    """Where one of these differs, `identity` does, by which a run refuses to go on with its curve."""
+    """Check that `identity`, by which a run refuses to continue its curve, has each of these."""
     measure = evaluator()
     record = measure.evaluate(generator(), silent_progress)
     assert measure.identity == {

@@ -1,4 +1,4 @@
-"""gs:// against a local server: the same shards and batches as from a folder, in no more attempts than we asked for."""
+"""gs:// gives the same shards and batches as a folder, in no more attempts than requested, on a local server."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +39,7 @@ def gcs() -> Iterator[GcsServer]:
 
 
 def shards_of(source: Source, folder: Path) -> dict[str, bytes]:
-    """What the job writes: shards, sidecars, index, manifest."""
+    """Return what the job writes: shards, sidecars, index, manifest."""
     encoding = image_encoding(IdentityAutoencoder(3), 16, flip=True, crop=CenterCrop())
     settings: dict[str, Any] = {"name": "animals", "samples_per_shard": 4, "batch_size": 3, "seed": 0}
     encode(source, encoding, folder, progress=silent_progress, **settings)

@@ -1,4 +1,4 @@
-"""Processes of a sweep on one machine take different GPUs. None is here: what is tested is how they are shared out."""
+"""Processes of a sweep on one machine use different GPUs. The assignment is tested without a GPU."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Steps whose gradient is an outlier are left out, without a trace but in the log."""
+"""Steps whose gradient is an outlier are skipped, and leave a trace only in the log."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from train.state import TrainState
 
 
 def guarded(state: TrainState, factor: float = 3.0) -> SpikeGuard:
-    """The guard of a state whose optimizer is as the runtime prepares it."""
+    """Return the guard of a state whose optimizer the runtime has prepared."""
     state.model, state.optimizer = RUNTIME.prepare(state.model, [state.ema.module], state.optimizer)
     return SpikeGuard(factor, state.optimizer, RUNTIME)
 

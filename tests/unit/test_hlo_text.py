@@ -1,4 +1,4 @@
-"""What `benchmarks/tpu_aot.py` reads from, and writes into, the text of a program."""
+"""`benchmarks/tpu_aot.py` reads and rewrites the text of a program correctly."""
 
 import re
 
@@ -26,7 +26,7 @@ ENTRY %main (p: f32[4,4]) -> f32[] {
 
 
 def devices_of(sharding: str) -> np.ndarray:
-    """Tile -> device, from either way to write a sharding (XLA: explicit list, or iota, reshaped and transposed)."""
+    """Return the device of each tile, for both forms of a sharding (explicit list; iota, reshaped and transposed)."""
     found = re.match(r"devices=\[([\d,]+)\](?:<=\[([\d,]+)\](?:T\(([\d,]+)\))?|([\d,]+))", sharding)
     assert found is not None, sharding
     tiles, iota, order, explicit = ([int(n) for n in group.split(",")] if group else [] for group in found.groups())

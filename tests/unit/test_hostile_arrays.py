@@ -1,4 +1,4 @@
-"""Index and tars of a stranger, whose hashes all fit: no array is believed to be as large as it says, and none runs."""
+"""Untrusted indices and tars with matching hashes: no array is trusted to have its stated size, and none runs code."""
 
 import io
 import os
@@ -25,7 +25,7 @@ ENDLESS = 10**12
 
 
 def with_index(folder: Path, make: Callable[[Path, dict[str, np.ndarray]], object]) -> None:
-    """Another index, which the manifest has the hash of."""
+    """Replace the index, and put its hash into the manifest."""
     path = folder / "index.npz"
     with np.load(path) as index:
         arrays = {name: index[name].copy() for name in index.files}
@@ -62,7 +62,7 @@ class Runs:
 
 
 def without(name: str, member: bytes) -> Callable[[Path, dict[str, np.ndarray]], object]:
-    """The index with these bytes for one of its arrays."""
+    """Return a function that writes the index with these bytes for one of its arrays."""
 
     def make(path: Path, arrays: dict[str, np.ndarray]) -> None:
         npz_of(path, [(f"{key}.npy", member if key == name else npy(array)) for key, array in arrays.items()])
@@ -145,7 +145,7 @@ def test_names_of_images_that_are_no_text_are_refused(folder: Path, source_ids: 
 
 
 def test_an_array_that_is_not_compressed_but_says_so_is_no_array(tmp_path: Path) -> None:
-    """The sizes in a zip file's directory are another's, too."""
+    """Damage the sizes in a zip file's directory, which are untrusted too."""
     write_npz(tmp_path / "x.npz", {"label": np.arange(5)})
     content = bytearray((tmp_path / "x.npz").read_bytes())
     start = content.index(b"PK\x01\x02")
@@ -195,7 +195,7 @@ def tar_of(members: list[tuple[tarfile.TarInfo, bytes]], tar_format: int = tarfi
 
 
 def patched(content: bytes, place: int, field: bytes) -> bytes:
-    """A tar whose first header has other bytes there, and the checksum that fits."""
+    """Return a tar whose first header has other bytes at a place, and a matching checksum."""
     header = bytearray(content[:512])
     header[place : place + len(field)] = field
     header[148:156] = b" " * 8
@@ -262,7 +262,7 @@ def test_a_tar_that_the_manifest_vouches_for_is_still_checked(
 
 
 def test_a_tar_of_sound_samples_is_no_damage(folder: Path) -> None:
-    """Make the tars above."""
+    """Check that the tars above are sound without their damage."""
     path = folder / "shard-000003.tar"
     path.write_bytes(tar_of(GOOD))
     manifest = Manifest.load(folder)

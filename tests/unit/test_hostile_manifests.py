@@ -1,4 +1,4 @@
-"""Manifests and caches of a stranger: what they say is data, never a path or a number to believe."""
+"""The content of untrusted manifests and caches is data, never a trusted path or number."""
 
 import json
 import os
@@ -27,7 +27,7 @@ ENDLESS = 10**12
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the manifest, with a hash that fits."""
+    """Change the manifest, and update its hash."""
     content = json.loads((folder / "manifest.json").read_text())
     del content[SEAL]
     change(content)
@@ -35,7 +35,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def test_the_identity_of_data_is_what_it_was_before_manifests_had_a_hash(tmp_path: Path) -> None:
-    """Also where a scale was written as a whole number."""
+    """Check it also for a scale that was written as an integer."""
     text = """{
  "format_version": 2,
  "plan_hash": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
@@ -175,7 +175,7 @@ def served(folder: Path, cache: Path) -> MappedShards:
 
 
 def test_a_hash_of_a_remote_manifest_names_no_file_elsewhere(folder: Path, tmp_path: Path) -> None:
-    """The issue's case: it deleted ``victim/data.tar``."""
+    """Refuse the issue's case, which deleted ``victim/data.tar``."""
     victim = tmp_path / "victim/data.tar"
     write_bytes(victim, b"mine")
     rewrite(folder, lambda content: content["shards"][0].update(sha256="../../victim/data"))
@@ -196,7 +196,7 @@ def test_a_remote_manifest_or_index_without_end_is_not_read_whole(folder: Path, 
 
 
 def test_files_of_other_names_in_a_cache_are_left_alone(folder: Path, tmp_path: Path) -> None:
-    """The cache may be somebody's folder, and full by our files alone."""
+    """Use a folder of other files as a cache, and fill it with our files only."""
     cache = tmp_path / "cache"
     cache.mkdir()
     mine = ["data.tar", "x.tar", ".data.7.reserved", f".{'a' * 64}.reserved", "A" * 64 + ".tar", ".x.part"]
@@ -217,7 +217,7 @@ def test_files_of_other_names_in_a_cache_are_left_alone(folder: Path, tmp_path: 
 
 @pytest.mark.parametrize("suffix", [".tar", ".reserved", ".part"])
 def test_what_is_no_file_gives_way_in_a_cache(folder: Path, tmp_path: Path, suffix: str) -> None:
-    """Pipes and links with the names of our files; a folder is named."""
+    """Replace pipes and links that have the names of our files, and name a folder."""
     cache, entries = tmp_path / "cache", Manifest.load(folder).shards
     cache.mkdir()
     victim = tmp_path / "victim"

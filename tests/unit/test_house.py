@@ -1,4 +1,4 @@
-"""The rules of the house: which room may import which, and that every config builds something."""
+"""The rules of the project hold: rooms import only the rooms they may, and every config builds something."""
 
 import ast
 import configparser
@@ -32,7 +32,7 @@ def nodes_of(path: Path) -> list[ast.AST]:
 
 
 def imports_of(path: Path) -> set[str]:
-    """Top-level packages that a file imports, anywhere in it."""
+    """Return the top-level packages that a file imports, anywhere in it."""
     found = set()
     for node in nodes_of(path):
         if isinstance(node, ast.Import):
@@ -79,7 +79,7 @@ def test_what_knows_of_machines_is_imported_in_the_runtime_room_only(package: st
 
 
 def imports(path: Path, package: str) -> bool:
-    """Whether a file imports a package or a part of it, in whatever form, or calls it by its full name."""
+    """Return whether a file imports a package or a part of it, in any form, or calls it by its full name."""
     chains = (node for node in nodes_of(path) if isinstance(node, ast.Name | ast.Attribute))
     named = {package} & {ast.unparse(node) for node in chains}
     for node in nodes_of(path):
@@ -139,7 +139,7 @@ def composed(job: str, *overrides: str) -> dict[str, Any]:
 
 
 def override_of(path: Path) -> str:
-    """How the command line names a config file; whole studies are one group with folders."""
+    """Return the command line's name of a config file; whole studies are one group with folders."""
     relative = path.relative_to(CONF).with_suffix("")
     group = Path("experiment") if relative.parts[0] == "experiment" else relative.parent
     return f"{group}={relative.relative_to(group)}"
@@ -202,7 +202,7 @@ def test_the_defaults_are_the_papers_recipe() -> None:
 @pytest.mark.parametrize("experiment", ["demo", "demo/scaling"])
 @pytest.mark.parametrize("name", ["several", "power", "warmed_up"])
 def test_an_experiments_average_is_replaced_whole(experiment: str, name: str) -> None:
-    """No decay of a short run stays behind where another kind of average is asked for."""
+    """Check that no decay of a short run remains where another kind of average is selected."""
     alone = composed("train", f"train/ema={name}")["ema"]
     assert composed("train", f"experiment={experiment}", f"train/ema={name}")["ema"] == alone
     assert composed("train", f"experiment={experiment}")["ema"]["decay"] < 0.9999

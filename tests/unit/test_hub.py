@@ -1,4 +1,4 @@
-"""Weights by their name on the Hugging Face hub, out of its cache as the hub's own library lays it out."""
+"""Weights are read by their name on the Hugging Face hub, from its cache in the hub library's layout."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ NAME = "facebook/DiT-XL-2-256"
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of the hub, which is switched off."""
+    """Return an empty cache of the hub, with access to the hub switched off."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     assert constants.HF_HUB_OFFLINE
     (tmp_path / "hub").mkdir()
@@ -92,7 +92,7 @@ def test_what_the_cache_holds_of_a_name_must_be_a_dit_in_safetensors(cache: Path
 
 
 def test_a_flipped_bit_in_the_cache_is_found_in_weights_and_configs(cache: Path) -> None:
-    """The cache names each file by its hash."""
+    """Flip bits, since the cache names each file by its hash."""
     repository = hub_cache(cache, NAME, random_model())
     inner = repository / "snapshots" / COMMIT / "transformer"
     assert_same_weights(read_foreign(NAME, "ema", Facts(frequency_shift=0)).model, random_model())

@@ -1,4 +1,4 @@
-"""Every kind of image file becomes the square RGB image that ADM would have made of it, or is refused with a reason."""
+"""Every kind of image file becomes the square RGB image that ADM would make of it, or is refused with a reason."""
 
 import io
 import struct
@@ -51,7 +51,7 @@ def test_the_cameras_orientation_is_ignored_unless_asked_for() -> None:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG whose header promises far more pixels than it has bytes."""
+    """Return a PNG whose header declares far more pixels than it has bytes."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -95,7 +95,7 @@ def test_a_large_image_is_averaged_in_blocks_before_it_is_resized() -> None:
     ("width", "height", "size"), [(41, 32, 32), (40, 33, 32), (50, 37, 24), (500, 375, 256), (7, 9, 16)]
 )
 def test_the_crop_is_the_middle_of_the_bicubically_resized_image(width: int, height: int, size: int) -> None:
-    """For images less than twice too large, by Pillow's own resize and crop."""
+    """Compare with Pillow's own resize and crop, for images less than twice too large."""
     picture = Image.fromarray(photo(3, width, height))
     short = min(width, height)
     scaled = picture.resize((round(width * size / short), round(height * size / short)), Image.Resampling.BICUBIC)
@@ -105,7 +105,7 @@ def test_the_crop_is_the_middle_of_the_bicubically_resized_image(width: int, hei
 
 
 def test_a_crop_and_then_a_flip_is_not_a_flip_and_then_a_crop() -> None:
-    """Why orientations are made after the crop: an odd margin shifts the picture by a pixel."""
+    """Check the reason why orientations are made after the crop: an odd margin shifts the picture by a pixel."""
     image = photo(5, width=41, height=32)
     assert not np.array_equal(CenterCrop()(image, 32)[:, ::-1], CenterCrop()(image[:, ::-1], 32))
 

@@ -1,4 +1,4 @@
-"""Our Inception network against torch-fidelity's, on random weights; extractors and what they refuse."""
+"""Our Inception network equals torch-fidelity's on random weights; extractors refuse other images and weights."""
 
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def test_the_parameters_have_the_public_names(weights: Path) -> None:
 
 
 def test_a_checkpoint_of_before_pytorch_counted_batches_loads(weights: Path, tmp_path: Path) -> None:
-    """The public file has no ``num_batches_tracked``, which newer modules have."""
+    """Remove ``num_batches_tracked``, which newer modules have and the public file has not."""
     state = {
         name: value
         for name, value in torch.load(weights, weights_only=True).items()
@@ -77,7 +77,7 @@ def test_a_checkpoint_of_before_pytorch_counted_batches_loads(weights: Path, tmp
 
 @pytest.mark.parametrize("size", [5, 256, 299, 512])
 def test_the_resize_is_tensorflows(size: int) -> None:
-    """Output i lies at i * size / 299, between its two neighbours, in float64 by hand."""
+    """Compute in float64 that output i lies at i * size / 299, between its two neighbors."""
     image = random_images(1, size)[0].astype(np.float64)
     places = np.arange(299) * size / 299
     before, fraction = np.floor(places).astype(int), places - np.floor(places)
@@ -131,7 +131,7 @@ def test_an_inception_score_needs_a_full_split(extractor: InceptionFeatures) -> 
 
 
 def test_inception_stays_on_the_host_under_xla(weights: Path) -> None:
-    """There float32 is multiplied as bfloat16, and a program is one of all hosts. No device is needed to refuse it."""
+    """Compare with the CPU, since XLA multiplies float32 as bfloat16, in one program of all hosts. No TPU is needed."""
     extractor, images = InceptionFeatures(str(weights), sha256=PREFIX), random_images(2, 16)
     before = extractor(images).vectors
     extractor.to(torch.device("xla", 0))

@@ -1,4 +1,4 @@
-"""What jobs keep to save time is believed only as it was written: damage is told in one line, and made again."""
+"""Cached results are used only as they were written: damage is reported in one line, and made again."""
 
 import json
 from collections.abc import Callable
@@ -24,7 +24,7 @@ SILENT = {"missing"}  # kinds of damage that look as if nothing had been kept
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """The lines on the standard error."""
+    """Return the warnings on standard error."""
     return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
 
 
@@ -83,7 +83,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def numbers_of(reference: Path, cache: Path) -> tuple[float, bytes]:
-    """Use a cache: a distance, by way of a root, and features of images."""
+    """Return two results that use a cache: a distance, from a root, and features of images."""
     read = read_reference(reference, Projected(), cache, silent_progress)
     real = np.random.default_rng(0).normal(size=(30, 6)).astype(np.float32)
     return frechet_distance(read.statistics, FeatureStatistics.of(real)), read.vectors().tobytes()
@@ -108,7 +108,7 @@ def test_damaged_roots_and_features_of_a_reference_are_made_again(
 
 
 def test_a_kept_array_of_another_reference_or_extractor_is_not_taken(reference: Path, tmp_path: Path) -> None:
-    """Folders are named by beginnings of hashes; the record has all of them."""
+    """Change the end of each hash: folders are named by the beginnings, but the record has the full hashes."""
     expected = numbers_of(reference, tmp_path)
     record = next(tmp_path.glob("*/vectors.json"))
     content = json.loads(record.read_text())
@@ -206,7 +206,7 @@ def test_chunks_to_delete_are_folders_of_the_run_not_what_a_link_leads_to(tmp_pa
 
 
 class Channels:
-    """An autoencoder: the identity, cut to so many channels."""
+    """The identity autoencoder, cut to a number of channels."""
 
     def __init__(self, channels: int) -> None:
         self._channels = channels
@@ -310,7 +310,7 @@ def test_pngs_of_an_evaluation_that_is_no_longer_known_are_not_mixed_with_others
 
 @pytest.mark.parametrize("form", FILES)
 def test_images_that_an_earlier_version_left_are_generated_again(tmp_path: Path, form: str) -> None:
-    """It wrote no hashes of parts."""
+    """Delete the hashes of parts, which an earlier version did not write."""
     files, chunk = FILES[form](tmp_path), Chunk(0, 0, 2)
     files.start("p", is_main=True)
     files.write(chunk, np.zeros((2, 8, 8, 3), np.uint8))

@@ -1,4 +1,4 @@
-"""Variables that a launcher left behind are one sentence, before anything waits for processes that are not there."""
+"""Leftover variables of a launcher give one sentence, before anything waits for processes that do not exist."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""One job at a time trains in a bucket: who is taken for dead, and who is not."""
+"""One job at a time trains in a bucket; only a dead holder is replaced."""
 
 import json
 import os
@@ -26,7 +26,7 @@ PERIOD_SEC = 0.2
 
 @pytest.fixture(params=["s3", "gs"])
 def bucket(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The URL of an empty bucket on a server of this machine."""
+    """Yield the URL of an empty bucket on a local server."""
     with {"s3": s3_server, "gs": gcs_server}[request.param]():
         yield f"{request.param}://{BUCKET}"
 
@@ -89,7 +89,7 @@ except ValueError as error:
 
 
 def start(*before: str, url: str, period_sec: float = PERIOD_SEC, hold_sec: float = 0.0) -> "subprocess.Popen[str]":
-    """A process that takes the lease, or says why not."""
+    """Start a process that takes the lease, or says why not."""
     words = [*before, sys.executable, "-c", TAKE, url, str(period_sec), str(hold_sec)]
     environment = {**os.environ, "PYTHONPATH": str(CONF.parent)}
     return subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=CONF.parent, env=environment)
@@ -105,7 +105,7 @@ def can_unshare() -> bool:
 def test_a_container_of_the_same_host_name_does_not_take_the_lease_of_a_live_holder(
     container: list[str], url: str
 ) -> None:
-    """Process ids mean nothing in another namespace: the holder's is that of nobody there."""
+    """Check a process in another namespace, where the holder's process id belongs to no process."""
     with Lease(url, "the run", PERIOD_SEC).held():
         other = start(*container, url=url)
         assert f"process {os.getpid()}); wait for it" in other.communicate(timeout=60)[0]
@@ -153,7 +153,7 @@ def test_only_an_end_that_is_certain_counts() -> None:
 def test_where_a_machine_does_not_say_who_a_process_is_only_signs_of_life_count(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on another system than Linux, and where /proc is that of another namespace."""
+    """Hide /proc, as on another system than Linux, or show that of another namespace."""
     ended = replace(this_process(), pid=2**22 + 1)
     for proc in (tmp_path / "none", tmp_path):
         (tmp_path / "self").unlink(missing_ok=True)

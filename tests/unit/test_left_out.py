@@ -1,4 +1,4 @@
-"""What lies among the images of a folder and gives none is named; systems' litter is not."""
+"""Files among the images of a folder that are not images are named; files of the operating system are not."""
 
 import hashlib
 import json
@@ -97,7 +97,7 @@ def test_texts_and_tables_are_passed_over_and_a_folder_of_them_is_no_class(tmp_p
 
 
 def test_the_fingerprint_and_the_order_are_those_of_paths_and_sizes_alone(tmp_path: Path) -> None:
-    """As before links were followed and files named: shards of an earlier version are recognized."""
+    """Compare with shards of an earlier version, which neither followed links nor named files: they are recognized."""
     for name, size in {"b/2.png": 3, "a/z.JPG": 5, "a/B.webp": 7, "a/deep/x.gif": 2, "a/notes.txt": 9}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(bytes(size))
@@ -141,7 +141,7 @@ def test_images_without_class_folders_do_not_mind_other_folders(tmp_path: Path) 
 
 
 def test_videos_and_archives_are_named_but_are_no_images(tmp_path: Path) -> None:
-    """A telephone keeps a film of a second beside each photo."""
+    """Add films of a second, which telephones store with each photo."""
     root = make_image_folder(tmp_path / "root", 2)
     for path in list(root.rglob("*.JPEG")):
         path.with_suffix(".MOV").write_bytes(b"x")

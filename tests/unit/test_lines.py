@@ -1,4 +1,4 @@
-"""Lines of a run: a flipped bit is found, lost lines come back from the checkpoint, nothing is skipped in silence."""
+"""A flipped bit in a run's lines is found, lost lines are restored from the checkpoint, and no skip is silent."""
 
 import json
 import shutil

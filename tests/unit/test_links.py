@@ -1,4 +1,4 @@
-"""Links are followed in every source; what is no file is named and never opened."""
+"""Links are followed in every source; entries that are not files are named and never opened."""
 
 import json
 import os
@@ -84,7 +84,7 @@ def test_links_that_lead_in_a_circle_are_named_and_end(tmp_path: Path) -> None:
 
 
 def test_links_that_multiply_are_refused_before_they_fill_the_memory(tmp_path: Path) -> None:
-    """Of 40 folders each has two links to the next: 2^40 ways to the last."""
+    """Link each of 40 folders to the next twice: 2^40 paths lead to the last."""
     for number in range(40):
         for name in ("left", "right"):
             link(tmp_path / f"root/{number}/{name}", tmp_path / f"root/{number + 1}")
@@ -200,7 +200,7 @@ def test_a_tar_parquet_or_arrow_file_that_is_no_file_is_refused_by_name(tmp_path
 
 
 def hub_cache(folder: Path) -> Path:
-    """A data set of images as huggingface_hub keeps it: links by name to blobs by hash. Returns its cache folder."""
+    """Write images as huggingface_hub caches a data set, links by name to blobs by hash; return its cache folder."""
     revision = folder / "snapshots/0123abcd"
     for class_name in ("ant", "bee"):
         for number in range(2):

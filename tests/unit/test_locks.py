@@ -1,4 +1,4 @@
-"""File systems without locks: jobs run all the same, one at a time; errors name folder, errno and the way out."""
+"""Jobs run one at a time also on file systems without locks; errors name folder, errno and the way out."""
 
 import errno
 import os
@@ -25,7 +25,7 @@ NO_LOCKS = [errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO, errno.ENOSYS]
 
 @pytest.fixture(scope="session")
 def no_locks(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A library that answers flock with an error, to be preloaded."""
+    """Return a library that answers flock with an error, to be preloaded."""
     if CC is None:
         pytest.skip("needs a C compiler")
     library = tmp_path_factory.mktemp("library") / "no_locks.so"
@@ -91,7 +91,7 @@ def test_a_stale_lock_of_another_host_names_its_file_where_a_run_or_shards_are_w
 def test_a_stale_lock_of_another_host_names_its_file_where_a_job_waits(
     digits: Path, tmp_path: Path, no_locks: str
 ) -> None:
-    """Cover every lock that jobs wait for: the caches of the classifier and of a reference, and the report's."""
+    """Check every lock that jobs wait for: those of the classifier's and a reference's cache, and the report's."""
     reference = ["reference", "out=r.npz", "evaluation.features.epochs=1", "runtime=cpu"]
     measured = ["evaluate_every=2", "evaluation.num_images=8", "sampler.steps=2", "evaluation.features.epochs=1"]
     words = [*WORDS[:-2], *measured, "evaluation.reference=r.npz", f"data.shards={digits}", "sweep_dir=runs"]
@@ -128,7 +128,7 @@ def test_a_stale_lock_of_another_host_names_its_file_where_a_job_waits(
 
 
 def test_whoever_refuses_or_waits_takes_the_locks_words() -> None:
-    """Hold that no file takes a lock that may be a marker without giving its hint."""
+    """Check that every file that takes a lock which may be a marker gives the lock's hint."""
     for path in source_files(*MAY_IMPORT):
         name, text = path.relative_to(ROOT).as_posix(), path.read_text()
         if "SoftFileLock" in text:

@@ -1,4 +1,4 @@
-"""What is logged to wandb, and what a user hears who cannot."""
+"""Results are logged to wandb, and a user who cannot log there is told why."""
 
 import socket
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every metric against an independent implementation, and statistics of parts against the whole."""
+"""Every metric equals an independent implementation, and merged statistics of parts equal those of the whole."""
 
 import threading
 from collections.abc import Callable
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def rows(count: int, size: int, seed: int, shift: float = 0.0) -> np.ndarray:
-    """Correlated float32 features."""
+    """Return correlated float32 features."""
     mixing = np.random.default_rng(99).normal(size=(size, size)) / np.sqrt(size)
     return (np.random.default_rng(seed).normal(size=(count, size)) @ mixing + shift).astype(np.float32)
 
@@ -35,7 +35,7 @@ def reference_of(real: np.ndarray) -> Reference:
 
 
 def in_parallel(world: int, work: Callable[[int, Callable[[np.ndarray], np.ndarray]], Any]) -> list[Any]:
-    """``work(rank, gather)`` in ``world`` threads that gather from each other."""
+    """Return the results of ``work(rank, gather)`` in ``world`` threads that gather from each other."""
     barrier, slots, results = threading.Barrier(world), [np.empty(0)] * world, [None] * world
 
     def run(rank: int) -> None:
@@ -57,7 +57,7 @@ def in_parallel(world: int, work: Callable[[int, Callable[[np.ndarray], np.ndarr
 
 
 def collected(kind: Collects, features: Features, world: int = 1, batch: int = 16) -> list[Any]:
-    """What each of ``world`` processes has after merging; they take chunks in turn."""
+    """Return what each of ``world`` processes has after merging; they take chunks in turn."""
     count = len(features.vectors)
 
     def work(rank: int, gather: Callable[[np.ndarray], np.ndarray]) -> Any:
@@ -72,7 +72,7 @@ def collected(kind: Collects, features: Features, world: int = 1, batch: int = 1
 
 @pytest.mark.parametrize("world", [1, 2, 7])
 def test_statistics_of_1_2_and_7_processes_are_those_of_all_images(world: int) -> None:
-    """100 images in chunks of 16 are 7 chunks; with 40 images 4 of 7 processes get none."""
+    """Use 100 images in chunks of 16, which are 7 chunks; with 40 images, 4 of 7 processes get none."""
     for count in (100, 40):
         sample = rows(count, 20, 1)
         for merged in collected(StatisticsOf("vectors"), Features(sample), world):
@@ -126,7 +126,7 @@ def test_the_frechet_distance_is_that_of_torch_fidelity() -> None:
 
 
 def reflected(eigenvalues: np.ndarray) -> np.ndarray:
-    """A dense covariance with these eigenvalues: H diag H with the reflection H = I - 2 v v^T."""
+    """Return a dense covariance with these eigenvalues: H diag H with the reflection H = I - 2 v v^T."""
     size = len(eigenvalues)
     v = np.random.default_rng(5).normal(size=size)
     v /= np.linalg.norm(v)
@@ -142,7 +142,7 @@ SPECTRUM = 10.0 / np.arange(1, SIZE + 1)
 
 @pytest.mark.parametrize("rank", [SIZE, 1000], ids=["full rank", "rank 1000"])
 def test_the_distance_in_2048_dimensions_is_within_1e_5_of_the_closed_form(rank: int) -> None:
-    """Commuting covariances: |m1 - m2|^2 + sum (sqrt a - sqrt b)^2. Also from the deficient side."""
+    """Use commuting covariances, |m1 - m2|^2 + sum (sqrt a - sqrt b)^2, also with the deficient one first."""
     first = Gaussian(np.zeros(SIZE), reflected(SPECTRUM))
     other = np.where(np.arange(SIZE) < rank, 1.5 * SPECTRUM, 0)
     second = Gaussian(np.full(SIZE, 0.01), reflected(other), count=rank + 1)
@@ -153,7 +153,7 @@ def test_the_distance_in_2048_dimensions_is_within_1e_5_of_the_closed_form(rank:
 
 
 def test_the_distance_of_300_to_200_images_in_600_dimensions_is_that_of_the_nuclear_norm() -> None:
-    """tr (C1 C2)^(1/2) is the nuclear norm of X1 X2^T over the roots of n - 1, of centred images X."""
+    """Compute tr (C1 C2)^(1/2) as the nuclear norm of X1 X2^T over the roots of n - 1, of centered images X."""
     spectrum = SPECTRUM[:600]
     first, second = (np.random.default_rng(n).normal(size=(n, 600)) * np.sqrt(spectrum) + 0.4 for n in (300, 200))
     one, two = first - first.mean(axis=0), second - second.mean(axis=0)
@@ -186,7 +186,7 @@ def test_precision_and_recall_are_those_of_torch_fidelity_in_blocks_of_any_size(
 
 
 def half_distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Squared distances with float16 after each operation, one pair at a time."""
+    """Return squared distances, rounded to float16 after each operation, one pair at a time."""
     u, v = first.astype(np.float16), second.astype(np.float16)
     squares, others = (
         np.array([np.float16((row * row).astype(np.float32).sum(dtype=np.float32)) for row in part]) for part in (u, v)
@@ -240,7 +240,7 @@ def test_the_same_images_are_precise_complete_and_at_no_distance() -> None:
 
 
 def test_an_image_on_the_border_of_a_ball_is_inside() -> None:
-    """Copies of one image have balls of radius 0, which hold each other."""
+    """Use copies of one image: their balls have radius 0 and contain each other."""
     copies = np.ones((6, 4), np.float32)
     assert PrecisionRecall().compute(copies, reference_of(copies), CPU) == {"precision": 1.0, "recall": 1.0}
 

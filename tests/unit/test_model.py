@@ -1,4 +1,4 @@
-"""The network against the paper's numbers and the released implementation's outputs."""
+"""The network has the paper's numbers and gives the released implementation's outputs."""
 
 from functools import partial
 from typing import Any
@@ -57,7 +57,7 @@ def tiny(**changes: Any) -> DiT:
 
 
 def golden_model() -> tuple[DiT, dict[str, torch.Tensor]]:
-    """The released implementation's tiny network, and everything it computed."""
+    """Return the released implementation's tiny network, and everything that it computed."""
     with np.load(GOLDEN / "official_tiny_p2.npz", allow_pickle=False) as stored:
         golden = {name: torch.from_numpy(stored[name]) for name in stored.files}
     weights = {name.removeprefix("weights/"): golden[name] for name in golden if name.startswith("weights/")}
@@ -78,7 +78,7 @@ def test_position_embedding_equals_the_released_one() -> None:
 
 
 def trained(block: Any, seed: int = 0) -> DiT:
-    """A network whose zero-initialized parts are random, so that everything matters."""
+    """Return a network whose zero-initialized parts are random, so that every part affects the output."""
     model, generator = tiny(block=block), torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2, generator=generator)

@@ -1,4 +1,4 @@
-"""A network is known by its interface; norms, attention, MLPs and conditions are parts of a DiT that can be others."""
+"""A network is used by its interface only; norms, attention, MLPs and conditions of a DiT can be replaced."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -24,7 +24,7 @@ def rms_norm(width: int, affine: bool) -> nn.Module:
 
 
 class SwiGlu(nn.Module):
-    """Shazeer 2020, equation 6, with the parameters of a GELU MLP of this ratio."""
+    """The SwiGLU MLP (Shazeer 2020, equation 6), with as many parameters as a GELU MLP of this ratio."""
 
     def __init__(self, width: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class SwiGlu(nn.Module):
 
 
 class RotaryAttention(SelfAttention):
-    """Half of each head's channels is turned by the row, half by the column (Su et al. 2021, equation 34)."""
+    """Rotates half of each head's channels by the row, half by the column (Su et al. 2021, equation 34)."""
 
     sees_positions = True
 
@@ -104,7 +104,7 @@ def test_rotated_scores_depend_on_the_difference_of_positions_alone() -> None:
 
 
 class Words(ConditionEmbedding):
-    """A condition of another kind: up to M words of a text, of which some are missing."""
+    """Embeds another kind of condition: up to M words of a text, some of which are missing."""
 
     name = "word_embedding"
 

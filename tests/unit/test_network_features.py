@@ -1,4 +1,4 @@
-"""Extractors that take any network: TorchScript files, and DINOv2 from a folder."""
+"""Extractors accept any network as a TorchScript file, and DINOv2 from a folder."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def test_a_torchscript_network_sees_normalised_images(tmp_path: Path) -> None:
 
 
 def test_what_a_network_is_fed_belongs_to_its_identity(tmp_path: Path, dinov2: Path) -> None:
-    """Kept features and references of the same file by other settings are of another extractor."""
+    """Reject features and references that were cached for the same file with other settings."""
     torch.jit.script(ChannelMeans()).save(str(tmp_path / "means.pt"))
     network = torch.jit.load(str(tmp_path / "means.pt"))
     network.save(str(tmp_path / "other.pt"), _extra_files={"other": b"bytes"})
@@ -87,7 +87,7 @@ def test_dinov2_of_a_folder_gives_the_class_token_of_images_as_pil_resizes_them(
     with torch.no_grad():
         expected = Dinov2Model.from_pretrained(dinov2)(normalised).pooler_output.numpy()
     assert found.shape == (5, 32)
-    # PIL rounds to whole grey levels.
+    # PIL rounds to whole gray levels.
     assert np.abs(found - expected).max() < 0.02 * np.abs(expected - expected.mean(axis=0)).max()
     assert dinov2_of(dinov2)(images).vectors == pytest.approx(found, abs=1e-5)
 

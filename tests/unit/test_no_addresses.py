@@ -1,4 +1,4 @@
-"""No byte of a record says where an object lay in memory, which differs in every run and tells a reader nothing."""
+"""No record contains a memory address, which differs in every run and means nothing to a reader."""
 
 import io
 import re
@@ -47,7 +47,7 @@ RECORDS = [  # of each kind at least one must be there to be looked at
 
 
 def parts_of(content: bytes) -> Iterator[bytes]:
-    """Yield a file's bytes, and those of what it packs."""
+    """Yield a file's bytes, and those of its packed members."""
     yield content
     if zipfile.is_zipfile(io.BytesIO(content)):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:

@@ -1,4 +1,4 @@
-"""The bytes of npz files are part of what hashes and caches go by, so they stay what they were."""
+"""The bytes of npz files never change, since hashes and caches depend on them."""
 
 import hashlib
 from pathlib import Path
@@ -23,7 +23,7 @@ def test_an_index_has_the_bytes_of_the_versions_before(tmp_path: Path) -> None:
 
 
 def test_a_reference_and_images_have_the_bytes_that_numpy_writes(tmp_path: Path) -> None:
-    """In one piece or in blocks."""
+    """Write it in one piece or in blocks."""
     np.savez(tmp_path / "numpy.npz", **ARRAYS)  # type: ignore[arg-type]
     label = ARRAYS["label"]
     blocks = Blocks(label.shape, label.dtype, iter([label[:20], label[20:]]))

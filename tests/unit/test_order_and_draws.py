@@ -38,7 +38,7 @@ def test_every_sample_is_seen_once_an_epoch(seed: int, epoch: int, counts: list[
 def test_order_does_not_depend_on_the_number_of_processes(
     share: int, world: int, step: int, counts: list[int], window: int | None
 ) -> None:
-    """Batches may be larger than a window or an epoch; a process needs no order but its own."""
+    """Use batches that may be larger than a window or an epoch; a process needs only its own order."""
     batch_size = share * world
     whole = make_order(0, counts, window).rows_at(positions_of_step(step, batch_size, 0, 1))
     slices = [positions_of_step(step, batch_size, rank, world) for rank in range(world)]
@@ -103,7 +103,7 @@ def test_a_stream_equals_a_fresh_philox_of_that_counter() -> None:
 
 
 def test_draws_are_these_numbers_for_ever() -> None:
-    """Pinned bits: a run of an earlier version must continue with the same numbers."""
+    """Compare with pinned values: a run of an earlier version must continue with the same numbers."""
     draws = training_draws(Philox(0), np.array([5]), (1, 1, 3), UniformSteps(1000), class_dropout=0.1, flip=True)
     again = training_draws(Philox(0), np.array([4, 5]), (1, 1, 3), UniformSteps(1000), class_dropout=0.1, flip=True)
     for one, two in zip(draws, again, strict=True):

@@ -1,4 +1,4 @@
-"""The three parts of a runtime: who asks for which, and a third runtime that has only the parts which do not train."""
+"""Each job asks for the smallest part of a runtime that it needs, so a runtime that cannot train runs most jobs."""
 
 import ast
 from contextlib import AbstractContextManager, nullcontext
@@ -25,7 +25,7 @@ FEW_MEASURED = ["sampler.steps=2", "evaluation.num_images=30", "evaluation.featu
 
 
 class OneProcess:
-    """One process on the CPU, alone."""
+    """A single process on the CPU."""
 
     device = torch.device("cpu")
     is_main, data_rank, data_world = True, 0, 1
@@ -47,7 +47,7 @@ class OneProcess:
 
 
 class OneDevice(OneProcess):
-    """Return what a denoiser needs besides that."""
+    """One process with the methods that a denoiser needs."""
 
     num_local_devices = 1
 
@@ -64,18 +64,18 @@ class OneDevice(OneProcess):
 
 
 def runtime(made: type) -> list[str]:
-    """The words that give a job a runtime without a group of its own in conf/."""
+    """Return the settings that give a job a runtime without a group of its own in conf/."""
     return ["~runtime", f"+runtime={{_target_:{__name__}.{made.__name__}}}"]
 
 
 def members(made: type, base: type = object) -> set[str]:
-    """Return what a class has of its own, annotated or defined, beyond its base."""
+    """Return the names that a class annotates or defines beyond its base."""
     named = {name for one in made.__mro__ for name in {*vars(one), *get_annotations(one)}}
     return {name for name in named if not name.startswith("_")} - (members(base) if base is not object else set())
 
 
 def named_in(path: Path) -> set[str]:
-    """The parts of a runtime that a file imports."""
+    """Return the parts of a runtime that a file imports."""
     imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
     found = {alias.name for node in imports if node.module == "runtime.protocol" for alias in node.names}
     assert not any(alias.name == "protocol" for node in imports if node.module == "runtime" for alias in node.names)
@@ -95,7 +95,7 @@ def test_the_third_runtime_has_the_first_two_parts_and_nothing_of_the_third() ->
 
 
 def test_only_what_trains_asks_for_a_runtime_that_trains() -> None:
-    """References ask for processes alone; samples and evaluations for devices too."""
+    """Check that references ask for processes only, and samples and evaluations for devices too."""
     asks = {path.relative_to(ROOT).as_posix(): named_in(path) for path in FILES}
     assert {path for path, names in asks.items() if "Runtime" in names} == TRAINS
     for path in ("launch/reference.py", "evaluation/reference/file.py", "evaluation/hooks.py", "train/signals.py"):

@@ -1,4 +1,4 @@
-"""A host where nobody listens is given up within seconds; one that has answered before is waited for."""
+"""A job gives up a host without a listener within seconds, but waits for one that has answered before."""
 
 import socket
 import threading
@@ -20,7 +20,7 @@ from launch.builders.runs import read_checkpoint
 
 @pytest.fixture
 def closed_port() -> Iterator[int]:
-    """A port at which nobody listens, and which nobody else gets meanwhile."""
+    """Yield a port without a listener, which nobody else gets meanwhile."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield taken.getsockname()[1]
@@ -28,7 +28,7 @@ def closed_port() -> Iterator[int]:
 
 @pytest.fixture
 def urls(closed_port: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """URLs that lead to nobody."""
+    """Return URLs that lead to no server."""
     nobody = f"http://127.0.0.1:{closed_port}"
     for name, value in {
         "AWS_ACCESS_KEY_ID": "x",
@@ -70,7 +70,7 @@ def test_every_way_to_read_knows_that_nobody_listens(
 
 
 def test_a_host_that_has_answered_is_waited_for_when_it_refuses_connections(tmp_path: Path) -> None:
-    """As a run under way meets it: longer than a host would be tried that never answered."""
+    """Wait as a running job does, longer than for a host that never answered."""
     (tmp_path / "a").write_bytes(b"content")
     patient = Retry(attempts=12, first_wait_sec=0.05, longest_wait_sec=0.3)
     server = FaultyServer(tmp_path)

@@ -1,4 +1,4 @@
-"""Who reads a checkpoint keeps retention from deleting it, and where that is not possible takes the next."""
+"""A reader of a checkpoint keeps retention from deleting it, or takes the next one where that is impossible."""
 
 import errno
 import fcntl
@@ -35,7 +35,7 @@ def names(folder: RunFolder) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
-    """A run with checkpoints of the steps 3 to 6."""
+    """Return a run with checkpoints of the steps 3 to 6."""
     for step in range(3, 7):
         state = new_state()
         state.step = step
@@ -79,7 +79,7 @@ def test_nobody_can_begin_to_read_what_is_being_deleted(folder: RunFolder) -> No
 def test_a_reader_whose_checkpoint_is_deleted_before_it_is_pinned_takes_the_next(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the opening of the file and its lock, where the way is longest."""
+    """Delete it between the opening of the file and its lock, which is the longest gap."""
     lock, seen = fcntl.flock, []
 
     def slow(descriptor: int, kind: int) -> None:
@@ -109,7 +109,7 @@ def test_where_a_file_system_has_no_locks_a_reader_takes_the_next_checkpoint(
     steps = []
 
     def read(path: Path) -> int:
-        """Read as one who is twice as slow as the run."""
+        """Read at half the speed of the run."""
         step = int(read_state_file(path)["step"])
         steps.append(step)
         if step < 8:
@@ -194,7 +194,7 @@ def test_a_checkpoint_of_another_user_in_a_folder_that_nobody_may_write_to_is_re
 
 
 def test_readers_of_a_run_that_keeps_one_checkpoint_never_fail(tmp_path: Path) -> None:
-    """Threads of one process have pins of their own, since each opens the file itself."""
+    """Read in threads, each of which has a pin of its own, since each opens the file itself."""
     folder, ended = RunFolder(tmp_path), threading.Event()
     run_steps(new_state(10**6), folder, 2, every=1)
 

@@ -1,4 +1,4 @@
-"""float32 means float32 where it is asked for, however PyTorch was told to be less exact elsewhere."""
+"""float32 is exact where it is requested, even if PyTorch was set to a lower precision elsewhere."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ PARTS = {
 
 
 def settings() -> dict[str, Any]:
-    """All that PyTorch says of its float32, by both its ways; the old one raises where they disagree."""
+    """Return PyTorch's settings of float32 in both of its interfaces; the old one raises where they disagree."""
     found: dict[str, Any] = {name: part.fp32_precision for name, part in PARTS.items()}
     for name, read in (
         ("old: products", torch.get_float32_matmul_precision),

@@ -1,4 +1,4 @@
-"""Files, names and records of strangers are read safely, or refused in one sentence that names them."""
+"""Untrusted files, names and records are read safely, or refused in one sentence that names them."""
 
 import hashlib
 import json
@@ -244,7 +244,7 @@ def test_a_file_takes_the_place_of_anything_but_a_folder(tmp_path: Path) -> None
 
 
 def test_checked_values_stay_as_they_were_read() -> None:
-    """A whole number where a float is expected, and a name that is no UTF-8, are neither refused nor changed."""
+    """Accept an integer for a float, and a name that is not UTF-8, without changing them."""
 
     @dataclass
     class Named:
@@ -259,7 +259,7 @@ def test_checked_values_stay_as_they_were_read() -> None:
 
 
 def test_a_file_that_is_written_in_place_is_no_link(tmp_path: Path) -> None:
-    """A lock is opened and emptied: behind a link that would be another file."""
+    """Refuse a link, since opening a lock truncates it, and a link would truncate another file."""
     (tmp_path / "mine").write_text("x")
     (tmp_path / "lock").symlink_to("mine")
     os.mkfifo(tmp_path / "pipe")
@@ -271,7 +271,7 @@ def test_a_file_that_is_written_in_place_is_no_link(tmp_path: Path) -> None:
 
 
 def test_the_hash_of_values_is_that_of_their_text_as_earlier_versions_wrote_it() -> None:
-    """Seals go by the dense text; identities of plans, sources and kept results by the spaced one."""
+    """Hash the dense text for seals, and the spaced text for identities of plans, sources and cached results."""
     content = {"b": [1.5, "é", None], "a": {"d": 1, "c": True}}
     dense = r'{"a":{"c":true,"d":1},"b":[1.5,"\u00e9",null]}'
     spaced = r'{"a": {"c": true, "d": 1}, "b": [1.5, "\u00e9", null]}'

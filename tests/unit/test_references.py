@@ -1,4 +1,4 @@
-"""Reference files: ADM's and ours, and what does not fit."""
+"""ADM's and our reference files are read; a reference that does not fit is refused."""
 
 import json
 import threading
@@ -28,7 +28,7 @@ from model.autoencoder import IdentityAutoencoder
 
 @dataclass
 class Projected:
-    """Random projections of pixels, and others as spatial features; counts its images."""
+    """Extracts random projections of pixels, others as spatial features, and counts its images."""
 
     title: str = "projections"
     hash: str = "a" * 64
@@ -45,7 +45,7 @@ class Projected:
 
 @dataclass
 class Process:
-    """As much of a runtime as a reference asks for."""
+    """The part of a runtime that a reference needs."""
 
     data_rank: int
     data_world: int
@@ -74,7 +74,7 @@ def arrays_of(path: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("world", [1, 2, 9])
 def test_a_reference_of_any_number_of_processes_has_adms_arrays(tmp_path: Path, world: int) -> None:
-    """50 images in batches of 8 are 7 batches: of 9 processes 2 get none."""
+    """Use 50 images in batches of 8, which are 7 batches, so that 2 of 9 processes get none."""
     write(tmp_path / "r.npz", world=world)
     arrays = arrays_of(tmp_path / "r.npz")
     images = SourceImages(PatternSource(), 8).images(np.arange(50))
@@ -178,7 +178,7 @@ def inception(tmp_path_factory: pytest.TempPathFactory) -> InceptionFeatures:
 
 
 def adm_arrays() -> dict[str, np.ndarray]:
-    """Arrays of the names, shapes and types of ADM's files."""
+    """Return arrays with the names, shapes and types of ADM's files."""
     random = np.random.default_rng(0)
     arrays: dict[str, np.ndarray] = {"arr_0": random.integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)}
     for size, suffix in ((2048, ""), (2023, "_s")):
@@ -249,7 +249,7 @@ def test_a_damaged_reference_is_refused(
 
 @pytest.mark.parametrize("name", ["mu", "sigma_s", "arr_0"])
 def test_a_reference_with_flipped_bytes_is_refused(tmp_path: Path, inception: InceptionFeatures, name: str) -> None:
-    """The directory of the archive is whole, so that its shapes can be read; the bytes of one array are not."""
+    """Flip bytes of one array and leave the archive's directory as it is, so that the shapes can be read."""
     path = tmp_path / "r.npz"
     np.savez(path, **adm_arrays())
     with zipfile.ZipFile(path) as archive:
@@ -305,7 +305,7 @@ def test_an_image_of_another_size_in_the_source_is_named(tmp_path: Path) -> None
 
 
 def test_a_reference_in_memory_knows_its_images() -> None:
-    """By their content, so that another source of as many is another reference."""
+    """Identify it by their content, so that the same number of images of another source is another reference."""
     reference = make_reference(PatternSource(), 8, Projected())
     reference.require(image_size=8, num_classes=5)
     with pytest.raises(ValueError, match="has classes: 5, but the generated images 10"):

@@ -1,4 +1,4 @@
-"""Shards behind URLs: the same batches as from a folder, whatever the network does."""
+"""Shards behind URLs give the same batches as a folder, whatever the network does."""
 
 import hashlib
 import mmap
@@ -56,7 +56,7 @@ def shard_bytes(folder: Path) -> int:
 
 @pytest.fixture(scope="module")
 def s3(folder: Path) -> Iterator[tuple[str, str]]:
-    """The server's URL, and the URL of the shards in its bucket."""
+    """Yield the server's URL, and the URL of the shards in its bucket."""
     with s3_server() as server:
         yield server, upload(folder, "pattern")
 
@@ -110,7 +110,7 @@ def assert_equal(one: list[Batch], two: list[Batch]) -> None:
 
 
 def cached_bytes(cache: Path) -> int:
-    """Bytes on disk in a cache, whatever its files are for; they come and go while we look."""
+    """Return the bytes on disk in a cache, including temporary files, which may disappear during the count."""
     total = 0
     for path in cache.iterdir():
         try:
@@ -217,7 +217,7 @@ def test_a_fault_that_stays_ends_in_one_sentence(web: FaultyServer, tmp_path: Pa
 
 
 def test_what_failed_ahead_of_need_is_tried_again_when_it_is_needed() -> None:
-    """A store that was away for longer than the retries last, and came back in time."""
+    """Keep the store away for longer than the retries last, and bring it back in time."""
     came_back = threading.Event()
 
     def fetch(shard: int) -> mmap.mmap:
@@ -265,7 +265,7 @@ def test_an_object_that_was_damaged_or_deleted_is_named(folder: Path, s3: tuple[
 def test_a_damaged_file_of_the_cache_is_fetched_again(
     folder: Path, web: FaultyServer, tmp_path: Path, damage: Callable[[bytes], bytes], verify: bool
 ) -> None:
-    """A wrong size is seen even where contents are not read."""
+    """Detect a wrong size even where contents are not read."""
     first = remote_shards(web.url, tmp_path)
     local = list(make(first).from_step(0, 5))
     first.close()
@@ -362,7 +362,7 @@ def test_two_processes_share_one_cache_and_fetch_each_shard_once(
 def test_processes_of_one_run_need_no_more_room_than_was_asked_of_them(
     folder: Path, web: FaultyServer, tmp_path: Path, shard_bytes: int
 ) -> None:
-    """Two in step, as in training, each with batches prepared ahead; the cache holds the least that is accepted."""
+    """Run two in step, as in training, each with batches prepared ahead, and the smallest cache that is accepted."""
     order, settings = WindowedOrder(0, [PER_SHARD] * SHARDS, 1), {"batch_size": 2, "world": 2}
     steps, limit = 60, 4 * shard_bytes  # windows of 5: two, and two more for 4 batches of 2
     with pytest.raises(ValueError, match="but the 4 shards"):
@@ -389,7 +389,7 @@ def test_processes_of_one_run_need_no_more_room_than_was_asked_of_them(
 def test_a_reader_that_was_killed_holds_nothing(
     folder: Path, web: FaultyServer, tmp_path: Path, shard_bytes: int
 ) -> None:
-    """Killed while one fetch hangs: its mapped files can be evicted, its reserved room is free, its rest goes."""
+    """Kill it during a fetch: mapped files can be evicted, reserved space is free, and partial files are deleted."""
     cache, limit = tmp_path / "cache", 4 * shard_bytes
     web.faults["shard-000003.tar"] = ["hang"] * 50
     reader = start_reader(web.url, cache, limit, 9, tmp_path / "none.pt")

@@ -1,4 +1,4 @@
-"""A run that diverged is looked at: which step, sample, module, parameter."""
+"""A replay of a diverged run finds the step, sample, module and parameter."""
 
 import json
 import re
@@ -33,7 +33,7 @@ DUMP = f"run/nonfinite_{STEP:08d}"
 
 @pytest.fixture
 def words(digits: Path, tmp_path: Path) -> list[str]:
-    """A run that meets a sample that is infinite."""
+    """Return the settings of a run that meets an infinite sample."""
     poisoned(digits, tmp_path / "shards", POSITION)
     return ["train", *TINY_RUN, "data.shards=shards", "run_dir=run"]
 
@@ -66,7 +66,7 @@ def test_a_poisoned_sample_is_named_with_the_module_and_the_parameter_and_nothin
 def test_weights_that_a_huge_step_blows_up_are_named_where_samples_are_sound(
     digits: Path, tmp_path: Path, in_process: InProcess
 ) -> None:
-    """Before the first checkpoint: the state follows from the seed."""
+    """Replay a step before the first checkpoint, whose state follows from the seed."""
     words = ["train", *TINY_RUN, f"data.shards={digits}", "run_dir=run", "optimizer.lr=1e30"]
     assert "in step 1, whose batch is the positions 0 to 15 (there is no checkpoint yet)" in in_process(
         *words, expect=1
@@ -129,7 +129,7 @@ def test_where_a_dump_cannot_be_written_the_run_still_says_why_it_ended(
 
 
 def test_replay_skips_the_steps_that_the_run_skipped(tmp_path: Path) -> None:
-    """It comes to the same bits as the loop with its log, from a checkpoint between two log lines."""
+    """Compare with the bits of the loop and its log, from a checkpoint between two log lines."""
 
     def prepared(state: TrainState) -> tuple[SpikeGuard, Any]:
         state.model, state.optimizer = RUNTIME.prepare(state.model, [state.ema.module], state.optimizer)
@@ -156,7 +156,7 @@ def test_replay_skips_the_steps_that_the_run_skipped(tmp_path: Path) -> None:
 
 
 class RootOfLabels(nn.Module):
-    """A network whose loss is finite, but not its gradient where a label is 2: a root of zero."""
+    """A network with a finite loss whose gradient is not finite where a label is 2: a root of zero."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

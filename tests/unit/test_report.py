@@ -1,4 +1,4 @@
-"""The report: which points share a figure, the fit against closed forms, the page as a browser shows it."""
+"""The report groups points by protocol, fits as closed forms do, and shows its page in a browser."""
 
 import csv
 import html
@@ -295,7 +295,7 @@ def test_the_papers_table_correlates_as_the_paper_says() -> None:
 
 
 def papers_record(width: int, depth: int, fid: float, step: int = 400_000, **changes: Any) -> dict[str, Any]:
-    """As a run of `experiment=paper/...` would write it."""
+    """Return a record as a run of `experiment=paper/...` writes it."""
     record = {
         "step": step,
         "images_seen": step * 256,
@@ -346,7 +346,7 @@ def test_the_papers_points_stand_beside_its_own_protocol_alone() -> None:
 
 
 def circles(axes: Axes) -> list[tuple[float, float]]:
-    """Where the paper's hollow points are."""
+    """Return the positions of the paper's hollow points."""
     lines = [line for line in axes.lines if line.get_marker() == "o" and line.get_color() == "none"]
     return [(float(x), float(y)) for line in lines for x, y in zip(*line.get_data(), strict=True)]
 
@@ -412,7 +412,7 @@ def test_of_close_bubbles_the_higher_has_its_name_above() -> None:
 
 
 def bubbles(axes: Axes) -> dict[str, float]:
-    """Name and distance of each."""
+    """Return the name and the distance of each bubble."""
     names = [text.get_text() for text in axes.texts]
     places = [np.asarray(collection.get_offsets())[0] for collection in axes.collections]
     return {name: float(place[1]) for name, place in zip(names, places, strict=True)}
@@ -445,7 +445,7 @@ def test_a_run_that_waited_for_the_report_lock_leaves_no_run_out_of_the_groups_c
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """A study with all there is: sizes, patch sizes, blocks, steps of training and of sampling, samples."""
+    """Return a study with everything: sizes, patch sizes, blocks, steps of training and of sampling, samples."""
     sweep = tmp_path_factory.mktemp("full")
     names = []
     for width in (8, 16, 100):
@@ -501,7 +501,7 @@ def test_the_same_runs_give_the_same_bytes(full: Report, tmp_path: Path) -> None
 
 
 class Parsed(HTMLParser):
-    """Tags with their attributes, and rows of the tables by id."""
+    """Parses tags with their attributes, and rows of the tables by id."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -556,7 +556,7 @@ def test_the_page_is_whole_and_needs_nothing_from_elsewhere(full: Report) -> Non
 
 
 def shown_by_chromium(page: Path, script: str, folder: Path) -> Any:
-    """What the script gives, run in the page when all of it is loaded. Fails where the page logs an error."""
+    """Return what the script returns in the page after all of it is loaded. Fails where the page logs an error."""
     copy = folder / "page.html"
     watch = "<script>window.onerror = (m) => document.documentElement.dataset.failed = m;</script>"
     write = f"""<script>window.onload = () => {{

@@ -1,4 +1,4 @@
-"""Which runtime a machine gets, and what is refused before a library is imported."""
+"""A machine gets the right runtime; unsuitable settings are refused before a library is imported."""
 
 import os
 import shutil
@@ -105,7 +105,7 @@ def test_variables_that_lower_the_weights_precision_are_refused(monkeypatch: pyt
 
 
 def exchange_among(*others: dict[str, str]) -> Exchange:
-    """What process 0 gets back where the others hold these facts."""
+    """Return an exchange that gives process 0 these facts of the others."""
 
     def exchange(mine: Any) -> list[Any]:
         return [mine, *(fingerprint(facts) if isinstance(mine, str) else facts for facts in others)]

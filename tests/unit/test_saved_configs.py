@@ -1,4 +1,4 @@
-"""A checkpoint's or a dump's config is a stranger's text: it builds known components of plain values, or is refused."""
+"""The config of a checkpoint or dump is untrusted: it builds known components from plain values, or is refused."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ MAKES_A_FOLDER = "${oc.create:{_target_:os.mkdir,path:made}}"
 
 @pytest.fixture(scope="module")
 def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps, and a diverged one with a dump."""
+    """Return a folder with a run of two steps, and a diverged one with a dump."""
     folder = tmp_path_factory.mktemp("trained")
     words = ["train", *TINY_RUN, f"data.shards={digits}", "total_steps=2", "checkpoint_every=2"]
     ditscale(*words, "run_dir=run", cwd=folder)

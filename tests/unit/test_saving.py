@@ -1,4 +1,4 @@
-"""Checkpoints are written beside training, by all processes, to folders and to buckets."""
+"""Checkpoints are written asynchronously, by all processes, to folders and to buckets."""
 
 import hashlib
 import io
@@ -35,7 +35,7 @@ from train.tensor_files import write_tensors
 
 @pytest.fixture(scope="module", params=["s3", "gs"])
 def bucket(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The URL of an empty bucket on a server of this machine."""
+    """Yield the URL of an empty bucket on a local server."""
     with {"s3": s3_server, "gs": gcs_server}[request.param]():
         yield f"{request.param}://{BUCKET}"
 
@@ -70,7 +70,7 @@ class Process(AccelerateRuntime):
 
 
 def save_by(world: int, store: CheckpointStore, state: TrainState, split_bytes: int = 0) -> None:
-    """0: all parts are split, however small."""
+    """Save by several processes; ``split_bytes`` 0 splits all parts, however small."""
     writers = [CheckpointWriter(store, Process(rank, world), split_bytes=split_bytes) for rank in range(world)]
     for writer in reversed(writers):  # the main one last: it must not rely on the others being late
         writer.save(state, FACTS)
@@ -139,7 +139,7 @@ def test_parts_of_a_small_network_are_one_file_each_by_different_processes(tmp_p
 
 
 class HeldStore(FolderStore):
-    """Writes tensors only when it is let go."""
+    """Writes tensors only after ``may_write`` is set."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -205,7 +205,7 @@ def test_the_main_process_learns_why_another_could_not_write(tmp_path: Path) -> 
 
 
 class Tampered(FolderStore):
-    """What is read of a JSON file of others is something else."""
+    """Changes the content of one JSON file whenever it is read."""
 
     def __init__(self, folder: Path, name: str, change: Callable[[bytes], bytes]) -> None:
         super().__init__(folder)
@@ -217,7 +217,7 @@ class Tampered(FolderStore):
 
 
 def replaced(**fields: Any) -> Callable[[bytes], bytes]:
-    """A record that is sealed, but holds something else."""
+    """Return a function that replaces a record by one with these fields and a valid hash."""
     return lambda content: json.dumps(seal(fields)).encode()
 
 

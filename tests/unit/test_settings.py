@@ -64,6 +64,6 @@ def test_fields_say_what_a_run_may_change_and_what_decides_it() -> None:
 
 
 def test_no_settings_are_kept_by_hand_in_a_second_place() -> None:
-    """A dotted name of a setting, in quotes, is a list that will be forgotten: fields are marked instead."""
+    """Look for dotted names of settings in quotes, a list that would be forgotten: fields are marked instead."""
     for path in sorted((Path(__file__).parents[2] / "train").glob("*.py")):
         assert '"data.' not in path.read_text(encoding="utf-8"), path

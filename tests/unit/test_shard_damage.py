@@ -1,4 +1,4 @@
-"""A file of a folder of shards that is damaged or no file at all is named or made again: no hang, no other results."""
+"""A damaged file of a folder of shards is named or made again, without hangs or different results."""
 
 import json
 import os
@@ -69,7 +69,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 class Faulty(PatternSource):
-    """The pattern, of which one image cannot be read."""
+    """The pattern source with one unreadable image."""
 
     def __getitem__(self, index: int) -> Example:
         if index == 7:
@@ -108,7 +108,7 @@ def in_time(action: Callable[[], Any]) -> Any:
 
 
 def everything(folder: Path) -> list[Any]:
-    """All that training can read."""
+    """Return everything that training can read."""
     shards = MappedShards(folder)
     rows = np.arange(len(shards))
     values = [shards.gather(rows, np.full(len(rows), flip)).tobytes() for flip in (False, True)]
@@ -166,7 +166,7 @@ def test_the_jobs_name_what_is_no_file_in_one_sentence(
 
 
 def altered(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change a record; without its seal it is one of an earlier version."""
+    """Change a record and drop its hash, which makes it one of an earlier version."""
     content = json.loads(path.read_text())
     del content[SEAL]
     change(content)
@@ -198,7 +198,7 @@ SIDECAR_CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
 def test_a_sidecar_without_a_hash_is_believed_no_more_than_its_shard_says(
     sound: Path, folder: Path, change: str
 ) -> None:
-    """As an earlier version wrote it: what the issue calls believing damaged sidecars."""
+    """Use sidecars of an earlier version, which the issue says were believed although damaged."""
     altered(folder / "shard-000001.json", SIDECAR_CHANGES[change])
     assert [damage.file for damage in verify(folder, silent_progress)[1]] == ["shard-000001.json"]
     encode(folder)
@@ -232,7 +232,7 @@ def test_sound_sidecars_without_a_hash_are_kept(sound: Path, folder: Path) -> No
 def test_an_index_made_of_a_damaged_sidecar_is_blamed_and_mended_and_no_sound_tar(
     sound: Path, folder: Path, change: Callable[..., object], words: str
 ) -> None:
-    """A folder that an earlier version finished: manifest and index agree with each other, but not with a shard."""
+    """Use a folder of an earlier version, whose manifest and index agree with each other but not with a shard."""
     with np.load(folder / "index.npz") as index:
         arrays = {name: index[name].copy() for name in index.files}
     change(arrays["label"], arrays["layout"])
@@ -250,7 +250,7 @@ def test_an_index_made_of_a_damaged_sidecar_is_blamed_and_mended_and_no_sound_ta
 
 @pytest.mark.parametrize("name", ["manifest.json", "shard-000001.json"])
 def test_every_flipped_bit_of_a_record_is_found(sound: Path, folder: Path, name: str) -> None:
-    """Also in the name of its hash: a new record never passes for one of an earlier version."""
+    """Flip bits in the name of its hash too: a new record must not pass for one of an earlier version."""
     whole = (folder / name).read_bytes()
     spec = Manifest.load(sound).spec
 
@@ -301,7 +301,7 @@ def test_shards_are_made_in_a_folder_alone(tmp_path: Path) -> None:
 
 
 def test_files_of_other_names_are_left_alone(folder: Path) -> None:
-    """Where shards of an unfinished other plan are taken away."""
+    """Encode where shards of another, unfinished plan are deleted."""
     kept = [folder / "shard-mine.tar", folder / "notes.json", folder / "shard-000099.tar"]
     kept[0].write_text("x")
     kept[1].write_text("x")

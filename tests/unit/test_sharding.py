@@ -1,4 +1,4 @@
-"""The rule of shardings fits every model that can be configured."""
+"""The sharding rule fits every model that can be configured."""
 
 import re
 from functools import partial

@@ -1,4 +1,4 @@
-"""Encoding, the shards' format, and what happens when they are damaged."""
+"""Encoding writes shards in the documented format, and damage to them is detected."""
 
 import subprocess
 import sys
@@ -171,7 +171,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_write_that_is_killed_never_shows_half_a_folder(tmp_path: Path) -> None:
-    """A process that writes folders without end is killed at random moments; what it shows is whole."""
+    """Kill a process that keeps writing folders at random moments; every folder that appears is complete."""
     program = (
         "import itertools, sys\n"
         "from pathlib import Path\n"

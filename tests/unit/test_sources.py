@@ -1,4 +1,4 @@
-"""Images come out of folders, tars, parquet files and saved datasets, local or remote, with their labels."""
+"""Images are read with their labels from folders, tars, parquet files and saved datasets, local or remote."""
 
 import functools
 import http.server

@@ -1,4 +1,4 @@
-"""`make test` says at its end where the time went, also where a layer failed."""
+"""`make test` ends with a table of times, also where a layer failed."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ def test_it(slow, number):
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """The Makefile, with programs that lint nothing and tests of its own: one file a layer, the slowest in smoke."""
+    """Return a Makefile with linters that do nothing and one test file per layer, of which smoke is slowest."""
     shutil.copy(CONF.parent / "Makefile", tmp_path)
     for name in ("setup.cfg", "constraints.txt", "pyproject.toml"):
         (tmp_path / name).touch()
@@ -57,7 +57,7 @@ def write_tests(project: Path, layer: str, seconds: float = 0, fails_at: int | N
 
 
 def make_test(project: Path) -> tuple[int, list[str]]:
-    """The exit code of `make test`, and the lines of the table at its end."""
+    """Return the exit code of `make test`, and the lines of the table at its end."""
     words = ["make", "test", "BIN=bin", "STAMP=bin/ruff", "BROWSERS=sh"]
     env = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "MAKE", "MFLAGS"))}
     done = subprocess.run(words, cwd=project, env=env, capture_output=True, text=True, timeout=120, check=False)
@@ -88,6 +88,9 @@ def test_the_table_is_shown_where_a_layer_failed_and_make_still_fails(project: P
     rows = {line.split()[0]: line.split()[1:] for line in lines[: lines.index("")]}
     assert list(rows) == (LAYERS[:2] if layer == "unit" else LAYERS)
     assert [name for name, row in rows.items() if row[-1] == "failed"] == [layer]
+    failed = lines[lines.index("failed tests") + 1 :]
+    assert failed[0] == f"tests/{layer}/test_of_{layer}.py::test_it[1]"
+    assert failed[1] == "    assert 1 != 1"
 
 
 def test_a_lint_that_fails_is_a_failed_layer_too(project: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the processes of a sweep may take from the one that starts them."""
+"""Processes of a sweep inherit from the process that starts them only what they should."""
 
 import os
 import signal
@@ -35,7 +35,7 @@ assert _start_method() == "spawn"
 
 
 def shown_by(program: str) -> str:
-    """Return the output of a fresh interpreter, whose libraries use as many threads as they like."""
+    """Return the output of a fresh interpreter, whose libraries choose their number of threads."""
     env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     return subprocess.run(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True, env=env

@@ -1,4 +1,4 @@
-"""Every member of a webdataset tar is a sample, part of one, or named; a damaged tar never ends early in silence."""
+"""Every member of a webdataset tar is a sample, part of one, or named; a damaged tar never ends early silently."""
 
 import io
 import re

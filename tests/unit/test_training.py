@@ -1,4 +1,4 @@
-"""State, EMA, step, loop, checkpoints and the rules of the run folder."""
+"""State, EMA, step, loop, checkpoints and run folders follow their rules."""
 
 import json
 import os
@@ -256,7 +256,7 @@ def test_a_run_folder_refuses_another_config_and_names_the_keys(tmp_path: Path) 
 
 
 def test_another_batch_size_is_refused_even_where_it_is_allowed_by_name(tmp_path: Path) -> None:
-    """Processes and micro-batches may change: they are settings of the runtime."""
+    """Allow other processes and micro-batches, which are settings of the runtime."""
     folder = RunFolder(tmp_path)
     config = {"batch_size": 4, "runtime": {"micro_batches": 1}}
     folder.write_config(config)

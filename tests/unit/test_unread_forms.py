@@ -1,4 +1,4 @@
-"""What is there in a form that a source does not read is never called absent: one sentence with the way out."""
+"""Data in a form that a source does not read is never called absent: one sentence names it and the way out."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Secrets of URLs are hidden in texts and configs, and all else stays as it is."""
+"""Secrets of URLs are hidden in texts and configs, and everything else stays unchanged."""
 
 import pytest
 from hypothesis import given
@@ -67,7 +67,7 @@ def test_the_place_of_a_url_has_neither_secrets_nor_parameters() -> None:
 
 
 def test_processes_that_differ_are_told_so_without_passwords() -> None:
-    """Facts are exchanged, printed and hashed; a password that was renewed is no other run."""
+    """Hide passwords before facts are exchanged, printed and hashed; a renewed password is not another run."""
     facts = [facts_of_process({"data": {"shards": f"http://user:{word}@host/x"}}) for word in ("secret", "renewed")]
     assert facts[0] == facts[1]
     assert facts[0]["data.shards"] == "'http://***@host/x'"

@@ -1,4 +1,4 @@
-"""Images are read out of a zip file, which is a stranger's, with labels by folder or by ``dataset.json``."""
+"""Images are read from an untrusted zip file, with labels by folder or by ``dataset.json``."""
 
 import json
 import os
@@ -81,7 +81,7 @@ def test_a_zip_file_in_a_store_is_read(tmp_path: Path) -> None:
 
 
 def numbered(labels: object, count: int = 4) -> dict[str, bytes]:
-    """Pack as NVlabs' dataset_tool.py does: folders that only number the images."""
+    """Write a zip file as NVlabs' dataset_tool.py does, with folders that only number the images."""
     images = {f"{number // 2:05d}/img{number:08d}.png": encoded(photo(number), "PNG") for number in range(count)}
     return {**images, "dataset.json": json.dumps({"labels": labels}).encode()}
 
@@ -166,7 +166,7 @@ def test_litter_in_a_zip_file_is_passed_over_and_an_empty_class_is_named(tmp_pat
 
 
 def test_a_bomb_is_one_unreadable_image_and_takes_no_memory(tmp_path: Path) -> None:
-    """Its entry says 3 GiB; another unpacks to more than its entry says."""
+    """Declare 3 GiB in one entry, and let another unpack to more than its entry declares."""
     zeros = bytes(10**6)
     place = zip_of(tmp_path / "a.zip", {"a.png": PICTURE, "b.png": zeros, "c.png": zeros})
     damaged = bytearray((tmp_path / "a.zip").read_bytes())
