@@ -1,6 +1,7 @@
 """Choose the runtime, and check its requirements before its library is imported."""
 
 import os
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
@@ -60,6 +61,11 @@ def xla(
             "start another process for another number."
         )
     return runtime
+
+
+def takes_all_devices(choice: Callable[..., Runtime] | None) -> bool:
+    """Return whether the runtime of ``choice`` takes all devices of the machine: one process must run all jobs."""
+    return choice is xla or (choice is auto and has_tpu())
 
 
 def require_torch_xla() -> None:

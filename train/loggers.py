@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from core.atomic import write_bytes
 from core.reading import read_text
@@ -34,6 +34,8 @@ MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")  # values o
 
 class Logger(Protocol):
     """Receives what a run measures. Created and called on the main process only."""
+
+    imports: ClassVar[tuple[str, ...]]  # modules that it imports when it is created
 
     @property
     def description(self) -> str:
@@ -64,6 +66,7 @@ class Logger(Protocol):
 class NoLogger:
     """Logs nothing, since the run folder has all results. Accepts the arguments of every logger."""
 
+    imports: ClassVar[tuple[str, ...]] = ()
     description = "no wandb"
 
     def __init__(self, **_: Any) -> None:
@@ -93,6 +96,8 @@ class WandbLogger:
     The run is opened at the first call that logs, so that a finished run that is started again leaves nothing.
     Raises ValueError where WANDB_MODE is not a mode, and at the first call that logs if wandb does not open the run.
     """
+
+    imports: ClassVar[tuple[str, ...]] = ("wandb",)
 
     def __init__(self, folder: Path, project: str, group: str, name: str, config: Mapping[str, Any], job: str) -> None:
         import wandb  # takes most of a second, which runs without wandb need not spend

@@ -23,6 +23,7 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from launch.command.machine import limit_threads, usable_cores
@@ -232,10 +233,18 @@ def _stays_together(config: DictConfig) -> bool:
     """Return whether a run has other processes besides this one, all of which must be in the same run."""
     if started_by_torchrun() or os.environ.get("WORLD_SIZE", "1") != "1":
         return True
-    from runtime.choice import has_tpu  # imports PyTorch, which --help does not need
+    from runtime.choice import takes_all_devices  # imports PyTorch, which --help does not need
 
-    target = OmegaConf.select(config, "runtime._target_")
-    return target == "runtime.choice.xla" or (target == "runtime.choice.auto" and has_tpu())
+    return takes_all_devices(_chosen(config, "runtime"))
+
+
+def _chosen(config: DictConfig, place: str) -> Any:
+    """Return the component of the section at ``place``, or None if it cannot be imported, which its run reports."""
+    name = OmegaConf.select(config, f"{place}._target_")
+    try:
+        return get_object(str(name)) if name else None
+    except Exception:  # Hydra raises several kinds
+        return None
 
 
 def _start_method() -> str:
@@ -254,8 +263,7 @@ def _import_ahead(config: DictConfig) -> None:
     names = ["runtime.accelerate", "torch._dynamo"]
     if config.get("evaluate_every") is not None:
         names.append("launch.report")
-    if str(OmegaConf.select(config, "logger._target_")).endswith("WandbLogger"):
-        names.append("wandb")
+    names += getattr(_chosen(config, "logger"), "imports", ())
     for name in names:
         importlib.import_module(name)
 

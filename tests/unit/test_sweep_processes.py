@@ -23,7 +23,11 @@ def cuda_is_lost_to_a_fork():
         os._exit(torch.cuda._is_in_bad_fork())
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
+_import_ahead(OmegaConf.create({"evaluate_every": 1, "logger": {"_target_": "no.such"}}))
+_import_ahead(OmegaConf.create({"evaluate_every": 1, "logger": "none"}))
+assert "wandb" not in sys.modules
 _import_ahead(OmegaConf.create({"evaluate_every": 1, "logger": {"_target_": "train.loggers.WandbLogger"}}))
+assert "wandb" in sys.modules
 assert _start_method() == "fork"
 assert not cuda_is_lost_to_a_fork()
 torch.cuda.is_available()
