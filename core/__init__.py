@@ -1,1 +1,1 @@
-"""The ground floor: what every room uses. It knows neither models nor images."""
+"""Define what every room uses. This room knows neither models nor images."""

@@ -44,7 +44,7 @@ def parse_header(start: bytes, file: str, array: str) -> Header:
     found = _HEADER.fullmatch(start[_BEFORE_HEADER:size]) if 0 < size <= LONGEST_HEADER else None
     if found is None:
         raise DamagedFileError(
-            f"{file} is damaged: {array} begins with {start[:16]!r}, as no .npy file of numbers does."
+            f"{file} is damaged: {array} begins with {start[:16]!r}, unlike any .npy file of numbers."
         )
     try:
         dtype = np.dtype(found[1].decode())

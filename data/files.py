@@ -149,7 +149,7 @@ def _is_file(place: str) -> IsFileError:
     way_out = (
         kind.way_out.format(place=place, folder=folder, first=place)
         if kind
-        else f"give the folder that it lies in, {folder}"
+        else f"give the folder that contains it, {folder}"
     )
     return IsFileError(f"{place} is a file, but this source reads a folder; {way_out}.")
 

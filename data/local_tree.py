@@ -55,11 +55,13 @@ def local_tree(root: str, recursive: bool = True) -> Tree:
             elif not stat.S_ISDIR(status.st_mode):
                 tree.odd[name] = f"is {kind_of_node(status.st_mode)}"
             elif (identity := _identity(status)) in folder.above:
-                tree.odd[name] = "is a link to a folder that it lies in"
+                tree.odd[name] = "is a link to a folder that contains it"
             else:
                 ways[identity] += 1
                 if ways[identity] > MAX_WAYS:
-                    raise ValueError(f"{entry.path} is reached by more than {MAX_WAYS} ways of links; remove some.")
+                    raise ValueError(
+                        f"{entry.path} is reached by more than {MAX_WAYS} paths through links; remove some."
+                    )
                 if not folder.prefix:
                     tree.folders.append(name)
                 if recursive:

@@ -44,7 +44,7 @@ class _Other(NamedTuple):
 
     name: str
     place: tuple[int, int] | None  # offset and size, if it is an image in another format that Pillow reads
-    reason: str  # why it cannot be the sample; empty where it is no candidate
+    reason: str  # why it cannot be the sample; empty where it is not a candidate
     is_dotted: bool = False  # whether its name has several dots
 
 

@@ -1,4 +1,4 @@
-"""Samplers of the diffusers library, behind our interface. Their solvers are used as they are."""
+"""Samplers of the diffusers library, behind our interface. Their solvers are used unchanged."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from diffusion.samplers import GaussianSampler, Noise
 
 @dataclass(frozen=True)
 class DPMSolverPP(GaussianSampler):
-    """DPM-Solver++ multistep (Lu et al. 2022, algorithm 2): one call of the network a step.
+    """DPM-Solver++ multistep (Lu et al. 2022, algorithm 2): one call of the network per step.
 
     Raises ValueError for an order that is not 1, 2 or 3.
     """
@@ -40,13 +40,13 @@ class DPMSolverPP(GaussianSampler):
 
 @dataclass(frozen=True)
 class Heun(GaussianSampler):
-    """Heun's second-order method (Karras et al. 2022, algorithm 1): two calls a step, but for the last."""
+    """Heun's second-order method (Karras et al. 2022, algorithm 1): two calls per step, except the last."""
 
     name: ClassVar[str] = "heun"
     steps: int = 25
 
     def calls(self) -> int:
-        """Return two calls a step, but one for the last."""
+        """Return two calls per step, and one for the last step."""
         return 2 * self.steps - 1
 
     def __call__(self, denoiser: Denoiser, objective: Objective, noise: Noise, condition: Condition) -> Tensor:

@@ -18,7 +18,7 @@ class Flow(Objective):
 class StraightFlow(Flow):
     """x_t = (1 - t) x_0 + t noise for t in [0, 1]; the network predicts the velocity noise - x_0.
 
-    The loss is the velocity's mean squared error. The network sees t as it is.
+    The loss is the velocity's mean squared error. The network sees t unchanged.
     """
 
     name = "flow"
@@ -34,7 +34,7 @@ class StraightFlow(Flow):
         return 1 - sigma, sigma
 
     def inputs(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both as they are."""
+        """Return both unchanged."""
         return x_t, t
 
     def losses(self, output: Tensor, batch: Batch, x_t: Tensor) -> dict[str, Tensor]:

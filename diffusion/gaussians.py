@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Gaussian(NamedTuple):
-    """A diagonal Gaussian. Both broadcast to [B, c, h, w] float32."""
+    """A diagonal Gaussian, whose mean and log-variance broadcast to [B, c, h, w] float32."""
 
     mean: Tensor
     log_variance: Tensor

@@ -1,4 +1,4 @@
-"""Guidance: denoisers that wrap another, and say what a call costs."""
+"""Guidance: denoisers that wrap another, and state the cost of a call."""
 
 from collections.abc import Callable
 from typing import ClassVar, Literal, Protocol
@@ -36,7 +36,7 @@ class Unguided:
         self.denoiser = denoiser
 
     def cost(self, cost_of: Cost) -> int:
-        """Return one call of the network."""
+        """Return the cost of one call of the network."""
         return cost_of(self.denoiser)
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -78,7 +78,7 @@ class ClassifierFreeGuidance:
         self.t_max = t_max
 
     def cost(self, cost_of: Cost) -> int:
-        """Return two calls of the network, also outside the interval."""
+        """Return the cost of two calls of the network, also outside the interval."""
         return 2 * cost_of(self.denoiser)
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -122,7 +122,7 @@ class Autoguidance:
         self.num_guided = _num_guided(scale, channels, latent_channels)
 
     def cost(self, cost_of: Cost) -> int:
-        """Return a call of each network."""
+        """Return the cost of a call of each network."""
         return cost_of(self.denoiser) + cost_of(self.guide)
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:

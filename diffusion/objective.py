@@ -1,4 +1,4 @@
-"""Define what an objective is: how data are corrupted, what the network predicts of them, and what is minimized.
+"""Define the interface of objectives: how data are corrupted, what the network predicts, and what is minimized.
 
 Time runs with the noise: x_t = alpha x_0 + sigma noise is data at the smallest t and noise at the largest. An objective
 is a module only so that its tables move with `.to(device)`; it has no parameters and no state.
@@ -23,7 +23,7 @@ class Prediction(NamedTuple):
 
 
 class Objective(nn.Module):
-    """One way to train a denoiser. Adding one is a class, a YAML in ``conf/diffusion`` and a test."""
+    """One way to train a denoiser. A new one needs a class, a YAML in ``conf/diffusion`` and a test."""
 
     name: ClassVar[str]  # the option of ``diffusion=``
     outputs_per_channel: int  # of the network, for each channel of the latent; the network is built from it

@@ -122,7 +122,7 @@ class GaussianDiffusion(Objective):
         return self.table("sqrt_alphas_cumprod", t), self.table("sqrt_one_minus_alphas_cumprod", t)
 
     def inputs(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x_t as it is, and the trained steps of the steps t [B] int64."""
+        """Return x_t unchanged, and the trained steps of the steps t [B] int64."""
         return x_t, self.timesteps[t]
 
     def level(self, t: Tensor) -> Tensor:

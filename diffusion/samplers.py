@@ -1,7 +1,7 @@
 """Samplers turn noise into samples with any denoiser. They are given all noise and read nothing back.
 
-A sampler is its settings: a frozen dataclass, which a YAML in ``conf/diffusion/sampler`` names. Adding one is such a
-class, its YAML and a test.
+A sampler is a frozen dataclass of its settings, which a YAML in ``conf/diffusion/sampler`` names. A new sampler needs
+such a class, its YAML and a test.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from diffusion.respacing import Steps, kept_steps, number_of
 
 
 class Noise(Protocol):
-    """Standard normals of a batch of images, one tensor a draw."""
+    """Standard normals of a batch of images, one tensor per draw."""
 
     def __call__(self, draw: int) -> Tensor:
         """Return the draw'th tensor [B, c, h, w] float32; draw 0 is the start x_T, draw i the i-th step's."""
@@ -122,7 +122,7 @@ class DDIM(GaussianSampler):
 
 @dataclass(frozen=True)
 class Euler:
-    """Euler's method on dx / dt = velocity from t = 1 to 0, at a constant step size: one call of the network a step.
+    """Euler's method on dx / dt = velocity from t = 1 to 0, at a constant step size: one call per step.
 
     Raises ValueError for fewer than one step.
     """

@@ -140,12 +140,12 @@ class TrainingChunks:
 
 
 def discard_training(folder: Path) -> None:
-    """Delete all chunks of evaluations during training, for a run that makes no evaluations any more."""
+    """Delete all chunks of evaluations during training, for a run that no longer evaluates."""
     discard(folder, _is_of_training)
 
 
 def _is_of_training(name: str) -> bool:
-    """Return whether chunks belong to training; those without a label are an earlier version's, which none reads."""
+    """Return whether chunks belong to training; those without a label are of earlier versions, and unused."""
     return not name.startswith(EVALUATING)
 
 

@@ -180,7 +180,7 @@ class PngFiles:
         record, paths = read_record(self._record(chunk), _Pictures), [self._path(int(index)) for index in chunk.indices]
         said = (record.plan, record.first, record.last, len(record.sha256))
         if said != (self._plan, chunk.first, chunk.last, len(paths)):
-            raise DamagedFileError(f"{self._record(chunk)} is of other images.")
+            raise DamagedFileError(f"{self._record(chunk)} is the record of other images.")
         for path, expected in zip(paths, record.sha256, strict=True):
             if (found := sha256_of(path)) != expected:
                 raise DamagedFileError(f"{path} is damaged: it has sha256 {found}, but its record says {expected}.")

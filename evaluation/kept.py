@@ -53,7 +53,7 @@ def read_kept(path: Path, identity: Mapping[str, Any]) -> bytes:
     """
     record = read_record(record_of(path), _Record)
     if record.identity != json.loads(json.dumps(identity)):
-        raise DamagedFileError(f"{record_of(path)} is of something else than {path.name} has to be.")
+        raise DamagedFileError(f"{record_of(path)} is the record of another result than {path.name}.")
     if (size := path.stat().st_size) != record.num_bytes:
         raise DamagedFileError(f"{path} is damaged: it has {size} bytes, but its record says {record.num_bytes}.")
     content = read_regular(path, record.num_bytes)

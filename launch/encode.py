@@ -25,7 +25,7 @@ def encode_job(config: EncodeSettings, progress: ProgressBar) -> None:
     manifest = encode_shards(config, progress, HydraConfig.get().overrides.task)
     if manifest is not None:
         size = sum(shard.bytes for shard in manifest.shards)
-        skipped = f", {manifest.num_skipped} images set aside" if manifest.num_skipped else ""
+        skipped = f", {manifest.num_skipped} images skipped" if manifest.num_skipped else ""
         print(
             f"{manifest.num_samples} samples of {manifest.spec.num_classes} classes in {len(manifest.shards)} "
             f"shards, {size / 2**20:.1f} MiB{skipped}: {Path(config.data.shards) / 'manifest.json'}"

@@ -139,7 +139,7 @@ def _restore(
         if trained_on != manifest.hash:
             raise ValueError(
                 f"The run {folder.path} was trained on shards with manifest {trained_on[:12]}, but data.shards has "
-                f"{manifest.hash[:12]}; give back the old shards or start a new run."
+                f"{manifest.hash[:12]}; point data.shards to the old shards or start a new run."
             )
     if runtime.is_main:
         for complaint in complaints:

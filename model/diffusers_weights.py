@@ -164,10 +164,11 @@ def notes_on_pipeline(network: Network) -> list[str]:
     """Return sentences on how the pipeline differs from this program for these weights."""
     said, notes = describe(network), []
     if said.frequency_shift == 0:
-        notes.append("diffusers' DiT spaces the timestep's frequencies differently, so its outputs are a little off.")
+        notes.append("diffusers' DiT spaces the timestep's frequencies differently, so its outputs differ slightly.")
     if said.position_drift > 0:
         notes.append(
-            f"diffusers' DiT uses the fixed position embedding, not this one, which is {said.position_drift:.2g} off."
+            f"diffusers' DiT uses the fixed position embedding, not this one, which differs by "
+            f"{said.position_drift:.2g}."
         )
     if said.num_classes != NULL_CLASS:
         notes.append(
@@ -186,8 +187,8 @@ def _require_there(network: Network) -> DiT:
         )
     if (drift := model.position_drift()) > FIXED_WITHIN:
         raise ValueError(
-            f"The position embedding of these weights was trained: it is up to {drift:.3g} off the fixed one, which "
-            "diffusers' DiT uses; keep them in the released code's format."
+            f"The position embedding of these weights was trained: it differs by up to {drift:.3g} from the fixed one, "
+            "which diffusers' DiT uses; keep them in the released code's format."
         )
     return model
 

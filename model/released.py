@@ -71,7 +71,7 @@ def notes_on_reference(network: Network) -> list[str]:
     """Return sentences on how the released code differs from this program for these weights."""
     if describe(network).frequency_shift == 0:
         return []
-    return ["the released code spaces the timestep's frequencies differently, so its outputs are a little off."]
+    return ["the released code spaces the timestep's frequencies differently, so its outputs differ slightly."]
 
 
 def from_reference(

@@ -53,8 +53,8 @@ def _require_fixed_positions(model: DiT, found: DiT, where: str) -> list[str]:
     drift, notes = found.position_drift(), []
     if drift > FIXED_WITHIN:
         raise ValueError(
-            f"init_from {where} has a trained position embedding, up to {drift:.3g} off the fixed one that a run uses; "
-            "start from weights with a fixed one."
+            f"init_from {where} has a trained position embedding, which differs by up to {drift:.3g} from the fixed "
+            "one of a run; start from weights with a fixed one."
         )
     if found.config.latent_size != model.config.latent_size:
         notes.append(
@@ -62,5 +62,5 @@ def _require_fixed_positions(model: DiT, found: DiT, where: str) -> list[str]:
             "weights are taken over, and the position embedding is the fixed one of this run's grid."
         )
     elif drift > ROUNDING:
-        notes.append(f"{where}: this run replaces its position embedding by the fixed one ({drift:.2g} off).")
+        notes.append(f"{where}: this run replaces its position embedding by the fixed one (difference {drift:.2g}).")
     return notes

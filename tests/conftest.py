@@ -48,7 +48,7 @@ needs_torch_xla = pytest.mark.skipif(
     not _has_torch_xla(), reason="needs torch 2.9.0 and torch_xla 2.9.0: the extra `pinned`, which make test installs"
 )
 
-# The demo's recipe on a network that a step takes milliseconds of.
+# The demo's recipe on a network whose steps take milliseconds.
 TINY_RUN = [
     "experiment=demo",
     "model.width=16",
@@ -196,7 +196,7 @@ def ditscale(
     *arguments: str, cwd: Path, expect: int = 0, env: dict[str, str] | None = None, timeout_sec: float = 300
 ) -> str:
     """Run the command; returns what it printed."""
-    if any("xla" in word for word in arguments):  # it reads variables, and wants an order, when it is imported
+    if any("xla" in word for word in arguments):  # it reads variables at import, and depends on the order of imports
         words = ("-m", "launch.cli", *arguments)
         return run_warm_python(WITH_XLA, *words, cwd=cwd, expect=expect, env=env, limit_sec=timeout_sec)
     return run_warm(TRAINING, *arguments, cwd=cwd, expect=expect, env=env, timeout_sec=timeout_sec)

@@ -223,7 +223,7 @@ class Fuzzer:
         if trial.kind.startswith(CHECKPOINT):
             names.append(path.parent.name)
         if trial.kind.startswith("photos"):
-            names.append("the images")  # an own image that changed is another image: these differ
+            names.append("the images")  # a changed image of the user's own is another image, so results differ
         named = any(name in shown for name in names)
         if code is None:
             return "hang"
@@ -234,5 +234,5 @@ class Fuzzer:
             return "sentence" if len(errors) == 1 and named else "unnamed"
         if digest(trial.job, folder, shown) == self._expected[trial.job]:
             return "recovered" if named else "same"
-        # Somebody who knows the format may write another checkpoint: it is read as what it says.
+        # Anyone who knows the format may write another valid checkpoint, which is then read.
         return "said" if named or trial.damage.startswith("resealed") else "different"

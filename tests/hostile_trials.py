@@ -116,7 +116,7 @@ def every_trial() -> list[Trial]:
         for job in jobs
         if not damage.startswith("resealed") or kind.endswith("state.json") or kind.endswith("dump.json")
     ]
-    own_content = ("flip", "NaN", "huge", "null")  # an own image is then another image
+    own_content = ("flip", "NaN", "huge", "null")  # a changed image of the user's own is another image
     return [trial for trial in trials if not (trial.kind.startswith("photos") and trial.damage in own_content)]
 
 

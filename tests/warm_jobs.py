@@ -19,7 +19,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, NoReturn
 
-# What every job imports in the end.
+# The modules that every job imports.
 JOBS = [f"launch.{job}" for job in ("encode", "verify", "train", "sample", "evaluate", "reference", "export", "report")]
 TRAINING = [*JOBS, "runtime.accelerate", "torch._dynamo"]
 ENCODING = [*JOBS, "model.autoencoder_kl"]

@@ -25,7 +25,7 @@ from typing import IO, Any, NoReturn
 
 from warm_jobs import JOBS
 
-WITH_XLA = ("torch_xla", "torch_xla.core.xla_model", "runtime.xla", *JOBS)  # torch_xla wants to be first
+WITH_XLA = ("torch_xla", "torch_xla.core.xla_model", "runtime.xla", *JOBS)  # torch_xla must be imported first
 TRAINING = (*JOBS, "runtime.accelerate", "torch._dynamo")
 ENCODING = (*TRAINING, "model.autoencoder_kl")
 

@@ -6,7 +6,7 @@ A large part that several processes wrote has several files, ``ema-00001-of-0000
 ``ema.safetensors.index.json`` in the format of Hugging Face's libraries. ``metrics.jsonl`` and ``evaluations.jsonl``
 are copies of the run's lines up to the step. `train.saving` writes checkpoints.
 
-A checkpoint may come from somebody else, so reading checks that every file is regular and has its recorded hash, that
+A checkpoint may be untrusted, so reading checks that every file is regular and has its recorded hash, that
 every name stays inside the folder and that every field has its type. `launch.builders.saved_configs` defines what its
 config may build.
 """

@@ -96,7 +96,7 @@ class Lease:
         return seen.holder is not None and seen.holder.owner == self._me.owner
 
     def _refusal(self, seen: Seen | None) -> ValueError:
-        holder = "which one, its lock does not say" if seen is None or seen.holder is None else str(seen.holder)
+        holder = "its lock does not say which one" if seen is None or seen.holder is None else str(seen.holder)
         return ValueError(
             f"Another process is training in {self._what} ({holder}); wait for it, or give this run its own name=..."
         )

@@ -57,8 +57,8 @@ def parse_lines(content: bytes, name: str, whole: bool = False) -> list[Line]:
         except ValueError:  # cut by a crash; an editor may also leave a whole line without its newline
             if whole:
                 raise ValueError(
-                    f"{name} ends in the middle of line {len(lines) + 1}; remove what is left of that line, and "
-                    "measure again what it held."
+                    f"{name} ends in the middle of line {len(lines) + 1}; remove the rest of that line, and "
+                    "repeat its measurement."
                 ) from None
     return lines
 

@@ -169,7 +169,7 @@ class WandbLogger:
         sound = not hash_ or hashlib.sha256(found.encode()).hexdigest() == hash_  # earlier versions kept the id alone
         if not sound or re.fullmatch(r"[0-9a-f]{16}", found) is None:
             raise ValueError(
-                f"{path} does not hold the id of a wandb run; delete it, and the run goes on as a new one in wandb."
+                f"{path} does not hold the id of a wandb run; delete it, and the run continues as a new one in wandb."
             )
         return found
 

@@ -16,7 +16,7 @@ STATE_FILE = "state.json"
 
 
 class CheckpointGoneError(ValueError):
-    """A checkpoint was deleted while somebody was about to read it."""
+    """A checkpoint was deleted before its reader could pin it."""
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def pinned(checkpoint: Path) -> Iterator[None]:
 
 
 def unless_pinned(checkpoint: Path, remove: Callable[[Path], None]) -> None:
-    """Call ``remove(checkpoint)`` unless somebody reads the checkpoint; no reader can pin it meanwhile."""
+    """Call ``remove(checkpoint)`` unless a reader has pinned it; no reader can pin it meanwhile."""
     path = checkpoint / STATE_FILE
     descriptor = _opened(path, os.O_RDWR)  # NFS grants an exclusive lock only to a writable descriptor
     descriptor = _opened(path, os.O_RDONLY) if descriptor is None else descriptor

@@ -80,6 +80,7 @@ def _kept_widths(checkpoint: Path) -> list[float]:
     )
     if kind != "train.ema.power":
         raise ValueError(
-            f"{checkpoint} has averages of {kind}, of which no other width can be made; train with train/ema=power."
+            f"{checkpoint} has averages of {kind}, from which no other width can be computed; train with "
+            "train/ema=power."
         )
     return validate(list[Annotated[float, Field(gt=0, lt=1)]], widths, f"{checkpoint / STATE_FILE}, ema.relative_stds")

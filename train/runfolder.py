@@ -144,14 +144,12 @@ class RunFolder:
         """
         if is_regular(self.evaluations) and self.evaluations.stat().st_size == 0:
             raise ValueError(
-                f"{self.evaluations} is empty, and what it held is nowhere else; put it back, or remove it and measure "
+                f"{self.evaluations} is empty, and no other file has its content; restore it, or remove it and measure "
                 "again."
             )
         notes = []
         if is_regular(self.evaluations) and is_cut(self.evaluations):
-            notes.append(
-                f"{self.evaluations} ended in the middle of a line, which is taken away; measure again what it held."
-            )
+            notes.append(f"{self.evaluations} ended in the middle of a line, which is removed; repeat its evaluation.")
         for file in (self.metrics, self.timing, self.evaluations):
             copy = (copies or {}).get(file.name)
             if copy is None:
@@ -167,7 +165,7 @@ class RunFolder:
             elif damaged > lost.total():
                 lines_of(file)  # raises an error that names the damaged line
             if lost:
-                notes.append(f"{file} had lost lines up to step {step}; they are put back from the checkpoint.")
+                notes.append(f"{file} had lost lines up to step {step}; they are restored from the checkpoint.")
             _keep(file, saved + list(added.elements()))
         return notes
 

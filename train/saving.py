@@ -188,7 +188,7 @@ class CheckpointWriter:
                 raise ValueError(
                     f"{len(missing)} of {len(receipts)} processes have not written their part of "
                     f"{self._store.place(step)} after {self._patience_sec:.0f} seconds; all must see the same folder, "
-                    "and it must take their writing in that time."
+                    "and finish writing in that time."
                 )
             time.sleep(POLL_SEC)
 

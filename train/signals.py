@@ -59,7 +59,7 @@ class StopSignals:
             name = signal.Signals(number).name
             # Not print, since the signal may have interrupted a print.
             with suppress(OSError):  # the reader of standard error may be gone
-                os.write(2, f"\n{name}: saving, then stopping; once more stops at once.\n".encode())
+                os.write(2, f"\n{name}: saving, then stopping; a second signal stops at once.\n".encode())
         elif now - self._since > ECHO_SEC:
             os._exit(128 + number)
 

@@ -1,1 +1,1 @@
-"""Images to feature vectors."""
+"""Map images to feature vectors."""

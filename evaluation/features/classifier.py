@@ -136,7 +136,7 @@ def _read(folder: Path, identity: str, network: SmallClassifier) -> _Facts:
     except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
         raise DamagedFileError(f"{path} is damaged: {str(error).splitlines()[0]}.") from None
     if not all(value.dtype == torch.float32 and value.isfinite().all() for value in tensors.values()):
-        raise DamagedFileError(f"{path} is damaged: it holds other than finite float32 numbers.")
+        raise DamagedFileError(f"{path} is damaged: it holds values that are not finite float32 numbers.")
     return facts
 
 

@@ -1,1 +1,1 @@
-"""Features of generated images and a reference to numbers."""
+"""Compute numbers from the features of generated images and a reference."""

@@ -1,1 +1,1 @@
-"""Real images to what generated ones are compared with."""
+"""Make the reference that generated images are compared with from real images."""

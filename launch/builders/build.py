@@ -51,7 +51,7 @@ def fill_model(model: Mapping[str, Any], spec: LatentSpec, conditions: Condition
     """
     filled = dict(model)
     if "outputs_per_channel" in filled:
-        raise ValueError("model.outputs_per_channel is given, but the objective decides it; choose diffusion=... .")
+        raise ValueError("model.outputs_per_channel is given, but the objective determines it; choose diffusion=... .")
     for key, found in _facts_of_data(spec, conditions).items():
         if filled.get(key) not in (None, found):
             raise ValueError(

@@ -71,7 +71,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, GatedRepoError):
         return "its owner asks for an agreement first: accept it on its page and log in"
     if isinstance(error, RepositoryNotFoundError):
-        return "the hub knows no such public model"
+        return "the hub has no such public model"
     if isinstance(error, HFValidationError):
         return "it is not a name that the hub allows"
     if isinstance(error, LocalEntryNotFoundError):

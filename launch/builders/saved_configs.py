@@ -30,7 +30,7 @@ EARLIER: dict[str, Any] = {
 def as_now(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a training config of any version in the form that this version writes.
 
-    Earlier versions wrote ``model.learn_sigma``, which had to agree with the objective; now the objective decides it.
+    Earlier versions wrote ``model.learn_sigma``, which had to fit the objective; now the objective determines it.
     """
     now = _filled(config, EARLIER)
     if isinstance(model := now.get("model"), Mapping) and isinstance(model.get("learn_sigma"), bool):

@@ -81,7 +81,7 @@ class PreparedRun:
 
 @dataclass(frozen=True)
 class BegunRun:
-    """The objects with which training goes on, on the devices."""
+    """The objects that training uses after the state is on the devices."""
 
     model: nn.Module  # as the runtime wrapped it
     step: Step

@@ -114,7 +114,7 @@ def _unwrapped(tensors: Mapping[str, Tensor], place: str) -> dict[str, Tensor]:
 def _no_table(path: Path, content: Mapping[Any, Any]) -> str:
     names = [str(name) for name in content]
     if _OURS in names:
-        return f"{path} is part of a checkpoint of this program; give the folder that it lies in."
+        return f"{path} is part of a checkpoint of this program; give the folder that contains it."
     if DIFFUSERS_ANCHOR in names:
         return f"{path} has diffusers' names, which need a config.json; give the folder that holds both."
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -241,7 +241,7 @@ def _explain_override(job: str, message: str) -> str:
     key = found.group(1).split("=")[0].lstrip("+~")
     settings, groups = valid_names(job)
     if key in groups and "override" in found.group():
-        return f"What {key.rpartition('/')[0]}=... chooses has no {key}; leave {key} out."
+        return f"The option of {key.rpartition('/')[0]}=... has no {key}; leave {key} out."
     return f"`ditscale {job}` has no setting {key!r}{closest(key, [*settings, *groups])}"
 
 

@@ -13,7 +13,7 @@ from train.signals import ECHO_SEC, SIGNALS, ask_to_stop
 
 
 class PassedOn:
-    """Passes SIGTERM and SIGINT on to the processes that this one started, which save and stop; this one goes on.
+    """Passes SIGTERM and SIGINT on to the processes that this one started, which save and stop; this one continues.
 
     A second signal ends all of them at once.
     """
@@ -50,7 +50,7 @@ def started_by_torchrun() -> bool:
 def stop_without(parent: int) -> None:
     """Treat the death of ``parent``, the process that started this one, as a request to stop.
 
-    After kill -9 of a launcher or a sweep, nothing else would ask its processes to stop: they would go on training.
+    After kill -9 of a launcher or a sweep, nothing else would ask its processes to stop: they would continue to train.
     """
     threading.Thread(target=_watch, args=(parent,), name="watch of the parent", daemon=True).start()
 

@@ -91,7 +91,7 @@ def test_a_second_signal_leaves_at_once_and_loses_nothing_that_was_saved(
     os.kill(job.pid, signal.SIGSTOP)  # else it would be through before the second signal
     job.send_signal(signal.SIGTERM)
     job.send_signal(signal.SIGCONT)
-    while "once more stops at once" not in (tmp_path / "log").read_text() and job.poll() is None:
+    while "a second signal stops at once" not in (tmp_path / "log").read_text() and job.poll() is None:
         time.sleep(0.001)
     os.kill(job.pid, signal.SIGSTOP)
     time.sleep(1.2)  # a signal that comes sooner is an echo of the first

@@ -115,7 +115,7 @@ def test_a_mistake_on_the_command_line_is_one_sentence(
         ("sampler.steps=1001", "sampler.steps is 1001, but the process was trained with 1000 steps"),
         ("ema.decay=1.0", "ema.decay is 1.0"),
         ("seed=-1", "seed is -1"),
-        ("+model.outputs_per_channel=1", "model.outputs_per_channel is given, but the objective decides it"),
+        ("+model.outputs_per_channel=1", "model.outputs_per_channel is given, but the objective determines it"),
         ("diffusion=flow", "sampler ddpm needs diffusion=gaussian, but the objective is diffusion=flow"),
         ("init_from=nowhere", "There is no checkpoint folder nowhere"),
         ("class_dropout=0 diffusion/guidance=classifier_free", "this model is trained with class_dropout 0"),

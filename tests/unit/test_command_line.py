@@ -168,7 +168,7 @@ def test_a_part_that_the_chosen_network_has_not_is_refused_by_its_name(tmp_path:
     (tmp_path / "model/other.yaml").write_text("_target_: model.other.Other\n")
     words = [f"hydra.searchpath=[file://{tmp_path}]", "model=other", "shape_name=x", "model/size=digits_s"]
     shown = in_process("train", *words, expect=2)
-    assert "What model=... chooses has no model/size; leave model/size out." in shown
+    assert "The option of model=... has no model/size; leave model/size out." in shown
 
 
 @pytest.mark.parametrize("experiments", ["demo/blocks,demo/scaling", "demo,paper/scaling"])

@@ -141,7 +141,7 @@ def test_an_average_of_any_width_is_made_after_training(tmp_path: Path) -> None:
         assert made == pytest.approx(expected, abs=0.01 * weights.std().item()), width
     assert abs(power_average(weights, gamma_of(0.15)) - value_of(averages)) > 0.1 * weights.std().item()
     save(tmp_path / "other", state)
-    with pytest.raises(ValueError, match="of which no other width can be made; train with train/ema=power"):
+    with pytest.raises(ValueError, match="from which no other width can be computed; train with train/ema=power"):
         reconstruct([tmp_path / "other/step_00000400"], 0.1)
 
 

@@ -179,7 +179,7 @@ def test_exporting_a_run_in_pixel_space_says_that_the_pipeline_has_no_decoder(
     train(in_process, digits, "run_dir=run")
     shown = in_process("export", "checkpoint=run", "to=diffusers", "out=pipeline")
     assert "its latents are images, for which a DiTPipeline has no decoder: open it with vae=None." in shown
-    assert "diffusers' DiT spaces the timestep's frequencies differently, so its outputs are a little off." in shown
+    assert "diffusers' DiT spaces the timestep's frequencies differently, so its outputs differ slightly." in shown
     pipeline = opened(tmp_path / "pipeline", vae=None)
     assert (pipeline.vae, pipeline.labels["7"]) == (None, 7)
     assert isinstance(read_diffusers_folder(tmp_path / "pipeline", 0)[0], DiT)

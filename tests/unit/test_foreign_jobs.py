@@ -153,7 +153,7 @@ def test_a_run_starts_from_a_drifted_position_embedding_with_the_fixed_one_and_s
     saved(tmp_path / "fixed.pt", {"ema": weights})
     saved(tmp_path / "drifted.pt", {"ema": drifted(weights, 1.6e-4)})
     shown = train(in_process, digits, "init_from=drifted.pt", "run_dir=drifted")
-    assert "drifted.pt: this run replaces its position embedding by the fixed one (0.00016 off)." in shown
+    assert "drifted.pt: this run replaces its position embedding by the fixed one (difference 0.00016)." in shown
     assert "its own is used" not in shown
     assert "takes the place" not in train(in_process, digits, "init_from=fixed.pt", "run_dir=fixed")
     one, other = (
@@ -170,7 +170,8 @@ def test_a_run_does_not_start_from_a_trained_position_embedding(
 ) -> None:
     saved(tmp_path / "trained.pt", drifted(to_reference(digits_model()), 0.3))
     shown = train(in_process, digits, "init_from=trained.pt", "run_dir=x", expect=2)
-    assert "init_from trained.pt has a trained position embedding, up to 0.3 off the fixed one that a run uses" in shown
+    words = "which differs by up to 0.3 from the fixed one of a run"
+    assert f"init_from trained.pt has a trained position embedding, {words}" in shown
     assert not (tmp_path / "x").exists()
 
 
@@ -262,7 +263,7 @@ def test_released_weights_travel_through_export_and_back_bit_for_bit(tmp_path: P
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[name], value) for name, value in weights.items())
     shown = in_process("export", "checkpoint=a.pt", "to=diffusers", "out=folder", HEADS)
-    assert "diffusers' DiT uses the fixed position embedding, not this one, which is 0.00016 off" in shown
+    assert "diffusers' DiT uses the fixed position embedding, not this one, which differs by 0.00016" in shown
     in_process("export", "checkpoint=folder", "to=reference", "out=c.pt", "foreign.frequency_shift=0")
     again = torch.load(tmp_path / "c.pt", weights_only=True)
     assert all(torch.equal(again[name], value) for name, value in weights.items() if name != "pos_embed")
@@ -280,4 +281,4 @@ def test_runs_and_checkpoints_of_ours_are_not_taken_for_foreign(
     in_process("sample", "checkpoint=runs/mine", "runtime=cpu", "num_images=2", "sampler.steps=2")
     path = tmp_path / "runs/mine/checkpoints/step_00000002/ema.safetensors"
     shown = in_process("sample", f"checkpoint={path}", "out=x", expect=2)
-    assert "ema.safetensors is part of a checkpoint of this program; give the folder that it lies in" in shown
+    assert "ema.safetensors is part of a checkpoint of this program; give the folder that contains it" in shown

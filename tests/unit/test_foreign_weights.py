@@ -233,7 +233,7 @@ def test_files_of_other_kinds_are_named_by_what_they_are(tmp_path: Path) -> None
     saved(path, {"model": {"conv.weight": torch.ones(3)}, "step": 1})
     assert f"{path} has no table of weights of a DiT: nothing in it is named x_embedder.proj.weight" in refusal(path)
     saved(path, from_reference(GOLDEN, num_heads=4).state_dict())
-    assert f"{path} is part of a checkpoint of this program; give the folder that it lies in" in refusal(path)
+    assert f"{path} is part of a checkpoint of this program; give the folder that contains it" in refusal(path)
 
 
 def test_an_archive_that_was_packed_again_is_refused(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_every_flipped_bit_of_a_kept_file_and_its_record_is_found(
                 assert f"{tmp_path}/a." in told(capsys)[0]
     write_kept(path, content, identity)
     assert unless_damaged(lambda: read_kept(path, {"of": "y"})) is None
-    assert "a.json is of something else than a.npy has to be; it is made again" in told(capsys)[0]
+    assert "a.json is the record of another result than a.npy; it is made again" in told(capsys)[0]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_a_kept_array_of_another_reference_or_extractor_is_not_taken(reference: 
         of_another = {**content["identity"], key: content["identity"][key][:16] + "0" * 48}
         body = {"identity": of_another, "num_bytes": content["num_bytes"], "sha256": content["sha256"]}
         record.write_text(json.dumps(seal(body)))
-        with pytest.raises(ValueError, match="is of something else"):
+        with pytest.raises(ValueError, match="is the record of another result"):
             read_kept(record.with_suffix(".npy"), content["identity"])
         assert numbers_of(reference, tmp_path) == expected
 

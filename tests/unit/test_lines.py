@@ -68,7 +68,7 @@ def test_metrics_that_were_lost_come_back_from_the_checkpoint(
         file.write_bytes(damaged[damage])
     shown = in_process("train", *WORDS, f"data.shards={digits}")
     assert file.read_bytes() == whole
-    assert ("metrics.jsonl had lost lines up to step 8; they are put back" in shown) == (damage != "junk")
+    assert ("metrics.jsonl had lost lines up to step 8; they are restored" in shown) == (damage != "junk")
 
 
 def test_training_that_goes_on_after_a_cut_leaves_no_gap(run: Path, digits: Path, in_process: InProcess) -> None:
@@ -129,7 +129,7 @@ def test_an_emptied_file_of_evaluations_is_named(tmp_path: Path) -> None:
     assert folder.roll_back(1) == []
     assert not folder.evaluations.exists()
     folder.evaluations.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"evaluations\.jsonl is empty, and what it held is nowhere else"):
+    with pytest.raises(ValueError, match=r"evaluations\.jsonl is empty, and no other file has its content"):
         folder.roll_back(4)
 
 

@@ -76,7 +76,7 @@ def test_links_that_lead_in_a_circle_are_named_and_end(tmp_path: Path) -> None:
     assert len(source) == 6 + 2 + 2  # each of bee and cat once more, below the other
     found = {entry.source_id: entry for entry in source.left_out}
     circles = {"ant/up", "ant/self", "bee/cats/bees", "cat/bees/cats"}
-    assert {name for name in found if found[name].reason == "it is a link to a folder that it lies in"} == circles
+    assert {name for name in found if found[name].reason == "it is a link to a folder that contains it"} == circles
     assert {name for name in found if found[name].is_image} == {
         f"{folder}/{name}.png" for folder in ("cat", "bee/cats") for name in ("one", "two")
     }
@@ -90,7 +90,7 @@ def test_links_that_multiply_are_refused_before_they_fill_the_memory(tmp_path: P
             link(tmp_path / f"root/{number}/{name}", tmp_path / f"root/{number + 1}")
     (tmp_path / "root/40").mkdir()
     (tmp_path / "root/40/a.png").write_bytes(encoded(photo(0), "PNG"))
-    with pytest.raises(ValueError, match=f"is reached by more than {MAX_WAYS} ways of links; remove some"):
+    with pytest.raises(ValueError, match=f"is reached by more than {MAX_WAYS} paths through links; remove some"):
         ImageFolder(str(tmp_path / "root"))
 
 

@@ -163,7 +163,7 @@ def test_arrows_file_format_is_read_as_its_stream_format_is(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("a.jpg", "is a file, but this source reads a folder; give the folder that it lies in, FOLDER."),
+        ("a.jpg", "is a file, but this source reads a folder; give the folder that contains it, FOLDER."),
         ("a.tar", "is a file, .*; read with data/source=image_tars data.source.tars=FOLDER/a.tar, or unpack"),
         ("a.parquet", "is a file, .*; read with data/source=parquet data.source.root=FOLDER/a.parquet."),
         ("a.arrow", "is a file, .*; read with data/source=saved_dataset data.source.root=FOLDER."),
