@@ -35,5 +35,6 @@ def test_a_run_without_power_averages_has_no_other_width(digits: Path, tmp_path:
     in_process("train", *TINY_RUN, f"data.shards={digits}", "run_dir=run", "total_steps=10")
     shown = in_process(*SAMPLE, "weights=width_0.1", "out=x", expect=2)
     assert (
-        "has averages of train.ema.constant, of which no other width can be made; train with train/ema=power" in shown
+        "has averages without ema.relative_stds, of which no other width can be made; train with train/ema=power"
+        in shown
     )
