@@ -36,7 +36,7 @@ class Draws(NamedTuple):
     posterior: NDArray[np.float32]  # [B, c, h, w] standard normal
     noise: NDArray[np.float32]  # [B, c, h, w] standard normal
     t: NDArray[np.generic]  # [B] of the objective's dtype
-    drop_label: NDArray[np.bool_]  # [B]
+    dropped: NDArray[np.bool_]  # [B], where the condition is replaced by the null condition
     flip: NDArray[np.bool_]  # [B]
 
 
@@ -92,7 +92,7 @@ def training_draws(
         posterior=draw_noise(philox, positions, 0, shape, Purpose.POSTERIOR),
         noise=draw_noise(philox, positions, 0, shape, Purpose.NOISE),
         t=t,
-        drop_label=uniform[0] < class_dropout,
+        dropped=uniform[0] < class_dropout,
         flip=uniform[1] < 0.5 if flip else np.zeros(len(positions), dtype=bool),
     )
 

@@ -74,7 +74,7 @@ class TrainingBatches:
             x_0=self._latents(torch.from_numpy(moments), torch.from_numpy(draws.posterior)),
             noise=torch.from_numpy(draws.noise),
             t=torch.from_numpy(draws.t),
-            condition=with_dropped(self.conditions, condition, draws.drop_label),
+            condition=with_dropped(self.conditions, condition, draws.dropped),
         )
 
     def _moments(

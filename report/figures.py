@@ -14,14 +14,7 @@ from report import paper
 from report.bubbles import Bubble, draw_bubbles, draw_systems
 from report.fit import CONFIDENCE
 from report.models import kind_of, model_name, patch_name, patch_order, size_name
-from report.study import (
-    MEASURES,
-    Measure,
-    Record,
-    Study,
-    distance_name,
-    number_of,
-)
+from report.study import MEASURES, Measure, Record, Study, distance_name, number_of
 from report.style import (
     GFLOPS,
     GREY,
@@ -34,6 +27,7 @@ from report.style import (
     log_y,
     marker,
     new_figure,
+    new_grid,
     once,
     steps_axis,
 )
@@ -93,7 +87,7 @@ def figure_5(study: Study) -> Figure:
     panels = {model: names for model, names in by_model.items() if len({kind_of(study.chosen[n]) for n in names}) > 1}
     if not panels:
         raise NoDataError("no size and patch size has runs of two block types; sweep model/block.")
-    figure, grid = _grid(len(panels), columns=3)
+    figure, grid = new_grid(len(panels), columns=3)
     for axes, (model, names) in zip(grid, panels.items(), strict=False):
         for name in names:
             records, kind = curves[name], kind_of(study.chosen[name])
@@ -125,7 +119,7 @@ def figure_6(study: Study) -> Figure:
     columns = max(len(patches), len(sizes))
     figure = new_figure(2.7 * columns + 0.6, 5.4)
     axes_ = figure.subplots(2, columns, squeeze=False, sharey=True)
-    shades = dict(zip(patches, np.linspace(0.35, 1, len(patches)), strict=True))
+    shades = dict(zip(patches, np.linspace(0.35, 1, len(patches)) if len(patches) > 1 else [1.0], strict=True))
     for axes in axes_.flat:
         axes.set_visible(False)
     rows: list[tuple[int, str, list[str]]] = [
@@ -379,16 +373,6 @@ def _held(study: Study, measure: Measure) -> str:
         return ""
     correlation = np.corrcoef(np.log10([r["gmacs"] for r in records]), values)[0, 1]
     return f"correlation with log Gflops {correlation:.2f}"
-
-
-def _grid(count: int, columns: int) -> tuple[Figure, list[Axes]]:
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    figure = new_figure(3.2 * columns + 0.6, 2.9 * rows + 0.2)
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    for axes in grid.flat[count:]:
-        axes.set_visible(False)
-    return figure, list(grid.flat)
 
 
 def _patches(records: Iterable[Record]) -> list[str]:

@@ -78,6 +78,17 @@ def new_figure(width: float, height: float) -> matplotlib.figure.Figure:
     return matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
 
 
+def new_grid(count: int, columns: int) -> tuple[matplotlib.figure.Figure, list[Axes]]:
+    """Return a figure of ``count`` panels in rows of at most ``columns``, with one vertical axis, and its panels."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = new_figure(3.2 * columns + 0.6, 2.9 * rows + 0.2)
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for axes in grid.flat[count:]:
+        axes.set_visible(False)
+    return figure, list(grid.flat)
+
+
 def styled() -> AbstractContextManager[None]:
     """Return a context manager that applies the style; draw and write figures inside it."""
     settings: AbstractContextManager[None] = matplotlib.rc_context(SETTINGS)

@@ -7,7 +7,7 @@ step count that is stored there, so that the compiled program is the same at eve
 import copy
 import math
 from collections.abc import Mapping
-from typing import cast
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ class Average:
 
     ``step_weight`` is the weight of the newest weights in an update; the average so far gets the rest.
     """
+
+    warms_up: ClassVar[bool] = False  # whether it forgets the initial weights faster in its first updates
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -72,6 +74,8 @@ class ConstantAverage(Average):
 
 class WarmedUpAverage(Average):
     """An average with decay min(decay, (1 + n) / (10 + n)) at update n, which soon forgets the initial weights."""
+
+    warms_up: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__(model)
@@ -134,7 +138,7 @@ def initial_share_note(average: Average, name: str, steps: int) -> str | None:
     """Return a sentence if untrained weights still have a large share in an average after ``steps`` steps, or None."""
     if (share := average.initial_share(steps)) <= MOST_INITIAL_SHARE:
         return None
-    others = [] if isinstance(average, WarmedUpAverage) else ["train/ema=warmed_up"]
+    others = [] if average.warms_up else ["train/ema=warmed_up"]
     others += ["short_run"] if others and _SHORT_RUN**steps <= MOST_INITIAL_SHARE else []
     way_out = f"with {' (or '.join(others)}{')' * (len(others) - 1)}, or longer" if others else "longer"
     return (

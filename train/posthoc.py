@@ -75,12 +75,10 @@ def reconstruct(checkpoints: Sequence[Path], relative_std: float) -> dict[str, T
 def _kept_widths(checkpoint: Path) -> list[float]:
     """Return the widths of the averages that a run kept. Raises ValueError where it kept none."""
     section = read_state_file(checkpoint)["config"].get("ema")
-    kind, widths = (
-        (section.get(key) for key in ("_target_", "relative_stds")) if isinstance(section, dict) else (None,) * 2
-    )
-    if kind != "train.ema.power":
+    widths = section.get("relative_stds") if isinstance(section, dict) else None
+    if widths is None:
         raise ValueError(
-            f"{checkpoint} has averages of {kind}, from which no other width can be computed; train with "
+            f"{checkpoint} has averages without ema.relative_stds, from which no other width can be computed; train with "
             "train/ema=power."
         )
     return validate(list[Annotated[float, Field(gt=0, lt=1)]], widths, f"{checkpoint / STATE_FILE}, ema.relative_stds")

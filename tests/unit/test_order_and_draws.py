@@ -10,7 +10,7 @@ from data.order import GlobalOrder, Order, WindowedOrder, positions_of_step
 from diffusion.times import UniformSteps
 
 PINNED_NOISE = [1.8699285984039307, 0.6554148197174072, 0.6459668278694153]
-PINNED_REST = (446, False, True)  # t, drop_label, flip
+PINNED_REST = (446, False, True)  # t, dropped, flip
 PINNED_ORDER = [5, 0, 7, 2, 4, 6, 3, 1]
 PINNED_POSTERIOR = [-0.7672624588012695, 0.04104878753423691, 0.7439126968383789]
 PINNED_WINDOWED_ORDER = [5, 2, 6, 1, 7, 0, 3, 4]
@@ -110,7 +110,7 @@ def test_draws_are_these_numbers_for_ever() -> None:
         np.testing.assert_array_equal(one[0], two[1])
     assert draws.noise.ravel().tolist() == pytest.approx(PINNED_NOISE, rel=1e-6)
     assert draws.posterior.ravel().tolist() == pytest.approx(PINNED_POSTERIOR, rel=1e-6)
-    assert (draws.t[0], draws.drop_label[0], draws.flip[0]) == PINNED_REST
+    assert (draws.t[0], draws.dropped[0], draws.flip[0]) == PINNED_REST
     assert permutation(Philox(0), 0, Purpose.ORDER, 8).tolist() == PINNED_ORDER
     assert GlobalOrder(0, [3, 5]).rows_at(np.arange(8)).tolist() == PINNED_ORDER
     assert WindowedOrder(0, [3, 2, 3], 2).rows_at(np.arange(8)).tolist() == PINNED_WINDOWED_ORDER
@@ -129,7 +129,7 @@ def test_draws_have_the_distributions_that_they_should() -> None:
     assert abs(draws.noise.std() - 1) < 0.03
     assert abs(np.corrcoef(draws.noise.reshape(4000, -1).T) - np.eye(4)).max() < 0.06
     assert abs(draws.t.mean() - 499.5) < 15
-    assert abs(draws.drop_label.mean() - 0.1) < 0.015
+    assert abs(draws.dropped.mean() - 0.1) < 0.015
     assert abs(draws.flip.mean() - 0.5) < 0.03
     assert abs(np.corrcoef(draws.noise.ravel(), draws.posterior.ravel())[0, 1]) < 0.03
 
