@@ -157,9 +157,11 @@ AVERAGES = {
 class Training:
     """A step on the fake GPU, in bf16, with clipping, a guard and two micro-batches."""
 
-    def __init__(self, block: str, recomputes: bool, average: str = "constant", mode: Any = "replicated") -> None:
+    def __init__(
+        self, block: str, recomputes: bool, average: str = "constant", mode: Any = "replicated", depth: int = 1
+    ) -> None:
         self.runtime = AccelerateRuntime("bf16", micro_batches=2, mode=mode)
-        self.model = dit(block, depth=2 if mode == "fsdp" else 1)  # one unit is gathered while another computes
+        self.model = dit(block, depth)
         with unset_fake_temporarily():
             self.averages = AVERAGES[average](self.model)
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=0.1, foreach=True)
