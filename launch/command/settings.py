@@ -265,7 +265,7 @@ SETTINGS: dict[str, type[Settings]] = {
 
 @cache
 def register() -> None:
-    """Register with Hydra, once a process, the settings of each job, as ``{job}_schema``, and the launcher of sweeps."""
+    """Register with Hydra, once, the settings of each job, as ``{job}_schema``, and the launcher of sweeps."""
     register_launcher()
     for job, kind in SETTINGS.items():
         ConfigStore.instance().store(name=f"{job}_schema", node=kind)
