@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import importlib
 import json
 import logging
 import os
@@ -24,6 +25,9 @@ from warm_python import WITH_XLA, run_warm_python
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched
 os.environ["USE_TORCH_XLA"] = "0"  # as launch/__init__.py does, before a test imports diffusers
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a layer is run, which imports diffusers: it would import torch_xla
+    importlib.import_module("diffusers.utils.import_utils")._torch_xla_available = False
 
 from core.records import SEAL, seal
 from data.encode import encode

@@ -78,7 +78,7 @@ def _kept_widths(checkpoint: Path) -> list[float]:
     widths = section.get("relative_stds") if isinstance(section, dict) else None
     if widths is None:
         raise ValueError(
-            f"{checkpoint} has averages without ema.relative_stds, from which no other width can be computed; train with "
-            "train/ema=power."
+            f"{checkpoint} has averages without ema.relative_stds, from which no other width can be computed; train "
+            "with train/ema=power."
         )
     return validate(list[Annotated[float, Field(gt=0, lt=1)]], widths, f"{checkpoint / STATE_FILE}, ema.relative_stds")

@@ -22,6 +22,7 @@ from core.rooms import ROOT
 from launch import STARTED_BY
 from launch.command.check import check_known, check_targets
 from launch.command.memory import less_memory
+from launch.command.mode import read_mode_where_it_is_set
 from launch.command.parallel import started_by_torchrun, stop_without
 from launch.command.progress import make_progress
 from launch.command.redaction import exit_with_traceback, redact_file, secrets_hidden
@@ -48,6 +49,7 @@ def run(job: str, function: JobFunction, settle: Settle | None = None) -> None:
     if started_by_torchrun():
         stop_without(STARTED_BY)
     register()
+    read_mode_where_it_is_set()
     if any(word in HELP for word in sys.argv[1:]):
         from launch.command.help import help_of
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache
 from typing import Any, Protocol
 
 from hydra.core.config_store import ConfigStore
@@ -262,8 +263,9 @@ SETTINGS: dict[str, type[Settings]] = {
 }
 
 
+@cache
 def register() -> None:
-    """Register with Hydra the settings of each job, as ``{job}_schema``, and the launcher of sweeps."""
+    """Register with Hydra, once, the settings of each job, as ``{job}_schema``, and the launcher of sweeps."""
     register_launcher()
     for job, kind in SETTINGS.items():
         ConfigStore.instance().store(name=f"{job}_schema", node=kind)

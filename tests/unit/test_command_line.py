@@ -13,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launch.command.app import CONF
 from launch.command.completion import script
 from launch.command.help import comments_of, help_of
 from launch.command.words import prepared, quoted
@@ -80,12 +81,23 @@ def test_what_hydra_reads_stays_as_it_is() -> None:
 
 
 def test_m_may_stand_anywhere(in_process: InProcess) -> None:
-    for words in (["plan", "-m", "seed"], ["-m", "plan"], ["plan", "model.patch_size=8,4", "-m"]):
-        shown = in_process(
-            *(word for word in words if word != "seed"), *(["model.patch_size=8,4"] if "seed" in words else [])
-        )
-        assert "Gflops" in shown
-    assert in_process("plan", "model.patch_size=8,4", "--multirun", "model/size=b").count("d768") == 2
+    for words in (
+        ["plan", "-m", "model.patch_size=8,4", "model.depth=2"],
+        ["-m", "plan", "model.depth=2"],
+        ["plan", "model.patch_size=8,4", "model.depth=2", "-m"],
+    ):
+        assert "Gflops" in in_process(*words)
+    words = ["plan", "model.patch_size=8,4", "--multirun", "model/size=b", "model.depth=2"]
+    assert in_process(*words).count("d768") == 2
+
+
+def test_a_word_may_set_hydras_mode_and_no_config_of_ours_does(in_process: InProcess) -> None:
+    """`launch.command.mode` reads it only where a word of the command line may set it."""
+    sweep = in_process("plan", "hydra.mode=MULTIRUN", "model.patch_size=8,4", "model.depth=2")
+    assert re.findall(r"d384-n2-p(\d)", sweep) == ["8", "4"]
+    for path in CONF.rglob("*.yaml"):
+        of_hydra = (yaml.safe_load(path.read_text()) or {}).get("hydra") or {}
+        assert "mode" not in of_hydra, path
 
 
 def test_help_whose_reader_leaves_ends_without_a_word_and_leaves_signals_alone(in_process: InProcess) -> None:
