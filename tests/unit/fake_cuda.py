@@ -42,7 +42,7 @@ from evaluation.features.network import NetworkFeatures
 from evaluation.generate import Generator
 from evaluation.metrics.kernel import squared_mmd
 from evaluation.metrics.manifolds import PrecisionRecall
-from launch.command import gpus
+from launch.command import machine
 from launch.command.workers import worker_device
 from model import blocks
 from model.attention import QKNormSelfAttention
@@ -430,9 +430,9 @@ def test_a_launched_encoder_works_on_a_gpu_of_its_own(monkeypatch: pytest.Monkey
 
 @pytest.mark.usefixtures("_first_gpu_again")
 def test_workers_of_a_sweep_train_on_gpus_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpus, "_held", [])
-    _, other = gpus.lease(2, tmp_path / f".gpus-{platform.node()}")  # the worker before
-    gpus.take_gpu({"runtime": {"device": "auto"}}, tmp_path)
+    monkeypatch.setattr(machine, "_held", [])
+    _, other = machine.lease(2, tmp_path / f".gpus-{platform.node()}")  # the worker before
+    machine.take_gpu({"runtime": {"device": "auto"}}, tmp_path)
     state, expected = on_gpu(AccelerateRuntime("fp32"), 1)
     for name, value in everything(state).items():
         assert value.device == SECOND

@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from launch.command import gpus
+from launch.command import machine
 
 
 def test_each_process_takes_a_gpu_of_its_own_and_leaves_it_when_it_ends(tmp_path: Path) -> None:
-    leases = [gpus.lease(2, tmp_path) for _ in range(4)]
+    leases = [machine.lease(2, tmp_path) for _ in range(4)]
     assert [gpu for gpu, _ in leases] == [0, 1, 0, 1]  # four processes share two
     leases[1][1].release()
-    assert gpus.lease(2, tmp_path)[0] == 1
+    assert machine.lease(2, tmp_path)[0] == 1
 
 
 @pytest.mark.parametrize(
@@ -35,14 +35,14 @@ def test_a_process_keeps_its_gpu_and_a_launchers_processes_have_theirs(
     taken: list[int],
 ) -> None:
     chosen: list[int] = []
-    monkeypatch.setattr(gpus, "_held", [])
+    monkeypatch.setattr(machine, "_held", [])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    _, other = gpus.lease(count, tmp_path / f".gpus-{gpus.platform.node()}")
+    _, other = machine.lease(count, tmp_path / f".gpus-{machine.platform.node()}")
     for _ in range(2):  # its later runs
-        gpus.take_gpu(config, tmp_path)
+        machine.take_gpu(config, tmp_path)
     other.release()
     assert chosen == taken
