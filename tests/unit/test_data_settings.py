@@ -3,12 +3,19 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from conftest import InProcess, ditscale, json_lines, resealed
 from PIL import Image
+
+from data.manifest import Manifest
+from launch.builders.components import target_of
+from launch.builders.data_settings import _of_manifest
+from launch.command.app import CONF
 
 SIZE = 8
 OWN = [
@@ -63,6 +70,18 @@ def test_shards_of_an_earlier_version_say_all_but_their_source(encoded: Path, tm
             (shards / path.name).write_bytes(path.read_bytes())
     ditscale("train", "data.shards=shards", *TINY, *SHORT, cwd=tmp_path)
     assert "center" in json.loads((shards / "manifest.json").read_text())["spec"]["crop"]
+
+
+@pytest.mark.parametrize("group", ["data/crop", "model/autoencoder"])
+def test_a_manifest_alone_names_every_crop_and_autoencoder_that_has_a_config(encoded: Path, group: str) -> None:
+    spec, key = Manifest.load(str(encoded / "shards/mine")).spec, group.split("/")[1]
+    for path in (CONF / group).glob("*.yaml"):
+        section = yaml.safe_load(path.read_text())
+        name = section["name"] if "name" in section else target_of(section).name
+        found = _of_manifest(replace(spec, **{key: name}))[key]
+        assert found["_target_"] == section["_target_"]
+        assert found.keys() == section.keys()
+        assert found.get("channels", 3) == 3
 
 
 def test_an_evaluation_of_ones_own_data_takes_them_from_the_checkpoint(encoded: Path, in_process: InProcess) -> None:
