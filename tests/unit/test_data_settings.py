@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import yaml
 from conftest import InProcess, ditscale, json_lines, resealed
+from omegaconf import OmegaConf
 from PIL import Image
 
 from data.manifest import Manifest
 from launch.builders.components import target_of
 from launch.builders.data_settings import _of_manifest
 from launch.command.app import CONF
+from launch.plan import settle_by_data
+from model.autoencoder import IdentityAutoencoder
 
 SIZE = 8
 OWN = [
@@ -82,6 +85,21 @@ def test_a_manifest_alone_names_every_crop_and_autoencoder_that_has_a_config(enc
         assert found["_target_"] == section["_target_"]
         assert found.keys() == section.keys()
         assert found.get("channels", 3) == 3
+
+
+class Halved(IdentityAutoencoder):
+    """An autoencoder of half the side, without usual latents."""
+
+    downscale = 2
+
+
+def test_a_plan_takes_the_latent_size_from_the_autoencoders_class() -> None:
+    autoencoder = {"_target_": f"{__name__}.Halved", "channels": 3}
+    data = {"image_size": 16, "flip": False, "autoencoder": autoencoder}
+    config = OmegaConf.create({"data": data, "model": {"latent_size": 32, "channels": 4}, "flip": True})
+    settle_by_data(config, ["data=mine"])
+    assert config.model == {"latent_size": 8, "channels": 3}
+    assert not config.flip
 
 
 def test_an_evaluation_of_ones_own_data_takes_them_from_the_checkpoint(encoded: Path, in_process: InProcess) -> None:
