@@ -161,7 +161,7 @@ def _text(report: Report) -> str:
     lines += [f"No figure {number}: {reason}" for number, reason in sorted(report.missing.items())]
     drawn = ", ".join(str(number) for number in sorted(report.pictures))
     lines.append(
-        f"{report.page} with figures {drawn}; the figures as PNG and SVG, and {report.table.name}, are beside it"
+        f"{report.page} with figures {drawn}; the figures as PNG and SVG, and {report.table.name}, are next to it"
     )
     return "\n".join(lines)
 

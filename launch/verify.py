@@ -31,7 +31,7 @@ def verify_job(config: VerifySettings, progress: ProgressBar) -> None:
     if damages:
         names = list(dict.fromkeys(damage.file for damage in damages))
         way_out = (
-            "a repair did not mend them: move them away and run `ditscale encode` again"
+            "a repair did not fix them: move them away and run `ditscale encode` again"
             if config.repair
             else "run `ditscale verify` with the settings of the encoding and repair=true"
         )

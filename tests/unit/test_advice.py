@@ -215,7 +215,7 @@ def test_a_repair_that_mends_nothing_does_not_advise_itself(
     monkeypatch.setattr(launch.verify, "encode_shards", lambda *_: None)
     shown = in_process(*words, "repair=true", expect=2)
     assert "and repair=true" not in shown
-    assert "a repair did not mend them: move them away and run `ditscale encode` again." in shown
+    assert "a repair did not fix them: move them away and run `ditscale encode` again." in shown
 
 
 def test_a_variable_is_advised_where_it_would_be_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
