@@ -19,6 +19,8 @@ from launch.command.check import check_parameters, taker_of_settings
 
 _PACKAGE = re.compile(r"^# @package (\S+)", re.MULTILINE)
 _LONGEST_TEXT = 4096
+# Names that earlier versions wrote, in the sections of a config that jobs still read from files.
+_MOVED = {"data.image_tars.ImageTars": "data.tars.ImageTars", "data.latent_tars.LatentTars": "data.tars.LatentTars"}
 
 
 def target_of(section: Mapping[str, Any]) -> Any:
@@ -64,6 +66,7 @@ def from_file(section: Any, place: str, said_by: str) -> dict[str, Any]:
     if not isinstance(section, Mapping) or "_target_" not in section:
         raise ValueError(f"{said_by} has no component at {place}, but {_shown(section)}; it is not loaded.")
     name, known = section["_target_"], components().get(place, {})
+    name = _MOVED.get(name, name) if isinstance(name, str) else name
     if not isinstance(name, str) or name not in known:
         expected = ", ".join(known) or "none"
         raise ValueError(
