@@ -54,7 +54,7 @@ class EncodeImages:
         """
         item = prepared(source, index, self._preparation)
         if self._autoencoder.image_channels == 1 and item.values.shape[2] == 3:
-            return item._replace(values=_as_grey(item.values, item.source_id, self._autoencoder.name))
+            return item._replace(values=_as_gray(item.values, item.source_id, self._autoencoder.name))
         return item
 
     @torch.no_grad()
@@ -65,15 +65,15 @@ class EncodeImages:
         return torch.stack([self._autoencoder.moments(view) for view in orientations], dim=1)
 
 
-def _as_grey(pixels: NDArray[np.uint8], source_id: str, autoencoder: str) -> NDArray[np.uint8]:
+def _as_gray(pixels: NDArray[np.uint8], source_id: str, autoencoder: str) -> NDArray[np.uint8]:
     """Return [H, W, 1] of [H, W, 3]. Raises ValueError where the channels differ, so that the image is not gray."""
-    grey = pixels[:, :, :1]
-    if (pixels != grey).any():
+    gray = pixels[:, :, :1]
+    if (pixels != gray).any():
         raise ValueError(
             f"{source_id} is in color, but the autoencoder {autoencoder} takes 1 channel; make the images gray, or "
             "choose model/autoencoder=identity data.autoencoder.channels=3."
         )
-    return grey
+    return gray
 
 
 class ImportLatents:

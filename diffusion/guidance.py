@@ -45,7 +45,7 @@ class Unguided:
 
 
 class ClassifierFreeGuidance:
-    """Classifier-free guidance (paper, section 3.1): eps = eps_null + scale (eps_label - eps_null).
+    """Classifier-free guidance (paper, section 3.1): eps = eps_null + scale (eps_condition - eps_null).
 
     ``channels`` is how many of the noise prediction's channels are guided: "all", or 3 as in the released
     code, whose published results guide three of four latent channels. Variance logits are the conditional

@@ -93,7 +93,8 @@ def settle_by_data(config: DictConfig, words: list[str]) -> None:
         found |= {"model.latent_size": spec.latent_size, "model.channels": spec.channels}
     elif "data" in keys:
         section = config.data.autoencoder  # a plan does not read its weights
-        downscale, channels = target_of(section).usual_latents or (1, section.channels)
+        kind = target_of(section)
+        downscale, channels = kind.usual_latents or (kind.downscale, section.channels)
         found = {"flip": config.data.flip}
         found |= {"model.latent_size": config.data.image_size // downscale, "model.channels": channels}
     else:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from hydra.core.hydra_config import HydraConfig
-from numpy.typing import NDArray
 
 from core.batch import Batch
 from core.fields import free_settings
@@ -56,8 +55,9 @@ def replay_job(config: TrainSettings) -> None:
         with runtime.together():
             found, whole = _replayed(dump, run, shards, progress)
         if runtime.is_main:
-            rows = build(settings.data.order)(settings.seed, shards.counts).rows_at(_positions(dump))
-            print("\n".join(_report(dump, found, whole, conditions, shards, rows.tolist())))
+            positions = positions_of_step(dump.step - 1, settings.batch_size, rank=0, world=1)
+            rows = build(settings.data.order)(settings.seed, shards.counts).rows_at(positions)
+            print("\n".join(_report(dump, found, whole, conditions, shards, rows.tolist(), positions.tolist())))
     finally:
         shards.close()
     if not found.not_finite:
@@ -105,10 +105,6 @@ def _replayed(dump: Dump, run: PreparedRun, shards: MappedShards, progress: Prog
     return examined.examine(mine.batch(dump.step - 1), whole, progress), whole
 
 
-def _positions(dump: Dump) -> NDArray[np.int64]:
-    return positions_of_step(dump.step - 1, dump.config["batch_size"], rank=0, world=1)
-
-
 def _unlike(dump: Dump, what: str, settings: TrainSettings, runtime: Processes) -> str:
     """Return a sentence: the replay differs from the run, and these differences may be the reason."""
     here = {**code_version(), "processes": str(runtime.data_world), "runtime": str(settings.runtime)}
@@ -121,15 +117,20 @@ def _unlike(dump: Dump, what: str, settings: TrainSettings, runtime: Processes) 
 
 
 def _report(
-    dump: Dump, found: Findings, whole: Batch, conditions: ConditionSource, shards: MappedShards, rows: list[int]
+    dump: Dump,
+    found: Findings,
+    whole: Batch,
+    conditions: ConditionSource,
+    shards: MappedShards,
+    rows: list[int],
+    positions: list[int],
 ) -> list[str]:
-    """Return the findings as lines; ``rows`` are the rows of the shards that the batch ``whole`` was read from."""
-    positions = _positions(dump)
+    """Return the findings as lines; the batch ``whole`` was read from ``rows`` of the shards, for ``positions``."""
     metrics = {name: value for name, value in found.metrics.items() if "/" not in name}
     return [
         f"{dump.path}: step {dump.step}, the positions {positions[0]} to {positions[-1]}",
         "  " + ", ".join(f"{name} {value:.6g}" for name, value in metrics.items()),
-        *_samples(found, whole, conditions, shards, rows, positions.tolist()),
+        *_samples(found, whole, conditions, shards, rows, positions),
         _first("outputs of modules", found.passes.activations, "in the order of the forward pass"),
         _first("norms of gradients", found.passes.gradients, "from the loss backwards"),
         _first("norms of weights after the update", found.weights, "in the order of the model"),

@@ -14,7 +14,8 @@ class Autoencoder(Protocol):
     number, or one per channel. ``name``, ``revision`` and ``precision`` (of the network: fp32 or bf16) identify it.
     """
 
-    usual_latents: ClassVar[tuple[int, int] | None]  # (downscale, channels), for use without the weights
+    # (downscale, channels), for use without the weights; None: the class has `downscale`, its settings `channels`.
+    usual_latents: ClassVar[tuple[int, int] | None]
     name: str
     revision: str
     precision: str
@@ -44,7 +45,7 @@ class Autoencoder(Protocol):
 class IdentityAutoencoder:
     """The autoencoder of pixel space: the latent is the image. (The paper notes that DiTs apply there unchanged.)"""
 
-    usual_latents: ClassVar[tuple[int, int] | None] = None  # they depend on the images
+    usual_latents: ClassVar[tuple[int, int] | None] = None  # of the image's channels
     name = "identity"
     revision = "1"
     precision = "fp32"

@@ -9,16 +9,16 @@ from matplotlib.axes import Axes
 from report import paper
 from report.models import model_name
 from report.study import Record, distance_name
-from report.style import GFLOPS, GREY, label_axes, log_x
+from report.style import GFLOPS, GRAY, label_axes, log_x
 
 
-def draw_systems(axes: Axes, best: Record, colour: str) -> None:
+def draw_systems(axes: Axes, best: Record, color: str) -> None:
     """Draw table 2's systems, with guidance or without like our best record, and that record on top of them."""
     guided = paper.is_guided(best)
-    systems = [Bubble(s.name, s.gmacs, s.fid, GREY) for s in paper.TABLE_2 if s.is_guided == guided]
+    systems = [Bubble(s.name, s.gmacs, s.fid, GRAY) for s in paper.TABLE_2 if s.is_guided == guided]
     draw_bubbles(axes, systems, distance_name(best))
     ours, part_of_largest = (best["gmacs"], best["fid"]), best["gmacs"] / max(s.gmacs for s in systems)
-    axes.scatter(*ours, s=_bubble_area(part_of_largest), color=colour, edgecolor="white")
+    axes.scatter(*ours, s=_bubble_area(part_of_largest), color=color, edgecolor="white")
     axes.annotate(f"ours: {model_name(best)}", ours, (14, 0), textcoords="offset points", va="center", weight="bold")
     axes.set_ylim(0, 1.2 * max(best["fid"], *(system.distance for system in systems)))
     axes.set_title(f"{'With' if guided else 'Without'} guidance, beside the paper's table 2")
@@ -30,7 +30,7 @@ class Bubble(NamedTuple):
     name: str
     gmacs: float
     distance: float
-    colour: str
+    color: str
 
 
 def _bubble_area(part_of_largest: float) -> float:
@@ -53,7 +53,7 @@ def draw_bubbles(axes: Axes, bubbles: Sequence[Bubble], distance: str) -> None:
     for bubble, is_above in reversed(list(zip(rising, _names_above(rising), strict=True))):
         area = _bubble_area(bubble.gmacs / rising[-1].gmacs)
         place = (bubble.gmacs, bubble.distance)
-        axes.scatter(*place, s=area, color=bubble.colour, alpha=0.75, edgecolor="white", linewidth=1.2)
+        axes.scatter(*place, s=area, color=bubble.color, alpha=0.75, edgecolor="white", linewidth=1.2)
         side, foot = (1, "bottom") if is_above else (-1, "top")
         away = (0, side * (area**0.5 / 2 + 2))
         axes.annotate(bubble.name, place, away, textcoords="offset points", ha="center", va=foot, fontsize=7.5)

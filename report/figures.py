@@ -17,9 +17,9 @@ from report.models import kind_of, model_name, patch_name, patch_order, size_nam
 from report.study import MEASURES, Measure, Record, Study, distance_name, number_of
 from report.style import (
     GFLOPS,
-    GREY,
+    GRAY,
     Palette,
-    kind_colour,
+    kind_color,
     label_axes,
     legend_of_sizes,
     literal,
@@ -92,9 +92,9 @@ def figure_5(study: Study) -> Figure:
         for name in names:
             records, kind = curves[name], kind_of(study.chosen[name])
             label = once(axes, literal(kind.name))
-            axes.plot(_steps(records), _values(records), "o-", color=kind_colour(kind), label=label, alpha=0.9)
+            axes.plot(_steps(records), _values(records), "o-", color=kind_color(kind), label=label, alpha=0.9)
         for name in names:
-            _rings_over_training(axes, curves[name], kind_colour(kind_of(study.chosen[name])))
+            _rings_over_training(axes, curves[name], kind_color(kind_of(study.chosen[name])))
         axes.set_title(model)
         steps_axis(axes)
         axes.legend()
@@ -182,15 +182,15 @@ def figure_8(study: Study) -> Figure:
     figure = new_figure(6.8, 4.6)
     axes, palette = figure.subplots(), Palette(records)
     if paper.shares_figure_8(study.protocol):
-        _rings(axes, [(point.gmacs, point.fid) for point in paper.SWEEP], GREY)
+        _rings(axes, [(point.gmacs, point.fid) for point in paper.SWEEP], GRAY)
         for point in paper.SWEEP:
             if point.model not in map(model_name, records):
                 place = (point.gmacs, point.fid)
-                axes.annotate(point.model, place, (7, 4), textcoords="offset points", fontsize=7.5, color=GREY)
+                axes.annotate(point.model, place, (7, 4), textcoords="offset points", fontsize=7.5, color=GRAY)
     _points_and_fit(axes, study, DISTANCE, palette, names=True)
     floor = study.protocol["frechet_distance_of_real_resample"]
     if floor is not None and floor > min(_values(records)) / 4:  # a lower line would squeeze the curve
-        axes.axhline(floor, linestyle=":", color=GREY, linewidth=1.2)
+        axes.axhline(floor, linestyle=":", color=GRAY, linewidth=1.2)
         axes.annotate(
             "real images, resampled",
             (1, floor),
@@ -199,7 +199,7 @@ def figure_8(study: Study) -> Figure:
             "offset points",
             ha="right",
             fontsize=7.5,
-            color=GREY,
+            color=GRAY,
         )
     log_y(axes)
     label_axes(axes, GFLOPS, study.distance_name)
@@ -255,7 +255,7 @@ def figure_10(study: Study) -> Figure:
                 (4, 4),
                 textcoords="offset points",
                 fontsize=6.5,
-                color=GREY,
+                color=GRAY,
             )
     log_x(axes)
     legend_of_sizes(axes, palette, every)
@@ -307,17 +307,17 @@ def _best_beside_table_2(study: Study) -> Record | None:
     return min(guided or fitting, key=lambda record: record["fid"], default=None)
 
 
-def _rings(axes: Axes, points: Sequence[tuple[float, float]], colour: str, label: str = paper.TABLE_4_NAME) -> None:
+def _rings(axes: Axes, points: Sequence[tuple[float, float]], color: str, label: str = paper.TABLE_4_NAME) -> None:
     """Draw the paper's own points as rings behind ours, with one legend entry."""
     for x, y in points:
         named = once(axes, label)
-        axes.plot(x, y, "o", color="none", markeredgecolor=colour, markersize=9, zorder=1, label=named)
+        axes.plot(x, y, "o", color="none", markeredgecolor=color, markersize=9, zorder=1, label=named)
 
 
-def _rings_over_training(axes: Axes, curve: Sequence[Record], colour: str) -> None:
+def _rings_over_training(axes: Axes, curve: Sequence[Record], color: str) -> None:
     """Draw the paper's points up to the last step of our curve, since later ones would squeeze the curves."""
     points = [p for p in paper.points_of(curve[-1]) if p.step <= curve[-1]["step"]]
-    _rings(axes, [(point.step, point.fid) for point in points], colour)
+    _rings(axes, [(point.step, point.fid) for point in points], color)
 
 
 def _scaling(study: Study, at_least: int) -> list[Record]:

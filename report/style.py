@@ -39,10 +39,10 @@ SETTINGS: Any = {
     "svg.hashsalt": "ditscale",  # makes the bytes reproducible
 }
 # Light to dark by increasing size, so that color-blind readers see the order.
-_COLOURS = ("#e3a72f", "#3aa17e", "#3b7dd8", "#6a3d9a", "#b23a48", "#4d4d4d")
+_COLORS = ("#e3a72f", "#3aa17e", "#3b7dd8", "#6a3d9a", "#b23a48", "#4d4d4d")
 _MARKERS = {2: "o", 4: "s", 8: "^"}
-_BLOCK_COLOURS = {"adaLN-Zero": "#6a3d9a", "adaLN": "#3b7dd8", "cross-attention": "#3aa17e", "in-context": "#e3a72f"}
-GREY = "#8a8f98"
+_BLOCK_COLORS = {"adaLN-Zero": "#6a3d9a", "adaLN": "#3b7dd8", "cross-attention": "#3aa17e", "in-context": "#e3a72f"}
+GRAY = "#8a8f98"
 GFLOPS = "Gflops of a forward pass (giga multiply-adds)"
 
 
@@ -51,16 +51,16 @@ class Palette:
 
     def __init__(self, records: Iterable[Mapping[str, Any]]) -> None:
         names = [size_name(record) for record in sorted(records, key=size_order)]
-        self._colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(dict.fromkeys(names))}
+        self._colors = {name: _COLORS[i % len(_COLORS)] for i, name in enumerate(dict.fromkeys(names))}
 
     def __call__(self, record: Mapping[str, Any]) -> str:
         """Return the color of a record's size."""
-        return self._colours[size_name(record)]
+        return self._colors[size_name(record)]
 
     @property
     def by_size(self) -> dict[str, str]:
         """Return the colors by name of the size, smallest first."""
-        return self._colours
+        return self._colors
 
 
 def marker(record: Mapping[str, Any]) -> str:
@@ -68,9 +68,9 @@ def marker(record: Mapping[str, Any]) -> str:
     return _MARKERS.get(record.get("patch_size", 0), "D")
 
 
-def kind_colour(kind: Kind) -> str:
+def kind_color(kind: Kind) -> str:
     """Return the color of a kind of model: that of its block type."""
-    return _BLOCK_COLOURS.get(kind.name, GREY)
+    return _BLOCK_COLORS.get(kind.name, GRAY)
 
 
 def new_figure(width: float, height: float) -> matplotlib.figure.Figure:
@@ -105,12 +105,11 @@ def content_of(figure: matplotlib.figure.Figure, kind: str) -> bytes:
 def legend_of_sizes(axes: Axes, palette: Palette, records: Iterable[Record]) -> None:
     """Add a legend with an entry for each size, each patch size, and each labeled artist of the axes."""
     handles = [
-        matplotlib.lines.Line2D([], [], color=colour, linewidth=3, label=name)
-        for name, colour in palette.by_size.items()
+        matplotlib.lines.Line2D([], [], color=color, linewidth=3, label=name) for name, color in palette.by_size.items()
     ]
     by_patch = {patch_name(record): marker(record) for record in sorted(records, key=patch_order, reverse=True)}
     for name, shape in by_patch.items():
-        handles.append(matplotlib.lines.Line2D([], [], color=GREY, marker=shape, linestyle="none", label=name))
+        handles.append(matplotlib.lines.Line2D([], [], color=GRAY, marker=shape, linestyle="none", label=name))
     axes.legend(handles=[*handles, *axes.get_legend_handles_labels()[0]])
 
 

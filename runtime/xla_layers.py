@@ -76,6 +76,6 @@ def trace_friendly(model: nn.Module) -> None:
 def _layer_norm(norm: nn.LayerNorm, vectors: Tensor) -> Tensor:
     """Return ``norm(vectors)`` over the last dimension, in float32 as under autocast."""
     vectors = vectors.float()
-    centred = vectors - vectors.mean(dim=-1, keepdim=True)
-    normalized = centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + norm.eps)
+    centered = vectors - vectors.mean(dim=-1, keepdim=True)
+    normalized = centered * torch.rsqrt(centered.square().mean(dim=-1, keepdim=True) + norm.eps)
     return normalized if norm.weight is None else normalized * norm.weight + norm.bias

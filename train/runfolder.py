@@ -132,7 +132,7 @@ class RunFolder:
         if last > 2 * checkpoint_every:
             raise ValueError(
                 f"{self.path} has results up to step {last} but no checkpoint to continue from; put its checkpoints "
-                "back, or move the folder away to train anew."
+                "back, or move the folder away to start over."
             )
 
     def roll_back(self, step: int, copies: Mapping[str, bytes | None] | None = None) -> list[str]:

@@ -85,8 +85,8 @@ class FeatureStatistics:
         """Return the unbiased covariance (n - 1, as numpy.cov and ADM), [D, D]. Raises ValueError if n < 2."""
         if self.count < 2:
             raise ValueError(f"A covariance needs at least 2 images, but there are {self.count}; add more.")
-        centred = self.outer - np.outer(self.total, self.total) / self.count
-        return (centred + centred.T) / (2 * (self.count - 1))
+        centered = self.outer - np.outer(self.total, self.total) / self.count
+        return (centered + centered.T) / (2 * (self.count - 1))
 
     @property
     def max_rank(self) -> int:

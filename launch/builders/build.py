@@ -154,7 +154,12 @@ def build_generator(
     """
     sampler: Sampler = build(config.sampler)
     sampler.require(objective)
-    if class_dropout == 0 and target_of(config.guidance).needs_null:
+    needs_null = target_of(config.guidance).needs_null
+    if needs_null and not conditions.in_turn(1):
+        raise ValueError(
+            "Guidance needs a condition, but this model is trained without one; use diffusion/guidance=none."
+        )
+    if needs_null and class_dropout == 0:
         raise ValueError(
             "Guidance needs the null class, but this model is trained with class_dropout 0 and never sees it; use "
             "diffusion/guidance=none, or train with class_dropout=0.1."

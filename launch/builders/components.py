@@ -19,7 +19,7 @@ from launch.command.check import check_parameters, taker_of_settings
 
 _PACKAGE = re.compile(r"^# @package (\S+)", re.MULTILINE)
 _LONGEST_TEXT = 4096
-# Components that earlier versions defined in another module, and wrote into configs by that name.
+# Names that earlier versions wrote, in the sections of a config that jobs still read from files.
 _MOVED = {"data.image_tars.ImageTars": "data.tars.ImageTars", "data.latent_tars.LatentTars": "data.tars.LatentTars"}
 
 

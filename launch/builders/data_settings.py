@@ -19,7 +19,7 @@ from core.records import parse_object, seal, unseal
 from core.remote import is_remote, join, read_bytes
 from core.urls import redacted_config
 from data.manifest import FORMAT, LatentSpec, Manifest
-from launch.builders.components import from_file, plain_value
+from launch.builders.components import from_file, plain_value, target_of
 from launch.command.app import CONF
 from launch.command.settings import EncodeSettings
 
@@ -28,6 +28,7 @@ SCALARS = ("name", "image_size", "apply_exif", "flip", "samples_per_shard")
 COMPONENTS = ("source", "autoencoder", "crop")
 OF_THE_JOB = ("seed", "batch_size", "max_skipped_fraction")  # of `encode`, besides `encoding`
 _GROUPS = {"data/source": "source", "data/crop": "crop", "model/autoencoder": "autoencoder"}
+_OF_AUTOENCODER = ("channels", "scale", "shift", "precision")  # settings that the manifest has, where it takes them
 _PATHS = ("root", "tars")  # settings of sources that are paths
 _OVERRIDES = {  # the command-line override for a field of the manifest
     "source": "data.name={}",
@@ -36,7 +37,6 @@ _OVERRIDES = {  # the command-line override for a field of the manifest
     "apply_exif": "data.apply_exif={}",
     "flip": "data.flip={}",
 }
-_CROPS = {"none": "data.images.ExactSize", "center": "data.images.CenterCrop"}
 
 
 def write_record(folder: Path, config: EncodeSettings) -> None:
@@ -143,16 +143,21 @@ def _encoding_of(section: Mapping[str, Any], said_by: str) -> dict[str, Any]:
 def _of_manifest(spec: LatentSpec) -> dict[str, Any]:
     """Return the settings that follow from the manifest alone."""
     found = {"name": spec.source, "image_size": spec.image_size, "apply_exif": spec.apply_exif, "flip": spec.flip}
-    if spec.crop in _CROPS:
-        found["crop"] = {"_target_": _CROPS[spec.crop]}
-    identity = {"_target_": "model.autoencoder.IdentityAutoencoder", "channels": spec.channels}
-    known = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (CONF / "model/autoencoder").glob("*.yaml")]
-    sections = [identity, *(section for section in known if "name" in section)]
-    for section in sections:
-        if section.get("name", "identity") == spec.autoencoder:
-            networks = {"scale": spec.scale, "shift": spec.shift, "precision": spec.precision}
-            found["autoencoder"] = section | (networks if "name" in section else {})
+    if (crop := _known("data/crop", spec.crop)) is not None:
+        found["crop"] = crop
+    if (autoencoder := _known("model/autoencoder", spec.autoencoder)) is not None:
+        said = {key: getattr(spec, key) for key in _OF_AUTOENCODER if key in autoencoder}
+        found["autoencoder"] = autoencoder | said
     return found
+
+
+def _known(group: str, name: str) -> dict[str, Any] | None:
+    """Return the section of a config group whose component has this name, as a setting or as a class, or None."""
+    for path in sorted((CONF / group).glob("*.yaml")):
+        section: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if name == (section["name"] if "name" in section else target_of(section).name):
+            return section
+    return None
 
 
 def require_shards(manifest: Manifest, expected: LatentSpec, place: str) -> None:

@@ -102,7 +102,7 @@ def load_foreign(config: SampleSettings, runtime: Devices) -> LoadedCheckpoint:
     require_outputs(model, objective.outputs_per_channel, of=where)
     said = describe(model)
     _require_null_class(said, where, config)
-    autoencoder: Autoencoder = build(config.data["autoencoder"])
+    autoencoder: Autoencoder = build(config.data.autoencoder)
     channels, latent_size, _ = model.latent_shape
     if autoencoder.channels != channels:
         raise ValueError(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from hydra.core.config_store import ConfigStore
 
@@ -133,10 +133,19 @@ class ForeignSettings(Settings):
 
 
 @dataclass
+class ForeignData(Settings):
+    """The part of ``data`` that foreign weights need."""
+
+    section: ClassVar[str] = "data"
+
+    autoencoder: Any = MUST_BE_GIVEN
+
+
+@dataclass
 class SampleSettings(Settings):
     """``ditscale sample``. ``data`` and ``diffusion`` apply to foreign checkpoints only; ours contain their own."""
 
-    data: Any = MUST_BE_GIVEN
+    data: ForeignData = field(default_factory=ForeignData)
     diffusion: Any = MUST_BE_GIVEN
     foreign: ForeignSettings = field(default_factory=ForeignSettings)
     sampler: Any = MUST_BE_GIVEN

@@ -80,6 +80,8 @@ def test_unconditional_training_resumes_samples_and_evaluates(
         assert {name: file[name].shape for name in file} == {"arr_0": (5, 8, 8, 1)}
     shown = in_process("sample", "checkpoint=run", "num_images=5", "labels=[3]", "out=y", expect=2)
     assert "labels is given, but" in shown
+    shown = in_process("sample", "checkpoint=run", "diffusion/guidance=classifier_free", "out=y", expect=2)
+    assert "Guidance needs a condition, but this model is trained without one; use diffusion/guidance=none." in shown
     in_process(
         "evaluate", "checkpoint=run", "evaluation.num_images=8", "sampler.steps=2", "evaluation.features.epochs=1"
     )

@@ -3,12 +3,22 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from conftest import InProcess, ditscale, json_lines, resealed
+from omegaconf import OmegaConf
 from PIL import Image
+
+from data.manifest import Manifest
+from launch.builders.components import target_of
+from launch.builders.data_settings import _of_manifest
+from launch.command.app import CONF
+from launch.plan import settle_by_data
+from model.autoencoder import IdentityAutoencoder
 
 SIZE = 8
 OWN = [
@@ -63,6 +73,33 @@ def test_shards_of_an_earlier_version_say_all_but_their_source(encoded: Path, tm
             (shards / path.name).write_bytes(path.read_bytes())
     ditscale("train", "data.shards=shards", *TINY, *SHORT, cwd=tmp_path)
     assert "center" in json.loads((shards / "manifest.json").read_text())["spec"]["crop"]
+
+
+@pytest.mark.parametrize("group", ["data/crop", "model/autoencoder"])
+def test_a_manifest_alone_names_every_crop_and_autoencoder_that_has_a_config(encoded: Path, group: str) -> None:
+    spec, key = Manifest.load(str(encoded / "shards/mine")).spec, group.split("/")[1]
+    for path in (CONF / group).glob("*.yaml"):
+        section = yaml.safe_load(path.read_text())
+        name = section["name"] if "name" in section else target_of(section).name
+        found = _of_manifest(replace(spec, **{key: name}))[key]
+        assert found["_target_"] == section["_target_"]
+        assert found.keys() == section.keys()
+        assert found.get("channels", 3) == 3
+
+
+class Halved(IdentityAutoencoder):
+    """An autoencoder of half the side, without usual latents."""
+
+    downscale = 2
+
+
+def test_a_plan_takes_the_latent_size_from_the_autoencoders_class() -> None:
+    autoencoder = {"_target_": f"{__name__}.Halved", "channels": 3}
+    data = {"image_size": 16, "flip": False, "autoencoder": autoencoder}
+    config = OmegaConf.create({"data": data, "model": {"latent_size": 32, "channels": 4}, "flip": True})
+    settle_by_data(config, ["data=mine"])
+    assert config.model == {"latent_size": 8, "channels": 3}
+    assert not config.flip
 
 
 def test_an_evaluation_of_ones_own_data_takes_them_from_the_checkpoint(encoded: Path, in_process: InProcess) -> None:
