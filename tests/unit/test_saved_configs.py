@@ -195,10 +195,3 @@ def test_what_no_config_of_ours_says_is_refused(change_: Callable[[dict[str, Any
 def test_numbers_that_no_constructor_expects_name_the_file() -> None:
     with pytest.raises(ValueError, match=r"^state.json asks for a model.dit.DiT that cannot be built"):
         build_saved(MODEL | {"width": 10**30}, "state.json")
-
-
-@pytest.mark.parametrize("name", ["ImageTars", "LatentTars"])
-def test_a_component_that_moved_is_found_by_its_earlier_name(name: str) -> None:
-    module = {"ImageTars": "data.image_tars", "LatentTars": "data.latent_tars"}[name]
-    taken = from_file({"_target_": f"{module}.{name}", "tars": "a.tar", "class_names": None}, "data.source", "x")
-    assert taken["_target_"] == f"data.tars.{name}"
