@@ -21,6 +21,13 @@ SEAL = "record_sha256"
 _LONGEST_PLACE = 100  # characters of a field's name in an error: keys are untrusted too
 
 
+def printable(text: str) -> str:
+    """Return a text from a file that will be shown. Raises ValueError where it has control characters."""
+    if not text.isprintable():
+        raise ValueError("it must be printable")
+    return text
+
+
 def canonical_hash(content: Any, *, spaced: bool = False, then: Iterable[bytes] = ()) -> str:
     """Return the SHA-256 (64 hexadecimal digits) of JSON values and of the bytes in ``then``; key order is ignored.
 

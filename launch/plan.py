@@ -12,6 +12,7 @@ from data.manifest import Manifest
 from data.shard_tars import shard_bytes_per_sample
 from launch.builders.components import build, target_of
 from launch.command.settings import Format, PlanSettings, Precision
+from launch.command.words import key_of
 from launch.jobs import start
 from model.flops import TRAINING_FACTOR, multiply_adds, num_parameters, weightless
 from model.memory import STATE_BYTES_PER_PARAMETER, activation_bytes_per_image
@@ -84,7 +85,7 @@ def _assumptions(config: PlanSettings) -> str:
 
 def settle_by_data(config: DictConfig, words: list[str]) -> None:
     """Take sizes and counts from the shards that the command line gives, or else from the data config it gives."""
-    keys = {word.lstrip("+~").split("=", 1)[0] for word in words}
+    keys = {key_of(word) for word in words}
     if "data.shards" in keys:
         manifest = Manifest.load(config.data.shards)
         spec = manifest.spec

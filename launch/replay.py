@@ -27,6 +27,7 @@ from launch.builders.training import PreparedRun, prepare_run
 from launch.command.check import check_targets
 from launch.command.progress import make_progress
 from launch.command.settings import TrainSettings
+from launch.command.words import key_of
 from runtime.protocol import Processes
 from train.checkpoint import code_version, load_newest
 from train.dump import FILE_NAME, DivergedError, Dump, read_dump
@@ -68,7 +69,7 @@ def _settings(dump: Dump, config: Mapping[str, Any], words: list[str]) -> TrainS
     """Return the dump's config with the settings that the command line may change. Raises ValueError for any other."""
     settings = whole_config(dump.config, str(dump.path / FILE_NAME))
     for word in sorted(words):  # so that `runtime` comes before `runtime.device`
-        key = word.lstrip("+~").split("=", 1)[0]
+        key = key_of(word)
         if key == "replay":
             continue
         if key not in MAY_BE_GIVEN and not key.startswith("runtime."):

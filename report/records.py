@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, JsonValue
 
 from core.reading import DamagedFileError
-from core.records import validate
+from core.records import printable, validate
 from evaluation.evaluate import distance_records
 from train.runfolder import RunFolder
 
@@ -19,12 +19,6 @@ _MOST_STEPS = 10**6  # of a sampler
 _STEPS = re.compile("[1-9][0-9]{0,6}")  # one number of steps; a respacing such as "10,5" does not match
 
 
-def _printable(text: str) -> str:
-    if not text.isprintable():
-        raise ValueError("it must be printable")
-    return text
-
-
 def _plain(value: JsonValue) -> JsonValue:
     """Return a setting. Raises ValueError unless it is a scalar or a list of scalars, as in configs."""
     values = value if isinstance(value, list) else [value]
@@ -32,7 +26,7 @@ def _plain(value: JsonValue) -> JsonValue:
         raise ValueError(f"it must be one value, or a list of up to {_MOST_VALUES}")
     for item in values:
         if isinstance(item, str):
-            _printable(item)
+            printable(item)
     return value
 
 
@@ -46,7 +40,7 @@ def _with_steps(sampler: dict[str, JsonValue]) -> dict[str, JsonValue]:
     return sampler
 
 
-Text = Annotated[str, Field(max_length=1000), AfterValidator(_printable)]
+Text = Annotated[str, Field(max_length=1000), AfterValidator(printable)]
 Count = Annotated[int, Field(ge=0, le=2**63)]
 Size = Annotated[int, Field(ge=1, le=2**31)]
 Number = Annotated[float, Field(ge=-1e30, le=1e30)]

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from core.npy import Header
 from core.npz import headers_of, read_array
 from core.reading import DamagedFileError
-from core.records import parse_object
+from core.records import parse_object, printable
 
 IMAGES, ABOUT = "arr_0", "about"
 BATCH = 250  # images whose features are computed at once
@@ -23,13 +23,7 @@ _LARGEST = {1: 1e38, 2: 1e76}  # bounds by dimension: of a mean and a covariance
 _ASYMMETRY = 1e-4  # relative to the largest entry; far above rounding errors, also in float32
 
 
-def _printable(text: str) -> str:
-    if not text.isprintable():
-        raise ValueError("it must be printable")
-    return text
-
-
-Title = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_printable)]
+Title = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(printable)]
 
 
 class About(BaseModel):

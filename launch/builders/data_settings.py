@@ -22,6 +22,7 @@ from data.manifest import FORMAT, LatentSpec, Manifest
 from launch.builders.components import from_file, plain_value, target_of
 from launch.command.app import CONF
 from launch.command.settings import EncodeSettings
+from launch.command.words import key_of
 
 RECORD = "data.json"
 SCALARS = ("name", "image_size", "apply_exif", "flip", "samples_per_shard")
@@ -76,7 +77,7 @@ def settle_by_shards(config: DictConfig, words: list[str]) -> None:
         if "encoding" in config:
             encoding = _encoding_of(record["encode"], said_by)
     _set(config.data, found, _chosen(words))
-    given = {word.lstrip("+~").split("=", 1)[0].split(".")[0] for word in words}
+    given = {key_of(word).split(".")[0] for word in words}
     for key, value in encoding.items():
         if key not in given and f"data/{key}" not in given:
             OmegaConf.update(config, key, value, merge=False, force_add=True)
@@ -106,7 +107,7 @@ def _chosen(words: Iterable[str]) -> set[str]:
     """Return the keys of ``data`` that the command line sets. An experiment's choices do not count."""
     chosen: set[str] = set()
     for word in words:
-        key = word.lstrip("+~").split("=", 1)[0].split("@")[0]
+        key = key_of(word).split("@")[0]
         if key == "data":
             chosen |= {*SCALARS, *COMPONENTS}
         elif key in _GROUPS:

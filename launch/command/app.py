@@ -28,7 +28,7 @@ from launch.command.progress import make_progress
 from launch.command.redaction import exit_with_traceback, redact_file, secrets_hidden
 from launch.command.settings import SETTINGS, register
 from launch.command.sweep_processes import SweepFailedError
-from launch.command.words import prepared
+from launch.command.words import key_of, prepared
 
 HELP = ("--help", "-h")
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -240,7 +240,7 @@ def _explain_override(job: str, message: str) -> str:
     found = re.search(r"[Cc]ould not (?:override|append|delete)[^']*'([^']+)'", message)
     if found is None:
         return " ".join(message.split())
-    key = found.group(1).split("=")[0].lstrip("+~")
+    key = key_of(found.group(1))
     settings, groups = valid_names(job)
     if key in groups and "override" in found.group():
         return f"The option of {key.rpartition('/')[0]}=... has no {key}; leave {key} out."

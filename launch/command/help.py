@@ -90,12 +90,16 @@ def comments_of(job: str, groups: Mapping[str, str]) -> dict[str, str]:
     return found | _of_yaml(CONF / f"{job}.yaml", "")
 
 
+def bases_of(content: Mapping[str, Any]) -> list[str]:
+    """Return the names of the config files that the defaults of a config file name, without choices of groups."""
+    return [name for name in content.get("defaults", []) if isinstance(name, str) and name != "_self_"]
+
+
 def _with_bases(path: Path) -> list[Path]:
     """Return a config file, preceded by the files of its folder that its defaults name."""
     if not path.is_file():
         return []
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    names = [name for name in content.get("defaults", []) if isinstance(name, str) and name != "_self_"]
+    names = bases_of(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
     return [*(base for name in names for base in _with_bases(path.parent / f"{name}.yaml")), path]
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from launch.command.words import key_of
 from train.runfolder import RunFolder
 
 NOWHERE = {"_target_": "train.loggers.NoLogger", "_partial_": True}
@@ -25,7 +26,7 @@ def settle_logger(config: DictConfig) -> None:
 def settle_reports_logger(config: DictConfig, words: list[str]) -> None:
     """Disable the logger of a report if no run of its sweep was logged, unless the command line chooses one."""
     settle_logger(config)
-    chosen = any(word.lstrip("+~").split("=", 1)[0] in ("train/logger", "logger") for word in words)
+    chosen = any(key_of(word) in ("train/logger", "logger") for word in words)
     if not chosen and _none_was_logged(Path(config.sweep).glob("*/config.yaml")):
         OmegaConf.update(config, "logger", NOWHERE, merge=False)
 

@@ -17,6 +17,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from launch.command.app import CONF
+from launch.command.help import bases_of
 
 
 class OneFolderForEachRun(Callback):
@@ -87,7 +88,7 @@ def _has_hydra_section(path: Path) -> bool:
     if not path.is_file():
         return False
     content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    bases = [name for name in content.get("defaults", []) if isinstance(name, str) and name != "_self_"]
+    bases = bases_of(content)
     group = next(parent for parent in path.parents if parent.parent == CONF)
     places = [place / f"{name}.yaml" for name in bases for place in (path.parent, group)]
     return "hydra" in content or any(_has_hydra_section(place) for place in places)

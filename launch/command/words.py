@@ -25,6 +25,11 @@ def prepared(words: Sequence[str]) -> list[str]:
     return [*(["-m"] if is_sweep else []), *others]
 
 
+def key_of(word: str) -> str:
+    """Return the key of an override: ``data.name`` of ``+data.name=mine``."""
+    return word.lstrip("+~").split("=", 1)[0]
+
+
 def quoted(key: str, value: str) -> str:
     """Return an override whose value is exactly this text, with special characters escaped."""
     escaped = re.sub(r"(\\*)('|$)", lambda found: found.group(1) * 2 + ("\\'" if found.group(2) else ""), value)

@@ -180,7 +180,7 @@ def test_a_networks_section_holds_what_its_own_config_says_and_no_part_of_a_dit(
     assert found == {"_target_": "model.other.Other", "layers": 3, **given}
 
 
-def test_a_groups_path_is_the_module_path_of_what_it_builds() -> None:
+def test_a_config_group_lies_under_the_room_of_what_it_builds() -> None:
     for path in CONF.rglob("*.yaml"):
         target = OmegaConf.load(path).get("_target_", "")
         if path.parent == CONF or not target or target.startswith("torch."):

@@ -10,8 +10,7 @@ import pytest
 from conftest import TINY_RUN, InProcess, ditscale, resealed
 from test_house import composed
 
-from data.tars import ImageTars, LatentTars
-from launch.builders.components import build_saved, components, from_file, target_of
+from launch.builders.components import build_saved, components, from_file
 from launch.builders.saved_configs import REPLAYED, component, setting, whole_config
 
 STATE = "run/checkpoints/step_00000002/state.json"
@@ -56,14 +55,6 @@ def change(file: Path, at: str, value: Any) -> None:
         into = into[part]
     into[name] = value
     resealed(file, config=config)
-
-
-@pytest.mark.parametrize(
-    ("before", "now"), [("image_tars.ImageTars", ImageTars), ("latent_tars.LatentTars", LatentTars)]
-)
-def test_a_source_that_an_earlier_version_named_otherwise_is_found(before: str, now: type) -> None:
-    section = from_file({"_target_": f"data.{before}", "tars": "a.tar"}, "data.source", "data.json")
-    assert target_of(section) is now
 
 
 @pytest.mark.parametrize("job", JOBS)
