@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -45,12 +46,8 @@ class DigitsSource:
     notes: Sequence[str] = ()
 
     def __init__(self) -> None:
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        self._images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., np.newaxis]
-        self._labels = digits.target
-        self.class_names = [str(name) for name in digits.target_names]
+        self._images, self._labels, names = _digits()
+        self.class_names = list(names)
         self.fingerprint = hashlib.sha256(self._images.tobytes() + self._labels.tobytes()).hexdigest()
 
     def __len__(self) -> int:
@@ -58,6 +55,18 @@ class DigitsSource:
 
     def __getitem__(self, index: int) -> Example:
         return Example(f"digit-{index:04d}", self._images[index], int(self._labels[index]))
+
+
+@cache
+def _digits() -> tuple[NDArray[np.uint8], NDArray[np.int64], tuple[str, ...]]:
+    """Return images [N, 8, 8, 1], labels and names of the classes, once parsed from the package's text file."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images, labels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., np.newaxis], digits.target
+    for array in (images, labels):
+        array.flags.writeable = False  # all sources share them
+    return images, labels, tuple(str(name) for name in digits.target_names)
 
 
 class Prepared(NamedTuple):

@@ -2,7 +2,9 @@
 
 import atexit
 import functools
+import gc
 import importlib
+import io
 import json
 import logging
 import os
@@ -10,8 +12,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +85,15 @@ def pytest_configure(config: pytest.Config) -> None:
     suite_times.register(config)
 
 
-@pytest.fixture(autouse=True)
-def process_as_it_was() -> Iterator[None]:
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what was imported: millions of objects, which it would visit again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
+@contextmanager
+def process_left_as_it_was() -> Iterator[None]:
     """Restore what the command changes in its process: Hydra's handlers (their streams end here), and a variable."""
     handlers, level, variable = list(logging.root.handlers), logging.root.level, os.environ.get(FULL_ERROR)
     yield
@@ -94,6 +103,13 @@ def process_as_it_was() -> Iterator[None]:
         os.environ.pop(FULL_ERROR, None)
     else:
         os.environ[FULL_ERROR] = variable
+
+
+@pytest.fixture(autouse=True)
+def process_as_it_was() -> Iterator[None]:
+    """Apply `process_left_as_it_was` to each test."""
+    with process_left_as_it_was():
+        yield
 
 
 class _Silent:
@@ -236,19 +252,33 @@ class InProcess:
 
     def __call__(self, *arguments: str, expect: int = 0) -> str:
         """Run the command; returns what it printed."""
-        from launch import cli
-
-        self._monkeypatch.setattr(sys, "argv", ["ditscale", *arguments])
-        self._monkeypatch.setenv(FULL_ERROR, "0")
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stopped:
-            code = int(stopped.code or 0)
-        self._monkeypatch.setenv(FULL_ERROR, "0")  # the command set it; later subprocesses would inherit it
+        code = _run_main(self._monkeypatch, arguments)
         shown = self._capfd.readouterr()
         assert code == expect, shown.out + shown.err
         return shown.out + shown.err
+
+
+def _run_main(patch: pytest.MonkeyPatch, arguments: Sequence[str]) -> int:
+    from launch import cli
+
+    patch.setattr(sys, "argv", ["ditscale", *arguments])
+    patch.setenv(FULL_ERROR, "0")
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as stopped:
+        code = int(stopped.code or 0)
+    patch.setenv(FULL_ERROR, "0")  # the command set it; later subprocesses would inherit it
+    return code
+
+
+def prepared_by(*arguments: str, cwd: Path, expect: int = 0) -> None:
+    """Run the command in this process for a fixture that many tests share; what it prints is dropped."""
+    with pytest.MonkeyPatch.context() as patch, process_left_as_it_was(), redirect_stderr(io.StringIO()) as shown:
+        patch.chdir(cwd)
+        with redirect_stdout(shown):
+            code = _run_main(patch, arguments)
+    assert code == expect, shown.getvalue()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import InProcess, ditscale, json_lines, resealed
+from conftest import InProcess, json_lines, prepared_by, resealed
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -43,8 +43,8 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path = folder / f"images/{label}/{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(dice.integers(256, size=(SIZE, SIZE, 3), dtype=np.uint8)).save(path)
-    ditscale("encode", *OWN, "data.shards=shards/mine", "data.samples_per_shard=7", cwd=folder)
-    ditscale("train", "data.shards=shards/mine", *TINY, *SHORT, cwd=folder)
+    prepared_by("encode", *OWN, "data.shards=shards/mine", "data.samples_per_shard=7", cwd=folder)
+    prepared_by("train", "data.shards=shards/mine", *TINY, *SHORT, cwd=folder)
     return folder
 
 
@@ -71,7 +71,7 @@ def test_shards_of_an_earlier_version_say_all_but_their_source(encoded: Path, tm
     for path in (encoded / "shards/mine").iterdir():
         if path.name != "data.json" and path.is_file():
             (shards / path.name).write_bytes(path.read_bytes())
-    ditscale("train", "data.shards=shards", *TINY, *SHORT, cwd=tmp_path)
+    prepared_by("train", "data.shards=shards", *TINY, *SHORT, cwd=tmp_path)
     assert "center" in json.loads((shards / "manifest.json").read_text())["spec"]["crop"]
 
 
@@ -179,11 +179,11 @@ def test_what_is_no_record_of_the_settings_is_named_and_not_waited_for(
 
 
 def test_a_plan_takes_shards_or_a_data_config_and_says_what_it_assumes(encoded: Path, in_process: InProcess) -> None:
-    shown = in_process("plan", f"data.shards={encoded / 'shards/mine'}", "model.patch_size=4")
+    shown = in_process("plan", f"data.shards={encoded / 'shards/mine'}", "model.patch_size=4", "model.depth=1")
     assert "For 20 images of 2 classes (mine), latents 8x8x3, both orientations; 400,000 steps of 256;" in shown
-    shown = in_process("plan", "data=digits", "model.patch_size=2", "flip=true")
+    shown = in_process("plan", "data=digits", "model.patch_size=2", "flip=true", "model.depth=1")
     assert "(digits), latents 8x8x1, both orientations" in shown
-    shown = in_process("plan")
+    shown = in_process("plan", "model.depth=1")
     assert "For 1,281,167 images of 1,000 classes (imagenet), latents 32x32x4, both orientations;" in shown
     assert (
         "8 devices of 989 TFLOPs in bf16, at 40% utilization; 250 sampling steps. Each of these is a setting of plan."

@@ -1,13 +1,14 @@
 """`ditscale evaluate` and evaluations during training write complete records, and use the right cached chunks."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_RUN, InProcess, json_lines, resealed
+from conftest import TINY_RUN, InProcess, json_lines, prepared_by, resealed
 
 from data.manifest import Manifest
 from evaluation.chunks import ChunkStore
@@ -20,15 +21,27 @@ FEW = ["sampler.steps=2", "evaluation.num_images=40", "evaluation.features.epoch
 EVALUATE = ["evaluate", "checkpoint=run", "runtime=cpu", *FEW]
 
 
+@pytest.fixture(scope="module")
+def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run of 4 steps, with checkpoints at 2 and 4, and the classifier that evaluations train once."""
+    folder = tmp_path_factory.mktemp("trained")
+    prepared_by(*train(digits), cwd=folder)
+    shutil.copytree(folder / "run", folder / "other")
+    prepared_by("evaluate", "checkpoint=other", "runtime=cpu", *FEW, cwd=folder)
+    return folder
+
+
 @pytest.fixture
-def run(digits: Path, tmp_path: Path, in_process: InProcess) -> Path:
-    """Return a run of 4 steps, with checkpoints at 2 and 4."""
-    in_process(*train(digits))
+def run(trained: Path, tmp_path: Path) -> Path:
+    """Return a copy of the trained run, to be measured."""
+    shutil.copytree(trained / "run", tmp_path / "run")
+    shutil.copytree(trained / "cache", tmp_path / "cache", ignore=shutil.ignore_patterns("reference-*"))
     return tmp_path / "run"
 
 
 def train(digits: Path, *more: str, steps: int = 4) -> list[str]:
     words = ["train", *TINY_RUN, f"data.shards={digits}", "run_dir=run", "checkpoint_every=2", "train/ema=power"]
+    words.append("diffusion.schedule.num_steps=100")  # each of which nll takes
     return [*words, "keep_checkpoints=3", f"total_steps={steps}", "resume.allow=[total_steps]", *more]
 
 

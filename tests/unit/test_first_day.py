@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY_RUN, InProcess, ditscale
+from conftest import TINY_RUN, InProcess, prepared_by
 from pictures import make_autoencoder
 from PIL import Image
 
@@ -19,7 +19,7 @@ WORDS = [*TINY_RUN, "run_dir=run", "total_steps=4", "log_every=2", "checkpoint_e
 @pytest.fixture(scope="module")
 def there(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("there")
-    ditscale("train", *WORDS, f"data.shards={digits}", cwd=folder)
+    prepared_by("train", *WORDS, f"data.shards={digits}", cwd=folder)
     return folder
 
 

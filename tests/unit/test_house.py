@@ -2,7 +2,9 @@
 
 import ast
 import configparser
+import copy
 import functools
+import itertools
 import pkgutil
 import re
 import sys
@@ -125,6 +127,12 @@ def test_no_room_but_the_models_knows_a_network_by_more_than_its_interface(path:
 
 
 def composed(job: str, *overrides: str) -> dict[str, Any]:
+    """Return a job's config as its readers get it."""
+    return copy.deepcopy(_composed(job, *overrides))
+
+
+@functools.cache
+def _composed(job: str, *overrides: str) -> dict[str, Any]:
     register()
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name=job):
@@ -148,14 +156,27 @@ def override_of(path: Path) -> str:
 GROUPS = sorted(override_of(path) for path in CONF.rglob("*.yaml") if len(path.relative_to(CONF).parts) > 1)
 
 
-@pytest.mark.parametrize("override", GROUPS)
-def test_every_config_file_builds_what_exists_with_settings_that_it_has(override: str) -> None:
-    more = ["guidance.guide=x"] if override.endswith("autoguidance") else []
-    more += ["data.name=x"] if override == "data=folder" else []
+# Groups of which a choice decides what others there are: each choice is composed alone.
+DECISIVE = {"experiment", "data", "data/encoding", "diffusion", "evaluation", "evaluation/image_set", "model"}
+
+
+def combined(overrides: list[str]) -> list[list[str]]:
+    """Return all overrides in few command lines, each of which has one choice of a group at most."""
+    alone = [override for override in overrides if override.split("=")[0] in DECISIVE]
+    others = [override for override in overrides if override not in alone]
+    groups = [list(choices) for _, choices in itertools.groupby(others, lambda override: override.split("=")[0])]
+    together = [[choice for choice in line if choice] for line in itertools.zip_longest(*groups)]
+    return [*together, *([override] for override in alone)]
+
+
+@pytest.mark.parametrize("overrides", combined(GROUPS), ids=" ".join)
+def test_every_config_file_builds_what_exists_with_settings_that_it_has(overrides: list[str]) -> None:
+    more = ["guidance.guide=x"] if any(override.endswith("autoguidance") for override in overrides) else []
+    more += ["data.name=x"] if overrides == ["data=folder"] else []
     homes = {"data/encoding": "encode", "evaluation/image_set": "reference"}  # groups that training has not
-    job = next((job for group, job in homes.items() if override.startswith(group)), "train")
-    new = "+" if override.startswith("model/embedding=") else ""  # a group without a default: conditions choose from it
-    check_targets(composed(job, f"{new}{override}", *more))
+    job = next((job for group, job in homes.items() if overrides[0].startswith(group)), "train")
+    given = [f"+{o}" if o.startswith("model/embedding=") else o for o in overrides]  # a group without a default
+    check_targets(composed(job, *given, *more))
 
 
 @pytest.mark.parametrize("job", JOBS)

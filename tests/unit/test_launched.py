@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import TINY_RUN, ditscale
+from conftest import TINY_RUN, InProcess
 
 from runtime.launched import require_sound_environment
 
@@ -40,7 +40,8 @@ def test_what_is_left_of_another_launch_is_one_sentence(environment: dict[str, s
 
 
 @pytest.mark.parametrize("job", ["train", "encode"])
-def test_the_command_says_it(tmp_path: Path, digits: Path, job: str) -> None:
+def test_the_command_says_it(in_process: InProcess, digits: Path, job: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
     words = [*TINY_RUN, f"data.shards={digits}"] if job == "train" else ["data=digits"]
-    shown = ditscale(job, *words, cwd=tmp_path, expect=2, env={"WORLD_SIZE": "4"})
+    shown = in_process(job, *words, expect=2)
     assert "WORLD_SIZE is 4, as if set by a launcher" in shown

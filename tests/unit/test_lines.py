@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import TINY_RUN, InProcess, ditscale, json_lines, resealed
+from conftest import TINY_RUN, InProcess, json_lines, prepared_by, resealed
 
 from train.lines import append_record, parse_lines, read_lines
 from train.runfolder import RunFolder
@@ -17,7 +17,7 @@ WORDS = [*TINY_RUN, "run_dir=run", "total_steps=8", "log_every=2", "checkpoint_e
 @pytest.fixture(scope="module")
 def finished(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
-    ditscale("train", *WORDS, f"data.shards={digits}", cwd=folder)
+    prepared_by("train", *WORDS, f"data.shards={digits}", cwd=folder)
     return folder
 
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY_RUN, ditscale
+from conftest import TINY_RUN, InProcess, prepared_by
 from faulty_server import FaultyServer
 from warm_python import TRAINING, run_warm_python, start_warm_python
 
@@ -19,7 +19,6 @@ from core.rooms import MAY_IMPORT, ROOT, source_files
 
 CC = shutil.which("cc") or shutil.which("gcc")
 WORDS = ["train", *TINY_RUN, "run_dir=run", "total_steps=2"]
-OFFLINE = {"WANDB_MODE": "offline"}
 NO_LOCKS = [errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO, errno.ENOSYS]
 
 
@@ -89,15 +88,16 @@ def test_a_stale_lock_of_another_host_names_its_file_where_a_run_or_shards_are_w
 
 
 def test_a_stale_lock_of_another_host_names_its_file_where_a_job_waits(
-    digits: Path, tmp_path: Path, no_locks: str
+    digits: Path, tmp_path: Path, no_locks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Check every lock that jobs wait for: those of the classifier's and a reference's cache, and the report's."""
     reference = ["reference", "out=r.npz", "evaluation.features.epochs=1", "runtime=cpu"]
     measured = ["evaluate_every=2", "evaluation.num_images=8", "sampler.steps=2", "evaluation.features.epochs=1"]
     words = [*WORDS[:-2], *measured, "evaluation.reference=r.npz", f"data.shards={digits}", "sweep_dir=runs"]
     words += ["total_steps=2", "train/logger=wandb"]
-    ditscale(*reference, cwd=tmp_path)
-    ditscale(*words, "run_dir=runs/one", cwd=tmp_path, env=OFFLINE)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    prepared_by(*reference, cwd=tmp_path)
+    prepared_by(*words, "run_dir=runs/one", cwd=tmp_path)
     guarded = [path for path in (tmp_path / "cache").rglob("*") if path.is_dir() and "classifier-" in path.name]
     guarded += (tmp_path / "cache").rglob("*.npy")
     markers = [path.with_suffix(".lock.soft").relative_to(tmp_path) for path in guarded]
@@ -110,7 +110,7 @@ def test_a_stale_lock_of_another_host_names_its_file_where_a_job_waits(
         *("-m", "launch.cli", *words, "run_dir=runs/two"),
         cwd=tmp_path,
         output=tmp_path / "output",
-        env={"FLOCK_ERRNO": str(errno.ENOLCK), **OFFLINE},
+        env={"FLOCK_ERRNO": str(errno.ENOLCK)},
         preload=no_locks,
     )
     (tmp_path / "output").touch()
@@ -151,7 +151,7 @@ def test_a_lock_is_one_processs_and_ends_with_it(tmp_path: Path) -> None:
     acquired(path, timeout_sec=0).release()
 
 
-def test_a_folder_in_place_of_a_lock_is_named(tmp_path: Path, digits: Path) -> None:
+def test_a_folder_in_place_of_a_lock_is_named(tmp_path: Path, digits: Path, in_process: InProcess) -> None:
     (tmp_path / "run/.lock").mkdir(parents=True)
-    shown = ditscale(*WORDS, f"data.shards={digits}", cwd=tmp_path, expect=2)
+    shown = in_process(*WORDS, f"data.shards={digits}", expect=2)
     assert "run/.lock is a folder, but it must be a file; remove it" in shown

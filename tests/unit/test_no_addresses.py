@@ -20,6 +20,7 @@ MEASURE = ["evaluation.num_images=8", "sampler.steps=2", "evaluation.features.ep
 KERNEL = "evaluation.metric.kernel.subset_size=4"
 ALL_METRICS = ["metrics=[frechet,kernel,precision_recall,nll]", KERNEL]
 TRAIN = ["train", *TINY_RUN, "data.shards=shards", "total_steps=4", "log_every=2", "checkpoint_every=2", *MEASURE]
+TRAIN += ["diffusion.schedule.num_steps=100"]  # each of which nll takes
 RECORDS = [  # of each kind at least one must be there to be looked at
     "shards/manifest.json",
     "shards/data.json",
@@ -105,7 +106,7 @@ def test_no_job_writes_or_prints_the_address_of_an_object(
         ["sample", "checkpoint=runs/one", "num_images=4", "sampler.steps=2", "runtime=cpu", "labels=[3]", "out=x"],
         ["export", "checkpoint=runs/one", "to=reference", "out=weights.pt"],
         ["export", "checkpoint=runs/one", "to=diffusers", "out=folder"],
-        ["plan"],
+        ["plan", "model.depth=2"],
         ["report", "sweep=runs", "samples=2", "sampler.steps=2", "runtime=cpu"],
     ]
     shown = {" ".join(words): in_process(*words) for words in jobs}

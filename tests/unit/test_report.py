@@ -22,7 +22,7 @@ from scipy import stats
 
 from evaluation.features.inception import SHA256
 from launch.report import group_of, update_group
-from report import figures, paper
+from report import figures, paper, write
 from report.bubbles import Bubble, draw_bubbles
 from report.fit import fit_power_law
 from report.records import read_records
@@ -85,11 +85,17 @@ def write_run(sweep: Path, name: str, *records: dict[str, Any]) -> None:
     (sweep / name / "evaluations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
+def only_figures(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
+    """Draw these figures alone in what follows: the others take seconds, and the test looks at none of them."""
+    monkeypatch.setattr(write, "FIGURES", [figure for figure in figures.FIGURES if figure.number in numbers])
+
+
 def distances(study: Study) -> dict[str, float]:
     return {row["run"]: row["frechet_distance"] for row in study.rows}
 
 
-def test_the_report_takes_the_newest_evaluation_of_each_run(tmp_path: Path) -> None:
+def test_the_report_takes_the_newest_evaluation_of_each_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only_figures(monkeypatch, 8)
     write_run(tmp_path, "a", record_of(16, 99.0, step=5), record_of(16, 40.0))
     write_run(tmp_path, "b", record_of(64, 10.0))
     write_run(tmp_path, "c", record_of(32, 20.0))
@@ -136,7 +142,7 @@ def test_the_last_of_equal_evaluations_counts(tmp_path: Path) -> None:
 
 
 def test_lines_of_earlier_versions_are_of_a_dit_whose_blocks_have_the_names_of_their_classes(tmp_path: Path) -> None:
-    earlier = {**record_of(16, 40.0), "block": "AdaLNZeroBlock"}
+    earlier = {**record_of(16, 40.0), "block": "adaLN-Zero"}
     del earlier["family"]
     write_run(tmp_path, "a", earlier)
     write_run(tmp_path, "b", record_of(32, 20.0))
@@ -201,7 +207,8 @@ def test_a_line_that_another_program_wrote_is_named(tmp_path: Path, key: str) ->
         read_study(tmp_path)
 
 
-def test_runs_that_keep_the_others_from_a_later_step_are_named(tmp_path: Path) -> None:
+def test_runs_that_keep_the_others_from_a_later_step_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only_figures(monkeypatch)
     write_run(tmp_path, "a", record_of(16, 99.0, step=5), record_of(16, 40.0))
     write_run(tmp_path, "diverged", record_of(32, 50.0, step=5))
     study = read_study(tmp_path)
@@ -214,6 +221,7 @@ def test_runs_that_keep_the_others_from_a_later_step_are_named(tmp_path: Path) -
 def test_a_sweep_is_named_by_its_folder_however_that_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path / "mine", "a", record_of(16, 40.0))
     monkeypatch.chdir(tmp_path / "mine")
+    only_figures(monkeypatch)
     page = write_report(read_study(Path()), tmp_path / "report").page.read_text()
     assert "<title>mine: a scaling study</title>" in page
 
@@ -351,7 +359,10 @@ def circles(axes: Axes) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for line in lines for x, y in zip(*line.get_data(), strict=True)]
 
 
-def test_the_papers_points_are_drawn_where_its_protocol_is_shared(tmp_path: Path) -> None:
+def test_the_papers_points_are_drawn_where_its_protocol_is_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only_figures(monkeypatch)  # in the report: here they are drawn one by one
     for block in ("adaLN-Zero", "in-context"):
         steps = [papers_record(1152, 28, 9e6 / step, step=step, block=block) for step in (200_000, 400_000)]
         write_run(tmp_path, block, *steps)
@@ -387,7 +398,7 @@ def test_no_point_of_the_paper_is_drawn_beside_other_numbers(full: Report) -> No
     ],
 )
 def test_figure_2_shows_the_best_model_beside_adm_and_ldm(
-    tmp_path: Path, other: dict[str, Any], best: float, beside: dict[str, float]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, other: dict[str, Any], best: float, beside: dict[str, float]
 ) -> None:
     write_run(tmp_path, "xl", papers_record(1152, 28, 20.0), papers_record(1152, 28, 3.0, **other))
     write_run(tmp_path, "s", papers_record(384, 12, 70.0))
@@ -396,6 +407,7 @@ def test_figure_2_shows_the_best_model_beside_adm_and_ldm(
     assert bubbles(left) == {"XL/2": 20.0, "S/2": 70.0}
     assert bubbles(right) == {**beside, "ours: XL/2": best}
     assert right.get_ylim() == (0, pytest.approx(1.2 * max(best, *beside.values())))
+    only_figures(monkeypatch, 2)
     report = write_report(study, tmp_path / "report")
     assert "the systems of the paper&#39;s table 2" in report.page.read_text()
 
@@ -492,7 +504,8 @@ def test_figures_that_the_runs_do_not_give_are_named_with_the_reason(tmp_path: P
     assert all(f"<strong>Figure {number}</strong>" in page for number in report.missing)
 
 
-def test_the_same_runs_give_the_same_bytes(full: Report, tmp_path: Path) -> None:
+def test_the_same_runs_give_the_same_bytes(full: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only_figures(monkeypatch, 5, 8, 12)
     again = write_report(full.study, tmp_path)
     for number in (5, 8, 12):
         for kind in (".png", ".svg"):
@@ -528,7 +541,10 @@ class Parsed(HTMLParser):
             list(self.tables.values())[-1][-1].append(data)
 
 
-def test_a_column_that_no_run_fills_is_left_out_and_fid_is_called_so(tmp_path: Path) -> None:
+def test_a_column_that_no_run_fills_is_left_out_and_fid_is_called_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only_figures(monkeypatch)
     write_run(tmp_path, "a", record_of(16, 40.0, fid=40.0, recognized_fraction=None, recall=0.5))
     page = Parsed(write_report(read_study(tmp_path), tmp_path / "report").page.read_text())
     head, row = page.tables["models"]

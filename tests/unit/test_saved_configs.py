@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY_RUN, InProcess, ditscale, resealed
+from conftest import TINY_RUN, InProcess, prepared_by, resealed
 from test_house import composed
 
 from launch.builders.components import build_saved, components, from_file
@@ -25,8 +25,8 @@ def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a run of two steps, and a diverged one with a dump."""
     folder = tmp_path_factory.mktemp("trained")
     words = ["train", *TINY_RUN, f"data.shards={digits}", "total_steps=2", "checkpoint_every=2"]
-    ditscale(*words, "run_dir=run", cwd=folder)
-    ditscale(*words, "run_dir=diverged", "optimizer.lr=1e30", cwd=folder, expect=1)
+    prepared_by(*words, "run_dir=run", cwd=folder)
+    prepared_by(*words, "run_dir=diverged", "optimizer.lr=1e30", cwd=folder, expect=1)
     return folder
 
 
