@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 from tiny_run import Case
-from warm_python import WITH_XLA, run_warm_python
+from warm_python import FAST_COMPILE, WITH_XLA, run_warm_python
 
 from benchmarks.hlo_text import collectives, slices_of
 from model.dit import DiT
 from runtime.sharding import sharding_of
 
-DUMP = "--xla_backend_optimization_level=0 --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=spmd.* --xla_dump_to="
+DUMP = "--xla_dump_hlo_as_text --xla_dump_hlo_pass_re=spmd.* --xla_dump_to="
 COMPILED, PARTITIONED = "cpu_after_optimizations", "after_spmd-partitioning"
 BATCH_SIZE = 64
 NUM_METRICS = 3 + 2 * 4  # loss, mse and vlb; sum and count of the loss in each quarter of t: one number each
@@ -24,7 +24,7 @@ def program(folder: Path, stage: str, devices: int, mode: str, block: str) -> st
     settings = {"cpu_devices": devices, "mode": mode}
     case = {"name": "x", "runtime": "xla", "block": block, "steps": 1, "batch_size": BATCH_SIZE, "settings": settings}
     words = [str(Path(__file__).with_name("tiny_run.py")), str(folder), json.dumps([case])]
-    run_warm_python(WITH_XLA, *words, cwd=folder, env={"XLA_FLAGS": DUMP + str(dump)})
+    run_warm_python(WITH_XLA, *words, cwd=folder, env={"XLA_FLAGS": f"{FAST_COMPILE['XLA_FLAGS']} {DUMP}{dump}"})
     return max(dump.glob(f"*{stage}*.txt"), key=lambda path: path.stat().st_size).read_text()
 
 

@@ -10,11 +10,10 @@ import pytest
 import torch
 from conftest import TINY_RUN, InProcess, ditscale, json_lines
 from safetensors.torch import load_file
-from warm_python import run_ranks
+from warm_python import FAST_COMPILE, run_ranks
 
 # The norms of steps 21 to 40 are all more than 1 percent above or below the threshold, far beyond rounding.
 SKIP = ["skip_grad_norm=1.5", "log_every=5", "checkpoint_every=40", "model.depth=1"]
-FAST_COMPILE = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 FSDP = "runtime.mode=fsdp"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY_RUN, InProcess, ditscale
 from poisoned_shards import poisoned
-from warm_python import run_ranks
+from warm_python import FAST_COMPILE, run_ranks
 
 POSITION = 16 * 11 + 13  # in step 12, after the checkpoint of step 10; among two processes, in the second's rows
 DUMP = "replay=run/nonfinite_00000012"
@@ -34,7 +34,4 @@ def test_two_sharded_processes_and_sharded_xla_devices_find_what_one_process_fin
     together = run_ranks(2, "train", DUMP, "runtime.mode=fsdp", "runtime.micro_batches=2", cwd=tmp_path)
     assert findings(together) == alone
     xla = [DUMP, "runtime=xla", "runtime.cpu_devices=4", "runtime.mode=fsdp"]
-    assert (
-        findings(ditscale("train", *xla, cwd=tmp_path, env={"XLA_FLAGS": "--xla_backend_optimization_level=0"}))
-        == alone
-    )
+    assert findings(ditscale("train", *xla, cwd=tmp_path, env=FAST_COMPILE)) == alone

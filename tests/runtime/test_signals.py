@@ -3,14 +3,15 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import TINY_RUN, InProcess, command, ditscale, json_lines
+from conftest import TINY_RUN, InProcess, command, ditscale, json_lines, warm
 from test_processes import wait_for
+from warm_jobs import TRAINING, WarmJob
+from warm_python import start_ranks
 
 from train.stores import list_checkpoints, step_of
 
@@ -32,11 +33,12 @@ def whole(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def start(words: list[str], cwd: Path, processes: int = 1) -> subprocess.Popen[bytes]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    job = [*launcher, "-m", "launch.train", *words] if processes > 1 else command("train", *words)
+def start(words: list[str], cwd: Path, is_fresh: bool = False) -> subprocess.Popen[bytes] | WarmJob:
+    """Start ``ditscale WORDS``, in a fresh interpreter or forked from one that has imported what jobs import."""
+    if not is_fresh:
+        return warm(*TRAINING).start(words, cwd, cwd / "log")
     with (cwd / "log").open("a") as log:
-        return subprocess.Popen(job, cwd=cwd, stdout=log, stderr=log)
+        return subprocess.Popen(command(*words), cwd=cwd, stdout=log, stderr=log)
 
 
 def same_run(run: Path, whole: Path, last: str = LAST) -> None:
@@ -49,7 +51,7 @@ def same_run(run: Path, whole: Path, last: str = LAST) -> None:
 def test_a_stopped_run_exits_with_75_and_the_same_command_ends_with_the_same_bits(
     whole: Path, words: list[str], tmp_path: Path, number: signal.Signals
 ) -> None:
-    job = start(words, tmp_path)
+    job = start(["train", *words], tmp_path, is_fresh=number == signal.SIGTERM)
     wait_for(tmp_path / "run/checkpoints/step_00000020", job)
     job.send_signal(number)
     assert job.wait(60) == 75, (tmp_path / "log").read_text()
@@ -64,11 +66,11 @@ def test_a_signal_during_an_evaluation_ends_it_and_the_same_command_makes_it_up(
     digits: Path, tmp_path: Path, in_process: InProcess
 ) -> None:
     """Send the signal at a step that has no checkpoint of its own."""
-    words = [*TINY_RUN, f"data.shards={digits}", "total_steps=30", "sample_every=15", "evaluate_every=15"]
-    words += ["sampler.steps=25", "evaluation.num_images=600", "evaluation.batch_size=20"]
+    words = [*TINY_RUN, f"data.shards={digits}", "total_steps=20", "sample_every=15", "evaluate_every=15"]
+    words += ["sampler.steps=25", "evaluation.num_images=300", "evaluation.batch_size=20"]
     words += ["evaluation.features.epochs=1", f"evaluation.cache={tmp_path / 'cache'}"]
     in_process("train", *words, "run_dir=whole")
-    job = start([*words, "run_dir=run"], tmp_path)
+    job = start(["train", *words, "run_dir=run"], tmp_path)
     run, whole = tmp_path / "run", tmp_path / "whole"
     wait_for(run / "samples/step_00000015.png", job)  # drawn before the step is measured
     job.send_signal(signal.SIGTERM)
@@ -77,7 +79,7 @@ def test_a_signal_during_an_evaluation_ends_it_and_the_same_command_makes_it_up(
     assert not (run / "evaluations.jsonl").exists()
     in_process("train", *words, "run_dir=run")
     for name in FILES:
-        last = f"checkpoints/step_00000030/{name}"
+        last = f"checkpoints/step_00000020/{name}"
         assert (run / last).read_bytes() == (whole / last).read_bytes(), name
     assert (run / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
     assert json_lines(run / "evaluations.jsonl") == json_lines(whole / "evaluations.jsonl")
@@ -86,7 +88,7 @@ def test_a_signal_during_an_evaluation_ends_it_and_the_same_command_makes_it_up(
 def test_a_second_signal_leaves_at_once_and_loses_nothing_that_was_saved(
     whole: Path, words: list[str], tmp_path: Path
 ) -> None:
-    job = start([*words, "data.verify_checksums=true"], tmp_path)
+    job = start(["train", *words, "data.verify_checksums=true"], tmp_path)
     wait_for(tmp_path / "run/checkpoints/step_00000020", job)
     os.kill(job.pid, signal.SIGSTOP)  # else it would be through before the second signal
     job.send_signal(signal.SIGTERM)
@@ -103,14 +105,11 @@ def test_a_second_signal_leaves_at_once_and_loses_nothing_that_was_saved(
 
 
 def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_log_step(words: list[str], tmp_path: Path) -> None:
-    job = start([*words, "total_steps=100000"], tmp_path, processes=2)
+    job = start_ranks(2, "train", *words, "total_steps=100000", cwd=tmp_path, output=tmp_path / "log")
     wait_for(tmp_path / "run/checkpoints/step_00000020", job)
-    workers = [child for child in psutil.Process(job.pid).children() if "launch.train" in " ".join(child.cmdline())]
-    assert len(workers) == 2
-    workers[1].send_signal(signal.SIGTERM)
-    assert job.wait(60) == 1  # of torchrun, which names its workers' own code
-    shown = (tmp_path / "log").read_text()
-    assert shown.count("exitcode  : 75") == 2 or shown.count(": 75 ") >= 1, shown
+    os.kill(job.pids[1], signal.SIGTERM)
+    job.wait()
+    assert job.codes == [75, 75], (tmp_path / "log").read_text()
     stopped_at = step_of(list_checkpoints(tmp_path / "run/checkpoints")[-1])
     assert stopped_at % 7 == 0
     assert json_lines(tmp_path / "run/metrics.jsonl")[-1]["step"] == stopped_at
@@ -122,7 +121,8 @@ def test_a_signal_to_a_parallel_sweep_stops_its_workers_when_they_have_saved(
 ) -> None:
     """Send SIGKILL only to the process that started the workers."""
     sweep = [word for word in words if word != "run_dir=run"] + ["seed=0,1", "model.patch_size=4", "model.width=16"]
-    job = start(["-m", *sweep, "total_steps=100000", "hydra.launcher.n_jobs=2"], tmp_path)
+    words = ["train", "-m", *sweep, "total_steps=100000", "hydra.launcher.n_jobs=2"]
+    job = start(words, tmp_path, is_fresh=number == signal.SIGTERM)
     runs = [tmp_path / f"runs/demo/d16-n2-p4-adaln_zero-seed{seed}" for seed in (0, 1)]
     for run in runs:
         wait_for(run / "checkpoints/step_00000020", job)

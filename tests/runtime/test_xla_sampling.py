@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_samples import SAMPLERS, STEPS
-from warm_python import TRAINING, WITH_XLA, run_warm_python
+from warm_python import FAST_COMPILE, TRAINING, WITH_XLA, run_warm_python
 
 SCRIPT = str(Path(__file__).with_name("tiny_samples.py"))
 
@@ -14,9 +14,8 @@ SCRIPT = str(Path(__file__).with_name("tiny_samples.py"))
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("samples")
-    env = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     for modules, runtime in ((TRAINING, "accelerate"), (WITH_XLA, "xla")):
-        run_warm_python(modules, SCRIPT, str(folder), runtime, cwd=folder, env=env)
+        run_warm_python(modules, SCRIPT, str(folder), runtime, cwd=folder, env=FAST_COMPILE)
     return folder
 
 

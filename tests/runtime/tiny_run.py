@@ -49,6 +49,7 @@ class Case:
     name: str
     runtime: str  # plain, or a file of conf/runtime
     block: str = "AdaLNZeroBlock"  # of a DiT; Deep: another network
+    depth: int = 1  # of a DiT
     qk_norm: bool = False
     settings: dict[str, Any] = field(default_factory=dict)  # of the runtime
     precision: str = "fp32"
@@ -68,7 +69,7 @@ class Case:
             return DeepNetwork(DeepConfig())
         attention = QKNormSelfAttention if self.qk_norm else SelfAttention
         block = functools.partial(getattr(blocks, self.block), attention=attention)
-        made = DiT(DiTConfig(8, 4, 2, width=64, depth=2, num_heads=4, num_classes=NUM_CLASSES, block=block))
+        made = DiT(DiTConfig(8, 4, 2, width=64, depth=self.depth, num_heads=4, num_classes=NUM_CLASSES, block=block))
         generator = torch.Generator().manual_seed(5)
         for parameter in made.parameters():
             parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)

@@ -1,51 +1,50 @@
 """A killed sweep continues, and its runs stay separate."""
 
-import os
-import signal
-import subprocess
 import threading
-import time
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import TINY_RUN, InProcess, command, ditscale, json_lines, torchrun
+from conftest import TINY_RUN, InProcess, ditscale, json_lines
 from test_processes import wait_for
-from test_signals import same_run
+from test_signals import same_run, start
+from warm_jobs import WarmJob
+from warm_python import run_ranks
 
 SWEEP = [*TINY_RUN, "group=killed", "model.patch_size=4", "hydra.launcher.n_jobs=1", "seed=0,1,2", "model.width=16"]
+TOTAL = 60  # steps of a run: a job is killed long before the end of one, after its first checkpoint
+LAST = f"checkpoints/step_{TOTAL:08d}"
 RUNS = [f"d16-n2-p4-adaln_zero-seed{seed}" for seed in range(3)]
 
 
 def test_a_killed_sweep_skips_its_finished_runs_and_continues_the_others(tmp_path: Path, digits: Path) -> None:
-    words = ["train", "-m", *SWEEP, f"data.shards={digits}", "total_steps=200"]
+    words = ["train", "-m", *SWEEP, f"data.shards={digits}", f"total_steps={TOTAL}"]
     first, second, third = (tmp_path / "runs/killed" / name for name in RUNS)
-    sweep = subprocess.Popen(
-        command(*words), cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        deadline = time.monotonic() + 200
-        while not list(second.glob("checkpoints/step_*")):  # the first run has ended, the second is under way
-            assert sweep.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-    finally:
-        os.killpg(sweep.pid, signal.SIGKILL)
-        sweep.wait()
+    sweep = start(words, tmp_path)
+    wait_for(second / "checkpoints/step_00000010", sweep)  # the first run has ended, the second is under way
+    for process in [psutil.Process(sweep.pid), *psutil.Process(sweep.pid).children()]:
+        process.kill()
+    sweep.wait()
     assert not third.exists()
     before = {path: path.read_text() for path in first.rglob("*.jsonl")}  # timing.jsonl is of the clock
     kept = json_lines(second / "metrics.jsonl")[0]
-    assert len(json_lines(second / "metrics.jsonl")) < 40
+    assert len(json_lines(second / "metrics.jsonl")) < TOTAL / 5
     ditscale(*words, cwd=tmp_path)
     assert first / "timing.jsonl" in before
     assert {path: path.read_text() for path in before} == before
     for run in (first, second, third):
-        assert [line["step"] for line in json_lines(run / "metrics.jsonl")] == list(range(5, 201, 5))
+        assert [line["step"] for line in json_lines(run / "metrics.jsonl")] == list(range(5, TOTAL + 1, 5))
     assert json_lines(second / "metrics.jsonl")[0] == kept
 
 
 def test_a_run_killed_in_its_last_evaluation_still_joins_the_groups_curve(tmp_path: Path, digits: Path) -> None:
-    evaluation = ["evaluate_every=40", "sampler.steps=2", "evaluation.num_images=20", "evaluation.features.epochs=1"]
+    evaluation = [
+        "total_steps=10",
+        "evaluate_every=10",
+        "sampler.steps=2",
+        "evaluation.num_images=20",
+        "evaluation.features.epochs=1",
+    ]
     words = ["train", "-m", *TINY_RUN, "group=late", "model.patch_size=4,2", "hydra.launcher.n_jobs=1", *evaluation]
     ditscale(*words, f"data.shards={digits}", cwd=tmp_path)
     curve = tmp_path / "runs/late/report/figure_8.png"
@@ -62,16 +61,19 @@ def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the first run of the sweep, trained alone and uninterrupted."""
     folder = tmp_path_factory.mktemp("whole")
     words = [word for word in SWEEP if not word.startswith(("hydra.", "seed="))]
-    ditscale("train", *words, f"data.shards={digits}", "total_steps=200", "run_dir=run", cwd=folder)
+    ditscale("train", *words, f"data.shards={digits}", f"total_steps={TOTAL}", "run_dir=run", cwd=folder)
     return folder / "run"
 
 
-def process_of(run: Path, sweep: subprocess.Popen[bytes]) -> psutil.Process:
-    """Return the process that trains a run: the one that holds its lock."""
+def process_of(run: Path, sweep: WarmJob) -> psutil.Process:
+    """Return the process that trains a run, once it holds its lock."""
     lock = str(run / ".lock")
-    processes = psutil.Process(sweep.pid).children(recursive=True)
-    (found,) = [process for process in processes if lock in [file.path for file in process.open_files()]]
-    return found
+    wait_for(run / ".lock", sweep)
+    while True:
+        for process in psutil.Process(sweep.pid).children():
+            if lock in [file.path for file in process.open_files()]:
+                return process
+        assert sweep.poll() is None
 
 
 def steps_of(run: Path) -> list[int]:
@@ -83,43 +85,41 @@ def steps_of(run: Path) -> list[int]:
 def test_a_run_killed_with_9_is_that_runs_failure_alone_and_the_same_command_continues_it(
     tmp_path: Path, digits: Path, whole: Path, n_jobs: int
 ) -> None:
-    words = ["train", "-m", *SWEEP, f"data.shards={digits}", "total_steps=200", f"hydra.launcher.n_jobs={n_jobs}"]
+    words = ["train", "-m", *SWEEP, f"data.shards={digits}", f"total_steps={TOTAL}", f"hydra.launcher.n_jobs={n_jobs}"]
     first, second, third = (tmp_path / "runs/killed" / name for name in RUNS)
-    with (tmp_path / "log").open("w") as log:
-        sweep = subprocess.Popen(command(*words), cwd=tmp_path, stdout=log, stderr=log)
-    for run in (first, second)[:n_jobs]:
-        wait_for(run / "checkpoints/step_00000010", sweep)
+    sweep = start(words, tmp_path)
     neighbors = [process_of(run, sweep) for run in (first, second)[:n_jobs]]
+    wait_for(first / "checkpoints/step_00000010", sweep)
     neighbors[0].kill()
     assert len({process.pid for process in (sweep, *neighbors)}) == 1 + n_jobs
-    assert sweep.wait(120) == 1
+    assert sweep.wait(120) == 1, (tmp_path / "log").read_text()
     shown = (tmp_path / "log").read_text()
     assert f"{first.name} failed: its process was killed by SIGKILL (often: the machine ran out of memory)" in shown
     assert ("train fewer in parallel (hydra.launcher.n_jobs)" in shown) == (n_jobs > 1)
     assert shown.splitlines()[-1].startswith(f"ditscale train: error: 1 of 3 runs failed: {first.name}; ")
     assert "Traceback" not in shown
-    every_line = list(range(5, 201, 5))
+    every_line = list(range(5, TOTAL + 1, 5))
     assert steps_of(first) != every_line
     assert steps_of(second) == steps_of(third) == every_line
     before = {path: path.read_bytes() for run in (second, third) for path in run.rglob("*.jsonl")}
     ditscale(*words, cwd=tmp_path)
-    same_run(first, whole, last="checkpoints/step_00000200")
+    same_run(first, whole, last=LAST)
     assert {path: path.read_bytes() for path in before} == before
 
 
 def test_a_run_that_alone_is_asked_to_stop_leaves_the_others_training_and_the_sweep_unfinished(
     tmp_path: Path, digits: Path
 ) -> None:
-    words = ["train", "-m", *SWEEP, f"data.shards={digits}", "total_steps=200", "hydra.launcher.n_jobs=2"]
+    words = ["train", "-m", *SWEEP, f"data.shards={digits}", f"total_steps={TOTAL}", "hydra.launcher.n_jobs=2"]
     first, second, third = (tmp_path / "runs/killed" / name for name in RUNS)
-    with (tmp_path / "log").open("w") as log:
-        sweep = subprocess.Popen(command(*words), cwd=tmp_path, stdout=log, stderr=log)
+    sweep = start(words, tmp_path)
+    process = process_of(first, sweep)
     wait_for(first / "checkpoints/step_00000010", sweep)
-    process_of(first, sweep).terminate()
+    process.terminate()
     assert sweep.wait(120) == 75, (tmp_path / "log").read_text()
     assert "stopped and saved at step" in (tmp_path / "log").read_text()
-    assert steps_of(first)[-1] < 200
-    assert steps_of(second)[-1] == steps_of(third)[-1] == 200
+    assert steps_of(first)[-1] < TOTAL
+    assert steps_of(second)[-1] == steps_of(third)[-1] == TOTAL
 
 
 def test_a_sweep_whose_process_cannot_be_forked_trains_in_fresh_ones(
@@ -135,7 +135,7 @@ def test_a_sweep_whose_process_cannot_be_forked_trains_in_fresh_ones(
             "-m",
             *SWEEP,
             f"data.shards={digits}",
-            "total_steps=200",
+            f"total_steps={TOTAL}",
             "seed=0",
             "optimizer.lr=1e10,4e-3",
             "name=${default_name}-${optimizer.lr}",
@@ -147,13 +147,13 @@ def test_a_sweep_whose_process_cannot_be_forked_trains_in_fresh_ones(
         thread.join()
     assert "1 of 2 runs failed: d16-n2-p4-adaln_zero-seed0-10000000000.0" in shown
     assert "Traceback" not in shown
-    same_run(tmp_path / "runs/killed/d16-n2-p4-adaln_zero-seed0-0.004", whole, last="checkpoints/step_00000200")
+    same_run(tmp_path / "runs/killed/d16-n2-p4-adaln_zero-seed0-0.004", whole, last=LAST)
 
 
-def test_a_sweep_under_torchrun_trains_one_run_after_the_other_in_the_same_processes(
+def test_a_sweep_of_two_ranks_trains_one_run_after_the_other_in_the_same_processes(
     tmp_path: Path, digits: Path
 ) -> None:
-    torchrun(2, "-m", *SWEEP, f"data.shards={digits}", "seed=0,1", "total_steps=10", cwd=tmp_path)
+    run_ranks(2, "train", "-m", *SWEEP, f"data.shards={digits}", "seed=0,1", "total_steps=10", cwd=tmp_path)
     for name in RUNS[:2]:
         assert steps_of(tmp_path / "runs/killed" / name) == [5, 10]
 

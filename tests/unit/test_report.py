@@ -142,7 +142,7 @@ def test_the_last_of_equal_evaluations_counts(tmp_path: Path) -> None:
 
 
 def test_lines_of_earlier_versions_are_of_a_dit_whose_blocks_have_the_names_of_their_classes(tmp_path: Path) -> None:
-    earlier = {**record_of(16, 40.0), "block": "adaLN-Zero"}
+    earlier = {**record_of(16, 40.0), "block": "AdaLNZeroBlock"}
     del earlier["family"]
     write_run(tmp_path, "a", earlier)
     write_run(tmp_path, "b", record_of(32, 20.0))
