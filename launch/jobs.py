@@ -40,8 +40,10 @@ JOBS = {
 
 def start(job: str) -> None:
     """Run a job with the words of the command line, for ``ditscale JOB`` and ``python -m launch.JOB``."""
-    from launch.command.app import run  # imports Hydra, which the list of jobs does not need
+    from launch.command.app import run, show_help, wants_help  # imports Hydra, which the list of jobs does not need
 
+    if wants_help():
+        return show_help(job)  # without PyTorch, whose import takes seconds
     settle = JOBS[job].settle
     function = pkgutil.resolve_name(f"launch.{job}:{job}_job")
     run(job, function, None if settle is None else pkgutil.resolve_name(settle))

@@ -7,6 +7,7 @@ products with scores and values. Biases, residual additions, norms, activations 
 
 from collections.abc import Callable
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,6 +18,7 @@ from model.network import Network
 TRAINING_FACTOR = 3
 
 NetworkT = TypeVar("NetworkT", bound=Network)
+_counts: WeakKeyDictionary[Network, int] = WeakKeyDictionary()
 
 
 def weightless(make: Callable[[], NetworkT]) -> NetworkT:
@@ -26,7 +28,16 @@ def weightless(make: Callable[[], NetworkT]) -> NetworkT:
 
 
 def multiply_adds(network: Network) -> int:
-    """Return the multiply-adds (MACs) of one image's forward pass without guidance, on whatever device weights are."""
+    """Return the multiply-adds (MACs) of one image's forward pass without guidance, on whatever device weights are.
+
+    They are counted once for a network: an evaluation asks three times.
+    """
+    if network not in _counts:
+        _counts[network] = _counted(network)
+    return _counts[network]
+
+
+def _counted(network: Network) -> int:
     twin = weightless(network.twin)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         twin(*twin.example_inputs(1))

@@ -17,6 +17,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import fast_hydra
 import numpy as np
 import pytest
 import suite_times
@@ -38,6 +39,8 @@ from data.images import ExactSize, Preparation
 from data.sources import DigitsSource, Example
 from model.autoencoder import IdentityAutoencoder
 from runtime.choice import require_torch_xla
+
+fast_hydra.install()
 
 
 def _has_torch_xla() -> bool:

@@ -50,10 +50,6 @@ def run(job: str, function: JobFunction, settle: Settle | None = None) -> None:
         stop_without(STARTED_BY)
     register()
     read_mode_where_it_is_set()
-    if any(word in HELP for word in sys.argv[1:]):
-        from launch.command.help import help_of
-
-        return _print_to_its_reader(help_of(job))
     sys.argv[1:] = prepared(sys.argv[1:])
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise errors instead of printing them
@@ -74,6 +70,19 @@ def run(job: str, function: JobFunction, settle: Settle | None = None) -> None:
         except Exception as error:
             with secrets_hidden(task.settings):
                 _exit_with(job, error, wants_traceback)
+
+
+def wants_help() -> bool:
+    """Return whether a word of the command line asks for a job's help."""
+    return any(word in HELP for word in sys.argv[1:])
+
+
+def show_help(job: str) -> None:
+    """Print a job's help, for which nothing of the job is imported."""
+    from launch.command.help import help_of
+
+    register()
+    _print_to_its_reader(help_of(job))
 
 
 def _print_to_its_reader(text: str) -> None:

@@ -5,12 +5,14 @@ import configparser
 import copy
 import functools
 import itertools
+import json
 import pkgutil
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import fast_hydra
 import hydra
 import pytest
 from hydra.core.global_hydra import GlobalHydra
@@ -115,7 +117,7 @@ WITHOUT_NETWORKS = [
 
 @pytest.mark.parametrize("path", WITHOUT_NETWORKS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_room_but_the_models_knows_a_network_by_more_than_its_interface(path: Path) -> None:
-    nodes = list(ast.walk(ast.parse(path.read_text())))
+    nodes = nodes_of(path)
     assert not {node.attr for node in nodes if isinstance(node, ast.Attribute)} & {
         "blocks",
         "block_list",
@@ -177,6 +179,20 @@ def test_every_config_file_builds_what_exists_with_settings_that_it_has(override
     job = next((job for group, job in homes.items() if overrides[0].startswith(group)), "train")
     given = [f"+{o}" if o.startswith("model/embedding=") else o for o in overrides]  # a group without a default
     check_targets(composed(job, *given, *more))
+
+
+@pytest.mark.parametrize("job", ["train", "plan"])
+def test_the_tests_compose_what_hydra_composes_by_itself(job: str) -> None:
+    overrides = ["model/block=in_context", "diffusion/sampler=ddim"] if job == "train" else ["model.depth=3"]
+    more = [["experiment=demo/study", "train/ema=several"]] if job == "train" else []
+    for words in (overrides, *more):
+        here = composed(job, *words)
+        fast_hydra.remove()
+        try:
+            alone = _composed.__wrapped__(job, *words)
+        finally:
+            fast_hydra.install()
+        assert json.dumps(here) == json.dumps(alone)  # in the same order
 
 
 @pytest.mark.parametrize("job", JOBS)
