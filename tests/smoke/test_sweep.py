@@ -38,7 +38,13 @@ def test_a_killed_sweep_skips_its_finished_runs_and_continues_the_others(tmp_pat
 
 
 def test_a_run_killed_in_its_last_evaluation_still_joins_the_groups_curve(tmp_path: Path, digits: Path) -> None:
-    evaluation = ["total_steps=10", "evaluate_every=10", "sampler.steps=2", "evaluation.num_images=20", "evaluation.features.epochs=1"]
+    evaluation = [
+        "total_steps=10",
+        "evaluate_every=10",
+        "sampler.steps=2",
+        "evaluation.num_images=20",
+        "evaluation.features.epochs=1",
+    ]
     words = ["train", "-m", *TINY_RUN, "group=late", "model.patch_size=4,2", "hydra.launcher.n_jobs=1", *evaluation]
     ditscale(*words, f"data.shards={digits}", cwd=tmp_path)
     curve = tmp_path / "runs/late/report/figure_8.png"
