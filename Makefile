@@ -37,7 +37,7 @@ test: $(STAMP) browser
 	@rm -rf $(TIMES); trap '$(BIN)/python tests/suite_times.py $(TIMES)' EXIT; set -ex; \
 	$(BIN)/python tests/suite_times.py $(TIMES) lint $(MAKE) --no-print-directory lint; \
 	$(BIN)/pytest tests/unit -n auto --times $(TIMES)/unit.json; \
-	$(BIN)/pytest tests/runtime tests/smoke -n 2 --dist loadfile --times $(TIMES)/processes.json
+	$(BIN)/pytest tests/runtime tests/smoke -n 2 --dist loadfile --no-loadscope-reorder --times $(TIMES)/processes.json
 
 # The unit layer on the newest release of everything, without constraints.txt. Tests of what holds torch back (the extra
 # pinned) are skipped and say so. Each call takes what has been released since.

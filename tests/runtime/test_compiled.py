@@ -5,6 +5,7 @@ precompiled headers, takes half a minute.
 """
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -52,7 +53,9 @@ def test_a_compiled_network_gives_the_same_images_to_rounding(digits: Path, tmp_
     ditscale("evaluate", *WORDS, *images("plain.npz"), cwd=tmp_path)
     words = ["evaluate", *WORDS, *images("compiled.npz"), "compile=true"]
     shown = run_warm_python(TRAINING, "-c", COUNTED, *words, cwd=tmp_path)
-    print(shown)
+    found = re.search(r"graphs compiled: (\d+) by inductor: (\d+)", shown)
+    assert found is not None, shown
+    assert min(map(int, found.groups())) > 0, shown
     with np.load(tmp_path / "plain.npz") as plain, np.load(tmp_path / "compiled.npz") as again:
         difference = np.abs(plain["arr_0"].astype(int) - again["arr_0"])
     assert difference.max() <= 1

@@ -4,16 +4,13 @@ import json
 import os
 import random
 import re
-import resource
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from conftest import command
 from pictures import make_autoencoder, make_image_folder
-from warm_python import ENCODING, run_warm_python, start_warm_python
+from warm_python import ENCODING, run_warm_python, run_with_little_room, start_warm_python
 
 from data.manifest import Manifest
 
@@ -128,22 +125,8 @@ def test_a_disk_that_fills_up_leaves_no_half_shard_and_the_same_command_continue
 ) -> None:
     """Limit the size of files, which looks like a full disk to a writer: half of a shard fits, then writing fails."""
     half = len(whole["shard-000000.tar"]) // 2
-
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (half, half))
-
-    done = subprocess.run(
-        command("encode", *words),
-        cwd=tmp_path,
-        preexec_fn=limit,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 2, done.stderr
-    assert "cannot be written: File too large; free some space, then give the same command again" in done.stderr
+    shown = run_with_little_room(ENCODING, half, "encode", *words, cwd=tmp_path, expect=2)
+    assert "cannot be written: File too large; free some space, then give the same command again" in shown
     assert not list((tmp_path / "shards").glob("*.tar*"))
     assert not list((tmp_path / "shards").glob(".*.tmp"))
     encoding("encode", *words, cwd=tmp_path)

@@ -1,13 +1,13 @@
 """Jobs can read a run while it trains and keeps only its newest checkpoint."""
 
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import TINY_RUN, command, ditscale, json_lines
+from conftest import TINY_RUN, ditscale, json_lines, warm
+from warm_jobs import TRAINING
 
 from train.signals import EX_TEMPFAIL
 from train.stores import list_checkpoints
@@ -17,17 +17,15 @@ from train.stores import list_checkpoints
 def run(digits: Path, tmp_path: Path) -> Iterator[Path]:
     """Yield a running job that saves after each step and deletes the checkpoint before."""
     words = [*TINY_RUN, f"data.shards={digits}", "run_dir=run", "checkpoint_every=1", "keep_checkpoints=1"]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            command("train", *words, "total_steps=1000000"), cwd=tmp_path, stderr=log, stdout=log
-        )
+    jobs = warm(*TRAINING).twin()  # for the readers run meanwhile
+    process = jobs.start(["train", *words, "total_steps=1000000"], tmp_path, tmp_path / "log")
     while not list_checkpoints(tmp_path / "run/checkpoints"):
         assert process.poll() is None, (tmp_path / "log").read_text()
         time.sleep(0.01)
     yield tmp_path / "run"
     assert process.poll() is None, (tmp_path / "log").read_text()
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == EX_TEMPFAIL
+    assert process.wait(120) == EX_TEMPFAIL
 
 
 def newest(run: Path) -> int:

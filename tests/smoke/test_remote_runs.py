@@ -3,12 +3,12 @@
 import json
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 
-from conftest import TINY_RUN, command, ditscale
+from conftest import TINY_RUN, ditscale, warm
 from s3_server import BUCKET, s3_server
 from safetensors.torch import load
+from warm_jobs import TRAINING
 
 from core import remote
 from train.mirror import LOCK
@@ -28,8 +28,7 @@ def test_a_run_in_a_bucket_survives_the_loss_of_its_machine(digits: Path, tmp_pa
     ditscale("train", *words, cwd=plain)
     with s3_server():
         words.append(f"remote_dir={URL}")
-        with (tmp_path / "log").open("w") as log:
-            process = subprocess.Popen(command("train", *words), cwd=here, stderr=log, stdout=log)
+        process = warm(*TRAINING).start(["train", *words], here, tmp_path / "log")
         while not any(name.endswith("state.json") for name in remote.list_tree(URL)):
             assert process.poll() is None, (tmp_path / "log").read_text()
         process.send_signal(signal.SIGKILL)

@@ -18,6 +18,7 @@ SIGNATURE = "5f0c1d7e9a"  # of a URL that was signed
 FORBIDDEN = [b"pass-w0rd", b"w0rd", SIGNATURE.encode(), base64.b64encode(LOGIN.encode())]
 OFFLINE = {"WANDB_MODE": "offline"}
 FEW = ["sampler.steps=2", "evaluation.num_images=20", "evaluation.features.epochs=1", "evaluation.batch_size=10"]
+NOISES = "diffusion.schedule.num_steps=20"  # each is a pass through the network where likelihoods are measured
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def assert_no_secret(shown: str, folder: Path) -> None:
 
 def train(web: ListingServer, *more: str, cwd: Path, expect: int = 0, env: dict[str, str] | None = None) -> str:
     words = [*TINY_RUN, f"data.shards='{private(web, 'digits')}'", "run_dir=run", "train/logger=wandb", *FEW]
-    words += ["total_steps=10", "resume.allow=[total_steps]"]
+    words += ["total_steps=10", "resume.allow=[total_steps]", NOISES]
     return ditscale("train", *words, *more, cwd=cwd, expect=expect, env={**OFFLINE, **(env or {})})
 
 
