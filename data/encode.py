@@ -36,6 +36,7 @@ CLASSES_NAME = "classes.json"
 _POLL_SEC = 1.0
 _FLOAT16_OVERFLOW = 65520.0  # the smallest number that rounds to infinity
 _OUR_SHARD = re.compile(r"shard-\d{6,}\.tar")
+_ASIDE = re.compile(r"\.([^.]+)\..*\d+\.tmp")  # as `core.atomic` names a file while it is written
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,7 @@ def encode(
         _require_few_skipped(folder, [], plan, max_skipped_fraction)
         owned = range(workers.rank, plan.num_shards, workers.world)
         _require_no_folders(folder, owned)
-        for shard in owned:
-            _remove_leftovers(folder, shard)
+        _remove_leftovers(folder, owned, workers.rank == 0)
         missing = [shard for shard in owned if sound(folder, shard, plan) is None]
         for shard in missing:
             sidecar_path(folder / shard_name(shard)).unlink(missing_ok=True)
@@ -129,10 +129,16 @@ def _require_no_folders(folder: Path, shards: Iterable[int]) -> None:
         require_no_folder(folder / name)
 
 
-def _remove_leftovers(folder: Path, shard: int) -> None:
-    """Delete the temporary files of a shard that a killed process left; this process owns the shard."""
-    for aside in folder.glob(f".{Path(shard_name(shard)).stem}.*.tmp"):
-        _remove_file(aside)
+def _remove_leftovers(folder: Path, owned: Iterable[int], is_main: bool) -> None:
+    """Delete the temporary files that a killed process left of files that this process alone writes.
+
+    These are the shards that it owns and, on the main process, all that is no shard, such as index and manifest.
+    """
+    stems = {Path(shard_name(shard)).stem for shard in owned}
+    for aside in folder.glob(".*.tmp"):
+        written = _ASIDE.fullmatch(aside.name)
+        if written and (written[1] in stems or (is_main and not written[1].startswith("shard-"))):
+            _remove_file(aside)
 
 
 def _remove_file(path: Path) -> None:

@@ -120,6 +120,19 @@ def test_a_job_killed_at_random_moments_ends_with_the_same_bytes(
     assert contents(folder) == whole
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_killed_jobs_were_writing_is_removed(
+    whole: dict[str, bytes], words: list[str], tmp_path: Path, processes: int
+) -> None:
+    """Of every file, as `core.atomic` names it while it is written."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for name in (*whole, "skipped.jsonl"):
+        (folder / f".{name}.1234.tmp").write_bytes(b"half")
+    encoded_by(processes, words, tmp_path)
+    assert contents(folder) == whole
+
+
 def test_a_disk_that_fills_up_leaves_no_half_shard_and_the_same_command_continues(
     whole: dict[str, bytes], words: list[str], tmp_path: Path
 ) -> None:
