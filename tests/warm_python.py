@@ -9,6 +9,7 @@ import functools
 import gc
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import runpy
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import threading
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -62,7 +64,8 @@ class WarmProcesses:
     def send_signal(self, number: int) -> None:
         """Send the signal to the first process, unless all have ended."""
         if self.poll() is None:
-            os.kill(self.pids[0], number)
+            with suppress(ProcessLookupError):  # it has ended since
+                os.kill(self.pids[0], number)
 
     def _read(self, timeout: float | None) -> int | None:
         if self.codes is None and select.select([self._status], [], [], timeout)[0]:
@@ -133,10 +136,17 @@ def _place(rank: int, ranks: int, port: int) -> dict[str, str]:
     return {"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}}
 
 
+PORTS = range(10_000, 32_000)  # below those that systems give to whoever asks for any port, as others do all the time
+_ports = itertools.cycle([*PORTS[7919 * os.getpid() % len(PORTS) :], *PORTS])  # processes begin far from each other
+
+
 def _free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
+    """Return a port that is free, and that nobody else is likely to take before the ranks do."""
+    for port in _ports:
+        with socket.socket() as taken, suppress(OSError):
+            taken.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError
 
 
 @functools.cache
