@@ -68,8 +68,9 @@ def test_two_killed_processes_end_with_the_bits_of_two_that_were_not(
     words = [*TINY_RUN, f"data.shards={digits}", "run_dir=run"]
     job = start_ranks(2, "train", *words, cwd=tmp_path, output=tmp_path / "log")
     wait_for(tmp_path / "run/checkpoints/step_00000010", job)
-    for pid in job.pids:
-        os.kill(pid, signal.SIGKILL)
+    for number in (signal.SIGSTOP, signal.SIGKILL):  # none may end by itself because the other was killed
+        for pid in job.pids:
+            os.kill(pid, number)
     job.wait()
     assert job.codes == [-signal.SIGKILL, -signal.SIGKILL]
     run_ranks(2, "train", *words, cwd=tmp_path)
@@ -149,9 +150,10 @@ def ranks_without_their_torchrun(words: list[str], cwd: Path) -> list[psutil.Pro
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     with (cwd / "log").open("w") as log:
         job = subprocess.Popen([*launcher, "-m", "launch.train", *words], cwd=cwd, stdout=log, stderr=log)
-    wait_for(cwd / "run/checkpoints/step_00000010", job)
+    wait_for(cwd / "run/.lock", job)
     ranks = [child for child in psutil.Process(job.pid).children() if "launch.train" in " ".join(child.cmdline())]
     assert len(ranks) == 2
+    wait_for(cwd / "run/checkpoints/step_00000010", job)
     for rank in ranks:  # else they would be through before they look for torchrun
         rank.suspend()
     job.kill()
@@ -169,7 +171,7 @@ def test_ranks_whose_torchrun_was_killed_save_at_one_log_step_and_the_same_comma
     ranks = ranks_without_their_torchrun([*words, "run_dir=run"], tmp_path)
     for rank in ranks:
         rank.resume()
-    _, alive = psutil.wait_procs(ranks, timeout=30)
+    _, alive = psutil.wait_procs(ranks, timeout=120)
     assert alive == []
     assert [rank.wait() for rank in ranks] == [75, 75], (tmp_path / "log").read_text()
     run, whole = tmp_path / "run", tmp_path / "whole"
@@ -193,7 +195,7 @@ def test_a_rank_that_lost_its_torchrun_and_the_other_rank_leaves_and_the_lock_is
     main, other = ranks_without_their_torchrun(words, tmp_path)
     other.kill()
     main.resume()
-    assert psutil.wait_procs([main, other], timeout=30)[1] == []
+    assert psutil.wait_procs([main, other], timeout=120)[1] == []
     with FileLock(tmp_path / "run/.lock", timeout=0):
         pass
 

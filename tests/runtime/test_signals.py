@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -67,7 +68,7 @@ def test_a_signal_during_an_evaluation_ends_it_and_the_same_command_makes_it_up(
 ) -> None:
     """Send the signal at a step that has no checkpoint of its own."""
     words = [*TINY_RUN, f"data.shards={digits}", "total_steps=20", "sample_every=15", "evaluate_every=15"]
-    words += ["sampler.steps=25", "evaluation.num_images=300", "evaluation.batch_size=20"]
+    words += ["sampler.steps=25", "evaluation.num_images=400", "evaluation.batch_size=20"]
     words += ["evaluation.features.epochs=1", f"evaluation.cache={tmp_path / 'cache'}"]
     in_process("train", *words, "run_dir=whole")
     job = start(["train", *words, "run_dir=run"], tmp_path)
@@ -95,7 +96,8 @@ def test_a_second_signal_leaves_at_once_and_loses_nothing_that_was_saved(
     job.send_signal(signal.SIGCONT)
     while "a second signal stops at once" not in (tmp_path / "log").read_text() and job.poll() is None:
         time.sleep(0.001)
-    os.kill(job.pid, signal.SIGSTOP)
+    with suppress(ProcessLookupError):  # it may be through
+        os.kill(job.pid, signal.SIGSTOP)
     time.sleep(1.2)  # a signal that comes sooner is an echo of the first
     job.send_signal(signal.SIGTERM)
     job.send_signal(signal.SIGCONT)
@@ -109,7 +111,10 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_log_step(words:
     wait_for(tmp_path / "run/checkpoints/step_00000020", job)
     os.kill(job.pids[1], signal.SIGTERM)
     job.wait()
-    assert job.codes == [75, 75], (tmp_path / "log").read_text()
+    assert job.codes is not None
+    assert job.codes[1] == 75, (tmp_path / "log").read_text()
+    # The launcher ends the other when it sees the first code, be that as it has saved and leaves.
+    assert job.codes[0] in (75, -signal.SIGTERM), (tmp_path / "log").read_text()
     stopped_at = step_of(list_checkpoints(tmp_path / "run/checkpoints")[-1])
     assert stopped_at % 7 == 0
     assert json_lines(tmp_path / "run/metrics.jsonl")[-1]["step"] == stopped_at
