@@ -64,6 +64,7 @@ XLA_4 = [
     xla("xla-4", "warm_up", 4),
     xla("xla-4-zero1", "adaln_zero", 4, "zero1"),
     xla("xla-4-fsdp", "skipping", 4, "fsdp"),
+    xla("xla-4-deep", "deep", 4),
     xla("xla-4-fsdp-deep", "deep", 4, "fsdp", activation_checkpointing=True),
 ]
 XLA_8 = [

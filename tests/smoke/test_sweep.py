@@ -5,11 +5,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import TINY_RUN, InProcess, ditscale, json_lines
+from conftest import TINY_RUN, InProcess, ditscale, json_lines, torchrun
 from test_processes import wait_for
 from test_signals import same_run, start
 from warm_jobs import WarmJob
-from warm_python import run_ranks
 
 SWEEP = [*TINY_RUN, "group=killed", "model.patch_size=4", "hydra.launcher.n_jobs=1", "seed=0,1,2", "model.width=16"]
 TOTAL = 60  # steps of a run: a job is killed long before the end of one, after its first checkpoint
@@ -150,10 +149,10 @@ def test_a_sweep_whose_process_cannot_be_forked_trains_in_fresh_ones(
     same_run(tmp_path / "runs/killed/d16-n2-p4-adaln_zero-seed0-0.004", whole, last=LAST)
 
 
-def test_a_sweep_of_two_ranks_trains_one_run_after_the_other_in_the_same_processes(
+def test_a_sweep_under_torchrun_trains_one_run_after_the_other_in_the_same_processes(
     tmp_path: Path, digits: Path
 ) -> None:
-    run_ranks(2, "train", "-m", *SWEEP, f"data.shards={digits}", "seed=0,1", "total_steps=10", cwd=tmp_path)
+    torchrun(2, "-m", *SWEEP, f"data.shards={digits}", "seed=0,1", "total_steps=10", cwd=tmp_path)
     for name in RUNS[:2]:
         assert steps_of(tmp_path / "runs/killed" / name) == [5, 10]
 
