@@ -49,7 +49,8 @@ class WarmProcesses:
 
     def __init__(self, pids: list[int], status: IO[str]) -> None:
         self.pids, self._status = pids, status
-        self.codes: list[int] | None = None
+        self.codes: list[int] | None = None  # of all, by rank
+        self._code: int | None = None
 
     def poll(self) -> int | None:
         """Return the exit code once all have ended, that of the first that failed, as a launcher does; else None."""
@@ -69,8 +70,8 @@ class WarmProcesses:
 
     def _read(self, timeout: float | None) -> int | None:
         if self.codes is None and select.select([self._status], [], [], timeout)[0]:
-            self.codes = json.loads(self._status.readline())
-        return None if self.codes is None else next((code for code in self.codes if code != 0), 0)
+            self._code, self.codes = json.loads(self._status.readline())
+        return self._code
 
 
 def start_warm_python(
@@ -175,9 +176,12 @@ def _serve() -> tuple[dict[str, Any], dict[str, str]]:
     sys.exit()
 
 
-def _ended(pids: list[int], limit_sec: float) -> list[int]:
-    """Return the exit codes, in order; the first failure or the time limit ends the others, as under a launcher."""
-    codes: dict[int, int] = {}
+def _ended(pids: list[int], limit_sec: float) -> tuple[int, list[int]]:
+    """Return the exit code of the first that failed (0 if none did), and the codes of all, by rank.
+
+    The first failure or the time limit ends the others, as under a launcher.
+    """
+    codes: dict[int, int] = {}  # in the order of their ends
     signal.signal(signal.SIGALRM, lambda *_: _end(set(pids) - codes.keys(), signal.SIGKILL))
     signal.setitimer(signal.ITIMER_REAL, limit_sec)
     while len(codes) < len(pids):
@@ -186,7 +190,7 @@ def _ended(pids: list[int], limit_sec: float) -> list[int]:
         if codes[pid] != 0:
             _end(set(pids) - codes.keys(), signal.SIGTERM)
     signal.setitimer(signal.ITIMER_REAL, 0)
-    return [codes[pid] for pid in pids]
+    return next((code for code in codes.values() if code != 0), 0), [codes[pid] for pid in pids]
 
 
 def _end(pids: set[int], number: int) -> None:
