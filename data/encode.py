@@ -132,7 +132,7 @@ def _require_no_folders(folder: Path, shards: Iterable[int]) -> None:
 def _remove_leftovers(folder: Path, owned: Iterable[int], is_main: bool) -> None:
     """Delete the temporary files that a killed process left of files that this process alone writes.
 
-    These are the shards that it owns and, on the main process, all that is no shard, such as index and manifest.
+    These are the shards that it owns and, on the main process, all other files, such as index and manifest.
     """
     stems = {Path(shard_name(shard)).stem for shard in owned}
     for aside in folder.glob(".*.tmp"):

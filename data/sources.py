@@ -59,7 +59,7 @@ class DigitsSource:
 
 @cache
 def _digits() -> tuple[NDArray[np.uint8], NDArray[np.int64], tuple[str, ...]]:
-    """Return images [N, 8, 8, 1], labels and names of the classes, once parsed from the package's text file."""
+    """Return images [1797, 8, 8, 1], labels and names of the classes. The package's text file is parsed once."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
