@@ -124,7 +124,7 @@ def test_a_job_killed_at_random_moments_ends_with_the_same_bytes(
 def test_what_killed_jobs_were_writing_is_removed(
     whole: dict[str, bytes], words: list[str], tmp_path: Path, processes: int
 ) -> None:
-    """Of every file, as `core.atomic` names it while it is written."""
+    """Leave a temporary file of every file, named as `core.atomic` names it."""
     folder = tmp_path / "shards"
     folder.mkdir()
     for name in (*whole, "skipped.jsonl"):
