@@ -4,7 +4,7 @@ The job trains from the checkpoint in the dump up to the step before, then exami
 report goes to standard output.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,8 @@ def replay_job(config: TrainSettings) -> None:
         if runtime.is_main:
             positions = positions_of_step(dump.step - 1, settings.batch_size, rank=0, world=1)
             rows = build(settings.data.order)(settings.seed, shards.counts).rows_at(positions)
-            print("\n".join(_report(dump, found, whole, conditions, shards, rows.tolist(), positions.tolist())))
+            samples = _samples(found, whole, conditions, shards, rows.tolist(), positions.tolist())
+            print("\n".join(_report(dump, found, samples, positions.tolist())))
     finally:
         shards.close()
     if not found.not_finite:
@@ -117,21 +118,13 @@ def _unlike(dump: Dump, what: str, settings: TrainSettings, runtime: Processes) 
     )
 
 
-def _report(
-    dump: Dump,
-    found: Findings,
-    whole: Batch,
-    conditions: ConditionSource,
-    shards: MappedShards,
-    rows: list[int],
-    positions: list[int],
-) -> list[str]:
-    """Return the findings as lines; the batch ``whole`` was read from ``rows`` of the shards, for ``positions``."""
+def _report(dump: Dump, found: Findings, samples: Iterable[str], positions: list[int]) -> list[str]:
+    """Return the findings as lines, among them those on the ``samples``; the step's batch was of ``positions``."""
     metrics = {name: value for name, value in found.metrics.items() if "/" not in name}
     return [
         f"{dump.path}: step {dump.step}, the positions {positions[0]} to {positions[-1]}",
         "  " + ", ".join(f"{name} {value:.6g}" for name, value in metrics.items()),
-        *_samples(found, whole, conditions, shards, rows, positions),
+        *samples,
         _first("outputs of modules", found.passes.activations, "in the order of the forward pass"),
         _first("norms of gradients", found.passes.gradients, "from the loss backwards"),
         _first("norms of weights after the update", found.weights, "in the order of the model"),
@@ -146,7 +139,10 @@ def _samples(
     rows: list[int],
     positions: list[int],
 ) -> Iterator[str]:
-    """Yield lines on the samples at fault, with what the step was given of each."""
+    """Yield lines on the samples at fault: what the step was given of each.
+
+    The batch ``whole`` was read from ``rows`` of the shards, for ``positions``.
+    """
     what = "loss" if not np.isfinite(found.passes.losses).all() else "gradient of its own"
     if not found.samples:
         yield f"samples: no sample alone has a loss or gradient that is not finite ({len(rows)} looked at)"

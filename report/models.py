@@ -7,7 +7,7 @@ from report.paper import SIZES
 
 
 class Kind(NamedTuple):
-    """What the models of one scaling curve have in common."""
+    """The family and block type that all models of one scaling curve share."""
 
     family: str
     block: str | None  # None where networks of the family have no block types

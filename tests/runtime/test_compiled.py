@@ -1,4 +1,4 @@
-"""What torch.compile makes of a network trains and measures the same, in few compilations.
+"""A compiled network trains and measures the same as an eager one, in few compilations.
 
 All use one cache of compiled kernels, the user's: what the C++ compiler makes once for all of them, such as
 precompiled headers, takes half a minute.
