@@ -99,7 +99,7 @@ def _replayed(dump: Dump, run: PreparedRun, shards: MappedShards, progress: Prog
     mine = run.batches(shards, runtime.data_rank, runtime.data_world)
     follow = FollowHook(run.config.log_every, dump.step - 1, runtime, begun.guard, progress)
     try:
-        train(state, begun.step, prefetch(mine.from_step(state.step, dump.step - 1)), runtime, [follow])
+        train(state, begun.step, prefetch(mine.from_step(state.step, dump.step - 1)), runtime, [follow], None)
     except DivergedError as error:
         raise FloatingPointError(_unlike(dump, str(error), run.config, runtime)) from error
     whole = run.batches(shards, rank=0, world=1).batch(dump.step - 1)

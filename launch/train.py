@@ -88,7 +88,7 @@ def train_job(config: TrainSettings, progress: ProgressBar) -> None:
                 _tell(folder, state, config, logger, runtime)
             evaluated = len(read_lines(folder.evaluations))
             host_batches = prefetch(batches.from_step(state.step, config.total_steps))
-            train(state, begun.step, host_batches, runtime, hooks)
+            train(state, begun.step, host_batches, runtime, hooks, config.log_every)
         except Stopped:
             stopped = True
         except DivergedError as error:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from core.batch import Batch, mapped, micro_batches_of, require_divisible
 from model.network import Network
 from runtime.accelerate_devices import AccelerateDevices
-from runtime.protocol import Metrics, Precision, Step
+from runtime.protocol import Metrics, Precision, Step, by_name
 
 
 class AccelerateRuntime(AccelerateDevices):
@@ -116,10 +116,9 @@ class AccelerateRuntime(AccelerateDevices):
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def fetch(self, history: Sequence[Metrics]) -> dict[str, list[float]]:
-        """Return each step's means over processes, copied to the host at once."""
-        steps = [torch.stack([value.float() for value in metrics.values()]) for metrics in history]
-        means = self._accelerator.reduce(torch.stack(steps, dim=1), reduction="mean").tolist()
-        return dict(zip(history[0], means, strict=True))
+        """Return the metrics' means over processes, copied to the host at once."""
+        values = torch.stack([value.float() for metrics in history for value in metrics.values()])
+        return by_name(history, self._accelerator.reduce(values, reduction="mean").tolist())
 
     def copy_to_host(self, tensors: Mapping[str, Tensor], wanted: Container[str], host: dict[str, Tensor]) -> None:
         """Copy one tensor at a time, so that a device holds at most one whole tensor; from a GPU to pinned memory."""

@@ -18,7 +18,26 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Metrics = dict[str, Tensor]
 Precision = Literal["fp32", "bf16"]  # of the network's forward and backward pass
 Mode = Literal["replicated", "zero1", "fsdp"]  # sharded: nothing; optimizer state and averages; weights too
-Step = Callable[[Sequence[Batch]], Metrics]  # the micro-batches of one optimizer step -> scalars on the device
+
+
+class Step(Protocol):
+    """One optimizer step."""
+
+    def __call__(self, micro_batches: Sequence[Batch], with_update_norm: bool = True) -> Metrics:
+        """Take the step; return scalars on the device.
+
+        The norm of the update needs a copy of all weights: a runtime may leave it out if it is not asked for.
+        """
+        ...
+
+
+def by_name(history: Sequence[Metrics], values: Sequence[float]) -> dict[str, list[float]]:
+    """Return the ``values`` of all metrics of all steps, in order, by the metrics' names. Steps may lack some names."""
+    found: dict[str, list[float]] = {}
+    names = (name for metrics in history for name in metrics)
+    for name, value in zip(names, values, strict=True):
+        found.setdefault(name, []).append(value)
+    return found
 
 
 class Processes(Protocol):
@@ -127,7 +146,10 @@ class Runtime(Devices, Protocol):
         ...
 
     def fetch(self, history: Sequence[Metrics]) -> dict[str, list[float]]:
-        """Return each step's means over replicas; training's only read from devices. Every process must call it."""
+        """Return the means over replicas of each metric, of the steps that have it, in order.
+
+        This is training's only read from devices. Every process must call it.
+        """
         ...
 
     def copy_to_host(self, tensors: Mapping[str, Tensor], wanted: Container[str], host: dict[str, Tensor]) -> None:

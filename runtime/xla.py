@@ -19,7 +19,7 @@ from torch_xla.utils.checkpoint import checkpoint
 
 from core.batch import Batch, mapped, micro_batches_of, require_divisible
 from runtime.graph_adamw import GraphAdamW
-from runtime.protocol import Metrics, Mode, Precision, Step
+from runtime.protocol import Metrics, Mode, Precision, Step, by_name
 from runtime.sharding import Axes, sharding_of
 from runtime.xla_devices import XlaDevices
 from runtime.xla_layers import gather_where_used, trace_friendly
@@ -84,8 +84,8 @@ class XlaRuntime(XlaDevices):
     def step(self, function: Step) -> Step:
         """Return the step as one that is traced and then executed asynchronously."""
 
-        def run(micro_batches: Sequence[Batch]) -> Metrics:
-            metrics = function(micro_batches)
+        def run(micro_batches: Sequence[Batch], with_update_norm: bool = True) -> Metrics:
+            metrics = function(micro_batches)  # with the norm of the update: one program serves all steps
             torch_xla.sync()
             return metrics
 
@@ -118,10 +118,8 @@ class XlaRuntime(XlaDevices):
 
     def fetch(self, history: Sequence[Metrics]) -> dict[str, list[float]]:
         """Return the metrics that the steps left on the device, in one transfer; nothing is compiled."""
-        names = list(history[0])
-        values = torch_xla._XLAC._xla_get_cpu_tensors([metrics[name] for metrics in history for name in names])
-        by_step = torch.stack(values).view(len(history), len(names))
-        return dict(zip(names, by_step.T.tolist(), strict=True))
+        values = torch_xla._XLAC._xla_get_cpu_tensors([value for metrics in history for value in metrics.values()])
+        return by_name(history, torch.stack(values).tolist())
 
     def copy_to_host(self, tensors: Mapping[str, Tensor], wanted: Container[str], host: dict[str, Tensor]) -> None:
         """Copy one tensor at a time, so that a device holds at most one whole tensor."""

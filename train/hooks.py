@@ -15,7 +15,7 @@ from train.runfolder import RunFolder
 from train.saving import CheckpointWriter
 from train.signals import Stopped, StopSignals
 from train.state import TrainState
-from train.step import summary
+from train.step import AT_LOG_STEPS, summary
 
 
 class Hook(Protocol):
@@ -37,6 +37,11 @@ class Hook(Protocol):
 def due(state: TrainState, every: int | None) -> bool:
     """Return whether an action of every ``every`` steps, and of the last step, is due now. None is never."""
     return every is not None and state.step > 0 and (state.step % every == 0 or state.finished)
+
+
+def due_next(state: TrainState, every: int | None) -> bool:
+    """Return whether that action will be due after the next step."""
+    return every is not None and ((state.step + 1) % every == 0 or state.step + 1 >= state.total_steps)
 
 
 class ProgressHook:
@@ -91,6 +96,7 @@ class Clock:
 class LogHook:
     """Writes means over the last ``every`` steps as one line of metrics.jsonl and to the logger.
 
+    The norm of the update is that of the last step (`AT_LOG_STEPS`).
     ``metrics.jsonl`` holds only values that the config determines; times go to ``timing.jsonl``. Raises
     DivergedError at the first value that is not finite, so that no later checkpoint is written.
     """
@@ -124,9 +130,10 @@ class LogHook:
 
     def __call__(self, state: TrainState, metrics: Metrics) -> None:
         """Store the step's metrics on the device; read them at log steps only."""
-        self._history.append(metrics)
+        is_due = due(state, self._every)
+        self._history.append({key: value for key, value in metrics.items() if is_due or key not in AT_LOG_STEPS})
         self._steps_timed += 1
-        if due(state, self._every):
+        if is_due:
             self._log(state)
 
     def settle(self, state: TrainState) -> None:
@@ -160,11 +167,10 @@ class LogHook:
 
     def _require_finite(self, state: TrainState) -> None:
         number_of_steps = len(next(iter(state.interval.values())))
-        for number in range(number_of_steps):
+        for number in range(-number_of_steps, 0):
             for name, values in state.interval.items():
-                if not math.isfinite(values[number]):
-                    step = state.step - number_of_steps + number + 1
-                    raise self._diverged(name, values[number], step, state.batch_size)
+                if len(values) + number >= 0 and not math.isfinite(values[number]):
+                    raise self._diverged(name, values[number], state.step + number + 1, state.batch_size)
 
     def _diverged(self, name: str, value: float, step: int, batch_size: int) -> DivergedError:
         steps = self._folder.store.steps()

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from core.batch import Batch
 from runtime.protocol import Runtime, Step
-from train.hooks import Hook
+from train.hooks import Hook, due_next
 from train.state import TrainState
 
 
@@ -14,8 +14,9 @@ def train(
     host_batches: Iterable[Batch],
     runtime: Runtime,
     hooks: Sequence[Hook],
+    log_every: int | None,
 ) -> None:
-    """Run every batch through the step; hooks do everything that is not training.
+    """Run every batch through the step; hooks do everything that is not training, and log every ``log_every`` steps.
 
     Hooks start before the first batch, even in a run that has no steps left: a run that was killed between its last
     step and its last hook then catches up.
@@ -24,7 +25,7 @@ def train(
         for hook in hooks:
             hook.start(state)
         for micro_batches in runtime.feed(host_batches):
-            metrics = step(micro_batches)
+            metrics = step(micro_batches, with_update_norm=due_next(state, log_every))
             state.advance()
             for hook in hooks:
                 hook(state, metrics)

@@ -14,6 +14,7 @@ from train.guards import SpikeGuard
 
 SUM, COUNT = "/sum", "/count"  # endings of two metrics whose quotient is one mean
 TOTAL = "/total"  # ending of a metric that is summed over the interval
+AT_LOG_STEPS = {"update_norm"}  # metrics that are of the log step alone, since they need a copy of all weights
 
 
 def make_step(
@@ -37,7 +38,7 @@ def make_step(
         means = {name: values.mean() for name, values in found.items()}
         return {**means, **by_quarter(found[LOSS].detach(), objective.level(batch.t))}
 
-    def step(micro_batches: Sequence[Batch]) -> Metrics:
+    def step(micro_batches: Sequence[Batch], with_update_norm: bool = True) -> Metrics:
         parts: list[Metrics] = []
         for number, batch in enumerate(micro_batches, start=1):
             with runtime.micro_step(model, is_last=number == len(micro_batches)):
@@ -46,7 +47,7 @@ def make_step(
                 parts.append({name: value.detach() for name, value in means.items()})
         grad_norm = runtime.clip(model.parameters(), max_grad_norm)
         weights = [parameter.detach() for parameter in model.parameters()]
-        before = [weight.clone() for weight in weights]
+        before = [weight.clone() for weight in weights] if with_update_norm else []
         skipped = {}
         if guard is not None:
             spike = guard.is_spike(grad_norm)
@@ -55,11 +56,9 @@ def make_step(
         optimizer.step()
         ema.update()
         optimizer.zero_grad(set_to_none=True)
-        norms = {
-            "grad_norm": grad_norm,
-            "param_norm": runtime.norm(weights),
-            "update_norm": runtime.norm([old.sub_(new) for new, old in zip(weights, before, strict=True)]),
-        }
+        norms = {"grad_norm": grad_norm, "param_norm": runtime.norm(weights)}
+        if with_update_norm:
+            norms["update_norm"] = runtime.norm([old.sub_(new) for new, old in zip(weights, before, strict=True)])
         return {**{name: _mean([part[name] for part in parts]) for name in parts[0]}, **norms, **skipped}
 
     return step
@@ -94,7 +93,7 @@ def _mean(values: list[Tensor]) -> Tensor:
 def summary(interval: Mapping[str, Sequence[float]]) -> dict[str, float | None]:
     """Return means over the steps of an interval, sums for ``/total``, and sum of ``/sum`` / sum of ``/count``.
 
-    A mean over no samples is None.
+    Those of `AT_LOG_STEPS` are the last step's. A mean over no samples is None.
     """
     line: dict[str, float | None] = {}
     for name, values in interval.items():
@@ -104,6 +103,8 @@ def summary(interval: Mapping[str, Sequence[float]]) -> dict[str, float | None]:
             line[mean_of] = math.fsum(values) / count if count else None
         elif name.endswith(TOTAL):
             line[name.removesuffix(TOTAL)] = math.fsum(values)
+        elif name in AT_LOG_STEPS:
+            line[name] = values[-1]
         elif not name.endswith(COUNT):
             line[name] = math.fsum(values) / len(values)
     return line

@@ -29,14 +29,14 @@ def test_an_outlying_step_changes_neither_weights_nor_moments_and_is_counted(tmp
     step = step_of(state, guard=guard)
     state.total_steps = 3
     hooks = [LogHook(1, folder, NoLogger(), RUNTIME, clock, guard), clock]
-    train(state, step, [batch_of(0)], RUNTIME, hooks)
+    train(state, step, [batch_of(0)], RUNTIME, hooks, 1)
     before = {name: value.clone() for name, value in everything(state).items() if not name.startswith("ema/")}
     state.recent_grad_norms = [1e-3] * MIN_NORMS
-    train(state, step, [batch_of(1)], RUNTIME, hooks)
+    train(state, step, [batch_of(1)], RUNTIME, hooks, 1)
     after = everything(state)
     assert all(torch.equal(after[name], value) for name, value in before.items())
     state.recent_grad_norms = [1.0] * MIN_NORMS
-    train(state, step, [batch_of(2)], RUNTIME, hooks)
+    train(state, step, [batch_of(2)], RUNTIME, hooks, 1)
     assert not torch.equal(everything(state)["final_layer.decoder.bias"], before["final_layer.decoder.bias"])
     lines = json_lines(folder.metrics)
     assert [line["skipped_steps"] for line in lines] == [0, 1, 0]

@@ -140,17 +140,17 @@ def test_replay_skips_the_steps_that_the_run_skipped(tmp_path: Path) -> None:
     whole.recent_grad_norms = [0.59] * MIN_NORMS  # about the median of this run
     guard, step = prepared(whole)
     log = LogHook(2, folder, NoLogger(), RUNTIME, clock, guard)
-    train(whole, step, (batch_of(number) for number in range(3)), RUNTIME, [log, clock])
+    train(whole, step, (batch_of(number) for number in range(3)), RUNTIME, [log, clock], 2)
     log.settle(whole)
     save(tmp_path, whole)
-    train(whole, step, (batch_of(number) for number in range(3, 9)), RUNTIME, [log, clock])
+    train(whole, step, (batch_of(number) for number in range(3, 9)), RUNTIME, [log, clock], 2)
     skipped = [line["skipped_steps"] for line in json_lines(folder.metrics)]
     assert 0 < sum(skipped[2:]) < 6
     followed = new_state(9)
     load_checkpoint(tmp_path / "step_00000003", followed)
     guard, step = prepared(followed)
     follow = FollowHook(2, 9, RUNTIME, guard, silent_progress)
-    train(followed, step, (batch_of(number) for number in range(3, 9)), RUNTIME, [follow])
+    train(followed, step, (batch_of(number) for number in range(3, 9)), RUNTIME, [follow], None)
     for name, value in everything(whole).items():
         assert torch.equal(value, everything(followed)[name]), name
 

@@ -29,7 +29,7 @@ from train.runfolder import RunFolder
 from train.saving import CheckpointWriter
 from train.signals import Stopped, StopSignals
 from train.state import TrainState
-from train.step import make_step, summary
+from train.step import AT_LOG_STEPS, make_step, summary
 from train.stores import FolderStore, list_checkpoints
 
 RUNTIME = AccelerateRuntime("fp32", device="cpu")
@@ -113,7 +113,7 @@ def run_steps(
     stop = signals or StopSignals()
     hooks = [log, CheckpointHook(every, 2, folder, FACTS, RUNTIME, log, stop, log_every, keep_every), clock]
     batches = (batch_of(step, value) for step in range(state.step, last))
-    train(state, step_of(state), batches, RUNTIME, hooks)
+    train(state, step_of(state), batches, RUNTIME, hooks, log_every)
 
 
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path) -> None:
@@ -156,6 +156,35 @@ def test_the_log_has_norms_and_the_loss_of_each_quarter_of_t(tmp_path: Path) -> 
     quarters = [line[f"loss_t_quarter_{number}"] for number in (1, 2, 3, 4)]
     assert quarters[1] is None  # of t = 1, 100, 500 and 999
     assert (2 * quarters[0] + quarters[2] + quarters[3]) / 4 == pytest.approx(line["loss"], rel=1e-5)
+
+
+def test_the_norm_of_the_update_is_of_the_log_step_and_changes_nothing(tmp_path: Path) -> None:
+    """Compare with steps that all have it: the weights are the same, and the norm is the last step's."""
+    state, folder = new_state(), RunFolder(tmp_path)
+    run_steps(state, folder, 4)
+    twin = new_state()
+    step = step_of(twin)
+    norms = [step([batch_of(number)]) for number in range(4)]
+    for name, value in everything(twin).items():
+        assert torch.equal(value, everything(state)[name]), name
+    for line in json_lines(folder.metrics):
+        for name in AT_LOG_STEPS:
+            assert line[name] == norms[line["step"] - 1][name].item()
+            assert line[name] != norms[line["step"] - 2][name].item()
+    assert not AT_LOG_STEPS & step([batch_of(4)], with_update_norm=False).keys()
+
+
+def test_a_run_of_earlier_versions_goes_on_in_the_middle_of_an_interval(tmp_path: Path) -> None:
+    """Start with an interval that has norms of each step, as checkpoints had them."""
+    state, folder = new_state(), RunFolder(tmp_path)
+    step = step_of(state)
+    metrics = step([batch_of(0)])
+    state.advance()
+    state.interval = {name: [value.item()] for name, value in metrics.items()}
+    run_steps(state, folder, 2)
+    whole = RunFolder(tmp_path / "whole")
+    run_steps(new_state(), whole, 2)
+    assert json_lines(folder.metrics) == json_lines(whole.metrics)
 
 
 def test_a_summary_weighs_quarters_by_their_samples_and_adds_up_totals() -> None:
@@ -332,7 +361,7 @@ def test_step_time_leaves_out_what_other_hooks_do(tmp_path: Path) -> None:
 
     state, folder, clock = new_state(), RunFolder(tmp_path), Clock()
     hooks = [LogHook(2, folder, NoLogger(), RUNTIME, clock), Sleepy(), clock]
-    train(state, step_of(state), (batch_of(step) for step in range(6)), RUNTIME, hooks)
+    train(state, step_of(state), (batch_of(step) for step in range(6)), RUNTIME, hooks, 2)
     assert all(line["step_time_sec"] < 0.25 for line in json_lines(folder.timing))
 
 
@@ -349,5 +378,5 @@ def test_hooks_are_finished_after_an_exception(tmp_path: Path) -> None:
 
     state = new_state()
     with pytest.raises(OSError, match="disk gone"):
-        train(state, step_of(state), broken(), RUNTIME, [Watcher()])
+        train(state, step_of(state), broken(), RUNTIME, [Watcher()], None)
     assert finished == [True]
