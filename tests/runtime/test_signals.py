@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from conftest import TINY_RUN, InProcess, command, ditscale, json_lines, warm
 from test_processes import wait_for
 from warm_jobs import TRAINING, WarmJob
+from warm_torchrun import ranks_of, start_torchrun
 
 from train.stores import list_checkpoints, step_of
 
@@ -107,15 +107,12 @@ def test_a_second_signal_leaves_at_once_and_loses_nothing_that_was_saved(
 
 
 def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_log_step(words: list[str], tmp_path: Path) -> None:
-    with (tmp_path / "log").open("w") as log:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        train = [*launcher, "-m", "launch.train", *words, "total_steps=100000"]
-        job = subprocess.Popen(train, cwd=tmp_path, stdout=log, stderr=log)
+    job = start_torchrun(2, "train", *words, "total_steps=100000", cwd=tmp_path, output=tmp_path / "log")
     wait_for(tmp_path / "run/checkpoints/step_00000020", job)
-    workers = [child for child in psutil.Process(job.pid).children() if "launch.train" in " ".join(child.cmdline())]
+    workers = ranks_of(job)
     assert len(workers) == 2
     workers[1].send_signal(signal.SIGTERM)
-    assert job.wait(120) == 1  # of torchrun, which names its workers' own code
+    assert job.wait() == 1  # of torchrun, which names its workers' own code
     shown = (tmp_path / "log").read_text()
     assert shown.count("exitcode  : 75") == 2 or shown.count(": 75 ") >= 1, shown
     stopped_at = step_of(list_checkpoints(tmp_path / "run/checkpoints")[-1])
