@@ -9,6 +9,10 @@ DEMO := runs/demo
 STUDY := runs/digits-study
 # Small models on a CPU are fastest with one thread each and the models in parallel.
 export OMP_NUM_THREADS ?= 1
+# Tests start many processes, which would compile each module anew.
+unexport PYTHONDONTWRITEBYTECODE
+# Two compute on two cores while one waits.
+TEST_WORKERS ?= 3
 BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
 
 .PHONY: demo study test test-newest test-gpu browser lint format bench soak aot clean
@@ -32,12 +36,13 @@ study: $(STAMP)
 		checkpoint=$$(ls -d $(STUDY)/*adaln_zero* | paste -sd,)
 	$(BIN)/ditscale report sweep=$(STUDY) runtime=cpu sampler.steps=20
 
-# Stops at the first layer that fails, and says at the end where the time went, then too.
+# Lint runs beside the tests. Says at the end where the time went, also where something failed.
 test: $(STAMP) browser
-	@rm -rf $(TIMES); trap '$(BIN)/python tests/suite_times.py $(TIMES)' EXIT; set -ex; \
-	$(BIN)/python tests/suite_times.py $(TIMES) lint $(MAKE) --no-print-directory lint; \
-	$(BIN)/pytest tests/unit -n auto --times $(TIMES)/unit.json; \
-	$(BIN)/pytest tests/runtime tests/smoke -n 2 --dist loadfile --no-loadscope-reorder --times $(TIMES)/processes.json
+	@rm -rf $(TIMES); trap '$(BIN)/python tests/suite_times.py $(TIMES)' EXIT; set -x; \
+	$(BIN)/python tests/suite_times.py $(TIMES) lint $(MAKE) --no-print-directory lint & lint=$$!; \
+	$(BIN)/pytest tests/unit tests/runtime tests/smoke -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder \
+		--times $(TIMES)/tests.json; tests=$$?; \
+	wait $$lint && exit $$tests
 
 # The unit layer on the newest release of everything, without constraints.txt. Tests of what holds torch back (the extra
 # pinned) are skipped and say so. Each call takes what has been released since.

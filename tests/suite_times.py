@@ -48,7 +48,8 @@ class Times:
             [
                 {
                     "layer": Path(folder).name,
-                    "wall_sec": layer["ended"] - layer["started"],
+                    "started": layer["started"],
+                    "ended": layer["ended"],
                     "tests": layer["tests"],
                     "files": layer["files"],
                     "failed": folder in self._failed,
@@ -76,23 +77,26 @@ def write_record(file: Path, layers: list[dict[str, Any]]) -> None:
 
 
 def timed(file: Path, name: str, command: list[str]) -> int:
-    """Run a command as a layer without tests; returns its exit code."""
+    """Run a command as a layer without tests, show its output when it has ended, and return its exit code."""
     started = time.time()
-    code = subprocess.run(command, check=False).returncode
-    wall = time.time() - started
-    write_record(file, [{"layer": name, "wall_sec": wall, "tests": 0, "files": {}, "failed": code != 0}])
-    return code
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    times = {"started": started, "ended": time.time()}
+    write_record(file, [{"layer": name, **times, "tests": 0, "files": {}, "failed": done.returncode != 0}])
+    print(f"\n{name}\n{textwrap.indent(done.stdout, '    ')}", flush=True)  # at once: other layers run beside it
+    return done.returncode
 
 
 def table(layers: Sequence[dict[str, Any]]) -> str:
-    """Return a line for each layer, in the order in which they ran, then the slowest files and the failed tests."""
+    """Return a line for each layer and one for all, which overlap, then the slowest files and the failed tests."""
     lines = [f"{'layer':10}{'wall s':>10}{'tests s':>10}{'tests':>8}"]
     files: dict[str, float] = defaultdict(float)
     for layer in layers:
         files |= layer["files"]
         of_tests = f"{sum(layer['files'].values()):10.1f}{layer['tests']:8}" if layer["files"] else f"{'-':>10}{'-':>8}"
         failed = "  failed" if layer["failed"] else ""
-        lines.append(f"{layer['layer']:10}{layer['wall_sec']:10.1f}{of_tests}{failed}")
+        lines.append(f"{layer['layer']:10}{layer['ended'] - layer['started']:10.1f}{of_tests}{failed}")
+    wall = max((layer["ended"] for layer in layers), default=0) - min((layer["started"] for layer in layers), default=0)
+    lines.append(f"{'all':10}{wall:10.1f}")
     slowest = sorted(files.items(), key=lambda file: -file[1])[:SLOWEST]
     if slowest:
         lines += ["", "slowest files", *(f"{seconds:10.1f} s  {name}" for name, seconds in slowest)]
