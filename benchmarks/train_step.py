@@ -1,13 +1,14 @@
-"""Compare images per second of a training step, eager and compiled, with a plain step in the released code's style.
+"""Compare images per second of a training step, eager and compiled, with the released program's step.
 
-``python -m benchmarks.train_step [--sizes s b l xl] [--batch-size 256] [--precision bf16] [--variants ...]`` prints
-one JSON line per size; the default is all four on a GPU and S on a CPU. ``--batch-size 0`` takes the largest power of
-two that fits a GPU. Patch size is 2, images are 256 px. Peak memory is measured on a GPU only.
+``python -m benchmarks.train_step [--models s/2 b/4] [--batch-size 256] [--precision bf16] [--variants ...]`` prints one
+JSON line per model; the default is four sizes at patch size 2 on a GPU, S/2 and B/4 on a CPU. ``--batch-size 0`` takes
+the largest power of two that fits a GPU. Images are 256 px. Peak memory is measured on a GPU only.
 
-The variants, all at one precision, are ``baseline`` (eager, TF32 on a GPU, ``torch.autocast`` for bf16, AdamW with its
-defaults, an average updated parameter by parameter, ``loss.item()`` each step), and ``eager`` and ``compiled`` (ours,
-through runtime, step and feed). On a CPU the variants take turns and the medians are compared, since its speed drifts;
-the process's processor time is given too, which other programs on the machine affect little.
+The variants, all at one precision and number of threads, are ``released`` (`benchmarks.released`: eager, TF32 on a GPU,
+``torch.autocast`` for bf16, AdamW with its defaults, an average updated parameter by parameter, ``loss.item()`` each
+step), and ``eager`` and ``compiled`` (ours, through runtime, step and feed, between log steps). On a CPU the variants
+take turns and the medians are compared, since its speed drifts; the process's processor time is given too, which other
+programs on the machine affect little, and which for ours includes the draws of random numbers.
 """
 
 import argparse
@@ -24,10 +25,10 @@ import numpy as np
 import torch
 
 from benchmarks.commit import current_commit
+from benchmarks.released import ReleasedDiT, ReleasedLoss
 from core.batch import Batch, mapped
 from core.draws import Philox, training_draws
 from core.prefetch import prefetch
-from diffusion.objective import corrupt
 from diffusion.process import GaussianDiffusion
 from diffusion.schedules import LinearSchedule
 from diffusion.times import UniformSteps
@@ -51,9 +52,13 @@ class Round(NamedTuple):
     waiting: float
 
 
-def new_model(size: str) -> DiT:
+def new_model(model: str) -> DiT:
+    size, patch_size = model.split("/")
     depth, width, num_heads = SIZES[size]
-    return DiT(DiTConfig(LATENT, CHANNELS, 2, width, depth, num_heads, CLASSES))
+    network = DiT(DiTConfig(LATENT, CHANNELS, int(patch_size), width, depth, num_heads, CLASSES))
+    for parameter in network.parameters():  # a fresh DiT has zeros, which processors multiply as fast as others
+        parameter.data.add_(torch.randn(parameter.shape), alpha=0.01)
+    return network
 
 
 def diffusion() -> GaussianDiffusion:
@@ -76,13 +81,13 @@ def host_batches(batch_size: int) -> Iterator[Batch]:
         )
 
 
-def ours(size: str, batch_size: int, precision: Any, compiled: bool) -> RunStep:
-    """Return the project's step under its runtime."""
+def ours(model: str, batch_size: int, precision: Any, compiled: bool) -> RunStep:
+    """Return the project's step under its runtime, between log steps."""
     runtime = AccelerateRuntime(precision, compile=compiled)
-    model, process = new_model(size), runtime.place(diffusion())
-    ema = constant(model)
-    optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, foreach=True)
-    stepping, optimizer = runtime.prepare(model, [ema.module], optimizer)
+    network, process = new_model(model), runtime.place(diffusion())
+    ema = constant(network)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.0, foreach=True)
+    stepping, optimizer = runtime.prepare(network, [ema.module], optimizer)
     step = runtime.step(make_step(stepping, optimizer, ema, process, runtime))
     batches = runtime.feed(prefetch(host_batches(batch_size)))
 
@@ -90,45 +95,48 @@ def ours(size: str, batch_size: int, precision: Any, compiled: bool) -> RunStep:
         started = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - started
-        step(batch)
+        step(batch, with_update_norm=False)
         return waited
 
     return run
 
 
-def baseline(size: str, batch_size: int, precision: str) -> RunStep:
-    """Return a plain step, as a first script has it. Its data is already on the device."""
+def released(model: str, batch_size: int, precision: str) -> RunStep:
+    """Return the step of the released program, with its structure. Its data is already on the device."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
-    model, average = new_model(size).to(device), new_model(size).to(device).requires_grad_(False)
-    process = diffusion().to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
+    size, patch_size = model.split("/")
+    depth, width, num_heads = SIZES[size]
+    network, average = (ReleasedDiT(int(patch_size), width, depth, num_heads).to(device) for _ in range(2))
+    average.requires_grad_(False)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0)
+    loss_of = ReleasedLoss()
     batch = mapped(next(host_batches(batch_size)), lambda value: value.to(device))
 
     def run() -> float:
         t = torch.randint(0, 1000, (batch_size,), device=device)
         noise = torch.randn_like(batch.x_0)
-        noisy = batch._replace(t=t, noise=noise)
-        x_t = corrupt(process, noisy)
+        x_t = loss_of.noised(batch.x_0, t, noise)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            output = model(x_t, t, batch.condition)
-        loss = process.losses(output, noisy, x_t)["loss"].mean()
+            output = network(x_t, t, batch.condition["label"])
+        loss = loss_of(output, batch.x_0, x_t, t, noise).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         with torch.no_grad():
-            for old, new in zip(average.parameters(), model.parameters(), strict=True):
-                old.mul_(0.9999).add_(new, alpha=1 - 0.9999)
+            weights = dict(network.named_parameters())
+            for name, old in average.named_parameters():
+                old.mul_(0.9999).add_(weights[name].data, alpha=1 - 0.9999)
         loss.item()
         return 0.0
 
     return run
 
 
-def make(variant: str, size: str, batch_size: int, precision: str) -> RunStep:
-    if variant == "baseline":
-        return baseline(size, batch_size, precision)
-    return ours(size, batch_size, precision, compiled=variant == "compiled")
+def make(variant: str, model: str, batch_size: int, precision: str) -> RunStep:
+    if variant == "released":
+        return released(model, batch_size, precision)
+    return ours(model, batch_size, precision, compiled=variant == "compiled")
 
 
 def wait_for_device() -> None:
@@ -159,17 +167,17 @@ def peak_flops() -> float:
     return 2 * side**3 / min(timed(product, 10).step_sec for _ in range(5))
 
 
-def largest_batch(variant: str, size: str, precision: str) -> int:
+def largest_batch(variant: str, model: str, precision: str) -> int:
     """Return the largest power of two at which a step of this variant fits the GPU."""
     for batch_size in (2048, 1024, 512, 256, 128, 64, 32, 16, 8):
         try:
-            timed(make(variant, size, batch_size, precision), 2)
+            timed(make(variant, model, batch_size, precision), 2)
             return batch_size
         except torch.cuda.OutOfMemoryError:
             continue
         finally:
             free()
-    raise SystemExit(f"{size}/2 does not fit this GPU even with 8 images")
+    raise SystemExit(f"{model} does not fit this GPU even with 8 images")
 
 
 def free() -> None:
@@ -181,27 +189,25 @@ def free() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def measure(arguments: argparse.Namespace, size: str, peak: float) -> dict[str, Any]:
-    """Measure every variant of a size, with ratios to the baseline."""
-    found = (on_gpu if torch.cuda.is_available() else taking_turns)(arguments, size)
-    work = 2 * TRAINING_FACTOR * multiply_adds(new_model(size))  # FLOPs per image
+def measure(arguments: argparse.Namespace, model: str, peak: float) -> dict[str, Any]:
+    """Measure every variant of a model, with ratios to the released step."""
+    found = (on_gpu if torch.cuda.is_available() else taking_turns)(arguments, model)
+    work = 2 * TRAINING_FACTOR * multiply_adds(new_model(model))  # FLOPs per image
     for values in found.values():
         values["utilization_of_bf16_peak"] = round(values["images_per_sec"] * work / peak, 4)
-        if "baseline" in found:
-            values["ratio_to_baseline"] = round(values["images_per_sec"] / found["baseline"]["images_per_sec"], 2)
-            if not torch.cuda.is_available():
-                cpu_ratio = found["baseline"]["step_cpu_sec"] / values["step_cpu_sec"]
-                values["cpu_time_ratio_to_baseline"] = round(cpu_ratio, 2)
+        if "released" in found:
+            for time_of in ("step_sec", "step_cpu_sec"):
+                values[f"{time_of}_over_released"] = round(values[time_of] / found["released"][time_of], 3)
     return found
 
 
-def on_gpu(arguments: argparse.Namespace, size: str) -> dict[str, dict[str, Any]]:
+def on_gpu(arguments: argparse.Namespace, model: str) -> dict[str, dict[str, Any]]:
     """Measure one variant after the other, each with the whole memory."""
     found = {}
     for variant in arguments.variants:
-        batch_size = arguments.batch_size or largest_batch(variant, size, arguments.precision)
+        batch_size = arguments.batch_size or largest_batch(variant, model, arguments.precision)
         free()
-        run = make(variant, size, batch_size, arguments.precision)
+        run = make(variant, model, batch_size, arguments.precision)
         timed(run, arguments.warm_up)
         rounds = [timed(run, arguments.steps) for _ in range(arguments.rounds)]
         peak_gb = torch.cuda.max_memory_allocated() / 1e9
@@ -211,10 +217,10 @@ def on_gpu(arguments: argparse.Namespace, size: str) -> dict[str, dict[str, Any]
     return found
 
 
-def taking_turns(arguments: argparse.Namespace, size: str) -> dict[str, dict[str, Any]]:
+def taking_turns(arguments: argparse.Namespace, model: str) -> dict[str, dict[str, Any]]:
     """Measure with all variants in memory, a few steps of each in turn."""
     batch_size = arguments.batch_size or 8
-    runs = {variant: make(variant, size, batch_size, arguments.precision) for variant in arguments.variants}
+    runs = {variant: make(variant, model, batch_size, arguments.precision) for variant in arguments.variants}
     for run in runs.values():
         timed(run, arguments.warm_up)
     rounds: dict[str, list[Round]] = {variant: [] for variant in runs}
@@ -239,25 +245,26 @@ def summary(rounds: list[Round], batch_size: int) -> dict[str, Any]:
 def main() -> None:
     has_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES) if has_gpu else ["s"])
+    models = [f"{size}/2" for size in SIZES] if has_gpu else ["s/2", "b/4"]
+    parser.add_argument("--models", nargs="+", default=models)
     parser.add_argument("--batch-size", type=int, default=0, help="0: the largest that fits a GPU, 8 on a CPU")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="precision of all variants")
-    parser.add_argument("--variants", nargs="+", default=["baseline", "eager", "compiled"])
+    parser.add_argument("--variants", nargs="+", default=["released", "eager", "compiled"])
     parser.add_argument("--steps", type=int, default=20 if has_gpu else 1, help="steps per round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=5 if has_gpu else 1, help="warm-up steps")
     arguments = parser.parse_args()
     if not has_gpu:
         print("There is no GPU: these are numbers of a CPU, and say nothing about the targets for GPUs.")
-    for size in arguments.sizes:
+    for model in arguments.models:
         peak = peak_flops()
         result = {
             "benchmark": "train_step",
-            "model": f"{size}/2 at 256 px",
+            "model": f"{model} at 256 px",
             "precision": arguments.precision,
             "device": torch.cuda.get_device_name() if has_gpu else "CPU",
             "bf16_peak_tflops": round(peak / 1e12, 4),
-            "variants": measure(arguments, size, peak),
+            "variants": measure(arguments, model, peak),
             "threads": torch.get_num_threads(),
             "processors": os.cpu_count(),
             "torch": torch.__version__,

@@ -61,7 +61,7 @@ class AccelerateRuntime(AccelerateDevices):
         names = {parameter: name for name, parameter in model.named_parameters()}
         order = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
         for module in (model, *averages):
-            module.to(self.device)
+            self.place(module)
             if self._mode == "fsdp":
                 _shard(module, self.device.type, self.data_world)
         _fuse(optimizer)
@@ -85,7 +85,7 @@ class AccelerateRuntime(AccelerateDevices):
         for batch in host_batches:
             yield micro_batches_of(mapped(batch, self.put), self._micro_batches)
 
-    def step(self, function: Step) -> Step:
+    def step(self, function: Callable[..., Metrics]) -> Step:
         """Return the step unchanged: execution is eager."""
         return function
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from core.batch import Denoiser
 from core.precision import allow_tf32
+from model.attention import attend_by, plain
 from runtime.agreement import require_same
 from runtime.launched import require_sound_environment
 from runtime.protocol import ModuleT, Precision
@@ -43,6 +44,7 @@ class AccelerateDevices:
         deterministic: bool,
         timeout_sec: float,
     ) -> None:
+        self._precision = precision
         require_sound_environment()
         has_cuda = torch.cuda.is_available()
         if device == "cuda" and not has_cuda:
@@ -82,7 +84,9 @@ class AccelerateDevices:
         return nullcontext()
 
     def place(self, module: ModuleT) -> ModuleT:
-        """Move a module to the device."""
+        """Move a module to the device, and let it compute attention by the function that is fastest there."""
+        if self.device.type == "cpu" and self._precision == "bf16":
+            attend_by(plain, module)
         return module.to(self.device)
 
     def put(self, rows: Tensor) -> Tensor:

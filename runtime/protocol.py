@@ -125,7 +125,7 @@ class Runtime(Devices, Protocol):
         """Yield the micro-batches of each host batch on the devices, in order."""
         ...
 
-    def step(self, function: Step) -> Step:
+    def step(self, function: Callable[..., Metrics]) -> Step:
         """Return the training step as the runtime executes it."""
         ...
 

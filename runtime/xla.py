@@ -81,7 +81,7 @@ class XlaRuntime(XlaDevices):
         for batch in host_batches:
             yield [mapped(part, self.put) for part in micro_batches_of(batch, self._micro_batches)]
 
-    def step(self, function: Step) -> Step:
+    def step(self, function: Callable[..., Metrics]) -> Step:
         """Return the step as one that is traced and then executed asynchronously."""
 
         def run(micro_batches: Sequence[Batch], with_update_norm: bool = True) -> Metrics:

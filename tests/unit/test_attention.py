@@ -1,0 +1,49 @@
+"""Attention is the same whichever function computes it, and a runtime chooses the one that is fastest on its device."""
+
+import pytest
+import torch
+from test_model import BLOCKS, tiny
+from torch import Tensor
+
+from model.attention import CrossAttention, SelfAttention, attend_by, fused, over_keys, plain
+from model.dit import DiT
+from runtime.accelerate import AccelerateRuntime
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_plain_and_fused_attention_give_equal_values_and_gradients(masked: bool) -> None:
+    parts = torch.randn(3, 2, 4, 7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mask = over_keys(torch.arange(7) < torch.tensor([[3], [7]])) if masked else None
+
+    def of(attend: object) -> tuple[Tensor, Tensor]:
+        given = parts.clone().requires_grad_()
+        mixed = attend(*given, mask)  # type: ignore[operator]
+        mixed.sin().sum().backward()
+        return mixed, given.grad
+
+    for one, other in zip(of(plain), of(fused), strict=True):
+        assert torch.allclose(one, other, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_network_of_any_block_takes_either(block: type) -> None:
+    model = tiny(block=block)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    inputs = (torch.randn(2, 4, 8, 8), torch.tensor([1, 500]), {"label": torch.tensor([0, 3])})
+    whole = model(*inputs)
+    attend_by(plain, model)
+    assert torch.allclose(model(*inputs), whole, rtol=1e-4, atol=1e-5)
+
+
+def attends(model: DiT) -> set[object]:
+    return {part.attend for part in model.modules() if isinstance(part, SelfAttention | CrossAttention)}
+
+
+def test_a_cpu_attends_plainly_in_bf16_and_as_before_in_fp32() -> None:
+    for precision, attend in (("bf16", plain), ("fp32", fused)):
+        trained, average, placed = (tiny(block=BLOCKS[1]) for _ in range(3))
+        runtime = AccelerateRuntime(precision, device="cpu")  # type: ignore[arg-type]
+        runtime.prepare(trained, [average], torch.optim.AdamW(trained.parameters()))
+        runtime.place(placed)
+        assert attends(trained) == attends(average) == attends(placed) == {attend}
