@@ -1,37 +1,17 @@
-"""Attention layers, and the functions that compute attention: PyTorch's fused one, or a plain one."""
+"""Attention layers."""
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-# Queries, keys, values [B, heads, T or M, d / heads] and a mask [B, 1, 1, M] or None -> [B, heads, T, d / heads].
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+from model.attend import AttentionLayer
 
 
-def fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Compute attention by PyTorch's scaled_dot_product_attention, which chooses a kernel."""
-    return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-
-
-def plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Compute attention by two matrix products and a softmax, which stores the scores.
-
-    On a CPU in bfloat16 this takes 0.25 to 0.6 of the fused kernel's time at the head sizes and lengths of S to XL
-    (docs/speed.md).
-    """
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    return torch.softmax(scores, dim=-1).to(value.dtype) @ value
-
-
-class SelfAttention(nn.Module):
+class SelfAttention(AttentionLayer):
     """Multi-head self-attention. A variant overrides how queries and keys are prepared for the scores."""
 
     sees_positions = False  # whether `rotate` needs the tokens' positions
-    attend: Attend = staticmethod(fused)
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -78,10 +58,8 @@ class QKNormSelfAttention(SelfAttention):
         return self.norm_query(query).to(query.dtype), self.norm_key(key).to(key.dtype)
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(AttentionLayer):
     """Multi-head attention from tokens to another sequence."""
-
-    attend: Attend = staticmethod(fused)
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -102,13 +80,6 @@ class CrossAttention(nn.Module):
         """Split the width into heads: [B, T, d] -> [B, heads, T, d / heads]."""
         batch, length, width = vectors.shape
         return vectors.view(batch, length, self.num_heads, width // self.num_heads).transpose(1, 2)
-
-
-def attend_by(attend: Attend, network: nn.Module) -> None:
-    """Let all attention layers of a network compute attention by this function."""
-    for part in network.modules():
-        if isinstance(part, SelfAttention | CrossAttention):
-            part.attend = attend
 
 
 def over_keys(mask: Tensor | None) -> Tensor | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from core.batch import Denoiser
 from core.precision import allow_tf32
-from model.attention import attend_by, plain
+from model.attend import attend_by, plain
 from runtime.agreement import require_same
 from runtime.launched import require_sound_environment
 from runtime.protocol import ModuleT, Precision

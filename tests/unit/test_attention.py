@@ -5,7 +5,8 @@ import torch
 from test_model import BLOCKS, tiny
 from torch import Tensor
 
-from model.attention import CrossAttention, SelfAttention, attend_by, fused, over_keys, plain
+from model.attend import AttentionLayer, attend_by, fused, plain
+from model.attention import over_keys
 from model.dit import DiT
 from runtime.accelerate import AccelerateRuntime
 
@@ -37,7 +38,7 @@ def test_a_network_of_any_block_takes_either(block: type) -> None:
 
 
 def attends(model: DiT) -> set[object]:
-    return {part.attend for part in model.modules() if isinstance(part, SelfAttention | CrossAttention)}
+    return {part.attend for part in model.modules() if isinstance(part, AttentionLayer)}
 
 
 def test_a_cpu_attends_plainly_in_bf16_and_as_before_in_fp32() -> None:
