@@ -69,7 +69,7 @@ class TrainingBatches:
         rows = self.order.rows_at(positions)
         draws = training_draws(self._philox, positions, shape, self.times, self.class_dropout, self.flip)
         moments = self._moments(positions, rows, draws.flip)
-        condition = self.conditions.of_samples(self.shards.labels[rows])
+        condition = self.conditions.of_samples(self.shards.labels_of(rows))
         return Batch(
             x_0=self._latents(torch.from_numpy(moments), torch.from_numpy(draws.posterior)),
             noise=torch.from_numpy(draws.noise),

@@ -17,7 +17,7 @@ from core.reading import DamagedFileError, is_absent, open_regular, read_regular
 from core.remote import DEFAULT_RETRY, DamagedError, Retry, download, join, read_limited, with_retries
 from data.cache import Cache, CachedFile
 from data.manifest import MANIFEST_NAME, Manifest, ShardEntry
-from data.shard_index import INDEX_NAME
+from data.shard_index import IndexFile
 
 Result = TypeVar("Result")
 
@@ -33,8 +33,8 @@ class ShardFiles(Protocol):
     repair: str  # what to do about a damaged file
     keeps_all: bool  # whether all shards are always local, so that `expect` is unnecessary
 
-    def read_index(self) -> bytes:
-        """Return the content of the index."""
+    def read(self, file: IndexFile) -> bytes:
+        """Return the content of an index of the shards, which has the hash that the manifest states."""
         ...
 
     def map(self, shard: int) -> mmap.mmap:
@@ -67,14 +67,14 @@ class LocalShardFiles:
         for shard in self.manifest.shards:
             self._open(shard, verify_checksums).close()
 
-    def read_index(self) -> bytes:
-        """Return the content of the index."""
+    def read(self, file: IndexFile) -> bytes:
+        """Return the content of an index of the shards."""
         try:
             with remedied(REPAIR):
-                content = read_regular(self._path(INDEX_NAME), self.manifest.max_index_bytes)
+                content = read_regular(self._path(file.name), file.max_bytes)
         except OSError as error:
-            raise self._unreadable(INDEX_NAME, error) from error
-        self._require_hash(INDEX_NAME, self.manifest.index_sha256, hashlib.sha256(content).hexdigest())
+            raise self._unreadable(file.name, error) from error
+        self._require_hash(file.name, file.sha256, hashlib.sha256(content).hexdigest())
         return content
 
     def map(self, shard: int) -> mmap.mmap:
@@ -154,13 +154,13 @@ class RemoteShardFiles:
         _allow_open_files(len(self.manifest.shards))
         self._ahead = FetchedAhead(self._mapped, num_threads)
 
-    def read_index(self) -> bytes:
-        """Return the content of the index."""
-        url = join(self._url, INDEX_NAME)
+    def read(self, file: IndexFile) -> bytes:
+        """Return the content of an index of the shards."""
+        url = join(self._url, file.name)
 
         def read() -> bytes:
-            content = read_limited(url, self.manifest.max_index_bytes, self._retry.timeout_sec)
-            _require_content(url, self.manifest.index_sha256, hashlib.sha256(content).hexdigest())
+            content = read_limited(url, file.max_bytes, self._retry.timeout_sec)
+            _require_content(url, file.sha256, hashlib.sha256(content).hexdigest())
             return content
 
         return self._whole(url, read)

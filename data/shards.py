@@ -13,7 +13,7 @@ from core.remote import DEFAULT_RETRY, Retry, is_remote, join
 from data.cache import Cache
 from data.manifest import LatentSpec
 from data.shard_files import LocalShardFiles, RemoteShardFiles, ShardFiles
-from data.shard_index import INDEX_NAME, read_index, read_source_ids
+from data.shard_index import index_file, labels_file, read_index, read_source_ids
 from data.shard_tars import Layout
 
 
@@ -34,9 +34,10 @@ class MappedShards:
         self.place = place
         self._files = _shard_files(place, verify_checksums, cache, retry)
         self.manifest = self._files.manifest
-        content, name = self._files.read_index(), join(place, INDEX_NAME)
+        file = labels_file(self.manifest)
+        content = self._files.read(file)
         with remedied(self._files.repair):
-            self.labels, self._layouts = read_index(content, self.manifest, name)
+            self.labels, self._layouts = read_index(content, self.manifest, join(place, file.name))
         self._first_rows = np.cumsum([0, *self.counts])
         self._views: dict[int, NDArray[np.float16]] = {}
         self._expected: set[int] = set()
@@ -52,9 +53,14 @@ class MappedShards:
     @property
     def source_ids(self) -> NDArray[np.str_]:
         """Return the name of each row's image in its source, read on each call: training never needs them."""
-        content, name = self._files.read_index(), join(self.place, INDEX_NAME)
+        file = index_file(self.manifest)
+        content = self._files.read(file)
         with remedied(self._files.repair):
-            return read_source_ids(content, self.manifest, name)
+            return read_source_ids(content, self.manifest, join(self.place, file.name))
+
+    def labels_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the labels of rows, [len(rows)]."""
+        return self.labels[rows].astype(np.int64)
 
     def expect(self, shards: Iterable[int]) -> None:
         """Announce the shards that are read now and next, in this order; prefetch remote ones and release all others.
