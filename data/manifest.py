@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Final, Literal, NamedTuple
 
@@ -94,7 +95,7 @@ class LatentSpec:
         """Return the shape [orientations, 2c, h, w] of one stored sample."""
         return (self.num_orientations, 2 * self.channels, self.latent_size, self.latent_size)
 
-    @property
+    @cached_property
     def sample_bytes(self) -> int:
         """Return the bytes of the values of one stored sample."""
         return 2 * math.prod(self.sample_shape)
