@@ -1,14 +1,22 @@
 """Draw every random number on the host, as a pure function of (seed, position, purpose).
 
 Bits come from numpy's Philox 4x64 with key (seed, 0) and counter (0, position, purpose, draw). Each purpose
-has a stream of its own, so no use of randomness shifts another; nothing has a state to save.
+has a stream of its own, so no use of randomness shifts another; nothing has a state to save. Where many are drawn,
+compiled functions draw the same bits faster (`core.fast_draws`).
 """
 
+import math
+from collections.abc import Callable
 from enum import IntEnum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
+from core.fast_draws import FAST_DRAWS
+from core.threads import Threads
+
+Empty = Callable[[tuple[int, ...], Any], NDArray[Any]]  # as `numpy.empty`
 
 
 class Purpose(IntEnum):
@@ -50,16 +58,30 @@ class Times(Protocol):
         ...
 
 
-class Philox:
-    """Random generators addressed by (position, purpose, draw). Not safe to share between threads."""
+@runtime_checkable
+class TimesOfWords(Times, Protocol):
+    """Draws the t of many samples at once: the same as `draw` gives."""
 
-    def __init__(self, seed: int) -> None:
+    def of_words(self, words: NDArray[np.uint64]) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
+        """Return t of the first 64 bits of each sample's stream, and where more bits decide, so that `draw` must."""
+        ...
+
+
+class Philox:
+    """Random generators addressed by (position, purpose, draw). Not safe to share between threads.
+
+    ``threads`` divide the normals of many samples; their number changes no value.
+    """
+
+    def __init__(self, seed: int, threads: Threads | None = None) -> None:
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed is {seed}, but it must be between 0 and {2**63 - 1}; choose another.")
         self._bits = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64))
         self._generator = np.random.Generator(self._bits)
         self._state = self._bits.state  # of a fresh generator: nothing is buffered
         self._counter = self._state["state"]["counter"]
+        self._seed = np.uint64(seed)
+        self._threads = threads or Threads()
 
     def at(self, position: int, purpose: Purpose, draw: int = 0) -> np.random.Generator:
         """Return the generator of one stream, at its start. It is valid until the next call of `at`."""
@@ -67,6 +89,26 @@ class Philox:
         # Setting a state is several times cheaper than a new generator, which asks the system for entropy.
         self._bits.state = self._state
         return self._generator
+
+    def first_words(self, positions: NDArray[np.int64], purpose: Purpose) -> NDArray[np.uint64]:
+        """Return the first 64 bits of the stream of each position, [B]."""
+        words = np.empty(len(positions), np.uint64)
+        if compiled := FAST_DRAWS.get(len(positions)):
+            compiled.fill_first_words(words, positions, self._seed, np.uint64(purpose))
+        else:
+            for i, position in enumerate(positions.tolist()):
+                words[i] = self.at(position, purpose).bit_generator.random_raw()
+        return words
+
+    def fill(self, normals: NDArray[np.float32], positions: NDArray[np.int64], purpose: Purpose, draw: int) -> None:
+        """Write the standard normals of each position's stream to its row of ``normals`` [B, n]."""
+        compiled = FAST_DRAWS.get(normals.size)
+        if compiled is None:
+            for row, position in zip(normals, positions.tolist(), strict=True):
+                self.at(position, purpose, draw).standard_normal(dtype=np.float32, out=row)
+            return
+        stream = (self._seed, np.uint64(purpose), np.uint64(draw))
+        self._threads.over_rows(len(positions), lambda part: compiled.normals(normals[part], positions[part], *stream))
 
 
 def training_draws(
@@ -76,35 +118,52 @@ def training_draws(
     times: Times,
     class_dropout: float,
     flip: bool,
+    empty: Empty = np.empty,
 ) -> Draws:
     """Return the draws of the samples at ``positions`` [B], which count samples since the start of training.
 
-    ``shape`` is the latent's [c, h, w]; ``flip`` says whether the data may be mirrored at all.
+    ``shape`` is the latent's [c, h, w]; ``flip`` says whether the data may be mirrored at all. ``empty`` gives memory.
     """
-    t = np.empty(len(positions), dtype=times.dtype)
-    uniform = np.empty((2, len(positions)))
-    for i, position in enumerate(positions.tolist()):
-        t[i] = times.draw(philox.at(position, Purpose.TIMESTEP))
-        uniform[0, i] = philox.at(position, Purpose.DROP_LABEL).random()
-        if flip:
-            uniform[1, i] = philox.at(position, Purpose.FLIP).random()
+    dropped = _uniform(philox.first_words(positions, Purpose.DROP_LABEL)) < class_dropout
+    flipped = np.zeros(len(positions), dtype=bool)
+    if flip:
+        flipped = _uniform(philox.first_words(positions, Purpose.FLIP)) < 0.5
     return Draws(
-        posterior=draw_noise(philox, positions, 0, shape, Purpose.POSTERIOR),
-        noise=draw_noise(philox, positions, 0, shape, Purpose.NOISE),
-        t=t,
-        dropped=uniform[0] < class_dropout,
-        flip=uniform[1] < 0.5 if flip else np.zeros(len(positions), dtype=bool),
+        posterior=draw_noise(philox, positions, 0, shape, Purpose.POSTERIOR, empty),
+        noise=draw_noise(philox, positions, 0, shape, Purpose.NOISE, empty),
+        t=_draw_times(philox, positions, times),
+        dropped=dropped,
+        flip=flipped,
     )
 
 
+def _uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Return what numpy's ``random()`` makes of 64 bits, in [0, 1)."""
+    return np.multiply(words >> np.uint64(11), 2.0**-53, dtype=np.float64)
+
+
+def _draw_times(philox: Philox, positions: NDArray[np.int64], times: Times) -> NDArray[np.generic]:
+    t = np.empty(len(positions), dtype=times.dtype)
+    remaining = np.ones(len(positions), dtype=bool)
+    if isinstance(times, TimesOfWords):
+        t[:], remaining = times.of_words(philox.first_words(positions, Purpose.TIMESTEP))
+    for i in np.flatnonzero(remaining):
+        t[i] = times.draw(philox.at(int(positions[i]), Purpose.TIMESTEP))
+    return t
+
+
 def draw_noise(
-    philox: Philox, positions: NDArray[np.int64], draw: int, shape: tuple[int, ...], purpose: Purpose
+    philox: Philox,
+    positions: NDArray[np.int64],
+    draw: int,
+    shape: tuple[int, ...],
+    purpose: Purpose,
+    empty: Empty = np.empty,
 ) -> NDArray[np.float32]:
     """Return standard normals [B, *shape]: the draw'th of each position, independent of the batch."""
-    noise = np.empty((len(positions), *shape), dtype=np.float32)
-    for row, position in zip(noise, positions.tolist(), strict=True):
-        philox.at(position, purpose, draw).standard_normal(dtype=np.float32, out=row)
-    return noise
+    noise = empty((len(positions), math.prod(shape)), np.float32)
+    philox.fill(noise, positions, purpose, draw)
+    return noise.reshape(len(positions), *shape)
 
 
 def permutation(philox: Philox, position: int, purpose: Purpose, length: int, draw: int = 0) -> NDArray[np.int64]:

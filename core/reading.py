@@ -81,7 +81,8 @@ def require_own_file(path: Path) -> None:
 def read_regular(path: Path | str, limit_bytes: int = MAX_RECORD_BYTES) -> bytes:
     """Return the content of a regular file. Raises as `open_regular` does, and DamagedFileError for a larger one."""
     with open_regular(path) as file:
-        found, num_read, size = [], 0, os.fstat(file.fileno()).st_size
+        found: list[bytes] = []
+        num_read, size = 0, os.fstat(file.fileno()).st_size
         # A file may grow, or report no size. A first piece of the whole file is not copied.
         while size <= limit_bytes and (piece := file.read(_PIECE_BYTES if found else max(size, _PIECE_BYTES))):
             found.append(piece)
