@@ -32,7 +32,7 @@ from data.encode import encode
 from data.encodings import EncodeImages
 from data.images import ExactSize, Preparation
 from data.order import GlobalOrder, Order, WindowedOrder, positions_of_step
-from data.shard_index import INDEX_NAME
+from data.shard_index import INDEX_NAME, LABELS_NAME
 from data.shards import MappedShards
 from data.sources import Example
 from diffusion.times import UniformSteps
@@ -88,10 +88,12 @@ def write_shards(folder: Path) -> None:
     entries = [replace(entry, name=f"shard-{number:06d}.tar") for number in range(SHARDS)]
     for copy in entries[1:]:
         (folder / copy.name).symlink_to(folder / entry.name)
-    with np.load(folder / INDEX_NAME, allow_pickle=False) as index:
-        once = dict(index)
-    write_npz(folder / INDEX_NAME, {name: np.concatenate([array] * SHARDS) for name, array in once.items()})
-    replace(manifest, shards=entries, index_sha256=sha256_of(folder / INDEX_NAME)).save(folder)
+    for index in (INDEX_NAME, LABELS_NAME):
+        with np.load(folder / index, allow_pickle=False) as arrays:
+            once = dict(arrays)
+        write_npz(folder / index, {name: np.concatenate([array] * SHARDS) for name, array in once.items()})
+    hashes = {"index_sha256": sha256_of(folder / INDEX_NAME), "labels_sha256": sha256_of(folder / LABELS_NAME)}
+    replace(manifest, shards=entries, **hashes).save(folder)
 
 
 def batches_of(shards: MappedShards, order: Order, autoencoder: Autoencoder) -> TrainingBatches:

@@ -6,7 +6,6 @@ compiled functions draw the same bits faster (`core.fast_draws`).
 """
 
 import math
-from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -14,9 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.fast_draws import FAST_DRAWS
-from core.threads import Threads
-
-Empty = Callable[[tuple[int, ...], Any], NDArray[Any]]  # as `numpy.empty`
 
 
 class Purpose(IntEnum):
@@ -48,6 +44,14 @@ class Draws(NamedTuple):
     flip: NDArray[np.bool_]  # [B]
 
 
+class Choices(NamedTuple):
+    """The draws without the normals."""
+
+    t: NDArray[np.generic]  # [B] of the objective's dtype
+    dropped: NDArray[np.bool_]  # [B], where the condition is replaced by the null condition
+    flip: NDArray[np.bool_]  # [B]
+
+
 class Times(Protocol):
     """Draws the t of one sample."""
 
@@ -68,12 +72,9 @@ class TimesOfWords(Times, Protocol):
 
 
 class Philox:
-    """Random generators addressed by (position, purpose, draw). Not safe to share between threads.
+    """Random generators addressed by (position, purpose, draw). Not safe to share between threads."""
 
-    ``threads`` divide the normals of many samples; their number changes no value.
-    """
-
-    def __init__(self, seed: int, threads: Threads | None = None) -> None:
+    def __init__(self, seed: int) -> None:
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed is {seed}, but it must be between 0 and {2**63 - 1}; choose another.")
         self._bits = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64))
@@ -81,7 +82,6 @@ class Philox:
         self._state = self._bits.state  # of a fresh generator: nothing is buffered
         self._counter = self._state["state"]["counter"]
         self._seed = np.uint64(seed)
-        self._threads = threads or Threads()
 
     def at(self, position: int, purpose: Purpose, draw: int = 0) -> np.random.Generator:
         """Return the generator of one stream, at its start. It is valid until the next call of `at`."""
@@ -102,13 +102,11 @@ class Philox:
 
     def fill(self, normals: NDArray[np.float32], positions: NDArray[np.int64], purpose: Purpose, draw: int) -> None:
         """Write the standard normals of each position's stream to its row of ``normals`` [B, n]."""
-        compiled = FAST_DRAWS.get(normals.size)
-        if compiled is None:
+        if compiled := FAST_DRAWS.get(normals.size):
+            compiled.normals(normals, positions, self._seed, np.uint64(purpose), np.uint64(draw))
+        else:
             for row, position in zip(normals, positions.tolist(), strict=True):
                 self.at(position, purpose, draw).standard_normal(dtype=np.float32, out=row)
-            return
-        stream = (self._seed, np.uint64(purpose), np.uint64(draw))
-        self._threads.over_rows(len(positions), lambda part: compiled.normals(normals[part], positions[part], *stream))
 
 
 def training_draws(
@@ -118,21 +116,27 @@ def training_draws(
     times: Times,
     class_dropout: float,
     flip: bool,
-    empty: Empty = np.empty,
 ) -> Draws:
     """Return the draws of the samples at ``positions`` [B], which count samples since the start of training.
 
-    ``shape`` is the latent's [c, h, w]; ``flip`` says whether the data may be mirrored at all. ``empty`` gives memory.
+    ``shape`` is the latent's [c, h, w]; ``flip`` says whether the data may be mirrored at all.
     """
-    dropped = _uniform(philox.first_words(positions, Purpose.DROP_LABEL)) < class_dropout
+    posterior, noise = (
+        draw_noise(philox, positions, 0, shape, purpose) for purpose in (Purpose.POSTERIOR, Purpose.NOISE)
+    )
+    return Draws(posterior, noise, *draw_choices(philox, positions, times, class_dropout, flip))
+
+
+def draw_choices(
+    philox: Philox, positions: NDArray[np.int64], times: Times, class_dropout: float, flip: bool
+) -> Choices:
+    """Return the same without the normals."""
     flipped = np.zeros(len(positions), dtype=bool)
     if flip:
         flipped = _uniform(philox.first_words(positions, Purpose.FLIP)) < 0.5
-    return Draws(
-        posterior=draw_noise(philox, positions, 0, shape, Purpose.POSTERIOR, empty),
-        noise=draw_noise(philox, positions, 0, shape, Purpose.NOISE, empty),
+    return Choices(
         t=_draw_times(philox, positions, times),
-        dropped=dropped,
+        dropped=_uniform(philox.first_words(positions, Purpose.DROP_LABEL)) < class_dropout,
         flip=flipped,
     )
 
@@ -153,15 +157,10 @@ def _draw_times(philox: Philox, positions: NDArray[np.int64], times: Times) -> N
 
 
 def draw_noise(
-    philox: Philox,
-    positions: NDArray[np.int64],
-    draw: int,
-    shape: tuple[int, ...],
-    purpose: Purpose,
-    empty: Empty = np.empty,
+    philox: Philox, positions: NDArray[np.int64], draw: int, shape: tuple[int, ...], purpose: Purpose
 ) -> NDArray[np.float32]:
     """Return standard normals [B, *shape]: the draw'th of each position, independent of the batch."""
-    noise = empty((len(positions), math.prod(shape)), np.float32)
+    noise = np.empty((len(positions), math.prod(shape)), dtype=np.float32)
     philox.fill(noise, positions, purpose, draw)
     return noise.reshape(len(positions), *shape)
 

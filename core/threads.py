@@ -28,3 +28,6 @@ class Threads:
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self.count - 1, thread_name_prefix="rows")
+
+
+ONE_THREAD = Threads()

@@ -74,6 +74,15 @@ class MappedShards:
         self._views = {shard: self._views[shard] for shard in expected if shard in self._views}
         self._files.expect(expected)
 
+    def map_rows(self, rows: NDArray[np.int64]) -> bool:
+        """Map the shards of local or announced rows; return whether several threads may gather these rows at once."""
+        shards = set((np.searchsorted(self._first_rows, rows, side="right") - 1).tolist())
+        if not self._files.keeps_all and not self._expected.issuperset(shards):
+            return False
+        for shard in shards:
+            self._view(shard)
+        return True
+
     def require_room(self, num_shards: int, can_be_fewer: bool) -> None:
         """Raise ValueError where a cache cannot hold that many shards; it says whether another order needs fewer."""
         self._files.require_room(num_shards, can_be_fewer)
