@@ -18,7 +18,7 @@ from data.order import Order, positions_of_step
 from data.shards import MappedShards
 from model.autoencoder import Autoencoder
 
-CHUNK = 16  # samples that are read and drawn at once, so that intermediate values fit the CPU's cache
+CHUNK = 32  # samples that are read and drawn at once, so that intermediate values fit the CPU's cache
 
 
 class TrainingBatches:

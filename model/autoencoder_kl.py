@@ -8,8 +8,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from core.latents import drawn_latents
 from core.precision import exact_float32
-from model.posterior import drawn_latents
 
 
 class DiffusersAutoencoder:

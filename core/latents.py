@@ -39,7 +39,7 @@ def _is_for_compiled(moments: Tensor, posterior: Tensor) -> bool:
 
 
 class CompiledLatents(NamedTuple):
-    """The function of `model.compiled_posterior`, and its table of deviations by the bits of a float16."""
+    """The function of `core.compiled_latents`, and its table of deviations by the bits of a float16."""
 
     fill_latents: Callable[..., None]
     deviations: NDArray[np.float32]  # [65536]
@@ -65,7 +65,7 @@ def load_latents() -> CompiledLatents:
     Raises any exception of numba, or ArithmeticError where its latents differ from those of PyTorch.
     """
     halves = torch.from_numpy(np.arange(2**16, dtype=np.uint16).view(np.float16))
-    compiled: Any = import_module("model.compiled_posterior")
+    compiled: Any = import_module("core.compiled_latents")
     draws = CompiledLatents(compiled.fill_latents, torch.exp(0.5 * halves.float()).numpy())
     if not _equals_pytorchs(draws):
         raise ArithmeticError("they differ from PyTorch's on this machine")
