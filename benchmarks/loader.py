@@ -29,6 +29,7 @@ from core.buffers import Buffers
 from core.deferred import Deferred
 from core.draws import Philox, Purpose, draw_choices
 from core.fast_draws import FAST_DRAWS, load_draws
+from core.latents import FAST_LATENTS
 from core.npz import write_npz
 from core.prefetch import DEPTH, prefetch
 from core.reading import sha256_of
@@ -104,8 +105,15 @@ def write_shards(folder: Path) -> None:
     replace(manifest, shards=entries, **hashes).save(folder)
 
 
-def batches_of(shards: MappedShards, order: Order, autoencoder: Autoencoder) -> TrainingBatches:
-    settings = {"seed": 0, "batch_size": BATCH_SIZE, "times": UniformSteps(1000), "class_dropout": 0.1, "flip": True}
+def batches_of(shards: MappedShards, order: Order, autoencoder: Autoencoder, threads: int = 1) -> TrainingBatches:
+    settings = {
+        "seed": 0,
+        "threads": threads,
+        "batch_size": BATCH_SIZE,
+        "times": UniformSteps(1000),
+        "class_dropout": 0.1,
+        "flip": True,
+    }
     return TrainingBatches(shards, order, autoencoder, ClassLabels(1000), **settings)  # type: ignore[arg-type]
 
 
@@ -209,6 +217,14 @@ def interleaved(rows: dict[str, Iterator[int]]) -> dict[str, Any]:
     }
 
 
+def by_threads(folder: Path, autoencoder: Autoencoder, threads: int) -> int:
+    """Return samples per second of wall time where several threads, on several cores, make each batch."""
+    shards = MappedShards(folder, verify_checksums=False)
+    batches = batches_of(shards, GlobalOrder(0, shards.counts), autoencoder, threads)
+    sizes = (len(batches.batch(step).x_0) for step in range(RESUMED_STEP, 10**9))
+    return round(max(rate(sizes, SECONDS)[1] for _ in range(ROUNDS)))
+
+
 def anonymous_mib() -> int:
     """Return this process's memory in MiB, without page cache."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
@@ -231,22 +247,27 @@ ORDERS: dict[str, Callable[[list[int]], Order]] = {
 
 def main() -> None:
     torch.set_num_threads(1)
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    for compiled in (FAST_DRAWS, FAST_LATENTS):  # as they are after the first batches of a run
+        assert compiled.get(compiled.worth) is not None
+    cores = os.sched_getaffinity(0)
     before = anonymous_mib()
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
         write_shards(folder)
         autoencoder = posterior_of_a_vae(folder / "vae")
-        result = {
+        result: dict[str, Any] = {
             "benchmark": "loader",
             "batch_size": BATCH_SIZE,
             "samples": SHARDS * SAMPLES_PER_SHARD,
-            "threads": 1,
+            "ditscale_samples_per_wall_sec_by_threads": {
+                threads: by_threads(folder, autoencoder, threads) for threads in range(1, len(cores) + 1)
+            },
             "first_batch_at_step_1e6_sec": {
                 name: seconds_to_first_batch(folder, autoencoder, order) for name, order in ORDERS.items()
             },
-            "rows": interleaved(rows_of(folder, autoencoder)),
         }
+        os.sched_setaffinity(0, {max(cores)})
+        result["rows_on_one_core"] = interleaved(rows_of(folder, autoencoder))
     result |= {
         "anonymous_mib_before_and_after": [before, anonymous_mib()],
         "load_average": round(os.getloadavg()[0], 1),  # over the last minute, to show other work on the machine
