@@ -106,15 +106,9 @@ def write_shards(folder: Path) -> None:
 
 
 def batches_of(shards: MappedShards, order: Order, autoencoder: Autoencoder, threads: int = 1) -> TrainingBatches:
-    settings = {
-        "seed": 0,
-        "threads": threads,
-        "batch_size": BATCH_SIZE,
-        "times": UniformSteps(1000),
-        "class_dropout": 0.1,
-        "flip": True,
-    }
-    return TrainingBatches(shards, order, autoencoder, ClassLabels(1000), **settings)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"seed": 0, "batch_size": BATCH_SIZE, "class_dropout": 0.1, "flip": True}
+    settings |= {"times": UniformSteps(1000), "threads": threads}
+    return TrainingBatches(shards, order, autoencoder, ClassLabels(1000), **settings)
 
 
 def training_batches(shards: MappedShards, order: Order, autoencoder: Autoencoder) -> Iterator[int]:
@@ -185,12 +179,22 @@ def raw_files(folder: Path, shards: MappedShards) -> list[Path]:
 
 def rate(sizes: Iterator[int], seconds: float) -> tuple[float, float]:
     """Return samples per second of processor time and of wall time."""
+    settle()
     for _ in range(DEPTH + 2):  # batches that were prepared while another row was measured
         next(sizes)
     wall, processor, count = time.perf_counter(), time.process_time(), 0
     while time.process_time() - processor < seconds:
         count += next(sizes)
     return count / (time.process_time() - processor), count / (time.perf_counter() - wall)
+
+
+def settle() -> None:
+    """Wait until no thread of the row before works ahead any more."""
+    used = 1.0
+    while used > 0.02:
+        before = time.process_time()
+        time.sleep(0.2)
+        used = time.process_time() - before
 
 
 def interleaved(rows: dict[str, Iterator[int]]) -> dict[str, Any]:
