@@ -1,8 +1,9 @@
-"""Compare samples per second of the mapped loader and of webdataset's streaming loader, on the same shards.
+"""Compare samples per second of this loader and of others, on the same samples, interleaved.
 
 ``python -m benchmarks.loader`` writes one shard of random 32x32x4 moments in both orientations, lists it 512 times
-as the shards of a data set of ImageNet's size, and prints one JSON line. Everything runs on one core. Rates are
-per second of processor time, which other programs on the machine affect little; rates per wall time are given too.
+as the shards of a data set of ImageNet's size, and prints one JSON line. Everything runs on one core, with one thread
+(and the loader's own prefetch thread). Each row is measured in turn, several times, and its median is printed: samples
+per second of processor time, which other programs on the machine affect little, and of wall time.
 """
 
 import json
@@ -18,13 +19,19 @@ from typing import Any
 
 import numpy as np
 import torch
-import webdataset
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+import core.draws
 from benchmarks.commit import current_commit
+from benchmarks.loader_peers import CHANNELS, SHAPE, SIDE, litdatas, memory_maps, mosaics, webdatasets
+from core.buffers import Buffers
+from core.deferred import Deferred
+from core.draws import Philox, Purpose, draw_choices
+from core.fast_draws import FAST_DRAWS, load_draws
+from core.latents import FAST_LATENTS
 from core.npz import write_npz
-from core.prefetch import prefetch
+from core.prefetch import DEPTH, prefetch
 from core.reading import sha256_of
 from data.batches import TrainingBatches
 from data.conditions import ClassLabels
@@ -32,15 +39,17 @@ from data.encode import encode
 from data.encodings import EncodeImages
 from data.images import ExactSize, Preparation
 from data.order import GlobalOrder, Order, WindowedOrder, positions_of_step
-from data.shard_index import INDEX_NAME
+from data.shard_index import INDEX_NAME, LABELS_NAME
 from data.shards import MappedShards
 from data.sources import Example
 from diffusion.times import UniformSteps
 from model.autoencoder import Autoencoder, IdentityAutoencoder
 from model.autoencoder_kl import DiffusersAutoencoder
 
-SHARDS, SAMPLES_PER_SHARD, BATCH_SIZE, SECONDS = 512, 2503, 256, 8.0
+SHARDS, SAMPLES_PER_SHARD, BATCH_SIZE = 512, 2503, 256
+ROUNDS, SECONDS = 5, 1.5  # for each row
 RESUMED_STEP = 1_000_000
+NEVER: Deferred[Any] = Deferred("draws", load_draws, worth=10**15)
 
 
 class RandomImages:
@@ -88,47 +97,136 @@ def write_shards(folder: Path) -> None:
     entries = [replace(entry, name=f"shard-{number:06d}.tar") for number in range(SHARDS)]
     for copy in entries[1:]:
         (folder / copy.name).symlink_to(folder / entry.name)
-    with np.load(folder / INDEX_NAME, allow_pickle=False) as index:
-        once = dict(index)
-    write_npz(folder / INDEX_NAME, {name: np.concatenate([array] * SHARDS) for name, array in once.items()})
-    replace(manifest, shards=entries, index_sha256=sha256_of(folder / INDEX_NAME)).save(folder)
+    for index in (INDEX_NAME, LABELS_NAME):
+        with np.load(folder / index, allow_pickle=False) as arrays:
+            once = dict(arrays)
+        write_npz(folder / index, {name: np.concatenate([array] * SHARDS) for name, array in once.items()})
+    hashes = {"index_sha256": sha256_of(folder / INDEX_NAME), "labels_sha256": sha256_of(folder / LABELS_NAME)}
+    replace(manifest, shards=entries, **hashes).save(folder)
 
 
-def batches_of(shards: MappedShards, order: Order, autoencoder: Autoencoder) -> TrainingBatches:
-    settings = {"seed": 0, "batch_size": BATCH_SIZE, "times": UniformSteps(1000), "class_dropout": 0.1, "flip": True}
-    return TrainingBatches(shards, order, autoencoder, ClassLabels(1000), **settings)  # type: ignore[arg-type]
+def batches_of(shards: MappedShards, order: Order, autoencoder: Autoencoder, threads: int = 1) -> TrainingBatches:
+    settings: dict[str, Any] = {"seed": 0, "batch_size": BATCH_SIZE, "class_dropout": 0.1, "flip": True}
+    settings |= {"times": UniformSteps(1000), "threads": threads}
+    return TrainingBatches(shards, order, autoencoder, ClassLabels(1000), **settings)
 
 
-def mapped(shards: MappedShards, order: Order) -> Iterator[int]:
-    """Read through memory maps alone, in the order of training, and yield the sizes of the batches."""
+def training_batches(shards: MappedShards, order: Order, autoencoder: Autoencoder) -> Iterator[int]:
+    """Yield the sizes of the batches that training gets, from far into a run on."""
+    batches = batches_of(shards, order, autoencoder)
+    with closing(prefetch(batches.from_step(RESUMED_STEP, 10**9))) as host_batches:
+        for batch in host_batches:
+            yield len(batch.x_0)
+
+
+def reading_alone(shards: MappedShards, order: Order) -> Iterator[int]:
+    """Read in the order of training, without draws."""
     flips = np.arange(BATCH_SIZE) % 2 == 0
     for step in range(RESUMED_STEP, 10**9):
         rows = order.rows_at(positions_of_step(step, BATCH_SIZE, 0, 1))
         yield len(shards.gather(rows, flips))
 
 
-def streamed(folder: Path) -> Iterator[int]:
-    """Read through webdataset alone, one file after the other, and yield the sizes of the batches."""
-    urls = [str(folder / f"shard-{number:06d}.tar") for number in range(SHARDS)]
-    dataset = webdataset.WebDataset(urls, shardshuffle=False).decode().to_tuple("moments.npy", "cls")
-    for moments, _ in dataset.batched(BATCH_SIZE):
-        yield len(moments)
+def draws_alone(compiled: bool) -> Iterator[int]:
+    """Draw all random numbers of training, without reading."""
+    philox, buffers, shape = Philox(0), Buffers(), (2, BATCH_SIZE, CHANNELS * SIDE * SIDE)
+    for step in range(RESUMED_STEP, 10**9):
+        positions = positions_of_step(step, BATCH_SIZE, 0, 1)
+        before, core.draws.FAST_DRAWS = core.draws.FAST_DRAWS, FAST_DRAWS if compiled else NEVER
+        draw_choices(philox, positions, UniformSteps(1000), 0.1, True)
+        normals = buffers.empty(shape, np.float32)
+        philox.fill(normals[0], positions, Purpose.POSTERIOR, 0)
+        philox.fill(normals[1], positions, Purpose.NOISE, 0)
+        core.draws.FAST_DRAWS = before
+        yield len(positions)
 
 
-def rates(sizes: Iterator[int]) -> dict[str, int]:
-    """Measure samples per second of processor time and of wall time, and peak anonymous memory."""
-    next(sizes)
-    wall, processor, count, memory = time.perf_counter(), time.process_time(), 0, 0
-    for size in sizes:
-        count += size
-        memory = max(memory, anonymous_mib())
-        if time.process_time() - processor > SECONDS:
-            break
+def rows_of(folder: Path, autoencoder: Autoencoder) -> dict[str, Iterator[int]]:
+    """Return what is measured, by name."""
+    shards = MappedShards(folder, verify_checksums=False)
+    tars = [folder / shard.name for shard in shards.manifest.shards]
+    files = raw_files(folder, shards)
+    samples = np.concatenate([np.fromfile(files[0], np.float16).reshape(-1, *SHAPE)] * 4)
+    global_order = GlobalOrder(0, shards.counts)
+    windowed = MappedShards(folder, verify_checksums=False)
+    sizes = (files, SAMPLES_PER_SHARD, BATCH_SIZE)
     return {
-        "samples_per_cpu_sec": round(count / (time.process_time() - processor)),
-        "samples_per_wall_sec": round(count / (time.perf_counter() - wall)),
-        "anonymous_mib": memory,
+        "ditscale, global order": training_batches(shards, global_order, autoencoder),
+        "ditscale, windowed order": training_batches(windowed, WindowedOrder(0, shards.counts, 8), autoencoder),
+        "ditscale, draws alone": draws_alone(compiled=True),
+        "ditscale, draws alone, by numpy": draws_alone(compiled=False),
+        "ditscale, reading alone": reading_alone(shards, global_order),
+        "memmap + DataLoader + randn of noise and posterior, latents": memory_maps(*sizes, normals=2, latents=True),
+        "memmap + DataLoader + randn of noise and posterior": memory_maps(*sizes, normals=2, latents=False),
+        "memmap + DataLoader + randn of noise": memory_maps(*sizes, normals=1, latents=False),
+        "memmap + DataLoader, reading alone": memory_maps(*sizes, normals=0, latents=False),
+        "webdataset, reading alone": webdatasets(tars, BATCH_SIZE),
+        "litdata, reading alone": litdatas(folder / "litdata", samples, BATCH_SIZE),
+        "mosaicml-streaming, reading alone": mosaics(folder / "mosaic", samples, BATCH_SIZE),
     }
+
+
+def raw_files(folder: Path, shards: MappedShards) -> list[Path]:
+    """Write the samples of one shard without headers, and list the file as often as there are shards."""
+    rows, count = np.arange(SAMPLES_PER_SHARD), SAMPLES_PER_SHARD
+    both = [shards.gather(rows, np.full(count, flip)) for flip in (False, True)]
+    np.stack(both, axis=1).tofile(folder / "raw-000000")
+    files = [folder / f"raw-{number:06d}" for number in range(SHARDS)]
+    for copy in files[1:]:
+        copy.symlink_to(files[0])
+    return files
+
+
+def rate(sizes: Iterator[int], seconds: float) -> tuple[float, float]:
+    """Return samples per second of processor time and of wall time."""
+    settle()
+    for _ in range(DEPTH + 2):  # batches that were prepared while another row was measured
+        next(sizes)
+    wall, processor, count = time.perf_counter(), time.process_time(), 0
+    while time.process_time() - processor < seconds:
+        count += next(sizes)
+    return count / (time.process_time() - processor), count / (time.perf_counter() - wall)
+
+
+def settle() -> None:
+    """Wait until no thread of the row before works ahead any more."""
+    used = 1.0
+    while used > 0.02:
+        before = time.process_time()
+        time.sleep(0.2)
+        used = time.process_time() - before
+
+
+def interleaved(rows: dict[str, Iterator[int]]) -> dict[str, Any]:
+    """Return the median of each row's rates."""
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
+    missing: dict[str, str] = {}
+    for _ in range(ROUNDS):
+        for name, sizes in rows.items():
+            if name in missing:
+                continue
+            try:
+                found[name].append(rate(sizes, SECONDS))
+            except ImportError as error:
+                missing[name] = f"not installed ({error.name})"
+    medians = {name: np.median(pairs, axis=0) for name, pairs in found.items() if pairs}
+    ours = medians["ditscale, global order"]
+    return missing | {
+        name: {
+            "samples_per_cpu_sec": round(cpu),
+            "samples_per_wall_sec": round(wall),
+            "ditscale_per_this": round(ours[0] / cpu, 2),
+        }
+        for name, (cpu, wall) in medians.items()
+    }
+
+
+def by_threads(folder: Path, autoencoder: Autoencoder, threads: int) -> int:
+    """Return samples per second of wall time where several threads, on several cores, make each batch."""
+    shards = MappedShards(folder, verify_checksums=False)
+    batches = batches_of(shards, GlobalOrder(0, shards.counts), autoencoder, threads)
+    sizes = (len(batches.batch(step).x_0) for step in range(RESUMED_STEP, 10**9))
+    return round(max(rate(sizes, SECONDS)[1] for _ in range(ROUNDS)))
 
 
 def anonymous_mib() -> int:
@@ -151,49 +249,46 @@ ORDERS: dict[str, Callable[[list[int]], Order]] = {
 }
 
 
-def measure(folder: Path) -> dict[str, Any]:
-    """Return the results of one run of the benchmark."""
-    autoencoder = posterior_of_a_vae(folder / "vae")
-    first = {name: seconds_to_first_batch(folder, autoencoder, order) for name, order in ORDERS.items()}
-    shards = MappedShards(folder, verify_checksums=False)
-    ours: dict[str, dict[str, int]] = {}
-    for name, order in ORDERS.items():
-        batches = batches_of(shards, order(shards.counts), autoencoder)
-        with closing(prefetch(batches.from_step(RESUMED_STEP, 10**9))) as host_batches:
-            ours[name] = rates(len(batch.x_0) for batch in host_batches)
-    reading = rates(mapped(shards, GlobalOrder(0, shards.counts)))
-    theirs = rates(streamed(folder))
-    return {
-        "training_batches": ours,
-        "mapped_reading_alone": reading,
-        "webdataset_streaming_alone": theirs,
-        "training_batches_per_streaming": _ratio(ours["global"], theirs),
-        "mapped_per_streaming": _ratio(reading, theirs),
-        "first_batch_at_step_1e6_sec": first,
-    }
-
-
-def _ratio(one: dict[str, int], other: dict[str, int]) -> float:
-    return round(one["samples_per_cpu_sec"] / other["samples_per_cpu_sec"], 2)
-
-
 def main() -> None:
     torch.set_num_threads(1)
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    for compiled in (FAST_DRAWS, FAST_LATENTS):  # as they are after the first batches of a run
+        assert compiled.get(compiled.worth) is not None
+    cores = os.sched_getaffinity(0)
     before = anonymous_mib()
-    with tempfile.TemporaryDirectory() as name:
-        write_shards(Path(name))
-        result = {"benchmark": "loader", "batch_size": BATCH_SIZE, "samples": SHARDS * SAMPLES_PER_SHARD}
-        result |= measure(Path(name))
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        write_shards(folder)
+        autoencoder = posterior_of_a_vae(folder / "vae")
+        result: dict[str, Any] = {
+            "benchmark": "loader",
+            "batch_size": BATCH_SIZE,
+            "samples": SHARDS * SAMPLES_PER_SHARD,
+            "ditscale_samples_per_wall_sec_by_threads": {
+                threads: by_threads(folder, autoencoder, threads) for threads in range(1, len(cores) + 1)
+            },
+            "first_batch_at_step_1e6_sec": {
+                name: seconds_to_first_batch(folder, autoencoder, order) for name, order in ORDERS.items()
+            },
+        }
+        os.sched_setaffinity(0, {max(cores)})
+        result["rows_on_one_core"] = interleaved(rows_of(folder, autoencoder))
     result |= {
-        "anonymous_mib_before": before,
+        "anonymous_mib_before_and_after": [before, anonymous_mib()],
         "load_average": round(os.getloadavg()[0], 1),  # over the last minute, to show other work on the machine
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "commit": current_commit(),
     }
     print(json.dumps(result))
+
+
+def processor() -> str:
+    """Return the processor's name, which is only in this file on Linux."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
 """Draw every random number on the host, as a pure function of (seed, position, purpose).
 
 Bits come from numpy's Philox 4x64 with key (seed, 0) and counter (0, position, purpose, draw). Each purpose
-has a stream of its own, so no use of randomness shifts another; nothing has a state to save.
+has a stream of its own, so no use of randomness shifts another; nothing has a state to save. Where many are drawn,
+compiled functions draw the same bits faster (`core.fast_draws`).
 """
 
+import math
 from enum import IntEnum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
+from core.fast_draws import FAST_DRAWS
 
 
 class Purpose(IntEnum):
@@ -40,6 +44,14 @@ class Draws(NamedTuple):
     flip: NDArray[np.bool_]  # [B]
 
 
+class Choices(NamedTuple):
+    """The draws without the normals."""
+
+    t: NDArray[np.generic]  # [B] of the objective's dtype
+    dropped: NDArray[np.bool_]  # [B], where the condition is replaced by the null condition
+    flip: NDArray[np.bool_]  # [B]
+
+
 class Times(Protocol):
     """Draws the t of one sample."""
 
@@ -47,6 +59,15 @@ class Times(Protocol):
 
     def draw(self, generator: np.random.Generator) -> float:
         """Return one t. The generator is at the start of the stream of the sample's position."""
+        ...
+
+
+@runtime_checkable
+class TimesOfWords(Times, Protocol):
+    """Draws the t of many samples at once: the same as `draw` gives."""
+
+    def of_words(self, words: NDArray[np.uint64]) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
+        """Return t of the first 64 bits of each sample's stream, and where more bits decide, so that `draw` must."""
         ...
 
 
@@ -60,6 +81,7 @@ class Philox:
         self._generator = np.random.Generator(self._bits)
         self._state = self._bits.state  # of a fresh generator: nothing is buffered
         self._counter = self._state["state"]["counter"]
+        self._seed = np.uint64(seed)
 
     def at(self, position: int, purpose: Purpose, draw: int = 0) -> np.random.Generator:
         """Return the generator of one stream, at its start. It is valid until the next call of `at`."""
@@ -67,6 +89,24 @@ class Philox:
         # Setting a state is several times cheaper than a new generator, which asks the system for entropy.
         self._bits.state = self._state
         return self._generator
+
+    def first_words(self, positions: NDArray[np.int64], purpose: Purpose) -> NDArray[np.uint64]:
+        """Return the first 64 bits of the stream of each position, [B]."""
+        words = np.empty(len(positions), np.uint64)
+        if compiled := FAST_DRAWS.get(len(positions)):
+            compiled.fill_first_words(words, positions, self._seed, np.uint64(purpose))
+        else:
+            for i, position in enumerate(positions.tolist()):
+                words[i] = self.at(position, purpose).bit_generator.random_raw()
+        return words
+
+    def fill(self, normals: NDArray[np.float32], positions: NDArray[np.int64], purpose: Purpose, draw: int) -> None:
+        """Write the standard normals of each position's stream to its row of ``normals`` [B, n]."""
+        if compiled := FAST_DRAWS.get(normals.size):
+            compiled.normals(normals, positions, self._seed, np.uint64(purpose), np.uint64(draw))
+        else:
+            for row, position in zip(normals, positions.tolist(), strict=True):
+                self.at(position, purpose, draw).standard_normal(dtype=np.float32, out=row)
 
 
 def training_draws(
@@ -81,30 +121,48 @@ def training_draws(
 
     ``shape`` is the latent's [c, h, w]; ``flip`` says whether the data may be mirrored at all.
     """
-    t = np.empty(len(positions), dtype=times.dtype)
-    uniform = np.empty((2, len(positions)))
-    for i, position in enumerate(positions.tolist()):
-        t[i] = times.draw(philox.at(position, Purpose.TIMESTEP))
-        uniform[0, i] = philox.at(position, Purpose.DROP_LABEL).random()
-        if flip:
-            uniform[1, i] = philox.at(position, Purpose.FLIP).random()
-    return Draws(
-        posterior=draw_noise(philox, positions, 0, shape, Purpose.POSTERIOR),
-        noise=draw_noise(philox, positions, 0, shape, Purpose.NOISE),
-        t=t,
-        dropped=uniform[0] < class_dropout,
-        flip=uniform[1] < 0.5 if flip else np.zeros(len(positions), dtype=bool),
+    posterior, noise = (
+        draw_noise(philox, positions, 0, shape, purpose) for purpose in (Purpose.POSTERIOR, Purpose.NOISE)
     )
+    return Draws(posterior, noise, *draw_choices(philox, positions, times, class_dropout, flip))
+
+
+def draw_choices(
+    philox: Philox, positions: NDArray[np.int64], times: Times, class_dropout: float, flip: bool
+) -> Choices:
+    """Return the same without the normals."""
+    flipped = np.zeros(len(positions), dtype=bool)
+    if flip:
+        flipped = _uniform(philox.first_words(positions, Purpose.FLIP)) < 0.5
+    return Choices(
+        t=_draw_times(philox, positions, times),
+        dropped=_uniform(philox.first_words(positions, Purpose.DROP_LABEL)) < class_dropout,
+        flip=flipped,
+    )
+
+
+def _uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Return what numpy's ``random()`` makes of 64 bits, in [0, 1)."""
+    return np.multiply(words >> np.uint64(11), 2.0**-53, dtype=np.float64)
+
+
+def _draw_times(philox: Philox, positions: NDArray[np.int64], times: Times) -> NDArray[np.generic]:
+    t = np.empty(len(positions), dtype=times.dtype)
+    remaining = np.ones(len(positions), dtype=bool)
+    if isinstance(times, TimesOfWords):
+        t[:], remaining = times.of_words(philox.first_words(positions, Purpose.TIMESTEP))
+    for i in np.flatnonzero(remaining):
+        t[i] = times.draw(philox.at(int(positions[i]), Purpose.TIMESTEP))
+    return t
 
 
 def draw_noise(
     philox: Philox, positions: NDArray[np.int64], draw: int, shape: tuple[int, ...], purpose: Purpose
 ) -> NDArray[np.float32]:
     """Return standard normals [B, *shape]: the draw'th of each position, independent of the batch."""
-    noise = np.empty((len(positions), *shape), dtype=np.float32)
-    for row, position in zip(noise, positions.tolist(), strict=True):
-        philox.at(position, purpose, draw).standard_normal(dtype=np.float32, out=row)
-    return noise
+    noise = np.empty((len(positions), math.prod(shape)), dtype=np.float32)
+    philox.fill(noise, positions, purpose, draw)
+    return noise.reshape(len(positions), *shape)
 
 
 def permutation(philox: Philox, position: int, purpose: Purpose, length: int, draw: int = 0) -> NDArray[np.int64]:

@@ -81,13 +81,16 @@ def require_own_file(path: Path) -> None:
 def read_regular(path: Path | str, limit_bytes: int = MAX_RECORD_BYTES) -> bytes:
     """Return the content of a regular file. Raises as `open_regular` does, and DamagedFileError for a larger one."""
     with open_regular(path) as file:
-        found, size = bytearray(), os.fstat(file.fileno()).st_size
-        while size <= limit_bytes and (piece := file.read(_PIECE_BYTES)):  # a file may grow, or report no size
-            found += piece
-            size = max(size, len(found))
+        found: list[bytes] = []
+        num_read, size = 0, os.fstat(file.fileno()).st_size
+        # A file may grow, or report no size. A first piece of the whole file is not copied.
+        while size <= limit_bytes and (piece := file.read(_PIECE_BYTES if found else max(size, _PIECE_BYTES))):
+            found.append(piece)
+            num_read += len(piece)
+            size = max(size, num_read)
     if size > limit_bytes:
         raise DamagedFileError(f"{path} has {size} bytes, but at most {limit_bytes} are read of it.")
-    return bytes(found)
+    return b"".join(found)
 
 
 def read_text(path: Path | str, limit_bytes: int = MAX_RECORD_BYTES) -> str:

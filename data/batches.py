@@ -2,25 +2,29 @@
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from core.batch import Batch
-from core.draws import Philox, Times, training_draws
+from core.buffers import Buffers
+from core.draws import Philox, Purpose, Times, draw_choices, draw_noise
 from core.prefetch import DEPTH
+from core.threads import ONE_THREAD, Threads
 from data.conditions import ConditionSource, with_dropped
 from data.order import Order, positions_of_step
 from data.shards import MappedShards
 from model.autoencoder import Autoencoder
 
-CHUNK = 32  # samples that the autoencoder draws at once, so that intermediate values fit the CPU cache
+CHUNK = 32  # samples that are read and drawn at once, so that intermediate values fit the CPU's cache
 
 
 class TrainingBatches:
     """Training batches as a pure function of (seed, step); process ``rank`` of ``world`` reads its slice of each.
+
+    ``threads`` threads make a batch; their number changes no bit of it.
 
     Raises ValueError where the batch size is not a multiple of the world size, or a cache is too small for the order.
     """
@@ -39,6 +43,7 @@ class TrainingBatches:
         flip: bool,
         rank: int = 0,
         world: int = 1,
+        threads: int = 1,
     ) -> None:
         positions_of_step(0, batch_size, rank, world)  # raises where the batch size does not divide
         num_shards = _windows_at_hand(order, batch_size, world) * order.shards_per_window
@@ -55,6 +60,8 @@ class TrainingBatches:
         self.rank = rank
         self.world = world
         self._philox = Philox(seed)
+        self._threads = Threads(threads)
+        self._buffers = Buffers()
 
     def from_step(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """Yield the batches of steps first_step .. last_step - 1; a resumed run needs only the step number."""
@@ -64,40 +71,58 @@ class TrainingBatches:
     def batch(self, step: int) -> Batch:
         """Return this process's batch of one step."""
         spec = self.shards.manifest.spec
-        shape = (spec.channels, spec.latent_size, spec.latent_size)
         positions = positions_of_step(step, self.batch_size, self.rank, self.world)
         rows = self.order.rows_at(positions)
-        draws = training_draws(self._philox, positions, shape, self.times, self.class_dropout, self.flip)
-        moments = self._moments(positions, rows, draws.flip)
-        condition = self.conditions.of_samples(self.shards.labels[rows])
+        choices = draw_choices(self._philox, positions, self.times, self.class_dropout, self.flip)
+        shape = (len(positions), spec.channels, spec.latent_size, spec.latent_size)
+        part = _Part(positions, rows, choices.flip, *(self._buffers.empty(shape, np.float32) for _ in range(2)))
+        self._fill(part)
+        condition = self.conditions.of_samples(self.shards.labels_of(rows))
         return Batch(
-            x_0=self._latents(torch.from_numpy(moments), torch.from_numpy(draws.posterior)),
-            noise=torch.from_numpy(draws.noise),
-            t=torch.from_numpy(draws.t),
-            condition=with_dropped(self.conditions, condition, draws.dropped),
+            x_0=torch.from_numpy(part.latents),
+            noise=torch.from_numpy(part.noise),
+            t=torch.from_numpy(choices.t),
+            condition=with_dropped(self.conditions, condition, choices.dropped),
         )
 
-    def _moments(
-        self, positions: NDArray[np.int64], rows: NDArray[np.int64], flips: NDArray[np.bool_]
-    ) -> NDArray[np.float16]:
-        """Return moments [B, 2c, h, w] of consecutive positions, window by window; at most two windows are local."""
-        moments = np.empty((len(rows), *self.shards.manifest.spec.sample_shape[1:]), dtype=np.float16)
+    def _fill(self, batch: "_Part") -> None:
+        """Fill latents and noise of consecutive positions, window by window; at most two windows are local."""
         start = 0
-        while start < len(positions):
-            window = self.order.window(int(positions[start]))
-            stop = min(len(positions), window.last - int(positions[0]))
+        while start < len(batch.positions):
+            window = self.order.window(int(batch.positions[start]))
+            stop = min(len(batch.positions), window.last - int(batch.positions[0]))
             self.shards.expect([*window.shards.tolist(), *self.order.window(window.last).shards.tolist()])
-            self.shards.gather(rows[start:stop], flips[start:stop], out=moments[start:stop])
+            self._fill_window(batch.rows_of(slice(start, stop)))
             start = stop
-        return moments
 
-    def _latents(self, moments: Tensor, posterior: Tensor) -> Tensor:
-        """Return scaled latents [B, c, h, w], drawn with moments [B, 2c, h, w] and normals [B, c, h, w]."""
-        latents = torch.empty_like(posterior)
-        for chunk in range(0, len(latents), CHUNK):
-            part = slice(chunk, chunk + CHUNK)
-            latents[part] = self.autoencoder.draw(moments[part], posterior[part])
-        return latents
+    def _fill_window(self, part: "_Part") -> None:
+        can_share = self.shards.map_rows(part.rows)
+        threads = self._threads if can_share else ONE_THREAD
+        threads.over_rows(len(part.rows), lambda share: self._fill_chunks(part.rows_of(share)))
+
+    def _fill_chunks(self, part: "_Part") -> None:
+        philox = Philox(self.seed)  # threads do not share one
+        for first in range(0, len(part.rows), CHUNK):
+            positions, rows, flips, latents, noise = part.rows_of(slice(first, first + CHUNK))
+            moments = self.shards.gather(rows, flips)
+            posterior = draw_noise(philox, positions, 0, latents.shape[1:], Purpose.POSTERIOR)
+            drawn = self.autoencoder.draw(torch.from_numpy(moments), torch.from_numpy(posterior))
+            torch.from_numpy(latents).copy_(drawn)
+            philox.fill(noise.reshape(len(noise), -1), positions, Purpose.NOISE, 0)
+
+
+class _Part(NamedTuple):
+    """Samples of a batch at consecutive positions, with the arrays that receive their latents and their noise."""
+
+    positions: NDArray[np.int64]  # [B]
+    rows: NDArray[np.int64]  # [B]
+    flips: NDArray[np.bool_]  # [B]
+    latents: NDArray[np.float32]  # [B, c, h, w]
+    noise: NDArray[np.float32]  # [B, c, h, w]
+
+    def rows_of(self, part: slice) -> "_Part":
+        """Return some of the samples."""
+        return _Part(self.positions[part], self.rows[part], self.flips[part], self.latents[part], self.noise[part])
 
 
 def _windows_at_hand(order: Order, batch_size: int, world: int) -> int:

@@ -11,7 +11,6 @@ replaced by the file.
 
 import fcntl
 import hashlib
-import mmap
 import os
 import re
 import stat
@@ -28,6 +27,7 @@ from core.atomic import require_no_folder, sync_folder
 from core.locks import require_locks
 from core.names import sha256_name
 from core.reading import require_own_file
+from data.mapped_file import MappedFile
 
 POLL_SEC = 0.05
 _KEPT = re.compile(r"[0-9a-f]{64}\.tar")
@@ -45,7 +45,8 @@ class CachedFile(NamedTuple):
 class Cache:
     """A cache of files up to ``limit_bytes`` in total.
 
-    ``needed`` holds the SHA-256 of files that must not be evicted although they are not mapped yet. Several threads
+    ``needed`` holds the SHA-256 of files that must not be evicted although they are not mapped yet, and ``by_position``
+    says how mapped files are read. Several threads
     may use it at once. Raises ValueError where the folder cannot be made.
     """
 
@@ -53,6 +54,7 @@ class Cache:
         self.folder = folder
         self.limit_bytes = limit_bytes
         self.needed: Collection[str] = frozenset()
+        self.by_position = True
         self._patience_sec = patience_sec
         self._verified: dict[str, int] = {}  # inode of each file that this process has verified or fetched
         self.stopped = threading.Event()  # when set, all threads stop waiting
@@ -65,7 +67,7 @@ class Cache:
         # It is held for moments only: no file is fetched or read meanwhile.
         self._lock = FileLock(folder / ".lock")
 
-    def map(self, file: CachedFile, fetch: Callable[[Path], None], verify: bool) -> mmap.mmap:
+    def map(self, file: CachedFile, fetch: Callable[[Path], None], verify: bool) -> MappedFile:
         """Return the file's bytes, mapped; the file cannot be evicted while the mapping exists.
 
         ``fetch(path)`` writes the verified file to ``path``; it is called where the cache has no undamaged copy and no
@@ -97,7 +99,7 @@ class Cache:
                     found[path] = path.lstat()
         return {path: status for path, status in found.items() if stat.S_ISREG(status.st_mode)}
 
-    def _map_present(self, file: CachedFile) -> tuple[mmap.mmap, int] | None:
+    def _map_present(self, file: CachedFile) -> tuple[MappedFile, int] | None:
         """Return a copy of the right size, mapped and locked, and its inode; delete a copy of another size."""
         path = self._path(file)
         _give_way(path)
@@ -111,11 +113,11 @@ class Cache:
                 path.unlink()
                 return None
             os.utime(descriptor)  # the least recently used file is evicted first
-            return _hold(descriptor), status.st_ino
+            return _hold(descriptor, self.by_position), status.st_ino
         finally:
             os.close(descriptor)
 
-    def _is_sound(self, file: CachedFile, mapped: mmap.mmap, inode: int) -> bool:
+    def _is_sound(self, file: CachedFile, mapped: MappedFile, inode: int) -> bool:
         """Return whether a copy has the right hash, computed once per process; delete a damaged copy."""
         if self._verified.get(file.sha256) == inode:
             return True
@@ -170,7 +172,7 @@ class Cache:
     def _aside(reservation: Path) -> Path:
         return reservation.with_suffix(".part")
 
-    def _fill(self, file: CachedFile, reservation: int, fetch: Callable[[Path], None]) -> mmap.mmap:
+    def _fill(self, file: CachedFile, reservation: int, fetch: Callable[[Path], None]) -> MappedFile:
         """Fetch into a temporary file, sync, rename, and return the locked mapping."""
         reserved = self._reservation(file)
         aside = self._aside(reserved)
@@ -179,7 +181,7 @@ class Cache:
             descriptor = os.open(aside, os.O_RDWR)
             try:
                 os.fsync(descriptor)
-                mapped = _hold(descriptor)
+                mapped = _hold(descriptor, self.by_position)
                 self._verified[file.sha256] = os.fstat(descriptor).st_ino
             finally:
                 os.close(descriptor)
@@ -204,10 +206,10 @@ class Cache:
         )
 
 
-def _hold(descriptor: int) -> mmap.mmap:
+def _hold(descriptor: int, by_position: bool) -> MappedFile:
     """Map a file and lock it. The mapping keeps a duplicate of the descriptor, and thus the lock."""
     fcntl.flock(descriptor, fcntl.LOCK_SH)
-    return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+    return MappedFile.of(descriptor, by_position)
 
 
 def _remove_unless_held(path: Path) -> bool:

@@ -26,7 +26,7 @@ from data.encodings import Encoding
 from data.manifest import FORMAT_VERSION, MANIFEST_NAME, MAX_SOURCE_ID, Manifest
 from data.pipeline import Encoded, encoded_batches
 from data.plan import Plan, shard_name
-from data.shard_index import INDEX_NAME, write_index
+from data.shard_index import INDEX_NAME, LABELS_NAME, write_index
 from data.shard_tars import write_shard
 from data.sidecars import Sidecar, SkippedImage, finished, sidecar_path, sound
 from data.sources import Prepared, Source
@@ -125,7 +125,7 @@ def _require_no_folders(folder: Path, shards: Iterable[int]) -> None:
     for shard in shards:
         require_no_folder(folder / shard_name(shard))
         require_no_folder(sidecar_path(folder / shard_name(shard)))
-    for name in (SKIPPED_NAME, CLASSES_NAME, INDEX_NAME, MANIFEST_NAME):
+    for name in (SKIPPED_NAME, CLASSES_NAME, INDEX_NAME, LABELS_NAME, MANIFEST_NAME):
         require_no_folder(folder / name)
 
 
@@ -293,6 +293,7 @@ def finish(folder: Path, plan: Plan, sidecars: Sequence[Sidecar], max_skipped_fr
         latent_mean=mean,
         latent_std=std,
         num_skipped=len(skipped),
+        labels_sha256=sha256_of(folder / LABELS_NAME),
     )
     manifest.save(folder)
     return manifest

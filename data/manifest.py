@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Final, Literal, NamedTuple
 
@@ -94,7 +95,7 @@ class LatentSpec:
         """Return the shape [orientations, 2c, h, w] of one stored sample."""
         return (self.num_orientations, 2 * self.channels, self.latent_size, self.latent_size)
 
-    @property
+    @cached_property
     def sample_bytes(self) -> int:
         """Return the bytes of the values of one stored sample."""
         return 2 * math.prod(self.sample_shape)
@@ -135,6 +136,7 @@ class Manifest:
     latent_mean: list[Finite]
     latent_std: list[Annotated[Finite, Field(ge=0)]]
     num_skipped: Count  # images that could not be read; skipped.jsonl lists them with the reasons
+    labels_sha256: Sha256 | None = None  # None in folders of earlier versions, which have no labels.npz
 
     @property
     def num_samples(self) -> int:
@@ -143,17 +145,27 @@ class Manifest:
 
     @property
     def max_index_bytes(self) -> int:
-        """Return the bytes of the largest index that can belong to this manifest."""
-        return 2**16 + self.num_samples * (8 + 4 * MAX_SOURCE_ID) + 16 * len(self.shards)
+        """Return the bytes of the largest ``index.npz`` that can belong to this manifest."""
+        return self.max_labels_bytes + self.num_samples * 4 * MAX_SOURCE_ID
+
+    @property
+    def max_labels_bytes(self) -> int:
+        """Return the bytes of the largest ``labels.npz`` that can belong to this manifest."""
+        return 2**16 + self.num_samples * 8 + 16 * len(self.shards)
 
     @property
     def hash(self) -> str:
-        """Return the identity of the data that a run trains on: the SHA-256 of the JSON without its seal."""
-        return hashlib.sha256(json.dumps(asdict(self), indent=1).encode()).hexdigest()
+        """Return the identity of the data that a run trains on: the SHA-256 of the JSON without its seal.
+
+        It leaves out ``labels_sha256``, so that data keep their identity when this version completes their folder.
+        """
+        content = {name: value for name, value in asdict(self).items() if name != "labels_sha256"}
+        return hashlib.sha256(json.dumps(content, indent=1).encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
         """Write ``manifest.json``, with a hash of its content; it must be the last file written to the folder."""
-        write_bytes(folder / MANIFEST_NAME, json.dumps(seal(asdict(self)), indent=1).encode())
+        content = {name: value for name, value in asdict(self).items() if value is not None}
+        write_bytes(folder / MANIFEST_NAME, json.dumps(seal(content), indent=1).encode())
 
     @classmethod
     def load(cls, folder: Path | str, retry: Retry = DEFAULT_RETRY) -> "Manifest":

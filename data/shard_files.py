@@ -1,7 +1,6 @@
 """Read the files of a folder of shards from a local disk, or from a URL through a cache on a local disk."""
 
 import hashlib
-import mmap
 import os
 import queue
 import resource
@@ -17,7 +16,8 @@ from core.reading import DamagedFileError, is_absent, open_regular, read_regular
 from core.remote import DEFAULT_RETRY, DamagedError, Retry, download, join, read_limited, with_retries
 from data.cache import Cache, CachedFile
 from data.manifest import MANIFEST_NAME, Manifest, ShardEntry
-from data.shard_index import INDEX_NAME
+from data.mapped_file import MappedFile
+from data.shard_index import IndexFile
 
 Result = TypeVar("Result")
 
@@ -33,11 +33,11 @@ class ShardFiles(Protocol):
     repair: str  # what to do about a damaged file
     keeps_all: bool  # whether all shards are always local, so that `expect` is unnecessary
 
-    def read_index(self) -> bytes:
-        """Return the content of the index."""
+    def read(self, file: IndexFile) -> bytes:
+        """Return the content of an index of the shards, which has the hash that the manifest states."""
         ...
 
-    def map(self, shard: int) -> mmap.mmap:
+    def map(self, shard: int) -> MappedFile:
         """Return the bytes of an expected shard, mapped read-only; wait until they are local."""
         ...
 
@@ -63,24 +63,26 @@ class LocalShardFiles:
     def __init__(self, folder: Path, verify_checksums: bool) -> None:
         self.manifest = Manifest.load(folder)
         self._folder = folder
-        _allow_open_files(len(self.manifest.shards))
+        self._by_position = _allow_open_files(len(self.manifest.shards))
+        sizes = {} if verify_checksums else _sizes_of_files(folder)
         for shard in self.manifest.shards:
-            self._open(shard, verify_checksums).close()
+            if sizes.get(shard.name) != shard.bytes:  # or else it is a file of the folder itself, of the right size
+                self._open(shard, verify_checksums).close()
 
-    def read_index(self) -> bytes:
-        """Return the content of the index."""
+    def read(self, file: IndexFile) -> bytes:
+        """Return the content of an index of the shards."""
         try:
             with remedied(REPAIR):
-                content = read_regular(self._path(INDEX_NAME), self.manifest.max_index_bytes)
+                content = read_regular(self._path(file.name), file.max_bytes)
         except OSError as error:
-            raise self._unreadable(INDEX_NAME, error) from error
-        self._require_hash(INDEX_NAME, self.manifest.index_sha256, hashlib.sha256(content).hexdigest())
+            raise self._unreadable(file.name, error) from error
+        self._require_hash(file.name, file.sha256, hashlib.sha256(content).hexdigest())
         return content
 
-    def map(self, shard: int) -> mmap.mmap:
+    def map(self, shard: int) -> MappedFile:
         """Return the bytes of a shard, mapped read-only."""
         with self._open(self.manifest.shards[shard], verify=False) as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return MappedFile.of(file.fileno(), self._by_position)
 
     def expect(self, shards: Sequence[int]) -> None:
         """Do nothing: all shards are local."""
@@ -151,16 +153,16 @@ class RemoteShardFiles:
         self._verify = verify_checksums
         self._retry = retry
         self.manifest = Manifest.load(url, retry)
-        _allow_open_files(len(self.manifest.shards))
+        cache.by_position = _allow_open_files(len(self.manifest.shards))
         self._ahead = FetchedAhead(self._mapped, num_threads)
 
-    def read_index(self) -> bytes:
-        """Return the content of the index."""
-        url = join(self._url, INDEX_NAME)
+    def read(self, file: IndexFile) -> bytes:
+        """Return the content of an index of the shards."""
+        url = join(self._url, file.name)
 
         def read() -> bytes:
-            content = read_limited(url, self.manifest.max_index_bytes, self._retry.timeout_sec)
-            _require_content(url, self.manifest.index_sha256, hashlib.sha256(content).hexdigest())
+            content = read_limited(url, file.max_bytes, self._retry.timeout_sec)
+            _require_content(url, file.sha256, hashlib.sha256(content).hexdigest())
             return content
 
         return self._whole(url, read)
@@ -176,7 +178,7 @@ class RemoteShardFiles:
                 f"{fewer if can_be_fewer else 'encode with a smaller data.samples_per_shard'}."
             )
 
-    def map(self, shard: int) -> mmap.mmap:
+    def map(self, shard: int) -> MappedFile:
         """Return the bytes of a shard, mapped read-only; wait until they are local."""
         return self._ahead.get(shard)
 
@@ -190,7 +192,7 @@ class RemoteShardFiles:
         self._cache.stopped.set()
         self._ahead.close()
 
-    def _mapped(self, shard: int) -> mmap.mmap:
+    def _mapped(self, shard: int) -> MappedFile:
         entry = self.manifest.shards[shard]
         return self._cache.map(
             CachedFile(entry.sha256, entry.bytes), lambda path: self._fetch(entry, path), self._verify
@@ -215,13 +217,20 @@ class RemoteShardFiles:
             raise ValueError(f"{error}; {REMOTE_REPAIR}.") from error
 
 
+def _sizes_of_files(folder: Path) -> dict[str, int]:
+    """Return the bytes of each readable file of a folder, without links. This is faster than to open thousands."""
+    with os.scandir(folder) as entries:
+        files = [entry for entry in entries if entry.is_file(follow_symlinks=False)]
+    return {file.name: file.stat().st_size for file in files if os.access(file.path, os.R_OK)}
+
+
 def _require_content(url: str, expected: str, found: str) -> None:
     if found != expected:
         raise DamagedError(f"{url} is damaged: the manifest says sha256 {expected}, the file has {found}")
 
 
-def _allow_open_files(num_shards: int) -> None:
-    """Raise the limit on open files so that every shard can stay mapped.
+def _allow_open_files(num_shards: int) -> bool:
+    """Raise the limit on open files so that every shard can stay mapped; return whether each may be open twice.
 
     Raises ValueError where the system does not allow so many.
     """
@@ -232,17 +241,21 @@ def _allow_open_files(num_shards: int) -> None:
             f"{num_shards} shards need {needed} open files, but this system allows {hard}; raise `ulimit -n`, or "
             "encode with a larger data.samples_per_shard."
         )
-    if resource.RLIM_INFINITY != soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    twice = needed + num_shards
+    allows_twice = hard == resource.RLIM_INFINITY or twice <= hard
+    wanted = twice if allows_twice else needed
+    if resource.RLIM_INFINITY != soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return allows_twice
 
 
 class FetchedAhead:
     """Mappings of wanted shards, made by daemon threads in the order of the request. It serves a single caller."""
 
-    def __init__(self, fetch: Callable[[int], mmap.mmap], num_threads: int) -> None:
+    def __init__(self, fetch: Callable[[int], MappedFile], num_threads: int) -> None:
         self._fetch = fetch
-        self._futures: dict[int, Future[mmap.mmap]] = {}
-        self._queue: queue.SimpleQueue[tuple[int, Future[mmap.mmap]] | None] = queue.SimpleQueue()
+        self._futures: dict[int, Future[MappedFile]] = {}
+        self._queue: queue.SimpleQueue[tuple[int, Future[MappedFile]] | None] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._work, name="fetch", daemon=True) for _ in range(num_threads)]
         for thread in self._threads:
             thread.start()
@@ -255,7 +268,7 @@ class FetchedAhead:
             if shard not in self._futures:
                 self._put(shard)
 
-    def get(self, shard: int) -> mmap.mmap:
+    def get(self, shard: int) -> MappedFile:
         """Wait for the mapping of a wanted shard and return it.
 
         A prefetch that failed is retried once; then its error is raised.
@@ -280,7 +293,7 @@ class FetchedAhead:
             self._serve(*item)
             del item  # otherwise it would keep the mapping alive until the next request
 
-    def _serve(self, shard: int, future: "Future[mmap.mmap]") -> None:
+    def _serve(self, shard: int, future: "Future[MappedFile]") -> None:
         if not future.set_running_or_notify_cancel():
             return
         try:

@@ -1,4 +1,8 @@
-"""Write the index of a folder of shards, ``index.npz``, and check it against the manifest when it is read."""
+"""Write the index of a folder of shards, and check it against the manifest when it is read.
+
+``index.npz`` has everything. Nearly all of it is the names of images, so ``labels.npz`` repeats the other arrays:
+training reads that file alone. Folders of earlier versions do not have it.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,28 +17,46 @@ from data.manifest import MAX_SOURCE_ID, Manifest
 from data.shard_tars import Layout
 
 INDEX_NAME = "index.npz"
+LABELS_NAME = "labels.npz"
 _LARGEST_CHARACTER = 0x10FFFF
+
+
+class IndexFile(NamedTuple):
+    """A file with labels and layouts, and what the manifest says of it."""
+
+    name: str
+    sha256: str
+    max_bytes: int
 
 
 class ShardIndex(NamedTuple):
     """The parts of the index that training reads."""
 
-    labels: NDArray[np.int64]  # [num_samples]
+    labels: NDArray[np.integer]  # [num_samples] int32, or int64 where another program wrote them
     layouts: list[Layout]  # of each shard
 
 
+def index_file(manifest: Manifest) -> IndexFile:
+    """Return ``index.npz``."""
+    return IndexFile(INDEX_NAME, manifest.index_sha256, manifest.max_index_bytes)
+
+
+def labels_file(manifest: Manifest) -> IndexFile:
+    """Return the smallest file with labels and layouts: ``labels.npz``, or ``index.npz`` of an earlier version."""
+    if manifest.labels_sha256 is None:
+        return index_file(manifest)
+    return IndexFile(LABELS_NAME, manifest.labels_sha256, manifest.max_labels_bytes)
+
+
 def write_index(folder: Path, labels: Sequence[int], source_ids: Sequence[str], layouts: Sequence[Layout]) -> None:
-    """Write ``index.npz``; equal values give equal bytes."""
-    arrays = {
-        "label": np.array(labels, dtype=np.int32),
-        "source_id": np.array(source_ids),
-        "layout": np.array(layouts, dtype=np.int64),
-    }
-    write_npz(folder / INDEX_NAME, arrays)
+    """Write ``index.npz`` and ``labels.npz``; equal values give equal bytes."""
+    label, layout = np.array(labels, dtype=np.int32), np.array(layouts, dtype=np.int64)
+    write_npz(folder / INDEX_NAME, {"label": label, "source_id": np.array(source_ids), "layout": layout})
+    write_npz(folder / LABELS_NAME, {"label": label, "layout": layout})
 
 
 def read_index(content: bytes, manifest: Manifest, name: str) -> ShardIndex:
-    """Return labels and layouts of an index with this content; errors call the index ``name``.
+    """Return labels and layouts of either file, which has this content; errors call it ``name``.
 
     Raises DamagedFileError where they contradict the manifest: another number of samples, a label that is not a class,
     or samples that would lie outside their shard.
@@ -43,8 +65,8 @@ def read_index(content: bytes, manifest: Manifest, name: str) -> ShardIndex:
     labels, layouts = arrays["label"], arrays["layout"]
     _require(labels, "label", (manifest.num_samples,), name)
     _require(layouts, "layout", (len(manifest.shards), 2), name)
-    index = ShardIndex(labels.astype(np.int64), [Layout(offset, stride) for offset, stride in layouts.tolist()])
-    _require_labels(index.labels, content, manifest, name)
+    _require_labels(labels, manifest, name)
+    index = ShardIndex(labels, [Layout(offset, stride) for offset, stride in layouts.tolist()])
     for shard, layout in zip(manifest.shards, index.layouts, strict=True):
         if not layout.fits(shard.count, manifest.spec, shard.bytes):
             raise DamagedFileError(
@@ -64,13 +86,12 @@ def read_source_ids(content: bytes, manifest: Manifest, name: str) -> NDArray[np
     return source_ids
 
 
-def _require_labels(labels: NDArray[np.int64], content: bytes, manifest: Manifest, name: str) -> None:
-    bad = np.flatnonzero((labels < 0) | (labels >= manifest.spec.num_classes))
-    if len(bad):
-        image = read_source_ids(content, manifest, name)[bad[0]]
+def _require_labels(labels: NDArray[np.integer], manifest: Manifest, name: str) -> None:
+    num_classes = manifest.spec.num_classes
+    if labels.min() < 0 or labels.max() >= num_classes:  # before arrays as large as the labels are made
+        row = np.flatnonzero((labels < 0) | (labels >= num_classes))[0]
         raise DamagedFileError(
-            f"{name} is damaged: the image {image} has label {labels[bad[0]]}, but the manifest has "
-            f"{manifest.spec.num_classes} classes."
+            f"{name} is damaged: sample {row} has label {labels[row]}, but the manifest has {num_classes} classes."
         )
 
 

@@ -1,6 +1,5 @@
 """Map the samples of a folder or URL of shards, and address them by row."""
 
-import mmap
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,13 +11,13 @@ from core.reading import DamagedFileError, remedied
 from core.remote import DEFAULT_RETRY, Retry, is_remote, join
 from data.cache import Cache
 from data.manifest import LatentSpec
+from data.mapped_file import MappedFile
 from data.shard_files import LocalShardFiles, RemoteShardFiles, ShardFiles
-from data.shard_index import INDEX_NAME, read_index, read_source_ids
-from data.shard_tars import Layout
+from data.shard_index import index_file, labels_file, read_index, read_source_ids
 
 
 class MappedShards:
-    """The samples of a folder or URL of shards, addressable by row; files are mapped, not read.
+    """The samples of a folder or URL of shards, addressable by row; files are read sample by sample.
 
     ``cache`` stores the shards of a URL, and ``retry`` sets how they are fetched. Raises ValueError that names a file
     which is missing or does not have the size or (with ``verify_checksums``) the hash that the manifest states.
@@ -34,11 +33,13 @@ class MappedShards:
         self.place = place
         self._files = _shard_files(place, verify_checksums, cache, retry)
         self.manifest = self._files.manifest
-        content, name = self._files.read_index(), join(place, INDEX_NAME)
+        file = labels_file(self.manifest)
+        content = self._files.read(file)
         with remedied(self._files.repair):
-            self.labels, self._layouts = read_index(content, self.manifest, name)
+            self.labels, self._layouts = read_index(content, self.manifest, join(place, file.name))
+        self._places = np.array(self._layouts, dtype=np.int64)  # [shards, 2]
         self._first_rows = np.cumsum([0, *self.counts])
-        self._views: dict[int, NDArray[np.float16]] = {}
+        self._views: dict[int, MappedFile] = {}
         self._expected: set[int] = set()
 
     def __len__(self) -> int:
@@ -52,9 +53,14 @@ class MappedShards:
     @property
     def source_ids(self) -> NDArray[np.str_]:
         """Return the name of each row's image in its source, read on each call: training never needs them."""
-        content, name = self._files.read_index(), join(self.place, INDEX_NAME)
+        file = index_file(self.manifest)
+        content = self._files.read(file)
         with remedied(self._files.repair):
-            return read_source_ids(content, self.manifest, name)
+            return read_source_ids(content, self.manifest, join(self.place, file.name))
+
+    def labels_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the labels of rows, [len(rows)]."""
+        return self.labels[rows].astype(np.int64)
 
     def expect(self, shards: Iterable[int]) -> None:
         """Announce the shards that are read now and next, in this order; prefetch remote ones and release all others.
@@ -68,6 +74,15 @@ class MappedShards:
         self._views = {shard: self._views[shard] for shard in expected if shard in self._views}
         self._files.expect(expected)
 
+    def map_rows(self, rows: NDArray[np.int64]) -> bool:
+        """Map the shards of local or announced rows; return whether several threads may gather these rows at once."""
+        shards = set((np.searchsorted(self._first_rows, rows, side="right") - 1).tolist())
+        if not self._files.keeps_all and not self._expected.issuperset(shards):
+            return False
+        for shard in shards:
+            self._view(shard)
+        return True
+
     def require_room(self, num_shards: int, can_be_fewer: bool) -> None:
         """Raise ValueError where a cache cannot hold that many shards; it says whether another order needs fewer."""
         self._files.require_room(num_shards, can_be_fewer)
@@ -76,13 +91,17 @@ class MappedShards:
         self, rows: NDArray[np.int64], flips: NDArray[np.bool_], out: NDArray[np.float16] | None = None
     ) -> NDArray[np.float16]:
         """Return moments [len(rows), 2c, h, w] float16 of rows, mirrored where ``flips``; write to ``out`` if given."""
+        assert self.manifest.spec.flip or not flips.any(), "these shards have no mirrored images"
         if out is None:
             out = np.empty((len(rows), *self.manifest.spec.sample_shape[1:]), dtype=np.float16)
         shards = np.searchsorted(self._first_rows, rows, side="right") - 1
-        # One copy per sample takes the same time for a few shards as for thousands.
-        places = zip(shards.tolist(), (rows - self._first_rows[shards]).tolist(), flips.tolist(), strict=True)
-        for sample, (shard, row, flip) in zip(out, places, strict=True):
-            sample[...] = self._view(shard)[row, int(flip)]
+        first, stride = self._places[shards].T
+        offsets = first + (rows - self._first_rows[shards]) * stride + flips * (out.nbytes // max(1, len(out)))
+        # One read per sample takes the same time for a few shards as for thousands.
+        for sample, shard, offset in zip(out, shards.tolist(), offsets.tolist(), strict=True):
+            if self._view(shard).copy_to(sample, offset) != sample.nbytes:
+                place = join(self.place, self.manifest.shards[shard].name)
+                raise DamagedFileError(f"{place} was cut while this job ran; {self._files.repair}.")
         return out
 
     def close(self) -> None:
@@ -90,15 +109,15 @@ class MappedShards:
         self._views = {}
         self._files.close()
 
-    def _view(self, shard: int) -> NDArray[np.float16]:
+    def _view(self, shard: int) -> MappedFile:
         if shard not in self._views:
             if shard not in self._expected:
                 self.expect([shard])
             self._views[shard] = self._mapped(shard)
         return self._views[shard]
 
-    def _mapped(self, shard: int) -> NDArray[np.float16]:
-        """Return a shard's samples, after checking the headers of the first and the last against the manifest."""
+    def _mapped(self, shard: int) -> MappedFile:
+        """Return a shard, after checking the headers of the first and the last against the manifest."""
         layout, count = self._layouts[shard], self.manifest.shards[shard].count
         mapped, spec = self._files.map(shard), self.manifest.spec
         for row in {0, count - 1}:
@@ -108,7 +127,7 @@ class MappedShards:
                     f"{place} is not the shard that the index describes: there is no sample {spec.dtype}"
                     f"{spec.sample_shape} where {layout} puts sample {row}; {self._files.repair}."
                 )
-        return _strided(mapped, count, layout, spec)
+        return mapped
 
 
 def open_shards(place: str, verify_checksums: bool, cache: str, cache_bytes: int) -> MappedShards:
@@ -124,7 +143,7 @@ def _shard_files(place: Path | str, verify_checksums: bool, cache: Cache | None,
     return RemoteShardFiles(str(place), cache, verify_checksums, retry)
 
 
-def _begins(mapped: mmap.mmap, offset: int, spec: LatentSpec) -> bool:
+def _begins(mapped: MappedFile, offset: int, spec: LatentSpec) -> bool:
     """Return whether values of a sample begin at ``offset``, right after a header of the right shape and dtype."""
     start = mapped.rfind(b"\x93NUMPY", max(0, offset - LONGEST_HEADER), offset)
     if start < 0:
@@ -134,15 +153,3 @@ def _begins(mapped: mmap.mmap, offset: int, spec: LatentSpec) -> bool:
     except DamagedFileError:
         return False
     return (start + header.num_bytes, header.shape, header.dtype) == (offset, spec.sample_shape, spec.dtype)
-
-
-def _strided(mapped: mmap.mmap, count: int, layout: Layout, spec: LatentSpec) -> NDArray[np.float16]:
-    """Return a read-only strided view [count, orientations, 2c, h, w] of a mapped tar."""
-    inner = np.empty(spec.sample_shape, dtype=np.float16).strides
-    return np.ndarray(
-        shape=(count, *spec.sample_shape),
-        dtype=np.dtype("<f2"),
-        buffer=mapped,
-        offset=layout.offset,
-        strides=(layout.stride, *inner),
-    )

@@ -1,18 +1,17 @@
 """Verify a folder of shards: read every byte, and recompute from the shards what the other files state.
 
-Only the files that training reads are required: manifest, index and shards. Sidecars, ``classes.json`` and
+Only manifest, indices and shards are required. Sidecars, ``classes.json`` and
 ``skipped.jsonl`` may be missing, for example from a copy of the folder; where they exist, they must be correct.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from core.names import inside
 from core.progress import ProgressBar
@@ -21,7 +20,7 @@ from core.records import check, parse_object
 from data.channel_sums import ChannelSums, channel_statistics, statistics_agree
 from data.encode import CLASSES_NAME, SKIPPED_NAME, classes_text, skipped_text
 from data.manifest import FORMAT, MANIFEST_NAME, Manifest, ShardEntry
-from data.shard_index import INDEX_NAME, read_index, read_source_ids
+from data.shard_index import INDEX_NAME, IndexFile, index_file, labels_file, read_index, read_source_ids
 from data.shard_tars import Layout, ShardFacts, facts_of
 from data.sidecars import Sidecar, SkippedImage, read_sidecar, sidecar_path
 
@@ -36,11 +35,11 @@ class Damage(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """The index's entries of one shard."""
+    """The entries of one shard in an index."""
 
     labels: list[int]
-    source_ids: list[str]
     layout: Layout
+    source_ids: list[str] | None  # None in ``labels.npz``
 
 
 class _Checked(NamedTuple):
@@ -60,16 +59,14 @@ def verify(folder: Path, progress: ProgressBar, threads: int = 2) -> tuple[Manif
     """
     manifest = Manifest.load(folder)
     damages: list[Damage] = []
-    rows = _attempt(damages, folder, INDEX_NAME, lambda: list(_rows(folder, manifest)))
+    indices = _indices(damages, folder, manifest)
     checked = []
     with (
         progress("verify", 0, manifest.num_samples, "sample") as bar,
         ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool,
     ):
-        jobs = zip(manifest.shards, rows or repeat(None, len(manifest.shards)), strict=True)
-        for shard, result in zip(
-            manifest.shards, pool.map(lambda job: _checked(folder, manifest, *job), jobs), strict=True
-        ):
+        results = pool.map(lambda number: _checked(folder, manifest, number, indices), range(len(manifest.shards)))
+        for shard, result in zip(manifest.shards, results, strict=True):
             bar.update(shard.count)
             damages += result.damages
             checked.append(result)
@@ -82,7 +79,12 @@ def files_of(folder: Path, manifest: Manifest) -> list[str]:
     """Return the names of the files that `verify` reads."""
     sidecars = [sidecar_path(folder / shard.name) for shard in manifest.shards]
     optional = [path for path in (*sidecars, folder / CLASSES_NAME, folder / SKIPPED_NAME) if os.path.lexists(path)]
-    return [MANIFEST_NAME, INDEX_NAME, *(shard.name for shard in manifest.shards), *(path.name for path in optional)]
+    required = [MANIFEST_NAME, *_index_files(manifest), *(shard.name for shard in manifest.shards)]
+    return [*required, *(path.name for path in optional)]
+
+
+def _index_files(manifest: Manifest) -> dict[str, IndexFile]:
+    return {file.name: file for file in (index_file(manifest), labels_file(manifest))}
 
 
 def _attempt(damages: list[Damage], folder: Path, name: str, action: Callable[[], Result]) -> Result | None:
@@ -99,33 +101,48 @@ def _attempt(damages: list[Damage], folder: Path, name: str, action: Callable[[]
     return None
 
 
-def _rows(folder: Path, manifest: Manifest) -> Iterator[_Rows]:
-    """Yield the index's entries of each shard. Raises OSError or ValueError where the index is damaged."""
-    path = inside(folder, INDEX_NAME, FORMAT)
-    if (found := sha256_of(path)) != manifest.index_sha256:
-        raise DamagedFileError(f"{path} has sha256 {found}, not {manifest.index_sha256}.")
-    content = read_regular(path, manifest.max_index_bytes)
+def _indices(damages: list[Damage], folder: Path, manifest: Manifest) -> dict[str, list[_Rows]]:
+    """Return the entries of each shard by the name of the index that has them, without those of damaged ones."""
+    found = {}
+    for name, file in _index_files(manifest).items():
+        rows = _attempt(damages, folder, name, partial(_rows, folder, manifest, file))
+        if rows is not None:
+            found[name] = rows
+    return found
+
+
+def _rows(folder: Path, manifest: Manifest, file: IndexFile) -> list[_Rows]:
+    """Return the entries of each shard in an index. Raises OSError or ValueError where it is damaged."""
+    path = inside(folder, file.name, FORMAT)
+    if (found := sha256_of(path)) != file.sha256:
+        raise DamagedFileError(f"{path} has sha256 {found}, not {file.sha256}.")
+    content = read_regular(path, file.max_bytes)
     labels, layouts = read_index(content, manifest, str(path))
-    source_ids: NDArray[np.str_] = read_source_ids(content, manifest, str(path))
-    first = 0
+    source_ids = read_source_ids(content, manifest, str(path)) if file.name == INDEX_NAME else None
+    rows, first = [], 0
     for shard, layout in zip(manifest.shards, layouts, strict=True):
-        last = first + shard.count
-        yield _Rows(labels[first:last].tolist(), source_ids[first:last].tolist(), layout)
-        first = last
+        part = slice(first, first + shard.count)
+        rows.append(_Rows(labels[part].tolist(), layout, None if source_ids is None else source_ids[part].tolist()))
+        first = part.stop
+    return rows
 
 
-def _checked(folder: Path, manifest: Manifest, shard: ShardEntry, rows: _Rows | None) -> _Checked:
+def _checked(folder: Path, manifest: Manifest, number: int, indices: Mapping[str, list[_Rows]]) -> _Checked:
     damages: list[Damage] = []
+    shard = manifest.shards[number]
     facts = _attempt(damages, folder, shard.name, lambda: _facts(folder, manifest, shard))
-    if facts is not None and rows is not None:
-        if facts.labels != rows.labels:
-            damages.append(Damage(INDEX_NAME, f"has other labels than {shard.name}"))
-        if facts.layout != rows.layout:
-            damages.append(Damage(INDEX_NAME, f"has {rows.layout} for {shard.name}, which has {facts.layout}"))
+    for name, rows in indices.items():
+        if facts is None:
+            break
+        if facts.labels != rows[number].labels:
+            damages.append(Damage(name, f"has other labels than {shard.name}"))
+        if facts.layout != rows[number].layout:
+            damages.append(Damage(name, f"has {rows[number].layout} for {shard.name}, which has {facts.layout}"))
+    source_ids = indices[INDEX_NAME][number].source_ids if INDEX_NAME in indices else None
     path = sidecar_path(folder / shard.name)
     sidecar = None
     if os.path.lexists(path):
-        sidecar = _attempt(damages, folder, path.name, lambda: _sidecar(folder, manifest, shard, rows, facts))
+        sidecar = _attempt(damages, folder, path.name, lambda: _sidecar(folder, manifest, shard, source_ids, facts))
     return _Checked(damages, facts.sums if facts else None, sidecar)
 
 
@@ -142,14 +159,14 @@ def _facts(folder: Path, manifest: Manifest, shard: ShardEntry) -> ShardFacts:
 
 
 def _sidecar(
-    folder: Path, manifest: Manifest, shard: ShardEntry, rows: _Rows | None, facts: ShardFacts | None
+    folder: Path, manifest: Manifest, shard: ShardEntry, source_ids: list[str] | None, facts: ShardFacts | None
 ) -> Sidecar:
     """Read a shard's sidecar. Raises OSError or ValueError where it contradicts the shard, manifest or index."""
     sidecar, _ = read_sidecar(folder, shard.name, manifest.spec)
     path = sidecar_path(folder / shard.name)
     if (sidecar.plan, sidecar.entry) != (manifest.plan_hash, shard):
         raise DamagedFileError(f"{path} records another plan or other bytes of {shard.name} than the manifest.")
-    if rows is not None and sidecar.source_ids != rows.source_ids:
+    if source_ids is not None and sidecar.source_ids != source_ids:
         raise DamagedFileError(f"{path} has other names of images than {INDEX_NAME}.")
     if facts is not None:
         if (sidecar.labels, sidecar.layout) != (facts.labels, facts.layout):

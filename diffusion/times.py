@@ -1,6 +1,9 @@
 """Distributions of t in training: drawn on the host, each from the stream of its sample's position."""
 
 import numpy as np
+from numpy.typing import NDArray
+
+_LOW_HALF = np.uint64(0xFFFFFFFF)  # of 64 random bits: numpy takes 32 of them for a step or a float32
 
 
 class UniformSteps:
@@ -15,6 +18,11 @@ class UniformSteps:
         """Return a step."""
         return int(generator.integers(self.num_steps))
 
+    def of_words(self, words: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Return the steps of these random bits, and where numpy may reject the bits, to be unbiased (Lemire 2019)."""
+        products = (words & _LOW_HALF) * np.uint64(self.num_steps)
+        return (products >> np.uint64(32)).astype(np.int64), (products & _LOW_HALF) < np.uint64(self.num_steps)
+
 
 class UniformTimes:
     """Continuous times, uniform in [0, 1)."""
@@ -24,3 +32,8 @@ class UniformTimes:
     def draw(self, generator: np.random.Generator) -> float:
         """Return a time, a multiple of 2^-24, so that rounding to float32 never gives 1."""
         return float(generator.random(dtype=np.float32))
+
+    def of_words(self, words: NDArray[np.uint64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Return the times of these random bits, which always suffice."""
+        times = ((words & _LOW_HALF) >> np.uint64(8)).astype(np.float32) * np.float32(2.0**-24)
+        return times, np.zeros(len(words), dtype=bool)

@@ -56,7 +56,7 @@ def _bits_of(generator: Generator, process: GaussianDiffusion, shards: MappedSha
     posterior = torch.from_numpy(draw_noise(philox, rows, 0, shape, Purpose.POSTERIOR))
     moments = torch.from_numpy(shards.gather(rows, np.zeros(len(rows), dtype=bool)))
     x_0 = runtime.put(generator.autoencoder.draw(moments, posterior))
-    condition = mapped(generator.conditions.of_samples(shards.labels[rows]), runtime.put)
+    condition = mapped(generator.conditions.of_samples(shards.labels_of(rows)), runtime.put)
     with runtime.autocast():
         bits = bits_per_dimension(runtime.inference(generator.denoiser), process, x_0, condition, noise)
     return runtime.rows(bits).double().numpy()

@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from core.latents import drawn_latents
 from core.precision import exact_float32
 
 
@@ -62,9 +63,7 @@ class DiffusersAutoencoder:
 
     def draw(self, moments: Tensor, posterior: Tensor) -> Tensor:
         """Return latents x_0 [B, c, h, w] float32 from moments [B, 2c, h, w] and standard normals [B, c, h, w]."""
-        mean, log_variance = moments.float().chunk(2, dim=1)
-        latent = mean + torch.exp(0.5 * log_variance) * posterior
-        return (latent - self._shift.to(latent.device)) * self._scale.to(latent.device)
+        return drawn_latents(moments, posterior, self._shift, self._scale)
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:

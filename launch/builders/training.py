@@ -22,6 +22,7 @@ from launch.builders.data_settings import require_shards
 from launch.builders.facts import facts_of_process
 from launch.builders.foreign import Facts, is_foreign, read_foreign
 from launch.command.check import check_readers
+from launch.command.machine import batch_threads, usable_cores
 from launch.command.settings import TrainSettings
 from model.autoencoder import Autoencoder
 from model.network import Network, checkpoint_units
@@ -65,6 +66,7 @@ class PreparedRun:
             flip=config.data.flip,
             rank=rank,
             world=world,
+            threads=batch_threads(usable_cores()),
         )
 
     def begin(self, state: TrainState) -> "BegunRun":

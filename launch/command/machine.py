@@ -13,6 +13,7 @@ from filelock import BaseFileLock
 from core.locks import HeldError, acquired
 
 CGROUPS = Path("/sys/fs/cgroup")
+_MOST_BATCH_THREADS = 8
 _held: list[BaseFileLock] = []  # held until this process ends; if it has several runs, all use the same GPU
 
 
@@ -33,6 +34,20 @@ def _quota(cgroups: Path) -> float | None:
         return int(quota) / int(period) if int(quota) > 0 else None
     except (OSError, ValueError):  # no such file, or "max"
         return None
+
+
+def batch_threads(cores: int) -> int:
+    """Return how many threads make this process's batches: its share of ``cores`` less one for the loop, at most 8.
+
+    In a sweep of several runs the share is OMP_NUM_THREADS, which `limit_threads` sets. A launcher of several
+    processes sets that to 1, whatever the number of cores, and LOCAL_WORLD_SIZE.
+    """
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        share = cores // int(os.environ["LOCAL_WORLD_SIZE"])
+    else:
+        limit = os.environ.get("OMP_NUM_THREADS", "")
+        share = min(cores, int(limit)) if limit.isdecimal() else cores
+    return max(1, min(_MOST_BATCH_THREADS, share - 1))
 
 
 def limit_threads(threads: int) -> None:

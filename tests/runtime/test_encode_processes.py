@@ -153,7 +153,7 @@ def test_verify_and_repair_from_the_command_line(whole: dict[str, bytes], words:
     path.write_bytes(path.read_bytes()[:1000])
     shown = encoding("verify", "data.shards=shards", cwd=tmp_path, expect=2)
     assert "shard-000004.tar has 1000 bytes, not" in shown
-    assert "1 of 27 files in shards are damaged: shard-000004.tar" in shown  # 12 shards and sidecars, and 3 more
+    assert "1 of 28 files in shards are damaged: shard-000004.tar" in shown  # 12 shards and sidecars, and 4 more
     assert "match the manifest" in encoding("verify", *words, "repair=true", cwd=tmp_path)
     assert contents(tmp_path / "shards") == whole
 

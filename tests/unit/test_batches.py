@@ -1,6 +1,7 @@
 """Batches are a function of positions, whatever the number of processes."""
 
 import itertools
+import os
 import resource
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ import torch
 from conftest import PatternSource, encode_pattern
 from torch.utils._pytree import tree_leaves
 
+from core.deferred import Deferred
+from core.draws import Philox, training_draws
+from core.fast_draws import load_draws
 from core.prefetch import prefetch
 from data.batches import TrainingBatches
 from data.conditions import ClassLabels
@@ -29,7 +33,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> MappedShards:
     return MappedShards(folder)
 
 
-def make(shards: MappedShards, rank: int = 0, world: int = 1, flip: bool = True) -> TrainingBatches:
+def make(shards: MappedShards, rank: int = 0, world: int = 1, flip: bool = True, threads: int = 1) -> TrainingBatches:
     return TrainingBatches(
         shards,
         GlobalOrder(0, shards.counts),
@@ -42,6 +46,7 @@ def make(shards: MappedShards, rank: int = 0, world: int = 1, flip: bool = True)
         flip=flip,
         rank=rank,
         world=world,
+        threads=threads,
     )
 
 
@@ -121,15 +126,49 @@ def test_prefetch_stops_its_thread_when_the_loop_is_left() -> None:
     assert not any(thread.name == "prefetch" for thread in threading.enumerate())
 
 
+@pytest.mark.parametrize("threads", [2, 3, 16])
+def test_the_number_of_threads_changes_no_batch(
+    shards: MappedShards, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    """Compare with the definition of the draws, and with compiled draws."""
+    alone = make(shards)
+    draws = training_draws(Philox(0), np.arange(36, 48), (1, 8, 8), UniformSteps(1000), 0.1, True)
+    moments = shards.gather(alone.order.rows_at(np.arange(36, 48)), draws.flip)
+    expected = alone.batch(3)
+    assert torch.equal(expected.x_0, torch.from_numpy(moments[:, :1]).float())
+    assert torch.equal(expected.noise, torch.from_numpy(draws.noise))
+    assert torch.equal(expected.t, torch.from_numpy(draws.t))
+    monkeypatch.setattr("core.draws.FAST_DRAWS", Deferred("draws", load_draws, worth=0))
+    several = make(shards, threads=threads)
+    for step in range(9):
+        for one, two in zip(tree_leaves(several.batch(step)), tree_leaves(alone.batch(step)), strict=True):
+            assert torch.equal(one, two)
+
+
+def test_a_shard_that_is_cut_during_a_run_is_named(tmp_path: Path) -> None:
+    encode_pattern(tmp_path)
+    shards = MappedShards(tmp_path)
+    shards.gather(np.arange(50), np.zeros(50, dtype=bool))
+    os.truncate(tmp_path / "shard-000003.tar", 4096)
+    with pytest.raises(ValueError, match=r"shard-000003.tar was cut while this job ran; run the same"):
+        shards.gather(np.array([49]), np.array([False]))
+
+
 def test_more_shards_than_open_files_are_allowed(shards: MappedShards, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Raise the limit on open files, since each mapped shard needs one, or name it if the system forbids that."""
+    """Raise the limit on open files, since each shard needs two or, where the system forbids that, one; or name it."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (300, limits[1]))
         MappedShards(Path(shards.place))
-        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 4 + 512
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 2 * 4 + 512
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (518, 518))
+    with_one = MappedShards(Path(shards.place))
+    rows, flips = np.arange(50), np.arange(50) % 2 == 0
+    expected, open_before = shards.gather(rows, flips), len(list(Path("/proc/self/fd").iterdir()))
+    np.testing.assert_array_equal(with_one.gather(rows, flips), expected)
+    assert len(list(Path("/proc/self/fd").iterdir())) == open_before + 4
     monkeypatch.setattr(resource, "getrlimit", lambda _: (300, 400))
     with pytest.raises(ValueError, match="4 shards need 516 open files, but this system allows 400; raise `ulimit -n`"):
         MappedShards(Path(shards.place))

@@ -64,7 +64,7 @@ def test_batches_from_a_bucket_are_those_of_the_folder_at_one_request_a_shard(
     shards = remote_shards(url, tmp_path / "a")
     assert_equal(list(make(shards).from_step(0, 11)), local)
     shards.close()
-    files = ["manifest.json", "index.npz", *(f"shard-{number:06d}.tar" for number in range(SHARDS))]
+    files = ["manifest.json", "labels.npz", *(f"shard-{number:06d}.tar" for number in range(SHARDS))]
     assert gcs.calls == {f"download {name}": 1 for name in files}
     resumed = remote_shards(url, tmp_path / "b")
     assert_equal(list(make(resumed).from_step(6, 11)), local[6:])
@@ -75,7 +75,7 @@ def test_batches_from_a_bucket_are_those_of_the_folder_at_one_request_a_shard(
 def test_a_fault_is_met_by_one_more_attempt_of_ours_and_by_none_of_the_clients(
     folder: Path, gcs: GcsServer, tmp_path: Path, fault: str
 ) -> None:
-    names = ["index.npz", "shard-000003.tar", "shard-000007.tar"] + (["manifest.json"] if fault != "flip" else [])
+    names = ["labels.npz", "shard-000003.tar", "shard-000007.tar"] + (["manifest.json"] if fault != "flip" else [])
     gcs.faults = {f"download {name}": [fault, fault] for name in names}
     shards = remote_shards(upload(gcs, folder, "pattern"), tmp_path, retry=QUICK)
     assert_equal(list(make(shards).from_step(0, 5)), list(make(MappedShards(folder)).from_step(0, 5)))

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import tarfile
 import tracemalloc
 import zipfile
@@ -24,14 +25,22 @@ from data.verify import verify
 ENDLESS = 10**12
 
 
-def with_index(folder: Path, make: Callable[[Path, dict[str, np.ndarray]], object]) -> None:
-    """Replace the index, and put its hash into the manifest."""
-    path = folder / "index.npz"
+def with_index(folder: Path, name: str, make: Callable[[Path, dict[str, np.ndarray]], object]) -> None:
+    """Replace one of the indices, and put its hash into the manifest."""
+    path = folder / name
     with np.load(path) as index:
-        arrays = {name: index[name].copy() for name in index.files}
+        arrays = {array: index[array].copy() for array in index.files}
     path.unlink()
     make(path, arrays)
-    replace(Manifest.load(folder), index_sha256=sha256_of(path)).save(folder)
+    vouch(folder, name, sha256_of(path))
+
+
+def vouch(folder: Path, name: str, sha256: str) -> None:
+    """Put the hash of an index into the manifest; one for ``index.npz`` makes it the manifest of an earlier version."""
+    if name == "index.npz":
+        replace(Manifest.load(folder), index_sha256=sha256, labels_sha256=None).save(folder)
+    else:
+        replace(Manifest.load(folder), labels_sha256=sha256).save(folder)
 
 
 def npz_of(path: Path, members: list[tuple[str, bytes]], compression: int = zipfile.ZIP_STORED) -> None:
@@ -111,25 +120,26 @@ INDICES: dict[str, Callable[[Path, dict[str, np.ndarray]], object]] = {
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("name", ["index.npz", "labels.npz"])
 @pytest.mark.parametrize("make", INDICES)
 def test_an_index_that_the_manifest_vouches_for_is_still_checked(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: str
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: str, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if make == "a sparse file":
-        (folder / "index.npz").unlink()
-        INDICES[make](folder / "index.npz", {})
-        replace(Manifest.load(folder), index_sha256="0" * 64).save(folder)
+        (folder / name).unlink()
+        INDICES[make](folder / name, {})
+        vouch(folder, name, "0" * 64)
     else:
-        with_index(folder, INDICES[make])
+        with_index(folder, name, INDICES[make])
     tracemalloc.start()
-    with pytest.raises(DamagedFileError, match=r"index\.npz"):
+    with pytest.raises(DamagedFileError, match=re.escape(name)):
         MappedShards(folder)
     assert tracemalloc.get_traced_memory()[1] < 2**25
     tracemalloc.stop()
     assert not (tmp_path / "ran").exists()
     if make != "a sparse file":
-        assert "index.npz" in {damage.file for damage in verify(folder, silent_progress)[1]}
+        assert name in {damage.file for damage in verify(folder, silent_progress)[1]}
 
 
 @pytest.mark.parametrize(
@@ -138,7 +148,7 @@ def test_an_index_that_the_manifest_vouches_for_is_still_checked(
     ids=["numbers", "too few", "too long", "no characters"],
 )
 def test_names_of_images_that_are_no_text_are_refused(folder: Path, source_ids: np.ndarray) -> None:
-    with_index(folder, changed("source_id", lambda _: source_ids))
+    with_index(folder, "index.npz", changed("source_id", lambda _: source_ids))
     shards = MappedShards(folder)
     with pytest.raises(DamagedFileError, match=r"index\.npz is damaged: source_id"):
         _ = shards.source_ids

@@ -125,6 +125,7 @@ MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "null shards": lambda content: content.update(shards=None),
     "null spec": lambda content: content.update(spec=None),
     "no index": lambda content: content.pop("index_sha256"),
+    "a hash of labels that is a number": lambda content: content.update(labels_sha256=7),
     "another type": lambda content: content["spec"].update(dtype="object"),
     "no downscale": lambda content: content["spec"].update(downscale=0),
     "a downscale that does not divide": lambda content: content["spec"].update(downscale=3),
@@ -154,7 +155,7 @@ def test_a_manifest_of_another_form_is_refused(folder: Path, change: str) -> Non
 
 
 def test_a_link_out_of_the_folder_is_not_followed(folder: Path, sound: Path) -> None:
-    for name in ("shard-000000.tar", "index.npz", "manifest.json"):
+    for name in ("shard-000000.tar", "labels.npz", "manifest.json"):
         kept = (folder / name).read_bytes()
         (folder / name).unlink()
         (folder / name).symlink_to(sound / name)
@@ -187,8 +188,8 @@ def test_a_hash_of_a_remote_manifest_names_no_file_elsewhere(folder: Path, tmp_p
 
 
 def test_a_remote_manifest_or_index_without_end_is_not_read_whole(folder: Path, tmp_path: Path) -> None:
-    os.truncate(folder / "index.npz", 10**6)
-    with pytest.raises(ValueError, match=r"index\.npz has 1000000 bytes or more, but at most \d{6} are read"):
+    os.truncate(folder / "labels.npz", 10**6)
+    with pytest.raises(ValueError, match=r"labels\.npz has 1000000 bytes or more, but at most \d{5} are read"):
         served(folder, tmp_path / "cache")
     os.truncate(folder / "manifest.json", MAX_MANIFEST_BYTES + 1)
     with pytest.raises(ValueError, match=r"manifest\.json has \d+ bytes or more, but at most .*copy it there again"):

@@ -25,6 +25,7 @@ RECORDS = [  # of each kind at least one must be there to be looked at
     "shards/manifest.json",
     "shards/data.json",
     "shards/index.npz",
+    "shards/labels.npz",
     "shards/shard-*.json",
     "runs/one/config.yaml",
     "runs/one/checkpoints/*/state.json",

@@ -161,13 +161,13 @@ def test_a_fault_is_tried_again_and_changes_no_batch(
     folder: Path, web: FaultyServer, tmp_path: Path, fault: str
 ) -> None:
     local = list(make(MappedShards(folder)).from_step(0, 5))
-    for name in ("manifest.json", "index.npz", "shard-000003.tar", "shard-000007.tar"):
+    for name in ("manifest.json", "labels.npz", "shard-000003.tar", "shard-000007.tar"):
         # A manifest with other bytes is refused, not asked for again: nothing says what it should be.
         web.faults[name] = [] if name == "manifest.json" and fault in ("flip", "short") else [fault, fault]
     shards = remote_shards(web.url, tmp_path)
     assert_equal(list(make(shards).from_step(0, 5)), local)
     shards.close()
-    assert {web.gets[name] for name in ("index.npz", "shard-000003.tar", "shard-000007.tar")} == {3}
+    assert {web.gets[name] for name in ("labels.npz", "shard-000003.tar", "shard-000007.tar")} == {3}
 
 
 @pytest.mark.parametrize("fault", ["500", "hang", "cut"])

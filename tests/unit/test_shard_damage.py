@@ -28,13 +28,14 @@ from model.autoencoder import IdentityAutoencoder
 FILES = [
     "manifest.json",
     "index.npz",
+    "labels.npz",
     "shard-000001.tar",
     "shard-000001.json",
     "skipped.jsonl",
     "classes.json",
     ".encode-0.lock",
 ]
-FOR_TRAINING = {"manifest.json", "index.npz", "shard-000001.tar"}
+FOR_TRAINING = {"manifest.json", "index.npz", "labels.npz", "shard-000001.tar"}
 
 
 def flip(path: Path, place: float) -> None:
@@ -148,7 +149,7 @@ def test_damage_is_named_or_mended_and_changes_no_result(sound: Path, folder: Pa
 
 @pytest.mark.parametrize(
     ("name", "damage"),
-    [("manifest.json", "pipe"), ("index.npz", "folder"), ("shard-000001.tar", "link to a device")],
+    [("manifest.json", "pipe"), ("labels.npz", "folder"), ("shard-000001.tar", "link to a device")],
 )
 def test_the_jobs_name_what_is_no_file_in_one_sentence(
     digits: Path, in_process: InProcess, name: str, damage: str
@@ -237,7 +238,7 @@ def test_an_index_made_of_a_damaged_sidecar_is_blamed_and_mended_and_no_sound_ta
         arrays = {name: index[name].copy() for name in index.files}
     change(arrays["label"], arrays["layout"])
     write_npz(folder / "index.npz", arrays)
-    replace(Manifest.load(folder), index_sha256=sha256_of(folder / "index.npz")).save(folder)
+    replace(Manifest.load(folder), index_sha256=sha256_of(folder / "index.npz"), labels_sha256=None).save(folder)
     (damage,) = verify(folder, silent_progress)[1]
     assert damage.file == "index.npz"
     assert words in damage.reason
@@ -277,7 +278,7 @@ def test_a_repair_mends_a_sidecar_and_what_people_read(in_process: InProcess) ->
     Path("digits/classes.json").write_text("{}")
     shown = in_process("verify", *encode_digits, expect=2)
     assert "classes.json has other classes than manifest.json" in shown
-    assert "2 of 19 files in digits are damaged: shard-000003.json, classes.json; run" in shown
+    assert "2 of 20 files in digits are damaged: shard-000003.json, classes.json; run" in shown
     assert "match the manifest" in in_process("verify", *encode_digits, "repair=true")
     assert contents(Path("digits")) == before
 

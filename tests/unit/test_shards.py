@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from conftest import PatternSource, encode_pattern
+from conftest import PatternSource, encode_pattern, silent_progress
 
 from core.atomic import append_line, atomic_file, atomic_folder, remove_leftovers
 from data.images import to_uint8, to_unit_range
 from data.manifest import Manifest
 from data.shard_tars import shard_bytes_per_sample
 from data.shards import MappedShards
+from data.verify import verify
 from launch.command.app import CONF
 from model.autoencoder import IdentityAutoencoder
 
@@ -89,8 +90,38 @@ def test_shards_hold_no_clock_and_no_pickle(tmp_path: Path) -> None:
     encode_pattern(tmp_path)
     with tarfile.open(tmp_path / "shard-000000.tar") as tar:
         assert {member.mtime for member in tar} == {0}
-    with np.load(tmp_path / "index.npz", allow_pickle=False) as index:
+    with (
+        np.load(tmp_path / "index.npz", allow_pickle=False) as index,
+        np.load(tmp_path / "labels.npz", allow_pickle=False) as labels,
+    ):
         assert set(index.files) == {"label", "source_id", "layout"}
+        assert set(labels.files) == {"label", "layout"}
+        for name in labels.files:
+            np.testing.assert_array_equal(labels[name], index[name])
+
+
+def test_training_reads_the_labels_without_the_names_of_images(tmp_path: Path) -> None:
+    encode_pattern(tmp_path)
+    (tmp_path / "index.npz").unlink()
+    shards = MappedShards(tmp_path)
+    assert shards.labels_of(np.array([49, 0])).tolist() == [shards.labels[49], shards.labels[0]]
+    with pytest.raises(ValueError, match=r"index\.npz is missing, but the manifest lists it"):
+        _ = shards.source_ids
+
+
+def test_a_folder_of_an_earlier_version_is_read_and_completed_and_keeps_its_identity(tmp_path: Path) -> None:
+    encode_pattern(tmp_path)
+    new, now = contents(tmp_path), MappedShards(tmp_path)
+    replace(Manifest.load(tmp_path), labels_sha256=None).save(tmp_path)
+    (tmp_path / "labels.npz").unlink()
+    assert "labels_sha256" not in (tmp_path / "manifest.json").read_text()
+    old = MappedShards(tmp_path)
+    assert old.manifest.hash == now.manifest.hash
+    np.testing.assert_array_equal(old.labels, now.labels)
+    assert old.source_ids.tolist() == now.source_ids.tolist()
+    assert verify(tmp_path, silent_progress)[1] == []
+    encode_pattern(tmp_path)
+    assert contents(tmp_path) == new
 
 
 def test_manifest_statistics_are_those_of_the_latents(tmp_path: Path) -> None:

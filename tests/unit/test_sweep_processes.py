@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.command.machine import usable_cores
+from launch.command.machine import batch_threads, usable_cores
 
 FORKS = """
 import os, sys, threading
@@ -71,6 +71,30 @@ def test_a_containers_quota_bounds_the_cores_that_a_sweep_uses(
         (tmp_path / name).write_text(f"{text}\n")
     here = len(os.sched_getaffinity(0))
     assert usable_cores(tmp_path) == (here if most is None else min(here, most))
+
+
+@pytest.mark.parametrize(
+    ("cores", "environment", "threads"),
+    [
+        (1, {}, 1),
+        (2, {}, 1),
+        (4, {}, 3),
+        (64, {}, 8),
+        (64, {"OMP_NUM_THREADS": "4"}, 3),  # a run of a sweep
+        (2, {"OMP_NUM_THREADS": "64"}, 1),
+        (4, {"OMP_NUM_THREADS": "4,2"}, 3),
+        (64, {"LOCAL_WORLD_SIZE": "16", "OMP_NUM_THREADS": "1"}, 3),  # a process of torchrun
+        (2, {"LOCAL_WORLD_SIZE": "8", "OMP_NUM_THREADS": "1"}, 1),
+    ],
+)
+def test_threads_of_batches_leave_a_core_to_the_loop(
+    monkeypatch: pytest.MonkeyPatch, cores: int, environment: dict[str, str], threads: int
+) -> None:
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert batch_threads(cores) == threads
 
 
 LIMITED = """

@@ -1,0 +1,51 @@
+"""Recycle the memory of large arrays: the system takes longer to give a new page than a program to fill it."""
+
+from collections import deque
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+_ALIGNMENT = 64  # bytes, of a cache line
+_MOST_KEPT = 16  # blocks that are free
+
+
+class Buffers:
+    """Gives uninitialized arrays. Memory is used again when nothing refers to the array or a view or tensor of it."""
+
+    def __init__(self) -> None:
+        self._free: deque[NDArray[np.uint8]] = deque(maxlen=_MOST_KEPT)  # append and remove are atomic
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """Return an array whose values are undefined."""
+        kind = np.dtype(dtype)
+        num_bytes = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
+        return np.asarray(_Lent(self._taken(num_bytes), self._free, shape, kind))
+
+    def _taken(self, num_bytes: int) -> NDArray[np.uint8]:
+        """Return free memory of exactly this size, or else new memory."""
+        for _ in range(len(self._free)):
+            try:
+                block = self._free.popleft()
+            except IndexError:  # another thread took it
+                break
+            if len(block) == num_bytes:
+                return block
+            self._free.append(block)
+        whole = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+        start = -whole.ctypes.data % _ALIGNMENT
+        return whole[start : start + num_bytes]
+
+
+class _Lent:
+    """The owner of an array's memory, by numpy's protocol. Every view of the array keeps it alive."""
+
+    def __init__(
+        self, block: NDArray[np.uint8], free: deque[NDArray[np.uint8]], shape: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> None:
+        self._block, self._free = block, free
+        address = (block.ctypes.data, False)
+        self.__array_interface__ = {"version": 3, "shape": shape, "typestr": dtype.str, "data": address}
+
+    def __del__(self) -> None:
+        self._free.append(self._block)

@@ -1,0 +1,20 @@
+"""Compile functions with numba. Import this file only where the compiled functions are wanted."""
+
+from collections.abc import Callable
+from typing import Any
+
+from numba import njit
+
+Function = Callable[..., Any]
+
+
+def compiled(signature: str) -> Callable[[Function], Function]:
+    """Compile a function at once, or load it from numba's cache. It runs without the GIL, and each operation rounds."""
+
+    def decorate(function: Function) -> Function:
+        try:
+            return njit(signature, nogil=True, cache=True, error_model="numpy")(function)
+        except RuntimeError:  # numba has no folder that it can write
+            return njit(signature, nogil=True, error_model="numpy")(function)
+
+    return decorate
