@@ -8,9 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Annotated, Any, Protocol, TypeVar
-
-from pydantic import Field
+from typing import IO, Any, Protocol, TypeVar
 
 from core import remote
 from core.atomic import atomic_folder, remove_folder, remove_leftovers, sync_folder
@@ -18,10 +16,10 @@ from core.locks import locked
 from core.names import plain_name, tree_inside
 from core.reading import DamagedFileError, is_regular, read_regular, sha256_of
 from core.records import parse_object, validate
+from train.checksums import Sha256
 from train.pins import STATE_FILE, CheckpointGoneError, unless_pinned
 
 Result = TypeVar("Result")
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 MAX_STATE_BYTES = 2**26  # of each of a checkpoint's JSON files
 FOLDER_NAME = re.compile(r"step_(\d{8})")

@@ -144,7 +144,7 @@ def _write(folder: Path, identity: str, network: SmallClassifier, accuracy: floa
     """Write weights and record as one folder, replacing a folder of this name."""
     with atomic_folder(folder) as aside:
         with open(aside / _WEIGHTS, "wb") as file:
-            weights_sha256 = write_tensors(file, network.state_dict())
+            weights_sha256 = write_tensors(file, network.state_dict()).sha256
         facts = _Facts(identity, weights_sha256, accuracy, held_out)
         write_bytes(aside / _FACTS, json.dumps(seal(asdict(facts))).encode())
     return facts

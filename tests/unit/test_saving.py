@@ -10,6 +10,7 @@ from typing import IO, Any
 
 import pytest
 import torch
+import xxhash
 from conftest import json_lines
 from gcs_server import gcs_server
 from hypothesis import given, settings
@@ -58,7 +59,8 @@ def test_our_files_are_the_librarys_byte_for_byte(kinds: dict[str, tuple[torch.d
     file = io.BytesIO()
     found = write_tensors(file, tensors)
     assert file.getvalue() == library_save(tensors)
-    assert found == hashlib.sha256(file.getvalue()).hexdigest()
+    assert found.sha256 == hashlib.sha256(file.getvalue()).hexdigest()
+    assert found.xxh3_128 == xxhash.xxh3_128(file.getvalue()).hexdigest()
 
 
 class Process(AccelerateRuntime):

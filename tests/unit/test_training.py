@@ -238,7 +238,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(tmp_pat
     path, complaints = load_newest(FolderStore(tmp_path / "checkpoints"), state)
     assert path is not None
     assert (path.name, state.step) == ("step_00000004", 4)
-    assert "ema.safetensors should have sha256" in complaints[0]
+    assert "ema.safetensors should have xxh3_128" in complaints[0]
     (tmp_path / "checkpoints/step_00000004/state.json").write_text("{")
     with pytest.raises(ValueError, match="None of the 2 checkpoints"):
         load_newest(FolderStore(tmp_path / "checkpoints"), new_state())
