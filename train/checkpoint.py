@@ -12,7 +12,7 @@ config may build.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,17 +25,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from core.names import UnsafeNameError, inside, sha256_name
-from core.reading import DamagedFileError, read_regular, reason, sha256_of
+from core.names import UnsafeNameError, inside
+from core.reading import DamagedFileError, read_regular, reason
 from core.records import parse_object, unseal, validate
-from train.checksums import Checksum, Xxh3
+from train.checksums import Checksum, Hash32, Hash64, recorded
 from train.lines import MAX_BYTES
 from train.state import OtherShapeError, TrainState, load_optimizer_tensors
 from train.stores import FOLDER_NAME, STATE_FILE, CheckpointStore, step_of
 from train.tensor_files import TensorFile, open_tensors
 
-FORMAT_VERSION = 3
-READABLE_VERSIONS = (1, 2, 3)  # 1: a part is one file; 1 and 2: no hash over state.json, no copies of lines
+FORMAT_VERSION = 4
+# 1: a part is one file; 1 and 2: no hash over state.json, no copies of lines; 1 to 3: SHA-256 of files of tensors
+READABLE_VERSIONS = (1, 2, 3, 4)
 SEALED_FROM = 3
 _PART_OF = re.compile(r"(.+)-\d{5}-of-\d{5}")
 
@@ -71,8 +72,9 @@ class StateRecord:
     config: dict[str, Any]
     spec: dict[str, Any]
     data_manifest_hash: str
-    sha256: dict[str, str]  # of each other file, by name
-    xxh3_128: dict[str, Xxh3] = field(default_factory=dict)  # of the files of tensors; earlier programs wrote none
+    sha256: dict[str, Hash64]  # of each other file, by name; since version 4 of the copies of lines only
+    blake3: dict[str, Hash64] = field(default_factory=dict)  # of each file of tensors, since version 4
+    xxh3_128: dict[str, Hash32] = field(default_factory=dict)  # the same
     code: dict[str, str] = field(default_factory=dict)
     interval: dict[str, list[float]] = field(default_factory=dict)
     recent_grad_norms: list[float] = field(default_factory=list)
@@ -123,7 +125,7 @@ def _require_own_step(path: Path, step: int) -> None:
 
 def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
     """Return the tensors of the part ``name`` on the CPU. Raises ValueError that names the file if one is damaged."""
-    hashes: dict[str, str] = read_state_file(path)["sha256"]
+    hashes = recorded(read_state_file(path))
     tensors: dict[str, Tensor] = {}
     for file_name in _files_of(path, hashes, name):
         file = _sound_file(path, file_name, hashes[file_name])
@@ -134,7 +136,7 @@ def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _files_of(path: Path, hashes: Mapping[str, str], name: str) -> list[str]:
+def _files_of(path: Path, hashes: Iterable[str], name: str) -> list[str]:
     parts = {file_name: part_of(file_name) for file_name in hashes if file_name.endswith(".safetensors")}
     files = [file_name for file_name, part in parts.items() if part == name]
     if not files:
@@ -148,17 +150,16 @@ def read_lines_copy(path: Path, name: str) -> bytes | None:
 
     Raises ValueError that names the copy if it is damaged.
     """
-    expected = read_state_file(path)["sha256"].get(name)
+    expected = recorded(read_state_file(path)).get(name)
     return None if expected is None else read_regular(_sound_file(path, name, expected), MAX_BYTES)
 
 
-def _sound_file(path: Path, file_name: str, expected: str) -> Path:
-    """Return the path of a checkpoint's file. Raises ValueError that names it unless it has the expected SHA-256."""
+def _sound_file(path: Path, file_name: str, expected: Checksum) -> Path:
+    """Return the path of a checkpoint's file. Raises ValueError that names it unless it has the expected hash."""
     with _faults_named(path, file_name):
         file = inside(path, file_name, str(path / STATE_FILE))
-        found = sha256_of(file)
-        sha256_name(expected, str(path / STATE_FILE))
-    _require_hash(path, file_name, Checksum("sha256", expected), found)
+        found = expected.found_in(file)
+    _require_hash(path, file_name, expected, found)
     return file
 
 
@@ -207,14 +208,14 @@ def _readings(
     the targets: another reader must say why. Raises ValueError where a file is missing or not a regular file.
     """
     readings: list[_Reading] = []
-    for file_name in _files_of(path, content["sha256"], name):
+    hashes = recorded(content)
+    for file_name in _files_of(path, hashes, name):
         with _faults_named(path, file_name):
-            exact = sha256_name(content["sha256"][file_name], str(path / STATE_FILE))
             file = open_tensors(inside(path, file_name, str(path / STATE_FILE)))
         if (tensors := _targets_of(file, targets)) is None:
             return None
         fast = content.get("xxh3_128", {}).get(file_name)
-        expected = Checksum("xxh3_128", fast) if fast else Checksum("sha256", exact)
+        expected = hashes[file_name] if fast is None else Checksum("xxh3_128", fast)
         readings.append(_Reading(path, file_name, file, tensors, expected))
     found = [name for reading in readings for name in reading.tensors]
     return readings if targets is None or sorted(found) == sorted(targets) else None

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import IO, Any, TypeVar
 
@@ -18,7 +18,7 @@ from core.records import parse_object, seal, unseal, validate
 from core.urls import redacted
 from runtime.protocol import Runtime
 from train.checkpoint import FORMAT_VERSION, file_names, index_name
-from train.checksums import Checksums, Sha256, Xxh3
+from train.checksums import Checksums, Hash32, Hash64
 from train.state import TrainState, optimizer_tensors
 from train.stores import CheckpointStore
 from train.tensor_files import write_tensors
@@ -38,8 +38,8 @@ class Receipt:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    files: dict[str, Sha256]
-    xxh3_128: dict[str, Xxh3] = field(default_factory=dict)
+    blake3: dict[str, Hash64]
+    xxh3_128: dict[str, Hash32]
 
 
 @dataclass
@@ -156,7 +156,7 @@ class CheckpointWriter:
                 hashes[file_name] = self._store.write(step, file_name, partial(write_tensors, tensors=mine))
                 self.timing.bytes_written += sum(value.nbytes for value in mine.values())
         by_algorithm = {
-            "files": {name: found.sha256 for name, found in hashes.items()},
+            "blake3": {name: found.blake3 for name, found in hashes.items()},
             "xxh3_128": {name: found.xxh3_128 for name, found in hashes.items()},
         }
         self._put(step, _RECEIPT.format(rank=rank), seal(by_algorithm))
@@ -166,12 +166,12 @@ class CheckpointWriter:
     ) -> None:
         receipts = {_RECEIPT.format(rank=rank): rank for rank in range(self._runtime.data_world)}
         self._await(step, set(receipts))
-        hashes, fast_hashes = dict[str, str](), dict[str, str]()
+        blake3, xxh3_128 = dict[str, str](), dict[str, str]()
         for receipt, rank in receipts.items():
             names_of_rank = (file_names(part, by_rank)[rank] for part, by_rank in owners.items())
             received = self._received(step, receipt, {name for name in names_of_rank if name is not None})
-            hashes |= received.files
-            fast_hashes |= received.xxh3_128
+            blake3 |= received.blake3
+            xxh3_128 |= received.xxh3_128
         for part, by_rank in owners.items():
             names = file_names(part, by_rank)
             if len(set(names) - {None}) > 1:
@@ -179,9 +179,10 @@ class CheckpointWriter:
                 self._put(step, index_name(part), {"metadata": {}, "weight_map": dict(sorted(places.items()))})
         for name, text in lines.items():
             self._store.write(step, name, partial(_write_bytes, text=text))
-            hashes[name] = hashlib.sha256(text).hexdigest()
         self._before_commit()
-        content |= {"sha256": dict(sorted(hashes.items())), "xxh3_128": dict(sorted(fast_hashes.items()))}
+        sha256 = {name: hashlib.sha256(text).hexdigest() for name, text in lines.items()}
+        for algorithm, hashes in (("sha256", sha256), ("blake3", blake3), ("xxh3_128", xxh3_128)):
+            content[algorithm] = dict(sorted(hashes.items()))
         state = json.dumps(seal(content), indent=1).encode()
         self._store.commit(step, state, set(receipts))
         self._after_commit()
@@ -204,7 +205,7 @@ class CheckpointWriter:
     def _received(self, step: int, name: str, expected: set[str]) -> Receipt:
         """Return the hashes in a receipt. Raises DamagedFileError unless they are those of the ``expected`` files."""
         receipt = self._record(step, name, Receipt)
-        for files in (receipt.files, receipt.xxh3_128):
+        for files in (receipt.blake3, receipt.xxh3_128):
             if odd := sorted(files.keys() ^ expected):
                 raise DamagedFileError(
                     f"{self._store.place(step)}/{name} is damaged: it has {len(files)} files, but its process wrote "

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file, save_file
-from test_saving import assert_equal_states, save_by, trained
+from test_saving import assert_equal_states, flip, save_by, trained
 from test_training import everything, new_state
 
-from core.reading import sha256_of
 from core.records import SEAL, seal
 from train import checkpoint
 from train.checkpoint import load_checkpoint
@@ -43,12 +43,6 @@ def change_state(path: Path, change: Callable[[dict], None]) -> None:
     (path / "state.json").write_text(json.dumps(seal(content)))
 
 
-def flip(path: Path, at: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[at] ^= 1
-    path.write_bytes(content)
-
-
 @pytest.mark.usefixtures("_threads")
 def test_one_pass_over_each_file_restores_the_whole_state(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "read_tensors", None)  # the other reader
@@ -66,7 +60,7 @@ def test_a_flipped_bit_anywhere_in_a_file_is_found_and_the_file_named(saved: Pat
     size = (saved / name).stat().st_size
     for at in (0, 7, 8, 40, size // 2, size - 1):
         flip(saved / name, at)
-        with pytest.raises(ValueError, match=rf"{STEP} is damaged: {name} should have (xxh3_128|sha256) "):
+        with pytest.raises(ValueError, match=rf"{STEP} is damaged: {name} should have (xxh3_128|blake3) "):
             load_checkpoint(saved, new_state())
         flip(saved / name, at)
     load_checkpoint(saved, new_state())
@@ -92,23 +86,29 @@ def test_a_header_that_claims_more_than_the_file_has_allocates_nothing(saved: Pa
     header = b'{"x":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}  '
     for length in (len(header), 2**62):
         (saved / "model-00001-of-00002.safetensors").write_bytes(length.to_bytes(8, "little") + header)
-        with pytest.raises(ValueError, match=r"model-00001-of-00002.safetensors should have sha256"):
+        with pytest.raises(ValueError, match=r"model-00001-of-00002.safetensors should have blake3"):
             load_checkpoint(saved, new_state())
 
 
-def test_a_checkpoint_of_before_the_fast_hash_is_checked_by_sha256(saved: Path) -> None:
+def test_a_checkpoint_without_the_fast_hash_is_checked_by_the_other(saved: Path) -> None:
     change_state(saved, lambda content: content.pop("xxh3_128"))
     restored = new_state()
     load_checkpoint(saved, restored)
     assert_equal_states(restored, trained())
     flip(saved / "ema-00001-of-00002.safetensors", -1)
-    with pytest.raises(ValueError, match=r"ema-00001-of-00002.safetensors should have sha256 [0-9a-f]{64}, but has "):
+    with pytest.raises(ValueError, match=r"ema-00001-of-00002.safetensors should have blake3 [0-9a-f]{64}, but has "):
+        load_checkpoint(saved, new_state())
+
+
+def test_a_file_without_a_hash_is_not_read(saved: Path) -> None:
+    change_state(saved, lambda content: content["blake3"].pop("ema-00001-of-00002.safetensors"))
+    with pytest.raises(ValueError, match="is of another model than the config"):
         load_checkpoint(saved, new_state())
 
 
 def test_a_flipped_bit_in_the_name_of_a_hash_is_found(saved: Path) -> None:
     text = (saved / "state.json").read_bytes()
-    for name in (b'"xxh3_128"', b'"sha256"', b'"record_sha256"'):
+    for name in (b'"xxh3_128"', b'"blake3"', b'"record_sha256"'):
         for at in range(1, len(name) - 1):
             wrong = name[:at] + bytes([name[at] ^ 1]) + name[at + 1 :]
             (saved / "state.json").write_bytes(text.replace(name, wrong))
@@ -127,7 +127,7 @@ def test_a_file_that_another_program_wrote_again_is_read_too(saved: Path) -> Non
     """Add metadata, as other programs do, which our writer does not."""
     file = saved / "model-00001-of-00002.safetensors"
     save_file(load_file(file), file, {"format": "pt"})
-    change_state(saved, lambda content: content["sha256"].update({file.name: sha256_of(file)}))
+    change_state(saved, lambda content: content["blake3"].update({file.name: blake3(file.read_bytes()).hexdigest()}))
     restored = new_state()
     load_checkpoint(saved, restored)
     for name, value in everything(trained()).items():

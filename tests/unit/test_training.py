@@ -248,7 +248,7 @@ def test_a_checkpoint_of_a_later_program_is_refused_not_passed_over(tmp_path: Pa
     run_steps(new_state(), RunFolder(tmp_path), 6)
     newest = tmp_path / "checkpoints/step_00000006/state.json"
     resealed(newest, format_version=7)
-    with pytest.raises(ValueError, match="has format version 7, but this program reads versions 1 to 3"):
+    with pytest.raises(ValueError, match="has format version 7, but this program reads versions 1 to 4"):
         load_newest(FolderStore(tmp_path / "checkpoints"), new_state())
 
 
