@@ -22,8 +22,7 @@ from core.reading import DamagedFileError, open_regular
 from core.records import parse_object
 from train.checksums import Checksum, Checksums
 
-_PIECE_BYTES = 16 * 2**20  # of a write
-_COPY_BYTES = 2**20  # hashed while it is in the processor's cache
+_PIECE_BYTES = 2**20  # written or copied, and hashed, while it is in the processor's cache
 _WINDOW_BYTES = 2**26  # of a mapped file that is made resident at once
 _POPULATE_READ = 22  # Linux's MADV_POPULATE_READ
 _LONGEST_HEADER = 100_000_000  # bytes; the library's limit
@@ -122,8 +121,8 @@ class TensorFile:
         resident = 0
         for value in tensors.values():
             target = _bytes_of(value)
-            for at in range(0, len(target), _COPY_BYTES):
-                piece = target[at : at + _COPY_BYTES]
+            for at in range(0, len(target), _PIECE_BYTES):
+                piece = target[at : at + _PIECE_BYTES]
                 while resident < start + len(piece):
                     self._make_resident(resident)
                     resident += _WINDOW_BYTES
