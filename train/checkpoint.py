@@ -213,6 +213,8 @@ def _readings(
         with _faults_named(path, file_name):
             file = open_tensors(inside(path, file_name, str(path / STATE_FILE)))
         if (tensors := _targets_of(file, targets)) is None:
+            for opened in (file, *(reading.file for reading in readings)):
+                opened.close()
             return None
         fast = content.get("xxh3_128", {}).get(file_name)
         expected = hashes[file_name] if fast is None else Checksum("xxh3_128", fast)

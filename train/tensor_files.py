@@ -20,10 +20,9 @@ from xxhash import xxh3_128
 
 from core.reading import DamagedFileError, open_regular
 from core.records import parse_object
-from train.checksums import Checksum, Checksums
+from train.checksums import Checksum, Checksums, Hasher
 
 _PIECE_BYTES = 2**20  # written or copied, and hashed, while it is in the processor's cache
-_WINDOW_BYTES = 2**26  # of a mapped file that is made resident at once
 _POPULATE_READ = 22  # Linux's MADV_POPULATE_READ
 _LONGEST_HEADER = 100_000_000  # bytes; the library's limit
 _NAMES = {  # in the order in which the library writes them
@@ -87,8 +86,8 @@ def _bytes_of(tensor: Tensor) -> Any:
 class TensorFile:
     """A safetensors file as `write_tensors` writes it, mapped into memory; no value in it is believed yet."""
 
-    def __init__(self, path: Path, mapped: mmap.mmap) -> None:
-        self._path, self._mapped = path, mapped
+    def __init__(self, path: Path, file: IO[bytes], mapped: mmap.mmap) -> None:
+        self._path, self._file, self._mapped = path, file, mapped
         self.size = len(mapped)
 
     def described(self) -> dict[str, Tensor] | None:
@@ -105,45 +104,60 @@ class TensorFile:
                 name: torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]], device="meta")
                 for name, entry in entries
             }
+            is_ours = header == _header_of(in_file_order(tensors))
         except (KeyError, TypeError, ValueError, RuntimeError):
             return None
         is_whole = self.size == len(header) + sum(value.nbytes for value in tensors.values())
-        return tensors if is_whole and header == _header_of(in_file_order(tensors)) else None
+        return tensors if is_ours and is_whole else None
+
+    def close(self) -> None:
+        """Close a file that is not read."""
+        self._file.close()
 
     def read_into(self, tensors: Mapping[str, Tensor], checksum: Checksum) -> str:
-        """Fill contiguous tensors on the CPU that are as `described`, in that order; return the file's hash.
+        """Fill contiguous tensors on the CPU that are as `described`, in that order; close the file; return its hash.
 
         It is computed of what the tensors got, so that a file that changes meanwhile is noticed.
         """
-        hasher, source = checksum.hasher(), np.frombuffer(self._mapped, dtype=np.uint8)
+        with self._file:
+            return self._read_into(tensors, checksum.hasher())
+
+    def _read_into(self, tensors: Mapping[str, Tensor], hasher: Hasher) -> str:
+        source = np.frombuffer(self._mapped, dtype=np.uint8)
         start = self.size - sum(value.nbytes for value in tensors.values())
         hasher.update(self._mapped[:start])
-        resident = 0
         for value in tensors.values():
             target = _bytes_of(value)
             for at in range(0, len(target), _PIECE_BYTES):
                 piece = target[at : at + _PIECE_BYTES]
-                while resident < start + len(piece):
-                    self._make_resident(resident)
-                    resident += _WINDOW_BYTES
+                self._make_resident(start, len(piece))
                 np.copyto(piece, source[start : start + len(piece)])
                 hasher.update(piece.data)
                 start += len(piece)
         return hasher.hexdigest()
 
-    def _make_resident(self, start: int) -> None:
-        """Read a window of the file. A disk's error is an OSError here; where a copy meets it, it ends the process."""
+    def _make_resident(self, start: int, length: int) -> None:
+        """Read a piece that is not in memory yet; a disk's error is an OSError here, but ends a process that copies."""
+        if not (self._is_resident(start) and self._is_resident(start + length - 1)):
+            page = start - start % mmap.PAGESIZE
+            try:
+                self._mapped.madvise(_POPULATE_READ, page, start + length - page)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # which Linux before 5.14 gives
+                    raise OSError(errno.EIO, os.strerror(errno.EIO), str(self._path)) from error
+
+    def _is_resident(self, at: int) -> bool:
         try:
-            self._mapped.madvise(_POPULATE_READ, start, min(_WINDOW_BYTES, self.size - start))
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # which Linux before 5.14 gives
-                raise OSError(errno.EIO, os.strerror(errno.EIO), str(self._path)) from error
+            return os.preadv(self._file.fileno(), [bytearray(1)], at, os.RWF_NOWAIT) == 1
+        except OSError:
+            return False
 
 
 def open_tensors(path: Path) -> TensorFile:
     """Map a file of tensors. Raises as `open_regular` does, and DamagedFileError for an empty file."""
-    with open_regular(path) as file:
-        try:
-            return TensorFile(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        except ValueError:
-            raise DamagedFileError(f"{path} is empty.") from None
+    file = open_regular(path)
+    try:
+        return TensorFile(path, file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except ValueError:
+        file.close()
+        raise DamagedFileError(f"{path} is empty.") from None

@@ -82,8 +82,21 @@ def test_a_file_that_is_cut_or_replaced_by_another_kind_is_named(saved: Path) ->
         load_checkpoint(saved, new_state())
 
 
-def test_a_header_that_claims_more_than_the_file_has_allocates_nothing(saved: Path) -> None:
-    header = b'{"x":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}  '
+@pytest.mark.parametrize(
+    "entry",
+    [
+        '{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}',
+        '{"dtype":"F32","shape":[4611686018427387904,8],"data_offsets":[0,4]}',
+        '{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}',
+        '{"dtype":"F32","shape":"x","data_offsets":[0,4]}',
+        '{"dtype":[],"shape":[],"data_offsets":[0,4]}',
+        '{"dtype":"X","shape":[],"data_offsets":[0,4]}',
+        "null",
+        "{}",
+    ],
+)
+def test_a_header_of_junk_allocates_nothing_and_its_file_is_named(saved: Path, entry: str) -> None:
+    header = f'{{"\\ud800":{entry}}}'.encode()
     for length in (len(header), 2**62):
         (saved / "model-00001-of-00002.safetensors").write_bytes(length.to_bytes(8, "little") + header)
         with pytest.raises(ValueError, match=r"model-00001-of-00002.safetensors should have blake3"):
