@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.checkpoint [--size l] [--batch-size 1] [--folder DIR]`` prints one JSON line. It steps with and
 without a checkpoint being written (the first save allocates the copy in memory). Then, in turns, it saves and calls
-``torch.save`` with fsync, and loads and copies mapped safetensors files: [wall, CPU] seconds, medians.
+``torch.save`` with fsync, and loads and copies mapped safetensors files: medians of [wall, CPU] seconds.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from safetensors.torch import load_file
 
 from benchmarks.commit import current_commit
 from benchmarks.train_step import SIZES, diffusion, host_batches, new_model, wait_for_device
+from benchmarks.turns import Seconds, cpu, in_turns
 from runtime.accelerate import AccelerateRuntime
 from train.checkpoint import load_newest
 from train.ema import constant
@@ -32,7 +32,6 @@ from train.stores import FolderStore
 
 FACTS: dict[str, Any] = {"seed": 0, "config": {}, "spec": {}, "data_manifest_hash": ""}
 SAVES = 3
-REPEATS = 7
 
 
 class Training:
@@ -67,28 +66,7 @@ def new_state(size: str) -> TrainState:
     return TrainState(model, constant(model), torch.optim.AdamW(model.parameters(), weight_decay=0.0), 1, 10**9)
 
 
-def seconds_of(work: Callable[[], Any]) -> tuple[float, float]:
-    """Return the wall-clock seconds and the CPU-seconds of this process."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def beside(ours: Callable[[], Any], peer: Callable[[], Any], before: Callable[[], Any]) -> dict[str, list[float]]:
-    """Return the median [wall, CPU] seconds of both in turns, and the ratios of ours to the peer's."""
-    found: dict[str, list[tuple[float, float]]] = {"ours": [], "peer": []}
-    for _ in range(REPEATS + 1):  # the first of each is not counted
-        for name, work in (("peer", peer), ("ours", ours)):
-            before()
-            found[name].append(seconds_of(work))
-    medians = {
-        name: [statistics.median(column) for column in zip(*rows[1:], strict=True)] for name, rows in found.items()
-    }
-    ratios = [mine / theirs for mine, theirs in zip(medians["ours"], medians["peer"], strict=True)]
-    return {name: [round(value, 3) for value in values] for name, values in (*medians.items(), ("ratio", ratios))}
-
-
-def written(training: Training, store: FolderStore) -> dict[str, list[float]]:
+def written(training: Training, store: FolderStore) -> dict[str, Seconds]:
     """Compare a whole save with ``torch.save`` of the same tensors to one file, and fsync."""
 
     def peer() -> None:
@@ -110,12 +88,12 @@ def written(training: Training, store: FolderStore) -> dict[str, list[float]]:
             store.remove(step)
         os.sync()
 
-    found = beside(ours, peer, clear)
+    found = in_turns({"ours": ours, "torch_save_fsync": peer}, clear)
     (store.folder / "peer.pt").unlink(missing_ok=True)
     return found
 
 
-def loaded(size: str, store: FolderStore) -> dict[str, list[float]]:
+def loaded(size: str, store: FolderStore) -> dict[str, Seconds]:
     """Compare a load with that of mapped safetensors files, unchecked, copied to modules and a new optimizer state."""
     state, path = new_state(size), store.local(store.steps()[-1])
 
@@ -131,7 +109,7 @@ def loaded(size: str, store: FolderStore) -> dict[str, list[float]]:
         state.optimizer.state.clear()
         gc.collect()
 
-    return beside(lambda: load_newest(store, state), peer, forget)
+    return in_turns({"ours": lambda: load_newest(store, state), "mapped_safetensors": peer}, forget)
 
 
 def measure(size: str, batch_size: int, steps: int, store: FolderStore) -> dict[str, Any]:
@@ -154,8 +132,8 @@ def measure(size: str, batch_size: int, steps: int, store: FolderStore) -> dict[
     step, stall = statistics.median(alone), statistics.median(stalls[1:])
     return {
         "gigabytes": round(gigabytes, 3),
-        "save_and_torch_save_with_fsync": write,
-        "load_and_mapped_safetensors": loaded(size, store),
+        "save": write,
+        "load": loaded(size, store),
         "first_stall_sec": round(stalls[0], 3),
         "stall_sec": round(stall, 3),
         "write_sec": round(statistics.median(writes), 3),
@@ -183,7 +161,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if has_gpu else "CPU",
         **found,
         "threads": torch.get_num_threads(),
-        "processors": os.cpu_count(),
+        **cpu(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": current_commit(),
