@@ -127,6 +127,8 @@ def measure(size: str, batch_size: int, steps: int, store: FolderStore) -> dict[
             store.remove(old)
     gigabytes = training.writer.timing.bytes_written / 1e9
     write = written(training, store)
+    training.save()
+    training.writer.wait()
     del training
     gc.collect()
     step, stall = statistics.median(alone), statistics.median(stalls[1:])
