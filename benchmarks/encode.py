@@ -1,5 +1,7 @@
 """Compare the encode job with its bare encoder: ``python -m benchmarks.encode`` prints one JSON line.
 
+First it prepares images, in turns with the released code's lines on Pillow (``center_crop_arr``), on one thread.
+
 The autoencoder is that of ``--pretrained``, else one with random weights: of the paper's size on a GPU, a small one
 elsewhere. JPEGs of ImageNet's usual size are decoded, cropped, encoded in both orientations and written to shards; the
 bare encoder gets the same batches from memory. A ratio of 1.0 means that reading, decoding and writing cost nothing.
@@ -18,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
 from benchmarks.commit import current_commit
+from benchmarks.turns import Seconds, cpu, in_turns
 from data.encode import Workers, encode
 from data.encodings import EncodeImages
 from data.image_folder import ImageFolder
@@ -64,6 +68,36 @@ def make_autoencoder(folder: Path, size: str) -> str:
     return str(folder)
 
 
+def as_released(content: bytes, size: int = 256) -> np.ndarray:
+    """Decode and crop as the released code and ADM do."""
+    picture = Image.open(io.BytesIO(content)).convert("RGB")
+    while min(*picture.size) >= 2 * size:
+        picture = picture.resize((picture.width // 2, picture.height // 2), resample=Image.Resampling.BOX)
+    scale = size / min(*picture.size)
+    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+    pixels = np.array(picture)
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top : top + size, left : left + size]
+
+
+def preparation(count: int = 50) -> dict[str, dict[str, Seconds]]:
+    """Return the milliseconds of an image, ours and the released code's, by the image's size."""
+    found, prepare, random = {}, Preparation(256, CenterCrop()), np.random.default_rng(0)
+    for width, height in ((500, 375), (375, 500), (1024, 768)):
+        small = random.integers(0, 256, (count, height // 4, width // 4, 3), dtype=np.uint8)
+        contents = [io.BytesIO() for _ in range(count)]
+        for pixels, content in zip(small, contents, strict=True):
+            Image.fromarray(pixels).resize((width, height)).save(content, "JPEG", quality=90)
+        images = [content.getvalue() for content in contents]
+        assert all((prepare(image) == as_released(image)).all() for image in images)
+        works = {"ours": lambda: [prepare(image) for image in images]}  # noqa: B023
+        works["pillow"] = lambda: [as_released(image) for image in images]  # noqa: B023
+        seconds = in_turns(works)
+        of_one = {name: value if "/" in name else [1000 * s / count for s in value] for name, value in seconds.items()}
+        found[f"{width}x{height}"] = {name: [round(s, 3) for s in value] for name, value in of_one.items()}
+    return found
+
+
 def bare_images_per_second(encoding: EncodeImages, batch: np.ndarray, repeats: int) -> float:
     encoding.moments(batch).cpu()
     started = time.perf_counter()
@@ -81,6 +115,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)  # the other cores decode
+    prepared = preparation()
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         make_images(root / "images", options.images)
@@ -109,6 +144,7 @@ def main() -> None:
         bare = (bare + bare_images_per_second(encoding, batch, repeats)) / 2  # before and after: speed may drift
     result = {
         "benchmark": "encode",
+        "milliseconds_to_decode_and_crop": prepared,
         "bare_encoder_images_per_sec": round(bare, 1),
         "pipeline_images_per_sec": round(pipeline, 1),
         "pipeline_to_bare_encoder": round(pipeline / bare, 3),
@@ -118,6 +154,8 @@ def main() -> None:
         "decode_threads": options.threads,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
         "torch": torch.__version__,
+        "pillow": PIL.__version__,
+        **cpu(),
         "commit": current_commit(),
     }
     print(json.dumps(result))

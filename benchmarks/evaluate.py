@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.commit import current_commit
+from benchmarks.turns import Seconds, cpu, in_turns
 from core.precision import allow_tf32
 from data.conditions import ClassLabels
 from data.manifest import LatentSpec
@@ -83,7 +84,10 @@ def frechet() -> dict[str, Any]:
 
 
 def inception() -> dict[str, Any]:
-    """Measure images per second of the extractor, and of a loop over single images, at 256 px."""
+    """Measure images per second of the extractor, and of a loop over single images, at 256 px.
+
+    On a CPU, our network and torch-fidelity's run in turns on the same batch, to the same bits.
+    """
     extractor = _random_inception()
     count = 2000 if ON_GPU else 8
     images = np.random.default_rng(0).integers(0, 256, (count, 256, 256, 3), dtype=np.uint8)
@@ -102,7 +106,22 @@ def inception() -> dict[str, Any]:
         "one_by_one_images_per_sec": round(count / single, 2),
         "ratio": round(single / batched[best], 2),
         "statistics_of_extraction": round(summed / batched[best], 4),
+        **({} if ON_GPU else {"seconds_of_4_images": _beside_torch_fidelity(images[:4])}),
     }
+
+
+@torch.no_grad()
+def _beside_torch_fidelity(images: np.ndarray) -> dict[str, Seconds]:
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    ours = Inception2015().eval()
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(ours.state_dict(), Path(folder) / "random.pth")
+        weights = str(Path(folder) / "random.pth")
+        theirs = FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights)
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+    assert torch.equal(ours(pixels).pool, theirs(pixels)[0])
+    return in_turns({"ours": lambda: ours(pixels), "torch_fidelity": lambda: theirs(pixels)}, repeats=5)
 
 
 def _random_inception() -> InceptionFeatures:
@@ -238,6 +257,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "commit": current_commit(),
+        **cpu(),
         **({} if ON_GPU else {"seconds": "CPU-seconds", "gpu_targets": "not measured: no GPU"}),
     }
 

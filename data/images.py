@@ -24,12 +24,15 @@ class UnreadableImageError(Exception):
         self.source_id = source_id
 
 
+Pixels = NDArray[np.uint8] | Image.Image  # an array [H, W, C], or a picture of Pillow's in RGB, which saves a copy
+
+
 class Crop(Protocol):
     """A function that makes an image of any size square."""
 
     name: str  # recorded with the latents
 
-    def __call__(self, image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    def __call__(self, image: Pixels, size: int) -> NDArray[np.uint8]:
         """Return [size, size, C] of an image [H, W, C]."""
         ...
 
@@ -43,16 +46,24 @@ class CenterCrop:
 
     name = "center"
 
-    def __call__(self, image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    def __call__(self, image: Pixels, size: int) -> NDArray[np.uint8]:
         """Return [size, size, C] of an image [H, W, C]; smaller images are enlarged."""
-        picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+        picture = image if isinstance(image, Image.Image) else _picture_of(image)
         while min(picture.size) >= 2 * size:
             picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
         factor = size / min(picture.size)
-        scaled = (round(picture.width * factor), round(picture.height * factor))
-        pixels = np.asarray(picture.resize(scaled, Image.Resampling.BICUBIC))
-        top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-        return pixels[top : top + size, left : left + size].reshape(size, size, image.shape[2])
+        width, height = round(picture.width * factor), round(picture.height * factor)
+        if width > size:
+            # Pillow resizes the rows of a wide image, rounds, and then resizes its columns: here only those that stay.
+            wide, left = picture.resize((width, picture.height), Image.Resampling.BICUBIC), (width - size) // 2
+            picture = wide.crop((left, 0, left + size, picture.height))
+        pixels = np.asarray(picture.resize((size, height), Image.Resampling.BICUBIC))
+        top = (height - size) // 2
+        return pixels[top : top + size].reshape(size, size, -1)
+
+
+def _picture_of(image: NDArray[np.uint8]) -> Image.Image:
+    return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
 
 
 class ExactSize:
@@ -60,13 +71,14 @@ class ExactSize:
 
     name = "none"
 
-    def __call__(self, image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    def __call__(self, image: Pixels, size: int) -> NDArray[np.uint8]:
         """Return the image unchanged. Raises ValueError where it is not [size, size, C]."""
-        height, width = image.shape[:2]
+        pixels = np.asarray(image)
+        height, width = pixels.shape[:2]
         if (height, width) != (size, size):
             square = f"data.image_size={height} or " if height == width else ""
             raise ValueError(f"is {height}x{width}, but data.image_size is {size}; set {square}data/crop=center.")
-        return image
+        return pixels
 
 
 class Preparation(NamedTuple):
@@ -81,12 +93,17 @@ class Preparation(NamedTuple):
 
         Raises UnreadableImageError where the image cannot be decoded, and ValueError where the crop rejects it.
         """
-        pixels = decode(content, self.apply_exif) if isinstance(content, bytes) else content
+        pixels = picture_in(content, self.apply_exif) if isinstance(content, bytes) else content
         return self.crop(pixels, self.image_size)
 
 
 def decode(content: bytes, apply_exif: bool = False) -> NDArray[np.uint8]:
-    """Return the pixels [H, W, 3] uint8 of an encoded image in any format; of an animation, the first frame.
+    """Return the pixels [H, W, 3] uint8 of an encoded image. Raises as `picture_in` does."""
+    return np.asarray(picture_in(content, apply_exif))
+
+
+def picture_in(content: bytes, apply_exif: bool = False) -> Image.Image:
+    """Return an encoded image in any format as a picture in RGB; of an animation, the first frame.
 
     Transparency is dropped and CMYK and palettes are converted as Pillow (and so ADM) does; 16-bit gray is scaled to
     8 bits, where Pillow would clip it. Raises UnreadableImageError with the reason.
@@ -103,14 +120,14 @@ def decode(content: bytes, apply_exif: bool = False) -> NDArray[np.uint8]:
                     f"{picture.width}x{picture.height} pixels are more than {MAX_PIXELS}: a decompression bomb"
                 )
             picture.load()
-            return np.asarray(_as_rgb(ImageOps.exif_transpose(picture) if apply_exif else picture))
+            return _as_rgb(ImageOps.exif_transpose(picture) if apply_exif else picture)
     except UnreadableImageError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ValueError and more
         raise UnreadableImageError(f"{type(error).__name__}: {error}".replace("\n", " ")) from error
 
 
-# Pillow has a size limit of its own; `decode` checks the size before it decodes a pixel.
+# Pillow has a size limit of its own; `picture_in` checks the size before it decodes a pixel.
 Image.MAX_IMAGE_PIXELS = None
 
 
@@ -120,6 +137,8 @@ def _as_rgb(picture: Image.Image) -> Image.Image:
         picture = Image.fromarray(levels.astype(np.uint8))
     elif picture.mode == "F":
         raise UnreadableImageError("float pixels have no known range")
+    if picture.mode == "RGB" and picture.format == "JPEG":  # loaded, so that it needs its file no more
+        return picture
     return picture.convert("RGB")
 
 

@@ -18,8 +18,9 @@ from core.records import parse_object, seal, unseal, validate
 from core.urls import redacted
 from runtime.protocol import Runtime
 from train.checkpoint import FORMAT_VERSION, file_names, index_name
+from train.checksums import Checksums, Hash32, Hash64
 from train.state import TrainState, optimizer_tensors
-from train.stores import CheckpointStore, Sha256
+from train.stores import CheckpointStore
 from train.tensor_files import write_tensors
 
 Record = TypeVar("Record")
@@ -33,11 +34,12 @@ _RECEIPT = "written-by-{rank:05d}.json"  # written when all files of a process a
 
 @dataclass
 class Receipt:
-    """The SHA-256 of each file that a process wrote for a checkpoint."""
+    """The hashes of each file that a process wrote for a checkpoint."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    files: dict[str, Sha256]
+    blake3: dict[str, Hash64]
+    xxh3_128: dict[str, Hash32]
 
 
 @dataclass
@@ -146,24 +148,30 @@ class CheckpointWriter:
             self._put(step, _FAILURE.format(rank=self._runtime.data_rank), seal({"error": reason}))
 
     def _write_share(self, step: int, owners: dict[str, list[list[str]]]) -> None:
-        rank, hashes = self._runtime.data_rank, {}
+        rank, hashes = self._runtime.data_rank, dict[str, Checksums]()
         for part, by_rank in owners.items():
             mine = {name: self._host[part][name] for name in by_rank[rank]}
             file_name = file_names(part, by_rank)[rank]
             if file_name is not None:
                 hashes[file_name] = self._store.write(step, file_name, partial(write_tensors, tensors=mine))
                 self.timing.bytes_written += sum(value.nbytes for value in mine.values())
-        self._put(step, _RECEIPT.format(rank=rank), seal({"files": hashes}))
+        by_algorithm = {
+            "blake3": {name: found.blake3 for name, found in hashes.items()},
+            "xxh3_128": {name: found.xxh3_128 for name, found in hashes.items()},
+        }
+        self._put(step, _RECEIPT.format(rank=rank), seal(by_algorithm))
 
     def _complete(
         self, step: int, content: dict[str, Any], owners: dict[str, list[list[str]]], lines: dict[str, bytes]
     ) -> None:
         receipts = {_RECEIPT.format(rank=rank): rank for rank in range(self._runtime.data_world)}
         self._await(step, set(receipts))
-        hashes: dict[str, str] = {}
+        blake3, xxh3_128 = dict[str, str](), dict[str, str]()
         for receipt, rank in receipts.items():
             names_of_rank = (file_names(part, by_rank)[rank] for part, by_rank in owners.items())
-            hashes |= self._received(step, receipt, {name for name in names_of_rank if name is not None})
+            received = self._received(step, receipt, {name for name in names_of_rank if name is not None})
+            blake3 |= received.blake3
+            xxh3_128 |= received.xxh3_128
         for part, by_rank in owners.items():
             names = file_names(part, by_rank)
             if len(set(names) - {None}) > 1:
@@ -171,9 +179,11 @@ class CheckpointWriter:
                 self._put(step, index_name(part), {"metadata": {}, "weight_map": dict(sorted(places.items()))})
         for name, text in lines.items():
             self._store.write(step, name, partial(_write_bytes, text=text))
-            hashes[name] = hashlib.sha256(text).hexdigest()
         self._before_commit()
-        state = json.dumps(seal({**content, "sha256": dict(sorted(hashes.items()))}), indent=1).encode()
+        sha256 = {name: hashlib.sha256(text).hexdigest() for name, text in lines.items()}
+        for algorithm, hashes in (("sha256", sha256), ("blake3", blake3), ("xxh3_128", xxh3_128)):
+            content[algorithm] = dict(sorted(hashes.items()))
+        state = json.dumps(seal(content), indent=1).encode()
         self._store.commit(step, state, set(receipts))
         self._after_commit()
 
@@ -192,15 +202,16 @@ class CheckpointWriter:
                 )
             time.sleep(POLL_SEC)
 
-    def _received(self, step: int, name: str, expected: set[str]) -> dict[str, str]:
+    def _received(self, step: int, name: str, expected: set[str]) -> Receipt:
         """Return the hashes in a receipt. Raises DamagedFileError unless they are those of the ``expected`` files."""
-        files = self._record(step, name, Receipt).files
-        if odd := sorted(files.keys() ^ expected):
-            raise DamagedFileError(
-                f"{self._store.place(step)}/{name} is damaged: it has {len(files)} files, but its process wrote "
-                f"{len(expected)}; the first that differs is {odd[0]!r}."
-            )
-        return files
+        receipt = self._record(step, name, Receipt)
+        for files in (receipt.blake3, receipt.xxh3_128):
+            if odd := sorted(files.keys() ^ expected):
+                raise DamagedFileError(
+                    f"{self._store.place(step)}/{name} is damaged: it has {len(files)} files, but its process wrote "
+                    f"{len(expected)}; the first that differs is {odd[0]!r}."
+                )
+        return receipt
 
     def _record(self, step: int, name: str, kind: type[Record]) -> Record:
         place = f"{self._store.place(step)}/{name}"

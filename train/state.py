@@ -68,9 +68,10 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
                 f"the optimizer has {key} of shape {tuple(value.shape)}, but the model "
                 + ("has no such parameter." if expected is None else f"a parameter of shape {tuple(expected)}.")
             )
+    by_parameter: dict[str, dict[str, Tensor]] = {name: {} for name in shapes}
+    for key, value in tensors.items():
+        name, _, quantity = key.rpartition("/")
+        by_parameter[name][quantity] = value
     ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for index, parameter in enumerate(ordered):
-        prefix = names[parameter] + "/"
-        state[index] = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    state = {index: by_parameter[names[parameter]] for index, parameter in enumerate(ordered)}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -6,22 +6,21 @@ Several processes write the files of a checkpoint; it exists once the main proce
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Annotated, Any, Protocol, TypeVar
-
-from pydantic import Field
+from typing import IO, Any, Protocol, TypeVar
 
 from core import remote
 from core.atomic import atomic_folder, remove_folder, remove_leftovers, sync_folder
 from core.locks import locked
 from core.names import plain_name, tree_inside
-from core.reading import DamagedFileError, is_regular, read_regular, sha256_of
+from core.reading import DamagedFileError, is_regular, read_regular
 from core.records import parse_object, validate
+from train.checksums import Checksum, Hash64, recorded
 from train.pins import STATE_FILE, CheckpointGoneError, unless_pinned
 
 Result = TypeVar("Result")
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 MAX_STATE_BYTES = 2**26  # of each of a checkpoint's JSON files
 FOLDER_NAME = re.compile(r"step_(\d{8})")
@@ -201,7 +200,7 @@ class BucketStore:
             raise CheckpointGoneError(f"{self.place(step)} was deleted while it was read; choose another.") from error
         return path
 
-    def _copy(self, step: int, state: bytes, hashes: dict[str, str], path: Path) -> None:
+    def _copy(self, step: int, state: bytes, hashes: Container[str], path: Path) -> None:
         """Fetch the files that the state file names, and their indices, but no other objects."""
         files = self._files().get(step, {})
         if STATE_FILE not in files:
@@ -269,23 +268,32 @@ class BucketStore:
         return remote.with_retries(f"{self.place(step)}/{name}", lambda: action(path), remote.DEFAULT_RETRY, done=done)
 
 
-def _hashes_in(state: bytes, name: str) -> dict[str, str] | None:
-    """Return the SHA-256 of each file that a state file names, or None if it is damaged, which its reader reports.
+@dataclass(frozen=True)
+class _Hashes:
+    """The fields of a state file that name its checkpoint's files."""
+
+    sha256: dict[str, Hash64]
+    blake3: dict[str, Hash64] = field(default_factory=dict)
+
+
+def _hashes_in(state: bytes, name: str) -> dict[str, Checksum] | None:
+    """Return the hash of each file that a state file names, or None if it is damaged, which its reader reports.
 
     Raises UnsafeNameError where one of them is not a plain file name.
     """
     try:
-        hashes = validate(dict[str, Sha256], parse_object(state, name).get("sha256"), name)
+        hashes = validate(_Hashes, parse_object(state, name), name)
     except DamagedFileError:
         return None
-    return {plain_name(file_name, name): value for file_name, value in hashes.items()}
+    return {plain_name(file_name, name): value for file_name, value in recorded(asdict(hashes)).items()}
 
 
-def _is_copy(path: Path, state: bytes, hashes: dict[str, str]) -> bool:
+def _is_copy(path: Path, state: bytes, hashes: Mapping[str, Checksum]) -> bool:
     """Return whether a folder holds a state file with this content, and the files that it names."""
     try:
         return read_regular(path / STATE_FILE, MAX_STATE_BYTES) == state and all(
-            is_regular(path / name) and sha256_of(path / name) == value for name, value in hashes.items()
+            is_regular(path / name) and expected.found_in(path / name) == expected.value
+            for name, expected in hashes.items()
         )
     except (OSError, DamagedFileError):
         return False

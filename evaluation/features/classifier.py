@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from core.atomic import atomic_folder, write_bytes
 from core.draws import Philox, Purpose, permutation
 from core.locks import locked
-from core.reading import DamagedFileError, is_regular, read_regular
+from core.reading import DamagedFileError, is_regular, read_regular, sha256_of
 from core.records import canonical_hash, read_record, seal
 from data.images import Crop, to_unit_range
 from data.sources import Source, load_images
@@ -144,8 +144,8 @@ def _write(folder: Path, identity: str, network: SmallClassifier, accuracy: floa
     """Write weights and record as one folder, replacing a folder of this name."""
     with atomic_folder(folder) as aside:
         with open(aside / _WEIGHTS, "wb") as file:
-            weights_sha256 = write_tensors(file, network.state_dict())
-        facts = _Facts(identity, weights_sha256, accuracy, held_out)
+            write_tensors(file, network.state_dict())
+        facts = _Facts(identity, sha256_of(aside / _WEIGHTS), accuracy, held_out)
         write_bytes(aside / _FACTS, json.dumps(seal(asdict(facts))).encode())
     return facts
 

@@ -38,7 +38,7 @@ class Conv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, inputs, h, w] to [B, outputs, h', w']."""
-        return F.relu(self.bn(self.conv(x)))
+        return F.relu_(self.bn(self.conv(x)))
 
 
 class ConvSpec(NamedTuple):
@@ -59,9 +59,18 @@ class Pool(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """Map [B, c, h, w] to [B, c, h / stride, w / stride]."""
         if self.kind == "average":
-            return F.avg_pool2d(x, 3, self.stride, padding=1, count_include_pad=False)
-        return F.max_pool2d(x, 3, self.stride, padding=1 if self.stride == 1 else 0)
+            pooled = F.avg_pool2d(_as_pooled(x), 3, self.stride, padding=1, count_include_pad=False)
+        else:
+            pooled = F.max_pool2d(_as_pooled(x), 3, self.stride, padding=1 if self.stride == 1 else 0)
+        return pooled.contiguous()
 
+
+def _as_pooled(x: Tensor) -> Tensor:
+    """Return the input in the memory format that a CPU pools fastest, to the same bits; convolutions would differ."""
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+
+
+HALVE = Pool("maximum", 2)
 
 # A stage of a branch; a list is a fork: convolutions of the same input whose outputs are concatenated.
 Stage = ConvSpec | Pool | list[ConvSpec]
@@ -232,8 +241,8 @@ class Inception2015(nn.Module):
         """Return the outputs for images [B, 3, H, W] uint8."""
         x = (resize_like_tensorflow(images.float(), INPUT_SIZE) - 128) / 128
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # [B, 64, 147, 147]
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))  # [B, 192, 71, 71]
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, 2))))  # [B, 288, 35, 35]
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(HALVE(x)))  # [B, 192, 71, 71]
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(HALVE(x))))  # [B, 288, 35, 35]
         x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))  # [B, 768, 17, 17]
         branches = self.Mixed_6d.branches(x)
         spatial = branches[0][:, :NUM_SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)

@@ -190,7 +190,7 @@ def test_a_run_folder_with_another_config_and_a_damaged_checkpoint_are_one_sente
     weights = tmp_path / "run/checkpoints/step_00000010/ema.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     sentence = fails(["sample", "checkpoint=run"], monkeypatch, capfd)
-    assert "is damaged: ema.safetensors should have sha256" in sentence
+    assert "is damaged: ema.safetensors should have blake3" in sentence
     (weights.parent / "state.json").unlink()
     assert "state.json is missing or damaged" in fails(["sample", "checkpoint=run"], monkeypatch, capfd)
 

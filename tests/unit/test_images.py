@@ -104,6 +104,36 @@ def test_the_crop_is_the_middle_of_the_bicubically_resized_image(width: int, hei
     np.testing.assert_array_equal(CenterCrop()(photo(3, width, height), size), expected)
 
 
+def as_adm_crops(content: bytes, size: int) -> np.ndarray:
+    """Return what ``center_crop_arr`` of Dhariwal & Nichol's code makes of an image that Pillow converted to RGB."""
+    picture = Image.open(io.BytesIO(content)).convert("RGB")
+    while min(*picture.size) >= 2 * size:
+        picture = picture.resize(tuple(side // 2 for side in picture.size), resample=Image.Resampling.BOX)
+    scale = size / min(*picture.size)
+    picture = picture.resize(tuple(round(side * scale) for side in picture.size), resample=Image.Resampling.BICUBIC)
+    pixels = np.array(picture)
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top : top + size, left : left + size]
+
+
+def test_an_image_of_any_size_and_kind_becomes_the_bits_of_adms_code() -> None:
+    random = np.random.default_rng(0)
+    kinds = [("JPEG", {"quality": 40}), ("JPEG", {"quality": 95, "subsampling": 0}), ("JPEG", {"progressive": True})]
+    kinds += [("PNG", {}), ("GIF", {}), ("BMP", {}), ("TIFF", {})]
+    for number in range(150):
+        size = (8, 16, 31, 64)[number % 4]
+        width, height = (int(side) for side in random.integers(1, 6 * size, 2))
+        pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)  # noise: any difference shows
+        kind, options = kinds[number % len(kinds)]
+        picture = Image.fromarray(pixels).convert("L" if number % 11 == 0 else "RGB")
+        if kind == "JPEG" and number % 5 == 0:
+            picture = picture.convert("CMYK")
+        content = io.BytesIO()
+        picture.save(content, kind, **options)
+        found = Preparation(size, CenterCrop())(content.getvalue())
+        np.testing.assert_array_equal(found, as_adm_crops(content.getvalue(), size), str((width, height, size)))
+
+
 def test_a_crop_and_then_a_flip_is_not_a_flip_and_then_a_crop() -> None:
     """Check the reason why orientations are made after the crop: an odd margin shifts the picture by a pixel."""
     image = photo(5, width=41, height=32)

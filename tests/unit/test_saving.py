@@ -1,6 +1,5 @@
 """Checkpoints are written asynchronously, by all processes, to folders and to buckets."""
 
-import hashlib
 import io
 import json
 import threading
@@ -10,6 +9,8 @@ from typing import IO, Any
 
 import pytest
 import torch
+import xxhash
+from blake3 import blake3
 from conftest import json_lines
 from gcs_server import gcs_server
 from hypothesis import given, settings
@@ -20,6 +21,7 @@ from safetensors.torch import save as library_save
 from test_training import FACTS, RUNTIME, batch_of, everything, new_state, run_steps, save, step_of
 
 from core import remote
+from core.reading import sha256_of
 from core.records import SEAL, seal
 from runtime.accelerate import AccelerateRuntime
 from train import stores
@@ -58,7 +60,8 @@ def test_our_files_are_the_librarys_byte_for_byte(kinds: dict[str, tuple[torch.d
     file = io.BytesIO()
     found = write_tensors(file, tensors)
     assert file.getvalue() == library_save(tensors)
-    assert found == hashlib.sha256(file.getvalue()).hexdigest()
+    assert found.blake3 == blake3(file.getvalue()).hexdigest()
+    assert found.xxh3_128 == xxhash.xxh3_128(file.getvalue()).hexdigest()
 
 
 class Process(AccelerateRuntime):
@@ -229,13 +232,14 @@ def replaced(**fields: Any) -> Callable[[bytes], bytes]:
         (lambda content: content[:-1], "is damaged: it is not JSON"),
         (lambda content: content.replace(b"record_sha256", b"record_sha257"), "is damaged: it has no record_sha256"),
         (lambda content: content.replace(b"model", b"modem", 1), "is damaged: its content has sha256"),
-        (replaced(files=None), "is damaged: files is None"),
-        (replaced(files={"model.safetensors": "0"}), r"is damaged: files.model.safetensors is '0'"),
+        (replaced(blake3=None, xxh3_128={}), "is damaged: blake3 is None"),
+        (replaced(blake3={"model.safetensors": "0"}, xxh3_128={}), r"is damaged: blake3.model.safetensors is '0'"),
         (
-            replaced(files={"../x": "0" * 64}),
+            replaced(blake3={"../x": "0" * 64}, xxh3_128={}),
             "is damaged: it has 1 files, but its process wrote 3; the first that diff",
         ),
-        (replaced(files={}, more=1), "is damaged: it has a field more"),
+        (replaced(blake3={}), "is damaged: it has no xxh3_128"),
+        (replaced(blake3={}, xxh3_128={}, more=1), "is damaged: it has a field more"),
     ],
 )
 def test_a_receipt_that_is_not_what_its_process_wrote_ends_the_save_and_is_named(
@@ -278,16 +282,35 @@ def test_why_a_process_could_not_write_is_told_without_passwords_and_only_where_
             writers[0].wait()
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_checkpoints_of_earlier_formats_are_read(tmp_path: Path, version: int) -> None:
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_checkpoints_of_earlier_formats_are_read_and_checked(tmp_path: Path, version: int) -> None:
     state, restored = trained(), new_state()
     save(tmp_path, state)
-    file = tmp_path / "step_00000002/state.json"
-    content = json.loads(file.read_text())
-    del content[SEAL]
-    file.write_text(json.dumps({**content, "format_version": version}))
-    load_checkpoint(tmp_path / "step_00000002", restored)
+    path = tmp_path / "step_00000002"
+    as_of_version(path, version)
+    load_checkpoint(path, restored)
     assert_equal_states(state, restored)
+    assert torch.equal(read_tensors(path, "ema")["patch_embedding.bias"], state.ema.module.patch_embedding.bias)
+    flip(path / "ema.safetensors", -1)
+    for action in (lambda: load_checkpoint(path, new_state()), lambda: read_tensors(path, "ema")):
+        with pytest.raises(ValueError, match=r"ema.safetensors should have sha256 [0-9a-f]{64}, but has "):
+            action()
+
+
+def as_of_version(path: Path, version: int) -> None:
+    """Rewrite the ``state.json`` of a checkpoint as an earlier version of the program wrote it."""
+    content = json.loads((path / "state.json").read_text())
+    names = [*content.pop("blake3"), *content["sha256"]]
+    del content[SEAL], content["xxh3_128"]
+    content |= {"format_version": version, "sha256": {name: sha256_of(path / name) for name in names}}
+    (path / "state.json").write_text(json.dumps(seal(content) if version >= 3 else content))
+
+
+def flip(path: Path, at: int) -> None:
+    """Flip a bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
 
 
 def test_a_missing_part_is_named(tmp_path: Path) -> None:
@@ -331,7 +354,7 @@ def test_a_damaged_newest_checkpoint_of_a_bucket_is_passed_over_and_written_agai
     restored = new_state()
     _, complaints = load_newest(store, restored)
     assert (restored.step, len(complaints)) == (2, 1)
-    assert "ema.safetensors should have sha256" in complaints[0]
+    assert "ema.safetensors should have blake3" in complaints[0]
     store.clean(restored.step)
     assert store.steps() == [2]
     save_by(1, store, trained(4))

@@ -238,7 +238,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(tmp_pat
     path, complaints = load_newest(FolderStore(tmp_path / "checkpoints"), state)
     assert path is not None
     assert (path.name, state.step) == ("step_00000004", 4)
-    assert "ema.safetensors should have sha256" in complaints[0]
+    assert "ema.safetensors should have xxh3_128" in complaints[0]
     (tmp_path / "checkpoints/step_00000004/state.json").write_text("{")
     with pytest.raises(ValueError, match="None of the 2 checkpoints"):
         load_newest(FolderStore(tmp_path / "checkpoints"), new_state())
@@ -248,7 +248,7 @@ def test_a_checkpoint_of_a_later_program_is_refused_not_passed_over(tmp_path: Pa
     run_steps(new_state(), RunFolder(tmp_path), 6)
     newest = tmp_path / "checkpoints/step_00000006/state.json"
     resealed(newest, format_version=7)
-    with pytest.raises(ValueError, match="has format version 7, but this program reads versions 1 to 3"):
+    with pytest.raises(ValueError, match="has format version 7, but this program reads versions 1 to 4"):
         load_newest(FolderStore(tmp_path / "checkpoints"), new_state())
 
 
