@@ -6,6 +6,7 @@ timm's attention and MLP, a six-fold modulation that is chunked in every block.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -84,12 +85,18 @@ class ReleasedDiT(nn.Module):
 
 
 class ReleasedLoss(nn.Module):
-    """The released program's training loss, from float64 tables that are looked up on the host at every step."""
+    """The released program's loss and reverse step, from float64 tables that are sent to the device for every look-up.
 
-    def __init__(self) -> None:
+    ``timesteps`` are the steps kept for sampling, of 1,000; None keeps all.
+    """
+
+    def __init__(self, timesteps: Sequence[int] | None = None) -> None:
         super().__init__()
-        betas = np.linspace(1e-4, 0.02, 1000, dtype=np.float64)
-        kept = np.cumprod(1.0 - betas)
+        kept = np.cumprod(1.0 - np.linspace(1e-4, 0.02, 1000, dtype=np.float64))
+        self.timesteps = np.arange(1000) if timesteps is None else np.asarray(timesteps)
+        self.num_steps = len(self.timesteps)
+        kept = kept[self.timesteps]
+        betas = 1.0 - kept / np.append(1.0, kept[:-1])
         before = np.append(1.0, kept[:-1])
         variance = betas * (1.0 - before) / (1.0 - kept)
         self.tables = {
@@ -111,14 +118,26 @@ class ReleasedLoss(nn.Module):
         """Return x_t [B, c, h, w]."""
         return self._at("signal", t, x_0) * x_0 + self._at("noise", t, x_0) * noise
 
+    def timestep(self, t: Tensor) -> Tensor:
+        """Return the step of the 1,000 that the network is told, for t [B] of the kept ones."""
+        return torch.from_numpy(self.timesteps).to(t.device)[t]
+
+    def reverse(self, predicted: Tensor, fraction: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and log variance [B, c, h, w] of the reverse step."""
+        least, most = self._at("least", t, x_t), self._at("most", t, x_t)
+        log_variance = (fraction + 1) / 2 * most + (1 - (fraction + 1) / 2) * least
+        start = self._at("start_x_t", t, x_t) * x_t - self._at("start_noise", t, x_t) * predicted
+        return self._mean(start, x_t, t), log_variance
+
+    def _mean(self, start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        return self._at("of_start", t, x_t) * start + self._at("of_x_t", t, x_t) * x_t
+
     def forward(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Return the losses [B]: mean squared error, and the variational bound's term with a detached mean."""
         predicted, fraction = output.float().chunk(2, dim=1)
-        least, most = self._at("least", t, x_0), self._at("most", t, x_0)
-        log_variance = (fraction + 1) / 2 * most + (1 - (fraction + 1) / 2) * least
-        start = self._at("start_x_t", t, x_0) * x_t - self._at("start_noise", t, x_0) * predicted.detach()
-        mean = self._at("of_start", t, x_0) * start + self._at("of_x_t", t, x_0) * x_t
-        true_mean = self._at("of_start", t, x_0) * x_0 + self._at("of_x_t", t, x_0) * x_t
+        least = self._at("least", t, x_0)
+        mean, log_variance = self.reverse(predicted.detach(), fraction, x_t, t)
+        true_mean = self._mean(x_0, x_t, t)
         divergence = log_variance - least - 1.0 + torch.exp(least - log_variance)
         divergence = 0.5 * (divergence + (true_mean - mean) ** 2 * torch.exp(-log_variance))
         decoded = _discretized(x_0, mean, 0.5 * log_variance)
