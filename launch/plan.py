@@ -15,7 +15,7 @@ from launch.command.settings import Format, PlanSettings, Precision
 from launch.command.words import key_of
 from launch.jobs import start
 from model.flops import TRAINING_FACTOR, multiply_adds, num_parameters, weightless
-from model.memory import STATE_BYTES_PER_PARAMETER, activation_bytes_per_image
+from model.memory import STATE_BYTES_PER_PARAMETER, saved_bytes, step_bytes
 from model.network import Network
 
 COLUMNS = (  # heading, key, format
@@ -26,6 +26,7 @@ COLUMNS = (  # heading, key, format
     ("hours", "training_hours", "8.1f"),
     ("state GB", "state_gb", "8.2f"),
     ("activations GB", "activations_gb", "14.2f"),
+    ("step GB", "step_gb", "7.2f"),
     ("sample TMACs", "sampling_tmacs", "12.2f"),
     ("shards GB", "shards_gb", "9.1f"),
 )
@@ -52,7 +53,7 @@ def plan_row(config: PlanSettings) -> dict[str, Any]:
     training_flops = 2 * TRAINING_FACTOR * macs * images
     flops_per_second = config.devices * config.peak_tflops * 1e12 * config.utilization
     images_per_device = -(-config.batch_size // config.devices)
-    activations = activation_bytes_per_image(model, config.precision is Precision.bf16) * images_per_device
+    saved = saved_bytes(model, config.precision is Precision.bf16)
     orientations = 2 if config.flip else 1
     values = orientations * 2 * math.prod(model.latent_shape)
     return {
@@ -63,7 +64,8 @@ def plan_row(config: PlanSettings) -> dict[str, Any]:
         "training_hours": training_flops / flops_per_second / 3600,
         **{f"{part}_gb": size * parameters / 1e9 for part, size in STATE_BYTES_PER_PARAMETER.items()},
         "state_gb": sum(STATE_BYTES_PER_PARAMETER.values()) * parameters / 1e9,
-        "activations_gb": activations / 1e9,
+        "activations_gb": saved.per_image * images_per_device / 1e9,
+        "step_gb": step_bytes(saved, images_per_device, parameters) / 1e9,
         "images_per_device": images_per_device,
         "sampling_tmacs": macs * config.sampling_steps / 1e12,
         "shards_gb": shard_bytes_per_sample(values) * config.num_samples / 1e9,

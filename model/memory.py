@@ -1,5 +1,7 @@
 """Compute the memory that training a network takes, from its config alone."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -8,18 +10,41 @@ from model.network import Network
 
 # float32 weights, gradients, two AdamW moments and one moving average.
 STATE_BYTES_PER_PARAMETER = {"weights": 4, "gradients": 4, "optimizer": 8, "ema": 4}
+OLD_WEIGHTS_BYTES_PER_PARAMETER = 4  # a copy of the weights at log steps
 
 
-def activation_bytes_per_image(network: Network, bf16: bool) -> int:
-    """Return the bytes that each image of a batch keeps for the backward pass, without activation checkpointing.
+class Saved(NamedTuple):
+    """The bytes that a forward pass keeps for the backward pass, without activation checkpointing."""
+
+    per_image: int  # activations
+    casts: int  # the weights' copies in bf16
+
+
+def saved_bytes(network: Network, bf16: bool) -> Saved:
+    """Return what a forward pass of the network keeps.
 
     There is no formula: fake tensors pass through the network, and the sizes of what autograd saves are added up. A
-    compiler, or an attention kernel other than the CPU's flash one, may keep less or more.
+    compiler, or another attention kernel, may keep less or more.
     """
-    return _saved_bytes(network, bf16, 2) - _saved_bytes(network, bf16, 1)  # the difference excludes the weights
+    of_one, of_two = (_bytes_of_batch(network, bf16, size) for size in (1, 2))
+    per_image = of_two - of_one
+    return Saved(per_image, of_one - per_image if bf16 else 0)  # in fp32, the rest is the weights themselves
 
 
-def _saved_bytes(network: Network, bf16: bool, batch_size: int) -> int:
+def step_bytes(saved: Saved, images: int, num_parameters: int) -> int:
+    """Return the most bytes that a training step of so many images holds at a time.
+
+    That is either before the backward pass, in which gradients take the place of activations: all of the state but
+    gradients, and what the forward pass saved. Or it is after it, at a log step: all of the state, and the old weights,
+    from which the norm of the update is computed. The few values of the loss itself are not counted.
+    """
+    state = sum(STATE_BYTES_PER_PARAMETER.values())
+    before = (state - STATE_BYTES_PER_PARAMETER["gradients"]) * num_parameters
+    before += saved.casts + images * saved.per_image
+    return max(before, (state + OLD_WEIGHTS_BYTES_PER_PARAMETER) * num_parameters)
+
+
+def _bytes_of_batch(network: Network, bf16: bool, batch_size: int) -> int:
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

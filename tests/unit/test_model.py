@@ -16,7 +16,7 @@ from model.blocks import AdaLNBlock, AdaLNZeroBlock, Block, CrossAttentionBlock,
 from model.dit import DiT, DiTConfig
 from model.embeddings import Embedded
 from model.flops import multiply_adds, num_parameters, training_multiply_adds, weightless
-from model.memory import activation_bytes_per_image
+from model.memory import saved_bytes
 from model.network import checkpoint_units
 from model.released import from_reference
 
@@ -278,4 +278,4 @@ def test_planned_activation_memory_is_what_a_real_pass_saves(block: type[Block],
         ):
             model(torch.randn(batch_size, 4, 8, 8), index, {"label": index})
         saved.append(sum(storages.values()))
-    assert activation_bytes_per_image(model, bf16) == pytest.approx(saved[1] - saved[0], rel=0.02)
+    assert saved_bytes(model, bf16).per_image == pytest.approx(saved[1] - saved[0], rel=0.02)
