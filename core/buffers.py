@@ -23,15 +23,15 @@ class Buffers:
         return np.asarray(_Lent(self._taken(num_bytes), self._free, shape, kind))
 
     def _taken(self, num_bytes: int) -> NDArray[np.uint8]:
-        """Return free memory of exactly this size, or else new memory."""
+        """Return the memory of exactly this size that was freed last, since it may still be cached, or new memory."""
         for _ in range(len(self._free)):
             try:
-                block = self._free.popleft()
+                block = self._free.pop()
             except IndexError:  # another thread took it
                 break
             if len(block) == num_bytes:
                 return block
-            self._free.append(block)
+            self._free.appendleft(block)
         whole = np.empty(num_bytes + _ALIGNMENT, np.uint8)
         start = -whole.ctypes.data % _ALIGNMENT
         return whole[start : start + num_bytes]
