@@ -1,6 +1,8 @@
 """Compiled draws are bit for bit those of numpy, for any stream, length and number of threads."""
 
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import core.draws
 from core.deferred import Deferred
 from core.draws import Philox, Purpose, TimesOfWords, draw_noise, training_draws
 from core.fast_draws import CompiledDraws, load_draws
+from core.rooms import MAY_IMPORT
 from core.ziggurat import R
 from diffusion.times import UniformSteps, UniformTimes
 
@@ -132,3 +135,18 @@ def test_compiled_draws_that_differ_are_not_used(
     monkeypatch.setattr("core.fast_draws.tables", lambda: compiled.tables._replace(widths=widths))
     assert Deferred("draws", load_draws, worth=0).get(1) is None
     assert "slower: they differ from numpy's on this machine." in capsys.readouterr().out
+
+
+def test_no_file_imports_numba_except_those_that_are_loaded_where_it_pays() -> None:
+    """Importing numba takes half a second, which no job that draws little should wait for."""
+    importers = re.compile(
+        r"^\s*(?:import|from) (?:numba|llvmlite|core\.(?:compiled_\w+|numba_functions))\b", re.MULTILINE
+    )
+    root = Path(core.draws.__file__).parent.parent
+    found = {
+        f"{room}/{path.relative_to(root / room)}"
+        for room in MAY_IMPORT
+        for path in (root / room).rglob("*.py")
+        if importers.search(path.read_text())
+    }
+    assert found == {"core/compiled_draws.py", "core/compiled_latents.py", "core/numba_functions.py"}
