@@ -76,6 +76,7 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.loader
+	$(BIN)/python -m benchmarks.open_shards
 	$(BIN)/python -m benchmarks.encode
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.evaluate
