@@ -51,7 +51,7 @@ class Training:
         wait_for_device()
         started = time.perf_counter()
         for _ in range(steps):
-            self._step(next(self._batches))
+            self._step(next(self._batches), with_update_norm=False)
             self.state.advance()
         wait_for_device()
         return (time.perf_counter() - started) / steps
@@ -62,7 +62,7 @@ class Training:
 
 
 def new_state(size: str) -> TrainState:
-    model = new_model(size)
+    model = new_model(f"{size}/2")
     return TrainState(model, constant(model), torch.optim.AdamW(model.parameters(), weight_decay=0.0), 1, 10**9)
 
 
