@@ -1,7 +1,7 @@
 """Divide work on the rows of arrays between threads."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cached_property
 
 
@@ -15,13 +15,16 @@ class Threads:
     def over_rows(self, num_rows: int, function: Callable[[slice], object]) -> None:
         """Call ``function`` for slices that together are range(num_rows), one for each thread, and wait for all.
 
-        The caller's thread takes the first one.
+        The caller's thread takes the first one. Raises the error of the first slice that has one, when none is running.
         """
         share = -(-num_rows // self.count)
         parts = [slice(first, min(first + share, num_rows)) for first in range(0, num_rows, max(1, share))]
         others = [self._pool.submit(function, part) for part in parts[1:]]
-        if parts:
-            function(parts[0])
+        try:
+            if parts:
+                function(parts[0])
+        finally:
+            wait(others)
         for other in others:
             other.result()
 
