@@ -1,6 +1,5 @@
 """Compute attention in one of two ways: by PyTorch's fused kernels, or plainly, which is faster in bf16 on a CPU."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -22,9 +21,11 @@ def plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Ten
     (docs/speed.md).
     """
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    return torch.softmax(scores, dim=-1).to(value.dtype) @ value
+    if mask is None:
+        return torch.softmax(scores, dim=-1).to(value.dtype) @ value
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = torch.softmax(scores, dim=-1).masked_fill(~mask, 0)  # where no key is left, the result is 0
+    return weights.to(value.dtype) @ value
 
 
 class AttentionLayer(nn.Module):
