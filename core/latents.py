@@ -47,14 +47,14 @@ class CompiledLatents(NamedTuple):
     def latents(self, moments: Tensor, posterior: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """Return the same as PyTorch's operations."""
         out = torch.empty_like(posterior)
-        rows, channels = posterior.shape[:2]
+        channels = posterior.shape[1]
         per_channel = [value.detach().flatten().expand(channels).contiguous().numpy() for value in (shift, scale)]
         self.fill_latents(
-            moments.numpy().view(np.uint16).reshape(rows, 2 * channels, -1),
-            posterior.numpy().reshape(rows, channels, -1),
+            moments.flatten(2).numpy().view(np.uint16),
+            posterior.flatten(2).numpy(),
             self.deviations,
             *per_channel,
-            out.numpy().reshape(rows, channels, -1),
+            out.flatten(2).numpy(),
         )
         return out
 
