@@ -42,10 +42,10 @@ def batch_threads(cores: int) -> int:
     In a sweep of several runs the share is OMP_NUM_THREADS, which `limit_threads` sets. A launcher of several
     processes sets that to 1, whatever the number of cores, and LOCAL_WORLD_SIZE.
     """
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        share = cores // int(os.environ["LOCAL_WORLD_SIZE"])
+    processes, limit = (os.environ.get(name, "") for name in ("LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"))
+    if processes.isdecimal() and int(processes) > 0:
+        share = cores // int(processes)
     else:
-        limit = os.environ.get("OMP_NUM_THREADS", "")
         share = min(cores, int(limit)) if limit.isdecimal() else cores
     return max(1, min(_MOST_BATCH_THREADS, share - 1))
 

@@ -85,6 +85,8 @@ def test_a_containers_quota_bounds_the_cores_that_a_sweep_uses(
         (4, {"OMP_NUM_THREADS": "4,2"}, 3),
         (64, {"LOCAL_WORLD_SIZE": "16", "OMP_NUM_THREADS": "1"}, 3),  # a process of torchrun
         (2, {"LOCAL_WORLD_SIZE": "8", "OMP_NUM_THREADS": "1"}, 1),
+        (4, {"LOCAL_WORLD_SIZE": "0"}, 3),  # left over from something else
+        (4, {"LOCAL_WORLD_SIZE": "", "OMP_NUM_THREADS": "2"}, 1),
     ],
 )
 def test_threads_of_batches_leave_a_core_to_the_loop(
