@@ -14,7 +14,7 @@ def compiled(signature: str) -> Callable[[Function], Function]:
     def decorate(function: Function) -> Function:
         try:
             return njit(signature, nogil=True, cache=True, error_model="numpy")(function)
-        except RuntimeError:  # numba has no folder that it can write
+        except Exception:  # numba has no folder that it can write, the disk is full, or a file of its cache is damaged
             return njit(signature, nogil=True, error_model="numpy")(function)
 
     return decorate
