@@ -116,9 +116,13 @@ class AccelerateRuntime(AccelerateDevices):
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def fetch(self, history: Sequence[Metrics]) -> dict[str, list[float]]:
-        """Return the metrics' means over processes, copied to the host at once."""
+        """Return the metrics' means over processes, copied to the host at once.
+
+        An all-reduce would add three or more numbers in an order that depends on their place among the others.
+        """
         values = torch.stack([value.float() for metrics in history for value in metrics.values()])
-        return by_name(history, self._accelerator.reduce(values, reduction="mean").tolist())
+        of_processes = self._accelerator.gather(values).view(self.data_world, -1)
+        return by_name(history, of_processes.double().mean(dim=0).float().tolist())
 
     def copy_to_host(self, tensors: Mapping[str, Tensor], wanted: Container[str], host: dict[str, Tensor]) -> None:
         """Copy one tensor at a time, so that a device holds at most one whole tensor; from a GPU to pinned memory."""

@@ -19,7 +19,8 @@ from conftest import TINY_RUN, ditscale, json_lines, warm
 from filelock import FileLock
 from safetensors.torch import load_file
 from warm_jobs import TRAINING, WarmJob
-from warm_python import WarmProcesses, run_ranks, start_ranks
+from warm_python import TRAINING as MODULES
+from warm_python import WarmProcesses, run_ranks, run_warm_python, start_ranks
 from warm_torchrun import ranks_of, start_torchrun
 
 from train.stores import list_checkpoints, step_of
@@ -61,6 +62,21 @@ def test_two_processes_train_the_same_run_as_one(whole_run: Path, run_of_two: Pa
     one_weights, two_weights = weights(whole_run), weights(run_of_two)
     for name, value in one_weights.items():
         np.testing.assert_allclose(two_weights[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+MEANS = """
+import torch
+from runtime.accelerate import AccelerateRuntime
+runtime = AccelerateRuntime("fp32", device="cpu")
+own = torch.rand((), generator=torch.Generator().manual_seed(runtime.data_rank))
+values = runtime.fetch([{"loss": own}] * 5 + [{"loss": own, "grad_norm": own}] * 5)
+assert len({*values["loss"], *values["grad_norm"]}) == 1, values
+"""
+
+
+def test_a_metrics_mean_over_processes_is_the_same_wherever_it_stands_among_others(tmp_path: Path) -> None:
+    """Else the lines would change where a checkpoint reads the metrics of half an interval."""
+    run_warm_python(MODULES, "-c", MEANS, cwd=tmp_path, ranks=4)
 
 
 def test_two_killed_processes_end_with_the_bits_of_two_that_were_not(
