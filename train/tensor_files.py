@@ -149,7 +149,7 @@ class TensorFile:
     def _is_resident(self, at: int) -> bool:
         try:
             return os.preadv(self._file.fileno(), [bytearray(1)], at, os.RWF_NOWAIT) == 1
-        except OSError:
+        except (OSError, AttributeError):  # the file system cannot tell, or the system is not Linux
             return False
 
 

@@ -53,6 +53,15 @@ def test_one_pass_over_each_file_restores_the_whole_state(saved: Path, monkeypat
     assert [value.data_ptr() for value in restored.model.parameters()] == before
 
 
+def test_a_system_that_does_not_say_what_is_in_memory_restores_it_too(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "RWF_NOWAIT")
+    restored = new_state()
+    load_checkpoint(saved, restored)
+    assert_equal_states(restored, trained())
+
+
 @pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("part", ["model", "ema", "optimizer"])
 def test_a_flipped_bit_anywhere_in_a_file_is_found_and_the_file_named(saved: Path, part: str) -> None:
