@@ -34,7 +34,10 @@ class Autoencoder(Protocol):
         ...
 
     def draw(self, moments: Tensor, posterior: Tensor) -> Tensor:
-        """Return scaled latents x_0 [B, c, h, w] from moments [B, 2c, h, w] and standard normals [B, c, h, w]."""
+        """Return scaled latents x_0 [B, c, h, w] from moments [B, 2c, h, w] and standard normals [B, c, h, w].
+
+        Each sample's latent depends on that sample alone. Several threads may call it at once.
+        """
         ...
 
     def decode(self, latent: Tensor) -> Tensor:
