@@ -91,7 +91,7 @@ def pytest_configure(config: pytest.Config) -> None:
 # Files that take longest, which workers of `pytest --dist loadfile` begin with, so that none ends long after the other.
 LONGEST = ("one_run", "sweep", "processes", "study", "compiled", "hostile_files", "signals", "secrets", "resume")
 LONGEST += ("fake_cuda", "locks", "remote", "lease", "generation", "saving")
-LONGEST += ("encode_processes", "xla_jobs", "remote_runs", "moves", "collectives", "lowering", "evaluation")
+LONGEST += ("encode_processes", "xla_jobs", "remote_runs", "moves", "collectives", "lowering", "killed_evaluations")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

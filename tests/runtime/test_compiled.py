@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TINY_RUN, ditscale, json_lines
-from test_evaluation import WORDS
+from test_killed_evaluations import WORDS
 from test_one_run import assert_same_run, case, facts_of, train
 from warm_python import TRAINING, run_warm_python
 

@@ -120,10 +120,14 @@ def test_prefetch_keeps_order_and_hands_on_exceptions() -> None:
 
 
 def test_prefetch_stops_its_thread_when_the_loop_is_left() -> None:
-    for item in prefetch(itertools.count()):
+    before = set(threading.enumerate())  # a test that failed may have left some
+    batches = prefetch(itertools.count())
+    for item in batches:
+        assert {thread.name for thread in set(threading.enumerate()) - before} == {"prefetch"}
         if item == 3:
             break
-    assert not any(thread.name == "prefetch" for thread in threading.enumerate())
+    del batches
+    assert not set(threading.enumerate()) - before
 
 
 @pytest.mark.parametrize("threads", [2, 3, 16])
