@@ -1,7 +1,8 @@
 """Hash the bytes of a checkpoint's files: by BLAKE3, and by XXH3 of 128 bits, seven times as fast on one core.
 
-BLAKE3 identifies a file to the world, and cannot be forged. XXH3 finds damage as surely, so it is the one that a run
-checks when it continues from its own checkpoint. SHA-256, which earlier versions wrote, is slower than both.
+BLAKE3 identifies a file to the world, and cannot be forged. XXH3 finds damage as surely, so it is the one that is
+checked where a run continues from its own checkpoint, or is replayed. SHA-256, which earlier versions wrote, is slower
+than both.
 """
 
 import hashlib
