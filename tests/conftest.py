@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import suite_times
 import torch
+from by_processes import pytest_xdist_make_scheduler  # noqa: F401
 from warm_jobs import TRAINING, WarmJobs
 from warm_python import WITH_XLA, run_warm_python
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import suite_times
+from by_processes import TOGETHER
 
 from launch.command.app import CONF
 
@@ -113,3 +114,9 @@ def test_the_ten_slowest_files_are_shown_and_no_more() -> None:
     shown = suite_times.table([layer]).splitlines()
     assert [line.split()[-1] for line in shown[-10:]] == [f"tests/unit/test_{n}.py" for n in range(14, 4, -1)]
     assert shown[-11] == "slowest files"
+
+
+def test_files_that_are_scheduled_together_exist() -> None:
+    named = {f"test_{name}.py" for names in TOGETHER.values() for name in names.split()}
+    tests = CONF.parent / "tests"
+    assert named <= {path.name for layer in ("runtime", "smoke") for path in (tests / layer).iterdir()}
