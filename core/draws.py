@@ -130,7 +130,7 @@ def training_draws(
 def draw_choices(
     philox: Philox, positions: NDArray[np.int64], times: Times, class_dropout: float, flip: bool
 ) -> Choices:
-    """Return the same without the normals."""
+    """Return t, dropped and flip of the samples at ``positions`` [B], as `training_draws` does."""
     flipped = np.zeros(len(positions), dtype=bool)
     if flip:
         flipped = _uniform(philox.first_words(positions, Purpose.FLIP)) < 0.5

@@ -14,7 +14,7 @@ config may build.
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -209,18 +209,21 @@ def _readings(
     """
     readings: list[_Reading] = []
     hashes = recorded(content)
-    for file_name in _files_of(path, hashes, name):
-        with _faults_named(path, file_name):
-            file = open_tensors(inside(path, file_name, str(path / STATE_FILE)))
-        if (tensors := _targets_of(file, targets)) is None:
-            for opened in (file, *(reading.file for reading in readings)):
-                opened.close()
+    with ExitStack() as opened:  # closes them where they are not read
+        for file_name in _files_of(path, hashes, name):
+            with _faults_named(path, file_name):
+                file = open_tensors(inside(path, file_name, str(path / STATE_FILE)))
+            opened.callback(file.close)
+            if (tensors := _targets_of(file, targets)) is None:
+                return None
+            fast = content.get("xxh3_128", {}).get(file_name)
+            expected = hashes[file_name] if fast is None else Checksum("xxh3_128", fast)
+            readings.append(_Reading(path, file_name, file, tensors, expected))
+        found = [name for reading in readings for name in reading.tensors]
+        if targets is not None and sorted(found) != sorted(targets):
             return None
-        fast = content.get("xxh3_128", {}).get(file_name)
-        expected = hashes[file_name] if fast is None else Checksum("xxh3_128", fast)
-        readings.append(_Reading(path, file_name, file, tensors, expected))
-    found = [name for reading in readings for name in reading.tensors]
-    return readings if targets is None or sorted(found) == sorted(targets) else None
+        opened.pop_all()
+        return readings
 
 
 def _targets_of(file: TensorFile, targets: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
