@@ -1,5 +1,6 @@
 """Samplers of the diffusers library, behind our interface. Their solvers are used unchanged."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,13 +14,31 @@ from diffusion.samplers import GaussianSampler, Noise
 
 
 @dataclass(frozen=True)
-class DPMSolverPP(GaussianSampler):
+class DiffusersSampler(GaussianSampler):
+    """The refusals that samplers of diffusers share."""
+
+    types: ClassVar[Mapping[str, str]]  # diffusers' names of the predictions that the solver reads
+
+    def require(self, objective: Objective) -> None:
+        """Raise as `GaussianSampler`, and ValueError for a network whose prediction the solver cannot read."""
+        super().require(objective)
+        prediction = self.process(objective).parameterization.name
+        if prediction not in self.types:
+            raise ValueError(
+                f"sampler {self.name} reads predictions of {', '.join(self.types)}, but the objective has "
+                f"diffusion/prediction={prediction}; use diffusion/sampler=ddim."
+            )
+
+
+@dataclass(frozen=True)
+class DPMSolverPP(DiffusersSampler):
     """DPM-Solver++ multistep (Lu et al. 2022, algorithm 2): one call of the network per step.
 
     Raises ValueError for an order that is not 1, 2 or 3.
     """
 
     name: ClassVar[str] = "dpm_solver_pp"
+    types: ClassVar[Mapping[str, str]] = {"noise": "epsilon", "x_0": "sample", "v": "v_prediction"}
     steps: int = 25
     order: int = 2
 
@@ -33,16 +52,20 @@ class DPMSolverPP(GaussianSampler):
 
         process = self.process(objective)
         scheduler = DPMSolverMultistepScheduler(
-            trained_betas=process.tables.betas, algorithm_type="dpmsolver++", solver_order=self.order
+            trained_betas=process.tables.betas,
+            algorithm_type="dpmsolver++",
+            solver_order=self.order,
+            prediction_type=self.types[process.parameterization.name],
         )
         return _run(scheduler, denoiser, process, noise, condition, self.steps)
 
 
 @dataclass(frozen=True)
-class Heun(GaussianSampler):
+class Heun(DiffusersSampler):
     """Heun's second-order method (Karras et al. 2022, algorithm 1): two calls per step, except the last."""
 
     name: ClassVar[str] = "heun"
+    types: ClassVar[Mapping[str, str]] = {"noise": "epsilon", "v": "v_prediction"}
     steps: int = 25
 
     def calls(self) -> int:
@@ -54,7 +77,9 @@ class Heun(GaussianSampler):
         from diffusers import HeunDiscreteScheduler
 
         process = self.process(objective)
-        scheduler = HeunDiscreteScheduler(trained_betas=process.tables.betas)
+        scheduler = HeunDiscreteScheduler(
+            trained_betas=process.tables.betas, prediction_type=self.types[process.parameterization.name]
+        )
         return _run(scheduler, denoiser, process, noise, condition, self.steps)
 
 

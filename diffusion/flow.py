@@ -84,13 +84,8 @@ class Flow(ContinuousObjective):
 
     def facts(self) -> dict[str, str | float]:
         """Return the names of the parts, and the settings of the loss."""
-        parts = {
-            "path": self.path,
-            "prediction": self.parameterization,
-            "weighting": self.weighting,
-            "times": self._drawn,
-        }
-        names = {part: named(chosen) for part, chosen in parts.items()}
+        names = {"path": named(self.path), "prediction": named(self.parameterization)}
+        names |= {"weighting": named(self.weighting), "times": named(self._drawn)}
         return {"name": self.name, **names, "shift": self.shift, "direction_weight": self.direction_weight}
 
     def coefficients(self, t: Tensor) -> Coefficients:
