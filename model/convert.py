@@ -14,9 +14,7 @@ from model.network import Network
 from model.released import from_reference, to_reference
 
 
-def from_sit(
-    state_dict: Mapping[str, Tensor], num_heads: int | None = None, num_classes: int | None = None
-) -> DiT:
+def from_sit(state_dict: Mapping[str, Tensor], num_heads: int | None = None, num_classes: int | None = None) -> DiT:
     """Return a DiT with SiT's weights. It takes SiT's time, and its output has both halves.
 
     ``num_heads`` and ``num_classes`` as in `from_reference`. Raises ValueError naming the first three tensors that do
@@ -35,7 +33,7 @@ def require_sits_frequencies(network: Network) -> Network:
     """Return the network. Raises ValueError where its timestep's frequencies are diffusers', which SiT's code lacks."""
     if isinstance(network, DiT) and network.config.frequency_shift:
         raise ValueError(
-            f"The model has model.frequency_shift {network.config.frequency_shift}, but SiT's code has 0 only and would "
-            "compute other outputs; keep it in our format."
+            f"The model has model.frequency_shift {network.config.frequency_shift}, but SiT's code has 0 only and "
+            "would compute other outputs; keep it in our format."
         )
     return network

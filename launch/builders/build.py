@@ -28,6 +28,7 @@ from evaluation.generate import Generator
 from evaluation.metrics.metric import Metric
 from evaluation.reference.reference import make_reference, read_reference
 from launch.builders.components import build, build_saved, target_of
+from launch.builders.normalization import normalized, saved_normalization
 from launch.builders.runs import checkpoint_hash, pinned_sources, read_checkpoint
 from launch.builders.saved_configs import component, setting
 from launch.command.settings import EvaluateSettings, SamplingSettings, TrainSettings
@@ -333,6 +334,7 @@ class LoadedCheckpoint:
         spec = validate(LatentSpec, state["spec"], said_by)
         autoencoder: Autoencoder = build_saved(component(config, "data.autoencoder", said_by), said_by)
         _require_autoencoder(path, spec, autoencoder)
+        autoencoder = normalized(autoencoder, saved_normalization(config, said_by), said_by)
         objective: Objective = build_saved(component(config, "diffusion", said_by), said_by)
         conditions: ConditionSource = build_saved(component(config, "condition", said_by), said_by)(
             num_classes=spec.num_classes

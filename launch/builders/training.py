@@ -21,6 +21,7 @@ from launch.builders.components import build
 from launch.builders.data_settings import require_shards
 from launch.builders.facts import facts_of_process
 from launch.builders.foreign import Facts, is_foreign, read_foreign
+from launch.builders.normalization import normalized, with_statistics
 from launch.command.check import check_readers
 from launch.command.machine import batch_threads, usable_cores
 from launch.command.settings import TrainSettings
@@ -98,7 +99,10 @@ def prepare_run(config: TrainSettings, manifest: Manifest) -> PreparedRun:
     autoencoder, spec = expected_spec(config.data, manifest)
     require_shards(manifest, spec, config.data.shards)
     conditions = condition_source(config.condition, spec)
-    config = replace(config, model=fill_model(config.model, spec, conditions))
+    config = replace(
+        config, model=fill_model(config.model, spec, conditions), data=with_statistics(config.data, manifest)
+    )
+    autoencoder = normalized(autoencoder, config.data, "the config")
     runtime: Runtime = build(config.runtime, precision=config.precision.value)
     runtime.require_same(facts_of_process(config.plain()))
     runtime.require_batch(config.batch_size)
