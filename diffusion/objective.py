@@ -4,7 +4,8 @@ Time runs with the noise: x_t = alpha x_0 + sigma noise is data at the smallest 
 is a module only so that its tables move with `.to(device)`; it has no parameters and no state.
 """
 
-from typing import ClassVar, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -22,12 +23,24 @@ class Prediction(NamedTuple):
     log_variance: Tensor | None  # of the reverse step, broadcasts to [B, c, h, w]; None where the objective has none
 
 
+class LatentFacts(NamedTuple):
+    """What settings of an objective may follow from: facts on the latents that a run trains on."""
+
+    dimension: int  # c h w
+    std: float  # of all values of x_0 together, as the network sees them
+
+
 class Objective(nn.Module):
     """One way to train a denoiser. A new one needs a class, a YAML in ``conf/diffusion`` and a test."""
 
     name: ClassVar[str]  # the option of ``diffusion=``
     outputs_per_channel: int  # of the network, for each channel of the latent; the network is built from it
     times: Times  # how t is drawn in training
+
+    @classmethod
+    def settled(cls, settings: Mapping[str, Any], latents: LatentFacts) -> dict[str, Any]:
+        """Return the settings of this class's config, with those filled in that follow from the latents."""
+        return dict(settings)
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the coefficients of x_t = alpha x_0 + sigma noise at t [B]: [B, 1, 1, 1] float32 each."""

@@ -26,6 +26,22 @@ EARLIER: dict[str, Any] = {
         }
     },
 }
+# The same for the sections of objectives, by the name of the class then, which may have moved since.
+_EARLIER_GAUSSIAN = {
+    "prediction": {"_target_": "diffusion.predictions.PredictNoise"},
+    "weighting": {"_target_": "diffusion.weightings.Unweighted"},
+}
+_EARLIER_FLOW = {
+    "_target_": "diffusion.flow.Flow",
+    "path": {"_target_": "diffusion.paths.LinearPath"},
+    "prediction": {"_target_": "diffusion.predictions.PredictVelocity"},
+    "weighting": {"_target_": "diffusion.weightings.Unweighted"},
+    "times": {"_target_": "diffusion.times.UniformTimes"},
+    "shift": 1.0,
+    "direction_weight": 0.0,
+    "reversed_time": False,
+    "outputs_per_channel": 1,
+}
 
 
 def as_now(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,7 +52,17 @@ def as_now(config: Mapping[str, Any]) -> dict[str, Any]:
     now = _filled(config, EARLIER)
     if isinstance(model := now.get("model"), Mapping) and isinstance(model.get("learn_sigma"), bool):
         now["model"] = {key: value for key, value in model.items() if key != "learn_sigma"}
+    if isinstance(objective := now.get("diffusion"), Mapping):
+        now["diffusion"] = _objective_as_now(objective)
     return now
+
+
+def _objective_as_now(section: Mapping[str, Any]) -> dict[str, Any]:
+    if section.get("_target_") == "diffusion.flow.StraightFlow":  # had no settings
+        return {**section, **_EARLIER_FLOW}
+    if section.get("_target_") == "diffusion.process.GaussianDiffusion":
+        return {**_EARLIER_GAUSSIAN, **section}
+    return dict(section)
 
 
 def _filled(config: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
