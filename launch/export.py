@@ -12,12 +12,12 @@ from core.records import validate
 from data.manifest import LatentSpec
 from diffusion.objective import Objective
 from diffusion.process import require_gaussian
-from launch.builders.build import model_at
 from launch.builders.components import build, build_saved, target_of
 from launch.builders.foreign import Facts, is_foreign, notes_on_positions, read_foreign
 from launch.builders.normalization import saved_normalization
 from launch.builders.runs import read_checkpoint
 from launch.builders.saved_configs import component
+from launch.builders.saved_networks import model_at
 from launch.command.settings import ExportSettings, Program
 from launch.jobs import start
 from model.diffusers_weights import notes_on_pipeline, to_diffusers

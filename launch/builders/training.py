@@ -13,7 +13,6 @@ from launch.builders.build import (
     condition_source,
     expected_spec,
     fill_model,
-    load_model,
     require_condition,
     require_outputs,
 )
@@ -22,6 +21,7 @@ from launch.builders.data_settings import require_shards
 from launch.builders.facts import facts_of_process
 from launch.builders.foreign import Facts, is_foreign, read_foreign
 from launch.builders.normalization import normalized, with_statistics
+from launch.builders.saved_networks import load_model
 from launch.command.check import check_readers
 from launch.command.machine import batch_threads, usable_cores
 from launch.command.settings import TrainSettings
