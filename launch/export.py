@@ -12,11 +12,12 @@ from core.records import validate
 from data.manifest import LatentSpec
 from diffusion.objective import Objective
 from diffusion.process import require_gaussian
-from launch.builders.build import model_at
 from launch.builders.components import build, build_saved, target_of
 from launch.builders.foreign import Facts, is_foreign, notes_on_positions, read_foreign
+from launch.builders.normalization import saved_normalization
 from launch.builders.runs import read_checkpoint
 from launch.builders.saved_configs import component
+from launch.builders.saved_networks import model_at
 from launch.command.settings import ExportSettings, Program
 from launch.jobs import start
 from model.diffusers_weights import notes_on_pipeline, to_diffusers
@@ -80,14 +81,15 @@ def _source_at(path: Path, weights: str, for_diffusers: bool) -> Source:
             f"to=diffusers writes networks that predict the noise, but {path} was trained with "
             f"diffusion/prediction={process.parameterization.name}; use to=reference, which writes the weights alone."
         )
-    autoencoder, notes = _autoencoder(component(state["config"], "data.autoencoder", said_by), spec)
+    normalizes = saved_normalization(state["config"], said_by).normalize
+    autoencoder, notes = _autoencoder(component(state["config"], "data.autoencoder", said_by), spec, normalizes)
     names = tuple(state.get("class_names", []))  # earlier versions did not save them
     if not names:
         notes.append("the checkpoint has no class names, so the folder has no id2label.")
     return Source(model, tuple(notes), autoencoder, names, tuple(process.tables.betas.tolist()))
 
 
-def _autoencoder(section: dict[str, Any], spec: LatentSpec) -> tuple[Any, list[str]]:
+def _autoencoder(section: dict[str, Any], spec: LatentSpec, normalizes: bool) -> tuple[Any, list[str]]:
     """Return the AutoencoderKL of a checkpoint with the scale that its pipeline needs, or why there is none."""
     if not hasattr(target_of(section), "for_pipeline"):
         return None, ["its latents are images, for which a DiTPipeline has no decoder: open it with vae=None."]
@@ -98,7 +100,7 @@ def _autoencoder(section: dict[str, Any], spec: LatentSpec) -> tuple[Any, list[s
         return None, [f"the autoencoder {section['name']} is no longer at {section['pretrained']}, {without}"]
     if autoencoder.revision != spec.autoencoder_revision:
         return None, [f"the autoencoder {autoencoder.name} is not the one that encoded the latents, {without}"]
-    if isinstance(autoencoder.scale, list) or autoencoder.shift != 0.0:
+    if normalizes or isinstance(autoencoder.scale, list) or autoencoder.shift != 0.0:
         return None, [f"a DiTPipeline scales latents by one number, unlike {autoencoder.name} here, {without}"]
     return autoencoder.for_pipeline(), []
 

@@ -11,8 +11,8 @@ from diffusion.flow import Flow
 from diffusion.paths import GVPPath, LinearPath, VPPath
 from diffusion.predictions import PredictNoise, PredictScore, PredictVelocity
 from diffusion.weightings import OfLikelihood, OfVelocity, Unweighted
+from model.convert import from_sit
 from model.network import Network
-from model.released import from_reference
 
 PATHS = {"Linear": LinearPath(), "GVP": GVPPath(), "VP": VPPath()}
 PREDICTIONS = {"velocity": PredictVelocity(), "noise": PredictNoise(), "score": PredictScore()}
@@ -31,7 +31,7 @@ def sit_network() -> Network:
     """Return the network with its own weights, which sees SiT's time and has two outputs per channel."""
     golden = sit_golden()
     weights = {name.removeprefix("weights/"): golden[name] for name in golden if name.startswith("weights/")}
-    return from_reference(weights, num_heads=4).eval().requires_grad_(False)
+    return from_sit(weights, num_heads=4).eval().requires_grad_(False)
 
 
 def sit_flow(path: str, prediction: str, weighting: str = "None") -> Flow:

@@ -19,6 +19,7 @@ from launch.builders.components import build, target_of
 from launch.builders.diffusers_folder import WEIGHTS, is_diffusers_folder, read_class_names, read_diffusers_folder
 from launch.builders.foreign_process import notes_on_process
 from launch.builders.hub import fetch_from_hub, may_be_hub_name
+from launch.builders.normalization import normalized
 from launch.builders.weight_files import read_weight_file
 from launch.builders.weight_tables import EMA, choose_table
 from launch.command.settings import SampleSettings
@@ -114,6 +115,7 @@ def load_foreign(config: SampleSettings, runtime: Devices) -> LoadedCheckpoint:
         for note in (*network.notes, *notes_on_positions(model, where), *of_process):
             print(f"note: {note}", file=sys.stderr)
     preparation = Preparation(latent_size * autoencoder.downscale, ExactSize())
+    autoencoder = normalized(autoencoder, config.data, "the config")
     return LoadedCheckpoint(
         path=Path(where),
         run_dir=Path(where).resolve().parent if Path(where).exists() else Path(),  # never the hub's cache

@@ -18,6 +18,7 @@ REPLAYED = frozenset({*components(TrainSettings), "runtime"})
 EARLIER: dict[str, Any] = {
     "condition": {"_target_": "data.conditions.ClassLabels", "_partial_": True},
     "shape_name": "",
+    "data": {"normalize": False, "latent_mean": None, "latent_std": None},
     "model": {
         "block": {
             "norm": {"_target_": "model.norms.layer_norm", "_partial_": True},
@@ -80,7 +81,12 @@ def setting(config: Mapping[str, Any], name: str, said_by: str) -> Any:
 
     Raises ValueError, naming the file, where it is missing or of another type.
     """
-    return _setting(config, name, typing.get_type_hints(TrainSettings)[name], name, said_by)
+    return setting_of(config, TrainSettings, name, name, said_by)
+
+
+def setting_of(section: Mapping[str, Any], schema: type, name: str, place: str, said_by: str) -> Any:
+    """Return one scalar of a section, checked against the class of its settings; raise as `setting` does."""
+    return _setting(section, name, typing.get_type_hints(schema)[name], place, said_by)
 
 
 def component(config: Mapping[str, Any], place: str, said_by: str) -> dict[str, Any]:

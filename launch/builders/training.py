@@ -13,7 +13,6 @@ from launch.builders.build import (
     condition_source,
     expected_spec,
     fill_model,
-    load_model,
     require_condition,
     require_outputs,
 )
@@ -21,7 +20,9 @@ from launch.builders.components import build
 from launch.builders.data_settings import require_shards
 from launch.builders.facts import facts_of_process
 from launch.builders.foreign import Facts, is_foreign, read_foreign
+from launch.builders.normalization import normalized, with_statistics
 from launch.builders.objectives import latent_facts, settled
+from launch.builders.saved_networks import load_model
 from launch.command.check import check_readers
 from launch.command.machine import batch_threads, usable_cores
 from launch.command.settings import TrainSettings
@@ -99,7 +100,10 @@ def prepare_run(config: TrainSettings, manifest: Manifest) -> PreparedRun:
     autoencoder, spec = expected_spec(config.data, manifest)
     require_shards(manifest, spec, config.data.shards)
     conditions = condition_source(config.condition, spec)
-    config = replace(config, model=fill_model(config.model, spec, conditions))
+    config = replace(
+        config, model=fill_model(config.model, spec, conditions), data=with_statistics(config.data, manifest)
+    )
+    autoencoder = normalized(autoencoder, config.data, "the config")
     config = replace(config, diffusion=settled(config.diffusion, latent_facts(manifest, autoencoder)))
     runtime: Runtime = build(config.runtime, precision=config.precision.value)
     runtime.require_same(facts_of_process(config.plain()))

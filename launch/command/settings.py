@@ -139,6 +139,9 @@ class ForeignData(Settings):
     section: ClassVar[str] = "data"
 
     autoencoder: Any = MUST_BE_GIVEN
+    normalize: bool = False  # whether the network was trained on latents of mean 0 and standard deviation 1
+    latent_mean: list[float] | None = None  # of unscaled latents, by channel, where normalize is set
+    latent_std: list[float] | None = None  # likewise
 
 
 @dataclass

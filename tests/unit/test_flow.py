@@ -14,8 +14,9 @@ from core.batch import Batch, Condition, Denoiser
 from core.draws import Philox, Purpose
 from diffusion.flow import Flow
 from diffusion.objective import corrupt, predict
+from diffusion.ode_samplers import Euler
 from diffusion.process import GaussianDiffusion
-from diffusion.samplers import DDPM, Euler, Sampler
+from diffusion.samplers import DDPM, Sampler
 from diffusion.schedules import LinearSchedule
 from diffusion.times import UniformTimes
 from diffusion.variances import LearnedRangeVariance

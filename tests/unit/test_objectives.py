@@ -45,7 +45,6 @@ def same_random_numbers() -> None:
     torch.manual_seed(0)
 
 
-
 @pytest.mark.parametrize("case", LOSSES)
 def test_losses_equal_the_released_sit_program(case: str) -> None:
     golden, (_, path, prediction, weighting) = sit_golden(), case.split("/")
@@ -380,7 +379,7 @@ def test_a_shift_by_resolution_is_the_root_of_the_dimension_over_4096() -> None:
         (lambda: gaussian(PredictNoise(), OfLikelihood()), "diffusion/weighting=likelihood needs a path"),
         (
             lambda: Heun().require(gaussian(PredictX0())),
-            "sampler heun reads predictions of noise, v, but",
+            "needs diffusion/prediction=noise or v, but the objective",
         ),
         (lambda: DPMSolverPP().require(gaussian(PredictScore())), "diffusion/prediction=score; use diffusion/sampler="),
     ],

@@ -64,9 +64,13 @@ def test_a_time_depends_on_the_seed_and_the_position_alone(times: Times) -> None
 
 
 def test_a_few_times_are_fixed_since_they_are_part_of_a_run() -> None:
-    """Compare with numbers computed once; these are part of the format of a run."""
-    assert drawn(LogitNormalTimes(), range(3)).tolist() == []
-    assert drawn(LogNormalLevels(), range(3)).tolist() == []
+    """Compare with numbers computed once on one machine."""
+    assert drawn(LogitNormalTimes(), range(3)).tolist() == [
+        0.39020469784736633,
+        0.5200152397155762,
+        0.49654340744018555,
+    ]
+    assert drawn(LogNormalLevels(), range(3)).tolist() == [0.1762693226337433, 0.33158352971076965, 0.2962380349636078]
 
 
 @pytest.mark.parametrize("times", [LogitNormalTimes(scale=30.0), LogNormalLevels(scale=30.0)])
@@ -106,4 +110,3 @@ def test_a_shift_prefers_noise_and_keeps_both_ends() -> None:
     moved = MovedTimes(UniformTimes(), 3.0, 0.0, 1.0)
     words = np.array([0, 2**31], dtype=np.uint64)  # t = 0 and 1/2
     assert moved.of_words(words)[0].tolist() == [0, 0.75]
-    assert MovedTimes.of(UniformTimes(), 1.0, 0.0, 1.0) == UniformTimes() or True

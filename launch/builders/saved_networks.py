@@ -1,0 +1,78 @@
+"""Read the network of a checkpoint, with any of its averages as weights."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion.objective import Objective
+from launch.builders.components import build_saved
+from launch.builders.runs import pinned_sources, read_checkpoint
+from launch.builders.saved_configs import component
+from model.network import Network
+from train import posthoc
+from train.checkpoint import fill, read_state_file, read_tensors
+from train.stores import STATE_FILE
+
+
+def load_model(where: str, weights: str) -> Network:
+    """Return the network of a run's newest checkpoint, or of one checkpoint's folder.
+
+    ``weights`` is ``model``, the name of an average, or ``width_W``: the power-function average of that width,
+    reconstructed from the run's checkpoints up to this one.
+
+    Raises ValueError for a missing or damaged checkpoint, or one that asks for foreign code.
+    """
+    return read_checkpoint(where, lambda path: model_at(path, weights))
+
+
+def model_at(path: Path, weights: str) -> Network:
+    """Return the network of a pinned checkpoint. Raises as `load_model` does."""
+    with pinned_sources(path, weights) as sources:
+        return model_of_sources(sources, weights)
+
+
+def model_of_sources(sources: Sequence[Path], weights: str) -> Network:
+    """Return the network of the last of ``sources``, pinned checkpoints from all of which its weights are computed."""
+    path = sources[-1]
+    config, said_by = read_state_file(path)["config"], str(path / STATE_FILE)
+    section = component(config, "model", said_by)
+    objective: Objective = build_saved(component(config, "diffusion", said_by), said_by)
+    section["outputs_per_channel"] = objective.outputs_per_channel
+    if weights.startswith(posthoc.PREFIX):
+        return _model_of(path, section, posthoc.reconstruct(sources, _width(weights)))
+    return _model_of(path, section, read_tensors(path, weights))
+
+
+def _model_of(path: Path, section: Mapping[str, Any], tensors: dict[str, Tensor]) -> Network:
+    """Return the model of a checkpoint's config with the tensors of its file, after a check that their shapes agree.
+
+    A config may ask for a model of any size: nothing is allocated before the file is known to have its tensors.
+    """
+    said_by = str(path / STATE_FILE)
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in build_saved(section, said_by).state_dict().items()}
+    for name in [*shapes, *tensors]:
+        theirs, ours = tensors.get(name), shapes.get(name)
+        if theirs is None or ours is None or theirs.shape != ours:
+            shown = [
+                None if shape is None else tuple(shape) for shape in (theirs if theirs is None else theirs.shape, ours)
+            ]
+            raise ValueError(
+                f"The checkpoint {path} does not fit its own config: the shape of {name} is {shown[0]} in its weights "
+                f"and {shown[1]} by its config; use another checkpoint of that run."
+            )
+    model: Network = build_saved(section, said_by)
+    fill(model, path, tensors)
+    return model
+
+
+def _width(weights: str) -> float:
+    try:
+        return float(weights.removeprefix(posthoc.PREFIX))
+    except ValueError as error:
+        raise ValueError(
+            f"weights is {weights!r}, but what follows {posthoc.PREFIX} must be a number such as 0.1."
+        ) from error
