@@ -16,7 +16,7 @@ from diffusion.continuous import ContinuousObjective
 from diffusion.objective import LOSS, LatentFacts, mean_per_sample, named
 from diffusion.paths import Coefficients
 from diffusion.predictions import Mixture, Parameterization
-from diffusion.times import LogNormalLevels
+from diffusion.times import LogNormalLevels, draws_levels
 
 _LEVELS = LogNormalLevels()
 
@@ -83,7 +83,7 @@ class EDM(ContinuousObjective):
                 f"diffusion.sigma_min is {sigma_min} and diffusion.sigma_max is {sigma_max}, but EDM needs "
                 "0 < sigma_min < sigma_max; its paper uses 0.002 and 80."
             )
-        if not getattr(times, "are_levels", False):
+        if not draws_levels(times):
             raise ValueError(
                 f"diffusion=edm trains on noise levels, but diffusion.times is a {type(times).__name__}, which draws "
                 "times between 0 and 1; use diffusion/times=log_normal."

@@ -13,7 +13,7 @@ from diffusion.continuous import ContinuousObjective
 from diffusion.objective import LOSS, LatentFacts, mean_per_sample, named
 from diffusion.paths import Coefficients, LinearPath, Path
 from diffusion.predictions import Parameterization, PredictVelocity
-from diffusion.times import MovedTimes, UniformTimes
+from diffusion.times import MovedTimes, UniformTimes, draws_levels
 from diffusion.weightings import Unweighted, Weighting
 
 _LINEAR, _VELOCITY, _UNWEIGHTED, _UNIFORM = LinearPath(), PredictVelocity(), Unweighted(), UniformTimes()
@@ -50,7 +50,7 @@ class Flow(ContinuousObjective):
             raise ValueError(
                 f"diffusion.shift is {shift!r}, but there are no shards whose latents it could follow; give a number."
             )
-        if getattr(times, "are_levels", False):
+        if draws_levels(times):
             raise ValueError(
                 "diffusion=flow needs times between 0 and 1, but diffusion/times=log_normal draws noise levels, for "
                 "diffusion=edm; use diffusion/times=logit_normal."

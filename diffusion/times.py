@@ -17,6 +17,11 @@ _LOW_HALF = np.uint64(0xFFFFFFFF)  # of 64 random bits: numpy takes 32 of them f
 _NORMAL = NormalDist()
 
 
+def draws_levels(times: Times) -> bool:
+    """Return whether these are noise levels in (0, infinity), not times in [0, 1]."""
+    return getattr(times, "are_levels", False)
+
+
 class UniformSteps:
     """Whole steps with equal probability: {0, ..., num_steps - 1} (Ho et al. 2020, algorithm 1)."""
 
