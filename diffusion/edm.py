@@ -13,7 +13,7 @@ from torch import Tensor
 from core.batch import Batch
 from core.draws import Times
 from diffusion.continuous import ContinuousObjective
-from diffusion.objective import LOSS, LatentFacts, mean_per_sample
+from diffusion.objective import LOSS, LatentFacts, mean_per_sample, named
 from diffusion.paths import Coefficients
 from diffusion.predictions import Mixture, Parameterization
 from diffusion.times import LogNormalLevels
@@ -100,6 +100,11 @@ class EDM(ContinuousObjective):
         if settings.get("sigma_data") is not None:
             return dict(settings)
         return {**settings, "sigma_data": latents.std, "sigma_data_from": "shards"}
+
+    def facts(self) -> dict[str, str | float]:
+        """Return the name, the times, and ``sigma_data`` with its origin."""
+        data = {"sigma_data": self.sigma_data, "sigma_data_from": self.sigma_data_from}
+        return {"name": self.name, "times": named(self.times), **data}
 
     def coefficients(self, t: Tensor) -> Coefficients:
         """Return 1 and sigma, and their derivatives 0 and 1, for sigma [B]."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from core.batch import Batch
 from core.draws import Times
 from diffusion.continuous import ContinuousObjective
-from diffusion.objective import LOSS, LatentFacts, mean_per_sample
+from diffusion.objective import LOSS, LatentFacts, mean_per_sample, named
 from diffusion.paths import Coefficients, LinearPath, Path
 from diffusion.predictions import Parameterization, PredictVelocity
 from diffusion.times import MovedTimes, UniformTimes
@@ -64,6 +64,7 @@ class Flow(ContinuousObjective):
         self.outputs_per_channel = outputs_per_channel
         self.training_interval = self._interval(path.training_margin, weighting.is_bounded)
         self.sampling_interval = self._interval(path.sampling_margin)
+        self.shift, self._drawn = shift, times
         self.times = MovedTimes.of(times, shift, *self.training_interval)
 
     def _interval(self, margin: float, is_bounded: bool = True) -> tuple[float, float]:
@@ -80,6 +81,12 @@ class Flow(ContinuousObjective):
         if settings.get("shift") == "resolution":
             settings["shift"] = math.sqrt(latents.dimension / _BASE_DIMENSION)
         return settings
+
+    def facts(self) -> dict[str, str | float]:
+        """Return the names of the parts, and the settings of the loss."""
+        names = {"path": named(self.path), "prediction": named(self.parameterization)}
+        names |= {"weighting": named(self.weighting), "times": named(self._drawn)}
+        return {"name": self.name, **names, "shift": self.shift, "direction_weight": self.direction_weight}
 
     def coefficients(self, t: Tensor) -> Coefficients:
         """Return the path's coefficients at t [B]."""

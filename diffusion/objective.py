@@ -42,6 +42,10 @@ class Objective(nn.Module):
         """Return the settings of this class's config, with those filled in that follow from the latents."""
         return dict(settings)
 
+    def facts(self) -> dict[str, str | float]:
+        """Return the name and the settings that records of evaluations have."""
+        return {"name": self.name}
+
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the coefficients of x_t = alpha x_0 + sigma noise at t [B]: [B, 1, 1, 1] float32 each."""
         raise NotImplementedError
@@ -75,6 +79,13 @@ def corrupt(objective: Objective, batch: Batch) -> Tensor:
 def predict(network: Denoiser, objective: Objective, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
     """Call the network and return what its output implies at x_t [B, c, h, w] and t [B]."""
     return objective.prediction(network(*objective.inputs(x_t, t), condition), x_t, t)
+
+
+def named(part: object) -> str:
+    """Return the name of a part with its settings, such as "min_snr(gamma=5.0)"."""
+    name = getattr(part, "name", type(part).__name__)
+    settings = ", ".join(f"{key}={value}" for key, value in vars(part).items())
+    return f"{name}({settings})" if settings else name
 
 
 def mean_per_sample(values: Tensor) -> Tensor:

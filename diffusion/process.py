@@ -14,7 +14,7 @@ from torch import Tensor
 
 from core.batch import Batch
 from diffusion.gaussians import Gaussian, discretized_log_likelihood, gaussian_kl
-from diffusion.objective import LOSS, Objective, Prediction, mean_per_sample
+from diffusion.objective import LOSS, Objective, Prediction, mean_per_sample, named
 from diffusion.paths import Coefficients
 from diffusion.predictions import Parameterization, PredictNoise
 from diffusion.schedules import Schedule
@@ -140,6 +140,10 @@ class GaussianDiffusion(Objective):
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod) at steps [B] int64 (equation 4)."""
         return self.table("sqrt_alphas_cumprod", t), self.table("sqrt_one_minus_alphas_cumprod", t)
+
+    def facts(self) -> dict[str, str | float]:
+        """Return the names of the process, the prediction and the weighting."""
+        return {"name": self.name, "prediction": named(self.parameterization), "weighting": named(self.weighting)}
 
     def coefficients(self, t: Tensor) -> Coefficients:
         """Return the coefficients of x_t at steps [B] int64, without derivatives."""

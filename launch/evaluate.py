@@ -108,7 +108,9 @@ def _record(
         "step": checkpoint.step,
         "images_seen": checkpoint.images_seen,
         "evaluated_by": "evaluate",
-        **model_facts(checkpoint.model, checkpoint.images_seen, weights, checkpoint.training_seed),
+        **model_facts(
+            checkpoint.model, checkpoint.objective, checkpoint.images_seen, weights, checkpoint.training_seed
+        ),
     }
     if len(checkpoint.sources) > 1:  # the average depends on which checkpoints were kept
         record["average_of_steps"] = [source.step for source in checkpoint.sources]

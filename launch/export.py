@@ -76,6 +76,11 @@ def _source_at(path: Path, weights: str, for_diffusers: bool) -> Source:
     spec = validate(LatentSpec, state["spec"], said_by)
     objective: Objective = build_saved(component(state["config"], "diffusion", said_by), said_by)
     process = require_gaussian(objective, "to=diffusers")
+    if process.parameterization.name != "noise":
+        raise ValueError(
+            f"to=diffusers writes networks that predict the noise, but {path} was trained with "
+            f"diffusion/prediction={process.parameterization.name}; use to=reference, which writes the weights alone."
+        )
     normalizes = saved_normalization(state["config"], said_by).normalize
     autoencoder, notes = _autoencoder(component(state["config"], "data.autoencoder", said_by), spec, normalizes)
     names = tuple(state.get("class_names", []))  # earlier versions did not save them

@@ -118,11 +118,14 @@ def require_condition(model: Network, conditions: ConditionSource) -> None:
         )
 
 
-def model_facts(model: Network, images_seen: int, weights: str, training_seed: int) -> dict[str, Any]:
+def model_facts(
+    model: Network, objective: Objective, images_seen: int, weights: str, training_seed: int
+) -> dict[str, Any]:
     """Return an evaluation record's facts about the network. Compute is in giga multiply-adds, the paper's Gflops."""
     return {
         "weights": weights,
         "training_seed": training_seed,
+        "objective": objective.facts(),
         **model.facts(),
         "gmacs": multiply_adds(model) / 1e9,
         "parameters": num_parameters(model),

@@ -21,6 +21,7 @@ from launch.builders.data_settings import require_shards
 from launch.builders.facts import facts_of_process
 from launch.builders.foreign import Facts, is_foreign, read_foreign
 from launch.builders.normalization import normalized, with_statistics
+from launch.builders.objectives import latent_facts, settled
 from launch.builders.saved_networks import load_model
 from launch.command.check import check_readers
 from launch.command.machine import batch_threads, usable_cores
@@ -103,6 +104,7 @@ def prepare_run(config: TrainSettings, manifest: Manifest) -> PreparedRun:
         config, model=fill_model(config.model, spec, conditions), data=with_statistics(config.data, manifest)
     )
     autoencoder = normalized(autoencoder, config.data, "the config")
+    config = replace(config, diffusion=settled(config.diffusion, latent_facts(manifest, autoencoder)))
     runtime: Runtime = build(config.runtime, precision=config.precision.value)
     runtime.require_same(facts_of_process(config.plain()))
     runtime.require_batch(config.batch_size)
