@@ -98,7 +98,7 @@ class EDM(ContinuousObjective):
     def settled(cls, settings: Mapping[str, Any], latents: LatentFacts) -> dict[str, Any]:
         """Return the settings with ``sigma_data``, where it is null, from the latents' statistics."""
         if settings.get("sigma_data") is not None:
-            return dict(settings)
+            return {"sigma_data_from": "config", **settings}
         return {**settings, "sigma_data": latents.std, "sigma_data_from": "shards"}
 
     def facts(self) -> dict[str, str | float]:

@@ -32,7 +32,7 @@ class EdmHeun:
     steps: int = 18
     churn: float = 0.0
     churn_min: float = 0.0
-    churn_max: float = math.inf
+    churn_max: float | None = None  # null: no limit
     churn_noise: float = 1.0
     rho: float = 7.0
 
@@ -44,7 +44,7 @@ class EdmHeun:
                 raise ValueError(f"sampler.{name} is {getattr(self, name)}, but it must be at least 0; set it higher.")
         if not 0 < self.rho < math.inf:
             raise ValueError(f"sampler.rho is {self.rho}, but it must be above 0; EDM has 7.")
-        if self.churn_max < self.churn_min:
+        if self.churn_max is not None and self.churn_max < self.churn_min:
             raise ValueError(
                 f"sampler.churn_max {self.churn_max} is below sampler.churn_min {self.churn_min}; no step would "
                 "add noise."
@@ -76,7 +76,8 @@ class EdmHeun:
 
     def _raise_at(self, level: float) -> float:
         """Return the fraction by which a noise level is raised, gamma in algorithm 2."""
-        return min(self.churn / self.steps, _MOST_CHURN) if self.churn_min <= level <= self.churn_max else 0.0
+        is_inside = self.churn_min <= level and (self.churn_max is None or level <= self.churn_max)
+        return min(self.churn / self.steps, _MOST_CHURN) if is_inside else 0.0
 
 
 def _require_levels(objective: Objective) -> ContinuousObjective:
