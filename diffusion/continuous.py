@@ -1,5 +1,6 @@
 """Objectives in continuous time, which have a velocity and a score at every t."""
 
+import math
 from typing import ClassVar
 
 from torch import Tensor
@@ -23,6 +24,10 @@ class ContinuousObjective(Objective):
     def coefficients(self, t: Tensor) -> Coefficients:
         """Return the coefficients of x_t at t [B], with their derivatives by t: [B, 1, 1, 1] each."""
         raise NotImplementedError
+
+    def time_range(self) -> tuple[float, float]:
+        """Return 0 and 1, or all noise levels."""
+        return 0.0, math.inf if self.has_levels else 1.0
 
     def read(self, output: Tensor, x_t: Tensor) -> Tensor:
         """Return what ``parameterization`` interprets in a network's output at x_t: [B, c, h, w] float32."""

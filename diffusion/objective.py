@@ -7,6 +7,7 @@ is a module only so that its tables move with `.to(device)`; it has no parameter
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from core.batch import Batch, Condition, Denoiser
@@ -53,6 +54,14 @@ class Objective(nn.Module):
     def inputs(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the network's inputs for x_t [B, c, h, w] and t [B]: tensors of these shapes."""
         raise NotImplementedError
+
+    def time_range(self) -> tuple[float, float]:
+        """Return the least and the greatest t that there are."""
+        raise NotImplementedError
+
+    def seen(self, t: float) -> float:
+        """Return the t that the network sees at t, as `inputs` gives it."""
+        return self.inputs(torch.zeros(1, 1, 1, 1), torch.tensor([t], dtype=torch.float32))[1].item()
 
     def losses(self, output: Tensor, batch: Batch, x_t: Tensor) -> dict[str, Tensor]:
         """Return losses by name, [B] float32 each, of the network's output at x_t. `LOSS` is minimized, all are logged.

@@ -129,9 +129,9 @@ class Dopri5:
             return velocity(denoiser, flow, x, float(t), condition)
 
         low, high = flow.sampling_interval
-        found: Tensor = odeint(
-            rate, x, torch.tensor([high, low], device=x.device), method=self.name, atol=self.atol, rtol=self.rtol
-        )[-1]
+        ends = torch.tensor([high, low], dtype=torch.float64, device=x.device)
+        at_end = {"step_t": ends[1:]}  # else its last step goes beyond the data, where a path may not be defined
+        found: Tensor = odeint(rate, x, ends, method=self.name, atol=self.atol, rtol=self.rtol, options=at_end)[-1]
         self.counted.append(calls)
         return found
 

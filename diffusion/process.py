@@ -154,6 +154,14 @@ class GaussianDiffusion(Objective):
         """Return x_t unchanged, and the trained steps of the steps t [B] int64."""
         return x_t, self.timesteps[t]
 
+    def time_range(self) -> tuple[float, float]:
+        """Return the first and the last step of the schedule."""
+        return 0.0, len(self.schedule.betas()) - 1.0
+
+    def seen(self, t: float) -> float:
+        """Return a trained step unchanged: it is what the network sees, of this process and of respaced ones."""
+        return t
+
     def level(self, t: Tensor) -> Tensor:
         """Return t / S of steps t [B]: [B] float32 in [0, 1)."""
         return t / self.num_steps

@@ -18,7 +18,6 @@ from core.records import canonical_hash
 from data.manifest import Manifest
 from data.settings import DataSettings
 from data.shards import MappedShards
-from diffusion.process import require_gaussian
 from evaluation.chunks import EVALUATING, TRAINING, ChunkStore, discard
 from evaluation.evaluate import Evaluator
 from evaluation.generate import Generator
@@ -68,8 +67,6 @@ def evaluate_job(config: EvaluateSettings, progress: ProgressBar) -> None:
     if config.compile:
         compile_units(checkpoint.model, runtime.device)
     generator = checkpoint.generator(config, config.evaluation.seed, runtime)
-    if LIKELIHOOD in config.metrics:
-        require_gaussian(checkpoint.objective, f"metric {LIKELIHOOD}")
     evaluator, chunks = None, None
     if names := [name for name in config.metrics if name != LIKELIHOOD]:
         evaluator = build_evaluator(config, runtime, progress, names)
@@ -119,7 +116,7 @@ def _record(
     if LIKELIHOOD in config.metrics:
         shards = _shards_of(checkpoint, config.data)
         precision = precision_of_products(config.precision.value, generator.runtime.device)
-        sizes = settings.num_images, settings.batch_size
+        sizes = settings.num_images, settings.batch_size, settings.likelihood_steps
         record |= measure_likelihood(generator, shards, *sizes, precision, progress)
     return record
 

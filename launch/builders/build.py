@@ -43,7 +43,7 @@ from train.stores import STATE_FILE
 
 CHUNKS = "chunks"  # folder in a run folder with the finished chunks of a killed evaluation
 # Settings that evaluations do not record at these values, which earlier versions implied.
-_LATER = {"shift": 1.0}
+_LATER: dict[str, dict[str, Any]] = {"euler": {"shift": 1.0}, "Autoguidance": {"t_min": 0, "t_max": None}}
 _OF_THE_RUN = ("batch_size", "class_dropout", "seed")  # settings that a run's evaluations record
 
 
@@ -135,8 +135,10 @@ def model_facts(
 
 def _named_settings(section: Mapping[str, Any]) -> dict[str, Any]:
     """Return a component's section as an evaluation record shows it: the component's name, and its settings."""
-    own = {key: value for key, value in section.items() if not key.startswith("_") and _LATER.get(key, ...) != value}
-    settings = {"name": target_of(section).name, **own}
+    name = target_of(section).name
+    implied = _LATER.get(name, {}).items()
+    own = {key: value for key, value in section.items() if not key.startswith("_") and (key, value) not in implied}
+    settings = {"name": name, **own}
     if "guide" in settings:  # the path of a run does not say which checkpoint is its newest
         settings["guide_hash"] = read_checkpoint(settings["guide"], checkpoint_hash)
     shown: dict[str, Any] = redacted_config(settings)
@@ -172,7 +174,9 @@ def build_generator(
         )
     section = dict(config.guidance)
     others = {"guide": runtime.place(load_model(section.pop("guide"), "ema")).eval()} if "guide" in section else {}
-    guided: Guided = build(section)(model, null=conditions.null, latent_channels=spec.channels, **others)
+    guided: Guided = build(section)(
+        model, null=conditions.null, latent_channels=spec.channels, objective=objective, **others
+    )
     return Generator(guided, objective, autoencoder.to(runtime.device), sampler, spec, conditions, seed, runtime)
 
 
