@@ -22,6 +22,7 @@ from data.shards import MappedShards, open_shards
 from diffusion.flow import Flow
 from diffusion.guidance import Guided
 from diffusion.objective import Objective
+from diffusion.ode_samplers import require_readable
 from diffusion.samplers import Sampler
 from evaluation.evaluate import Evaluator, MeasurementProtocol
 from evaluation.features.extractor import FeatureExtractor
@@ -165,6 +166,7 @@ def build_generator(
     """
     sampler: Sampler = build(config.sampler)
     sampler.require(objective)
+    require_runtime(sampler, config.runtime, runtime.device)
     needs_null = target_of(config.guidance).needs_null
     if needs_null and not conditions.in_turn(1):
         raise ValueError(
@@ -184,6 +186,16 @@ def build_generator(
         model, null=conditions.null, latent_channels=spec.channels, objective=objective, **others
     )
     return Generator(guided, objective, autoencoder.to(runtime.device), sampler, spec, conditions, seed, runtime)
+
+
+def require_runtime(sampler: Sampler, section: Mapping[str, Any], device: torch.device) -> None:
+    """Raise ValueError where the runtime needs the same calls in each process, and the sampler decides them."""
+    require_readable(sampler, device)
+    if sampler.reads_device and section.get("mode") == "fsdp":
+        raise ValueError(
+            f"sampler {sampler.name} chooses its steps in each process by itself, but with runtime.mode=fsdp all "
+            "processes call the network together; use diffusion/sampler=heun_ode."
+        )
 
 
 def build_extractor(section: Mapping[str, Any], runtime: Processes) -> FeatureExtractor:

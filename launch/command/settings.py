@@ -187,6 +187,7 @@ class SamplingSettings(Protocol):
 
     sampler: Any
     guidance: Any
+    runtime: Any
 
 
 class Program(StrEnum):

@@ -17,10 +17,11 @@ from torch import Tensor
 from core.draws import Philox, Purpose, draw_noise
 from data.images import to_uint8
 from diffusion.flow import Flow
-from diffusion.ode_samplers import HeunOde
+from diffusion.ode_samplers import Dopri5, HeunOde
 from diffusion.process import GaussianDiffusion
 from diffusion.schedules import LinearSchedule
 from diffusion.variances import LearnedRangeVariance
+from launch.builders.build import require_runtime
 from launch.builders.training import load_starting_weights
 from model.convert import from_sit, to_sit
 from model.released import to_reference
@@ -170,3 +171,24 @@ def test_networks_with_one_output_per_channel_name_the_setting(tmp_path: Path, i
     shown = in_process(*SAMPLE, *HEUN, "checkpoint=x.pt", expect=2)
     assert "The objective needs 8 output channels, but x.pt has 4; set diffusion.outputs_per_channel=1" in shown
     in_process(*SAMPLE, *HEUN, "checkpoint=x.pt", "diffusion.outputs_per_channel=1")
+
+
+def test_an_adaptive_sampler_samples_and_is_measured_and_is_refused_where_it_cannot_decide_its_steps(
+    tmp_path: Path, in_process: InProcess, digits: Path
+) -> None:
+    saved(tmp_path / "SiT-digits.pt", to_sit(digits_model(outputs_per_channel=2)))
+    how = ["checkpoint=SiT-digits.pt", "foreign.num_heads=2", "diffusion=sit", "diffusion/sampler=dopri5"]
+    in_process("sample", "runtime=cpu", *how, "num_images=4", "data.autoencoder.channels=1")
+    assert (tmp_path / "samples/SiT-digits-seed0-dopri5.npz").exists()
+    few = ["evaluation.num_images=10", "evaluation.features.epochs=1", f"data.shards={digits}"]
+    in_process("evaluate", "runtime=cpu", *how, *few)
+    (record,) = json_lines(tmp_path / "SiT-digits-evaluations.jsonl")
+    assert record["network_calls"] > 6
+    assert record["sampling_gmacs"] == pytest.approx(record["network_calls"] * record["gmacs"])
+    assert record["sampler"] == {"name": "dopri5", "atol": 1e-6, "rtol": 1e-3}
+    with pytest.raises(ValueError, match=r"sampler dopri5 chooses its steps in each process .* use .*=heun_ode"):
+        require_runtime(Dopri5(), {"mode": "fsdp"}, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"sampler dopri5 chooses its steps by reading .* use .*=heun_ode"):
+        require_runtime(Dopri5(), {}, torch.device("xla"))
+    for sampler, mode in ((HeunOde(), "fsdp"), (Dopri5(), "replicated")):
+        require_runtime(sampler, {"mode": mode}, torch.device("cpu"))
