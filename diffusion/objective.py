@@ -37,6 +37,7 @@ class Objective(nn.Module):
     name: ClassVar[str]  # the option of ``diffusion=``
     outputs_per_channel: int  # of the network, for each channel of the latent; the network is built from it
     times: Times  # how t is drawn in training
+    reversed_time: bool = False  # whether the network sees a time that runs from noise to data
 
     @classmethod
     def settled(cls, settings: Mapping[str, Any], latents: LatentFacts) -> dict[str, Any]:

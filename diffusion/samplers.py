@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from core.batch import Condition, Denoiser
+from diffusion.continuous import ContinuousObjective
 from diffusion.objective import Objective, predict
-from diffusion.process import GaussianDiffusion, require_gaussian
+from diffusion.process import GaussianDiffusion
 from diffusion.respacing import Steps, kept_steps, number_of
 
 
@@ -59,7 +60,13 @@ class GaussianSampler:
 
     def process(self, objective: Objective) -> GaussianDiffusion:
         """Return the objective's process. Raises ValueError for another objective."""
-        return require_gaussian(objective, f"sampler {self.name}")
+        if not isinstance(objective, GaussianDiffusion):
+            instead = "edm_heun" if isinstance(objective, ContinuousObjective) and objective.has_levels else "heun_ode"
+            raise ValueError(
+                f"sampler {self.name} needs diffusion=gaussian, but the objective is diffusion={objective.name}; use "
+                f"diffusion/sampler={instead}."
+            )
+        return objective
 
     def require(self, objective: Objective) -> None:
         """Raise ValueError for another objective, or for steps that its process does not have (see `kept_steps`)."""

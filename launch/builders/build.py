@@ -19,8 +19,10 @@ from data.manifest import LatentSpec, Manifest
 from data.plan import identity_of, latent_spec
 from data.settings import DataSettings
 from data.shards import MappedShards, open_shards
+from diffusion.flow import Flow
 from diffusion.guidance import Guided
 from diffusion.objective import Objective
+from diffusion.ode_samplers import require_readable
 from diffusion.samplers import Sampler
 from evaluation.evaluate import Evaluator, MeasurementProtocol
 from evaluation.features.extractor import FeatureExtractor
@@ -93,15 +95,17 @@ def build_shards(data: DataSettings) -> MappedShards:
     return open_shards(data.shards, data.verify_checksums, data.cache, data.cache_bytes)
 
 
-def require_outputs(model: Network, outputs_per_channel: int, of: str) -> None:
+def require_outputs(model: Network, objective: Objective, of: str) -> None:
     """Raise ValueError where the network of the file ``of`` lacks the output channels that the objective needs."""
     channels = model.latent_shape[0]
-    if outputs_per_channel * channels == model.out_channels:
+    if objective.outputs_per_channel * channels == model.out_channels:
         return
     learned = model.out_channels == 2 * channels
     follow = "diffusion/variance=learned_range" if learned else "diffusion/variance=fixed_large or fixed_small"
+    if isinstance(objective, Flow):
+        follow = f"diffusion.outputs_per_channel={model.out_channels // channels}"
     raise ValueError(
-        f"The objective needs {outputs_per_channel * channels} output channels, but {of} has "
+        f"The objective needs {objective.outputs_per_channel * channels} output channels, but {of} has "
         f"{model.out_channels}; set {follow}."
     )
 
@@ -162,6 +166,7 @@ def build_generator(
     """
     sampler: Sampler = build(config.sampler)
     sampler.require(objective)
+    require_runtime(sampler, config.runtime, runtime.device)
     needs_null = target_of(config.guidance).needs_null
     if needs_null and not conditions.in_turn(1):
         raise ValueError(
@@ -173,11 +178,24 @@ def build_generator(
             "diffusion/guidance=none, or train with class_dropout=0.1."
         )
     section = dict(config.guidance)
-    others = {"guide": runtime.place(load_model(section.pop("guide"), "ema")).eval()} if "guide" in section else {}
+    others = {}
+    if "guide" in section:
+        guide = load_model(section.pop("guide"), "ema", objective, "guidance.guide")
+        others["guide"] = runtime.place(guide).eval()
     guided: Guided = build(section)(
         model, null=conditions.null, latent_channels=spec.channels, objective=objective, **others
     )
     return Generator(guided, objective, autoencoder.to(runtime.device), sampler, spec, conditions, seed, runtime)
+
+
+def require_runtime(sampler: Sampler, section: Mapping[str, Any], device: torch.device) -> None:
+    """Raise ValueError where the runtime needs the same calls in each process, and the sampler decides them."""
+    require_readable(sampler, device)
+    if sampler.reads_device and section.get("mode") == "fsdp":
+        raise ValueError(
+            f"sampler {sampler.name} chooses its steps in each process by itself, but with runtime.mode=fsdp all "
+            "processes call the network together; use diffusion/sampler=heun_ode."
+        )
 
 
 def build_extractor(section: Mapping[str, Any], runtime: Processes) -> FeatureExtractor:
@@ -261,7 +279,7 @@ class LoadedCheckpoint:
 
     @classmethod
     def load(cls, where: str, weights: str, runtime: Devices) -> "LoadedCheckpoint":
-        """Load the weights of this name (see `load_model`) of a run's newest checkpoint, or of one checkpoint's folder.
+        """Load the weights of this name (see `model_at`) of a run's newest checkpoint, or of one checkpoint's folder.
 
         Raises ValueError for a missing or damaged checkpoint, or one that asks for foreign code.
         """

@@ -17,19 +17,41 @@ from train.checkpoint import fill, read_state_file, read_tensors
 from train.stores import STATE_FILE
 
 
-def load_model(where: str, weights: str) -> Network:
-    """Return the network of a run's newest checkpoint, or of one checkpoint's folder.
+def load_model(where: str, weights: str, objective: Objective, setting: str) -> Network:
+    """Return the network of a run's newest checkpoint, or of one checkpoint's folder, for an objective.
 
-    ``weights`` is ``model``, the name of an average, or ``width_W``: the power-function average of that width,
-    reconstructed from the run's checkpoints up to this one.
-
-    Raises ValueError for a missing or damaged checkpoint, or one that asks for foreign code.
+    ``weights`` is as for `model_at`. Raises ValueError for a missing or damaged checkpoint, one that asks for foreign
+    code, and one whose time runs the other way than the objective's, naming the ``setting``.
     """
-    return read_checkpoint(where, lambda path: model_at(path, weights))
+
+    def load(path: Path) -> Network:
+        reverses = objective_at(path).reversed_time
+        if reverses != objective.reversed_time:
+            ways = ["from noise to data, as SiT's (diffusion=sit)", "from data to noise"]
+            theirs, ours = ways if reverses else ways[::-1]
+            raise ValueError(
+                f"{setting} {where} was trained with a time that runs {theirs}, but the time of this job's objective, "
+                f"diffusion={objective.name}, runs {ours}; give weights of the same direction."
+            )
+        return model_at(path, weights)
+
+    return read_checkpoint(where, load)
+
+
+def objective_at(path: Path) -> Objective:
+    """Return the objective of a pinned checkpoint."""
+    said_by = str(path / STATE_FILE)
+    objective: Objective = build_saved(component(read_state_file(path)["config"], "diffusion", said_by), said_by)
+    return objective
 
 
 def model_at(path: Path, weights: str) -> Network:
-    """Return the network of a pinned checkpoint. Raises as `load_model` does."""
+    """Return the network of a pinned checkpoint.
+
+    ``weights`` is ``model``, the name of an average, or ``width_W``: the power-function average of that width,
+    reconstructed from the run's checkpoints up to this one. Raises ValueError for a damaged checkpoint, or one that
+    asks for foreign code.
+    """
     with pinned_sources(path, weights) as sources:
         return model_of_sources(sources, weights)
 
@@ -37,10 +59,8 @@ def model_at(path: Path, weights: str) -> Network:
 def model_of_sources(sources: Sequence[Path], weights: str) -> Network:
     """Return the network of the last of ``sources``, pinned checkpoints from all of which its weights are computed."""
     path = sources[-1]
-    config, said_by = read_state_file(path)["config"], str(path / STATE_FILE)
-    section = component(config, "model", said_by)
-    objective: Objective = build_saved(component(config, "diffusion", said_by), said_by)
-    section["outputs_per_channel"] = objective.outputs_per_channel
+    section = component(read_state_file(path)["config"], "model", str(path / STATE_FILE))
+    section["outputs_per_channel"] = objective_at(path).outputs_per_channel
     if weights.startswith(posthoc.PREFIX):
         return _model_of(path, section, posthoc.reconstruct(sources, _width(weights)))
     return _model_of(path, section, read_tensors(path, weights))

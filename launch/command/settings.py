@@ -166,15 +166,17 @@ class SampleSettings(Settings):
 
 @dataclass
 class EvaluateSettings(Settings):
-    """``ditscale evaluate``."""
+    """``ditscale evaluate``. ``diffusion`` and ``foreign`` apply to foreign checkpoints only, as for `sample`."""
 
     data: DataSettings = field(default_factory=DataSettings)
+    diffusion: Any = MUST_BE_GIVEN
+    foreign: ForeignSettings = field(default_factory=ForeignSettings)
     sampler: Any = MUST_BE_GIVEN
     guidance: Any = MUST_BE_GIVEN
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     runtime: Any = MUST_BE_GIVEN
-    checkpoint: str = MUST_BE_GIVEN
-    weights: str = "ema"  # model, an average of the checkpoint, or width_W of a run with power averages
+    checkpoint: str = MUST_BE_GIVEN  # a run folder (its newest checkpoint is used), a checkpoint, or foreign weights
+    weights: str = "ema"  # model, an average, width_W of a run with power averages, or a table of a foreign file
     precision: Precision = Precision.fp32
     compile: bool = False  # compile the network's blocks: takes a minute at first, then is faster on a GPU
     metrics: list[str] = "${evaluation.metrics}"  # type: ignore[assignment]  # may also have nll: bits per dimension
@@ -185,6 +187,7 @@ class SamplingSettings(Protocol):
 
     sampler: Any
     guidance: Any
+    runtime: Any
 
 
 class Program(StrEnum):
@@ -192,6 +195,7 @@ class Program(StrEnum):
 
     reference = "reference"
     diffusers = "diffusers"
+    sit = "sit"
 
 
 @dataclass
@@ -202,7 +206,7 @@ class ExportSettings(Settings):
     checkpoint: str = MUST_BE_GIVEN
     weights: str = "ema"  # model, an average, width_W of a run with power averages, or a table of a foreign file
     to: Program = MUST_BE_GIVEN
-    out: str = MUST_BE_GIVEN  # a .pt file for reference, a folder for diffusers
+    out: str = MUST_BE_GIVEN  # a .pt file for reference and sit, a folder for diffusers
 
 
 class Format(StrEnum):
