@@ -315,7 +315,7 @@ class LoadedCheckpoint:
             images_seen=state["step"] * batch_size,
             spec=spec,
             conditions=conditions,
-            model=runtime.place(model).eval().requires_grad_(False),
+            model=runtime.place(model).eval(),
             objective=runtime.place(objective),
             autoencoder=autoencoder.to(runtime.device),
             class_dropout=class_dropout,

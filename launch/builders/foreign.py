@@ -136,7 +136,7 @@ def load_foreign(config: SampleSettings | EvaluateSettings, runtime: Devices) ->
         images_seen=0,
         spec=latent_spec(Path(where).name, said.num_classes, autoencoder, preparation, flip=False),
         conditions=ClassLabels(said.num_classes),
-        model=runtime.place(model).eval().requires_grad_(False),
+        model=runtime.place(model).eval(),
         objective=runtime.place(objective),
         autoencoder=autoencoder.to(runtime.device),
         class_dropout=0.1 if said.has_null_class else 0.0,  # the rate of both trainers
