@@ -28,6 +28,7 @@ from warm_python import WITH_XLA, run_warm_python
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # more are processes that import torch first
 os.environ["USE_TORCH_XLA"] = "0"  # as launch/__init__.py does, before a test imports diffusers
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a layer is run, which imports diffusers: it would import torch_xla

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch._dynamo.utils
+import torch._inductor.config
 import yaml
 from deep_network import DeepConfig, DeepNetwork
 from safetensors.torch import save_file
@@ -40,6 +41,7 @@ from train.guards import SpikeGuard
 from train.state import optimizer_tensors
 from train.step import TOTAL, make_step
 
+torch._inductor.config.cpp.simdlen = 0  # code for vectors takes the C++ compiler a quarter longer
 CONF = Path(__file__).resolve().parents[2] / "conf/runtime"
 NUM_CLASSES, DECAY = 10, 0.9999
 NORMS = ("grad_norm", "param_norm", "update_norm")
