@@ -73,10 +73,15 @@ class EDM(ContinuousObjective):
         sigma_data_from: Literal["config", "shards"] = "config",
     ) -> None:
         super().__init__()
-        if sigma_data is None or not 0 < sigma_data < math.inf:
+        if sigma_data is None:
             raise ValueError(
-                f"diffusion.sigma_data is {sigma_data}, but diffusion=edm needs the standard deviation of the latents, "
-                "above 0, and no shards give it here; set diffusion.sigma_data (0.5 in EDM)."
+                "diffusion.sigma_data is missing, and there are no shards whose statistics give it; set it to the "
+                "standard deviation of the latents that the network was trained on (0.5 in EDM)."
+            )
+        if not 0 < sigma_data < math.inf:
+            raise ValueError(
+                f"diffusion.sigma_data is {sigma_data} (from: {sigma_data_from}), but a standard deviation must be "
+                "above 0; EDM has 0.5."
             )
         if not 0 < sigma_min < sigma_max < math.inf:
             raise ValueError(

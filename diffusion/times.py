@@ -112,8 +112,8 @@ class LogNormalLevels(_NormalTimes):
         super().__init__(location, scale)
 
     def of_normal(self, normal: float) -> float:
-        """Return the exponential, at most the largest float32."""
-        return math.exp(min(max(normal, -80.0), 80.0))
+        """Return the exponential, limited so that its square is a float32."""
+        return math.exp(min(max(normal, -40.0), 40.0))
 
 
 class MovedTimes:

@@ -92,6 +92,8 @@ def test_a_plan_needs_no_statistics(in_process: InProcess) -> None:
         (["diffusion/prediction=velocity"], "diffusion/prediction=velocity needs a path that is continuous in time"),
         (["diffusion=edm", "diffusion/times=logit_normal", *HEUN], "diffusion=edm trains on noise levels"),
         (["diffusion=flow", "diffusion/times=log_normal", *EULER], "diffusion=flow needs times between 0 and 1"),
+        (["diffusion/path=gvp"], "The option of diffusion=... has no diffusion/path; leave diffusion/path out."),
+        (["diffusion=edm", "diffusion/prediction=v"], "The option of diffusion=... has no diffusion/prediction"),
         (["diffusion=edm"], "sampler ddpm needs diffusion=gaussian, but the objective is diffusion=edm"),
     ],
 )

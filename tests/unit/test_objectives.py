@@ -365,7 +365,7 @@ def test_a_shift_by_resolution_is_the_root_of_the_dimension_over_4096() -> None:
         (lambda: MinSNR(0.0), r"diffusion.weighting.gamma is 0.0, but min-SNR needs a finite number above 0"),
         (lambda: MinSNR(-5.0), r"diffusion.weighting.gamma is -5.0"),
         (lambda: MinSNR(math.nan), r"diffusion.weighting.gamma is nan"),
-        (lambda: EDM(), r"diffusion.sigma_data is None, but diffusion=edm needs the standard deviation"),
+        (lambda: EDM(), r"diffusion.sigma_data is missing, and there are no shards whose statistics give it"),
         (lambda: EDM(0.0), r"diffusion.sigma_data is 0.0"),
         (lambda: EDM(0.5, sigma_min=90.0), r"diffusion.sigma_min is 90.0 and diffusion.sigma_max is 80.0"),
         (lambda: EDM(0.5, UniformTimes()), "trains on noise levels, but diffusion.times is a UniformTimes"),
