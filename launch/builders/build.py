@@ -33,7 +33,7 @@ from launch.builders.components import build, build_saved, target_of
 from launch.builders.normalization import normalized, saved_normalization
 from launch.builders.runs import checkpoint_hash, pinned_sources, read_checkpoint
 from launch.builders.saved_configs import component, setting
-from launch.builders.saved_networks import load_model, model_of_sources
+from launch.builders.saved_networks import load_guide, model_of_sources
 from launch.command.settings import EvaluateSettings, SamplingSettings, TrainSettings
 from model.autoencoder import Autoencoder
 from model.flops import multiply_adds, num_parameters, training_multiply_adds
@@ -180,8 +180,7 @@ def build_generator(
     section = dict(config.guidance)
     others = {}
     if "guide" in section:
-        guide = load_model(section.pop("guide"), "ema", objective, "guidance.guide")
-        others["guide"] = runtime.place(guide).eval()
+        others["guide"] = runtime.place(load_guide(section.pop("guide"), objective)).eval()
     guided: Guided = build(section)(
         model, null=conditions.null, latent_channels=spec.channels, objective=objective, **others
     )

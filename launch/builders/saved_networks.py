@@ -16,6 +16,8 @@ from train import posthoc
 from train.checkpoint import fill, read_state_file, read_tensors
 from train.stores import STATE_FILE
 
+_MEANING = ("name", "path", "prediction", "sigma_data")  # facts on an objective that decide what an output means
+
 
 def load_model(where: str, weights: str, objective: Objective, setting: str) -> Network:
     """Return the network of a run's newest checkpoint, or of one checkpoint's folder, for an objective.
@@ -36,6 +38,19 @@ def load_model(where: str, weights: str, objective: Objective, setting: str) -> 
         return model_at(path, weights)
 
     return read_checkpoint(where, load)
+
+
+def load_guide(where: str, objective: Objective) -> Network:
+    """Return the network by which another is guided, which must predict the same quantity. Raises as `load_model`."""
+    network = load_model(where, "ema", objective, "guidance.guide")
+    theirs, ours = read_checkpoint(where, objective_at).facts(), objective.facts()
+    for key in _MEANING:
+        if theirs.get(key) != ours.get(key):
+            raise ValueError(
+                f"guidance.guide {where} was trained with the {key} {theirs.get(key)} of an objective, but the guided "
+                f"network with {ours.get(key)}, so their outputs cannot be combined; guide by a model of the same one."
+            )
+    return network
 
 
 def objective_at(path: Path) -> Objective:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import InProcess
+from conftest import TINY_RUN, InProcess
 from sit import sit_flow
 from torch import Tensor
 
@@ -93,3 +93,18 @@ def test_jobs_refuse_an_interval_of_steps_for_a_flow(tmp_path: Path, in_process:
         "train", f"data.shards={digits}", "runtime=cpu", "train/logger=none", "run_dir=run", *words, expect=2
     )
     assert "guidance.t_max is 900, but the times of diffusion=flow are from 0 (data) to 1 (noise)" in shown
+
+
+def test_a_guide_that_predicts_another_quantity_is_refused(tmp_path: Path, in_process: InProcess, digits: Path) -> None:
+    words = ["train", *TINY_RUN, f"data.shards={digits}", "runtime=cpu", "total_steps=10"]
+    in_process(*words, "run_dir=noise")
+    in_process(*words, "run_dir=v", "diffusion/prediction=v")
+    in_process(*words, "run_dir=flow", "diffusion=flow", "diffusion/sampler=euler", "diffusion.outputs_per_channel=2")
+    sample = ["sample", "runtime=cpu", "num_images=2", "sampler.steps=2", "diffusion/guidance=autoguidance", "out=x"]
+    for guide, words_of_fact in (
+        ("v", "prediction v of an objective, but"),
+        ("flow", "name flow of an objective, but"),
+    ):
+        shown = in_process(*sample, "checkpoint=noise", f"guidance.guide={guide}", expect=2)
+        assert f"guidance.guide {guide} was trained with the {words_of_fact}" in shown
+    in_process(*sample, "checkpoint=noise", "guidance.guide=noise")

@@ -9,9 +9,9 @@ import torch
 from conftest import TINY_RUN, InProcess
 from foreign_files import HEADS, released_weights, saved
 from pictures import make_autoencoder
-from torch import Tensor
 
 from data.manifest import Manifest
+from data.plan import identity_of
 from data.shards import open_shards
 from launch.builders.build import LoadedCheckpoint
 from model.autoencoder import IdentityAutoencoder
@@ -20,33 +20,16 @@ from model.normalized import NormalizedAutoencoder
 from runtime.accelerate import AccelerateRuntime
 
 
-class Wide:
-    """An autoencoder of the kind f16d32: 32 channels, one pixel of the latent for 16 of the image."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.mean, self.std = torch.randn(32, generator=generator), 0.1 + torch.rand(32, generator=generator)
-
-    def moments(self, count: int) -> Tensor:
-        """Return moments [count, 64, 4, 4] whose means have these statistics, with almost no variance."""
-        normal = torch.randn(count, 32, 4, 4, generator=torch.Generator().manual_seed(1))
-        means = self.mean.view(-1, 1, 1) + self.std.view(-1, 1, 1) * normal
-        return torch.cat([means, torch.full_like(means, -30.0)], dim=1)
-
-
 @pytest.mark.parametrize("channels", [4, 32])
 def test_latents_of_any_number_of_channels_have_mean_0_and_deviation_1_and_decode_to_the_same_images(
     channels: int, tmp_path: Path
 ) -> None:
-    if channels == 4:
-        folder = make_autoencoder(tmp_path / "weights")
-        scaled = DiffusersAutoencoder("x", str(folder), [0.5, 1.0, 2.0, 4.0], [0.1, 0.0, -0.2, 0.3])
-        plain = DiffusersAutoencoder("x", str(folder), 1.0)
-        moments = plain.moments(torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
-        moments[:, 4:] = -30.0
-    else:
-        scaled = plain = IdentityAutoencoder(32)  # type: ignore[assignment]
-        moments = Wide().moments(2000)
+    folder = str(make_autoencoder(tmp_path / "weights", channels))
+    numbers = torch.Generator().manual_seed(0)
+    scale, shift = (1 + torch.rand(channels, generator=numbers)).tolist(), torch.rand(channels).tolist()
+    scaled, plain = DiffusersAutoencoder("x", folder, scale, shift), DiffusersAutoencoder("x", folder, 1.0)
+    moments = plain.moments(torch.randn(64, 3, 16, 16, generator=numbers))
+    moments[:, channels:] = -30.0  # no variance
     unscaled = moments[:, :channels]
     mean, std = unscaled.mean((0, 2, 3)).tolist(), unscaled.std((0, 2, 3)).tolist()
     ours = NormalizedAutoencoder(scaled, mean, std)
@@ -54,12 +37,7 @@ def test_latents_of_any_number_of_channels_have_mean_0_and_deviation_1_and_decod
     torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(channels), rtol=0, atol=1e-4)
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(channels), rtol=1e-4, atol=0)
     torch.testing.assert_close(ours.decode(latents[:3]), plain.decode(unscaled[:3]), rtol=1e-4, atol=1e-4)
-    assert (ours.name, ours.revision, ours.scale, ours.shift) == (
-        scaled.name,
-        scaled.revision,
-        scaled.scale,
-        scaled.shift,
-    )
+    assert identity_of(ours) == identity_of(scaled)
 
 
 def test_statistics_that_do_not_fit_are_refused() -> None:
