@@ -352,6 +352,16 @@ def test_a_network_of_the_released_sit_program_is_read_by_our_time() -> None:
     assert torch.equal(sit_flow("Linear", "noise").read(output, output[:, 4:]), output[:, :4])
 
 
+@pytest.mark.parametrize("objective", [gaussian(PredictV(), MinSNR()), *continuous_objectives()], ids=name_with_parts)
+def test_an_objective_reads_nothing_back_from_the_device(objective: Objective) -> None:
+    """Compute a loss on the meta device, where reading a value raises."""
+    x_0 = torch.empty(2, 2, 4, 4, device="meta")
+    t = torch.empty(2, device="meta", dtype=torch.from_numpy(np.empty(0, objective.times.dtype)).dtype)
+    batch = Batch(x_0, x_0, t, {})
+    x_t = corrupt(objective.to("meta"), batch)
+    assert objective.losses(objective.inputs(x_t, t)[0], batch, x_t)["loss"].is_meta
+
+
 def test_a_shift_by_resolution_is_the_root_of_the_dimension_over_4096() -> None:
     latents = LatentFacts(768 * 16 * 16, 1.0)
     assert Flow.settled({"shift": "resolution"}, latents)["shift"] == pytest.approx(6.928, abs=1e-3)
