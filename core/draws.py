@@ -32,6 +32,7 @@ class Purpose(IntEnum):
     SAMPLE_LABEL = 13
     SUBSET = 14
     REFERENCE = 15
+    PROBE = 16
 
 
 class Draws(NamedTuple):
