@@ -26,8 +26,8 @@ class AccelerateRuntime(AccelerateDevices):
     """Trains on `AccelerateDevices`, whose settings it takes too.
 
     ``mode`` replicated keeps the whole state on each device (DistributedDataParallel); fsdp shards weights, averages
-    and optimizer state over all of them (FSDP2). ``compile`` compiles one unit, which all equal units share; auto does on
-    GPUs, where the compiler that it needs is installed.
+    and optimizer state over all of them (FSDP2). ``compile`` compiles one unit, which all equal units share; auto does
+    on GPUs, where the compiler that it needs is installed.
 
     Raises ValueError as `AccelerateDevices` does, and for fsdp where no processes were launched to shard over.
     """
