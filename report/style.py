@@ -42,6 +42,18 @@ SETTINGS: Any = {
 _COLORS = ("#e3a72f", "#3aa17e", "#3b7dd8", "#6a3d9a", "#b23a48", "#4d4d4d")
 _MARKERS = {2: "o", 4: "s", 8: "^"}
 _BLOCK_COLORS = {"adaLN-Zero": "#6a3d9a", "adaLN": "#3b7dd8", "cross-attention": "#3aa17e", "in-context": "#e3a72f"}
+# Color and marker of objectives: colors that differ for color-blind readers (Okabe and Ito), without the yellow.
+OBJECTIVE_STYLES = (
+    ("#000000", "o"),
+    ("#0072b2", "s"),
+    ("#56b4e9", "^"),
+    ("#009e73", "D"),
+    ("#e69f00", "v"),
+    ("#d55e00", "P"),
+    ("#cc79a7", "X"),
+    ("#7a7a7a", "*"),
+)
+SAMPLER_LINES = ("-", "--", ":", "-.")
 GRAY = "#8a8f98"
 GFLOPS = "Gflops of a forward pass (giga multiply-adds)"
 
