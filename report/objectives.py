@@ -1,13 +1,15 @@
 """Name the objectives of a sweep's runs by what tells them apart."""
 
 import json
+import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from report.records import Record
 
 UNKNOWN = "objective not recorded"  # in lines of earlier versions
+_ARGUMENTS = re.compile(r"\([^)]*\)")  # of a part, such as "(gamma=5.0)"
 _OF_THE_PAPER = {"name": "gaussian", "prediction": "noise", "weighting": "none"}
 
 
@@ -39,19 +41,24 @@ def _facts_of(records: Sequence[Record]) -> dict[str, Any] | None:
 def names_of(every: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return a short name of each of these settings, which have a ``name``, by `key_of`.
 
-    It has the parts that differ among the settings with that name, such as "flow gvp uniform".
+    It has the parts that differ among the settings with that name, such as "flow gvp uniform", and the arguments of these
+    only where they alone differ.
     """
     kinds: defaultdict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for facts in every:
         kinds[str(facts.get("name"))].append(facts)
-    names = {}
+    names: dict[str, str] = {}
     for kind, alike in kinds.items():
         keys = dict.fromkeys(key for facts in alike for key in facts)
         differing = [key for key in keys if len({json.dumps(facts.get(key)) for facts in alike}) > 1]
-        for facts in alike:
-            parts = [_part(key, facts.get(key)) for key in differing]
-            names[key_of(facts)] = " ".join([kind, *(part for part in parts if part)])
+        full = {key_of(facts): _joined(kind, (_part(key, facts.get(key)) for key in differing)) for facts in alike}
+        short = {key: _ARGUMENTS.sub("", name) for key, name in full.items()}
+        names |= short if len(set(short.values())) == len(set(full.values())) else full
     return names
+
+
+def _joined(kind: str, parts: Iterable[str]) -> str:
+    return " ".join([kind, *(part for part in parts if part)])
 
 
 def _part(key: str, value: Any) -> str:

@@ -13,6 +13,7 @@ from diffusion.samplers import Sampler
 from launch.builders.components import build
 from launch.builders.objectives import settled
 from report.figures import NoDataError
+from report.objectives import names_of
 from report.over_calls import Curve, Point, curves_over_calls, figure_over_calls
 from report.study import read_study
 from report.style import styled
@@ -162,6 +163,18 @@ def test_the_scaling_figures_show_one_objective(tmp_path: Path) -> None:
     assert set(study.scaling()) == set(study.over_sampling_steps()) == {"noise-0", "noise-1"}
     write_run(tmp_path, "flow-2", measured(FLOW, 50, 5.0))
     assert set(read_study(tmp_path).scaling()) == {"flow-0", "flow-1", "flow-2"}
+
+
+def test_a_name_has_what_differs_and_arguments_where_they_alone_do() -> None:
+    shifted, gvp = {**FLOW, "shift": 3.0}, {**FLOW, "path": "gvp"}
+    gamma_5, gamma_1 = ({**NOISE, "weighting": f"min_snr(gamma={gamma})"} for gamma in (5.0, 1.0))
+    assert list(names_of([NOISE, gamma_5, FLOW]).values()) == ["gaussian", "gaussian min_snr", "flow"]
+    assert list(names_of([gamma_5, gamma_1]).values()) == [f"gaussian min_snr(gamma={gamma})" for gamma in (5.0, 1.0)]
+    assert list(names_of([FLOW, shifted, gvp]).values()) == [
+        "flow linear shift=1.0",
+        "flow linear shift=3.0",
+        "flow gvp shift=1.0",
+    ]
 
 
 @pytest.mark.parametrize(
