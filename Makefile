@@ -46,7 +46,7 @@ objectives: $(STAMP)
 	$(BIN)/ditscale train -m experiment=demo/objectives
 	$(EVALUATE_RUNS) diffusion/sampler=ddim sampler.steps=4,10,25,100 \
 		checkpoint=$$(ls -d $(OBJECTIVES)/noise-* $(OBJECTIVES)/v-* $(OBJECTIVES)/min_snr-* | paste -sd,)
-	$(EVALUATE_RUNS) diffusion/sampler=edm_heun sampler.steps=2,5,13,25,50 \
+	$(EVALUATE_RUNS) diffusion/sampler=edm_heun sampler.steps=3,5,13,25,50 \
 		checkpoint=$$(ls -d $(OBJECTIVES)/edm-* | paste -sd,)
 	$(EVALUATE_RUNS) diffusion/sampler=euler sampler.steps=4,10,25,100 \
 		checkpoint=$$(ls -d $(OBJECTIVES)/flow* $(OBJECTIVES)/edm-* | paste -sd,)

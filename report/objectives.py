@@ -41,8 +41,8 @@ def _facts_of(records: Sequence[Record]) -> dict[str, Any] | None:
 def names_of(every: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return a short name of each of these settings, which have a ``name``, by `key_of`.
 
-    It has the parts that differ among the settings with that name, such as "flow gvp uniform", and the arguments of these
-    only where they alone differ.
+    It has the parts that differ among the settings with that name, such as "flow gvp uniform", and the arguments of
+    these only where they alone differ.
     """
     kinds: defaultdict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for facts in every:

@@ -99,7 +99,7 @@ def figure_over_calls(study: Study) -> Figure:
     for axes, (model, of_model) in zip(grid, panels.items(), strict=True):
         _draw(axes, of_model, styles)
         axes.set_title(literal(model))
-        log_x(axes)
+        log_x(axes, widest=1000)
         log_y(axes)
         label_axes(axes, "Network calls for an image", study.distance_name if axes is grid[0] else "")
     handles = {label: handle for axes in grid for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}

@@ -149,12 +149,12 @@ def steps_axis(axes: Axes) -> None:
     )
 
 
-def log_x(axes: Axes) -> None:
-    """Make the horizontal axis logarithmic, with plain numbers at 1, 2 and 5 if it shows little more than a decade."""
+def log_x(axes: Axes, widest: float = 30) -> None:
+    """Make the horizontal axis logarithmic, with plain numbers at 1, 2 and 5 up to a range of ``widest`` times."""
     axes.set_xscale("log")
     axes.xaxis.set_minor_formatter(NullFormatter())
     low, high = axes.get_xlim()
-    if high < 30 * low:
+    if high < widest * low:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
