@@ -23,6 +23,11 @@ class UniformSteps:
         products = (words & _LOW_HALF) * np.uint64(self.num_steps)
         return (products >> np.uint64(32)).astype(np.int64), (products & _LOW_HALF) < np.uint64(self.num_steps)
 
+    def of_bits(self, words: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Return the highest bits of words x steps; probabilities differ by less than 2^-64."""
+        steps, half = np.uint64(self.num_steps), np.uint64(32)
+        return (((words >> half) * steps + ((words & _LOW_HALF) * steps >> half)) >> half).astype(np.int64)
+
 
 class UniformTimes:
     """Continuous times, uniform in [0, 1)."""
@@ -37,3 +42,7 @@ class UniformTimes:
         """Return the times of these random bits, which always suffice."""
         times = ((words & _LOW_HALF) >> np.uint64(8)).astype(np.float32) * np.float32(2.0**-24)
         return times, np.zeros(len(words), dtype=bool)
+
+    def of_bits(self, words: NDArray[np.uint64]) -> NDArray[np.float32]:
+        """Return multiples of 2^-24 below 1, from the highest bits."""
+        return (words >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)

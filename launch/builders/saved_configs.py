@@ -18,6 +18,7 @@ REPLAYED = frozenset({*components(TrainSettings), "runtime"})
 EARLIER: dict[str, Any] = {
     "condition": {"_target_": "data.conditions.ClassLabels", "_partial_": True},
     "shape_name": "",
+    "generator": "numpy",
     "model": {
         "block": {
             "norm": {"_target_": "model.norms.layer_norm", "_partial_": True},

@@ -1,9 +1,12 @@
 """Prepare a run: build the objects that training and a replay of its last step both need."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import nn
 
+from core.draws import Philox, Streams
+from core.philox32 import Philox32
 from data.batches import TrainingBatches
 from data.conditions import ConditionSource
 from data.manifest import LatentSpec, Manifest
@@ -23,7 +26,7 @@ from launch.builders.facts import facts_of_process
 from launch.builders.foreign import Facts, is_foreign, read_foreign
 from launch.command.check import check_readers
 from launch.command.machine import batch_threads, usable_cores
-from launch.command.settings import TrainSettings
+from launch.command.settings import Generator, TrainSettings
 from model.autoencoder import Autoencoder
 from model.network import Network, checkpoint_units
 from model.released import describe
@@ -33,6 +36,8 @@ from train.ema import Averages
 from train.guards import SpikeGuard
 from train.state import TrainState
 from train.step import make_step
+
+GENERATORS: dict[Generator, Callable[[int], Streams]] = {Generator.numpy: Philox, Generator.philox32_v1: Philox32}
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class PreparedRun:
             rank=rank,
             world=world,
             threads=batch_threads(usable_cores()),
+            streams=GENERATORS[config.generator],
         )
 
     def begin(self, state: TrainState) -> "BegunRun":
