@@ -18,7 +18,7 @@ from core.normal_table import normal_table
 from core.tensor_philox32 import normals_of_words, stream_words
 
 _PURPOSES, _DRAWS = 2**8, 2**24
-_AT_ONCE = 2**16  # numbers that are drawn at once without numba, so that they fit the CPU's cache
+_AT_ONCE = 2**15  # numbers that are drawn at once without numba, so that they fit the CPU's cache
 _CHECKED = (3, 2**40, 2**62 + 5)  # positions
 
 
@@ -66,7 +66,7 @@ def load_philox32() -> CompiledPhilox32:
     return functions
 
 
-FAST_PHILOX32 = Deferred("draws", load_philox32, worth=2**23)  # normals; PyTorch draws them in 0.2 seconds
+FAST_PHILOX32 = Deferred("draws", load_philox32, worth=2**23)  # normals; PyTorch draws them in 0.4 seconds
 
 
 def _stream(purpose: Purpose, draw: int = 0) -> int:

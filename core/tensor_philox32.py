@@ -24,10 +24,15 @@ def block_words(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tu
     key_0, key_1 = seed & _LOW, seed >> 32
     for _ in range(ROUNDS):
         product_0, product_1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]  # modulo 2^64
-        c0, c1 = ((product_1 >> 32) & _LOW) ^ c1 ^ key_0, product_1 & _LOW
-        c2, c3 = ((product_0 >> 32) & _LOW) ^ c3 ^ key_1, product_0 & _LOW
+        c0, c1 = _high(product_1) ^ c1 ^ key_0, product_1 & _LOW
+        c2, c3 = _high(product_0) ^ c3 ^ key_1, product_0 & _LOW
         key_0, key_1 = (key_0 + WEYL[0]) & _LOW, (key_1 + WEYL[1]) & _LOW
     return c0, c1, c2, c3
+
+
+def _high(product: Tensor) -> Tensor:
+    """Return the high half. Its low half is zero before the shift: torch_xla divides negative numbers, rounding up."""
+    return ((product & ~_LOW) >> 32) & _LOW
 
 
 def stream_words(positions: Tensor, count: int, stream: int, seed: int) -> Tensor:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from core.batch import Batch
 from core.buffers import Buffers
-from core.draws import Philox, Purpose, Streams, Times, draw_choices, draw_noise
+from core.draws import Philox, Purpose, Streams, Times, draw_choices
 from core.prefetch import DEPTH
 from core.threads import ONE_THREAD, Threads
 from data.conditions import ConditionSource, with_dropped
@@ -108,9 +108,9 @@ class TrainingBatches:
         for first in range(0, len(part.rows), CHUNK):
             positions, rows, flips, latents, noise = part.rows_of(slice(first, first + CHUNK))
             moments = self.shards.gather(rows, flips)
-            posterior = draw_noise(streams, positions, 0, latents.shape[1:], Purpose.POSTERIOR)
-            drawn = self.autoencoder.draw(torch.from_numpy(moments), torch.from_numpy(posterior))
-            torch.from_numpy(latents).copy_(drawn)
+            streams.fill(latents.reshape(len(latents), -1), positions, Purpose.POSTERIOR, 0)
+            posterior = torch.from_numpy(latents)
+            self.autoencoder.draw(torch.from_numpy(moments), posterior, out=posterior)
             streams.fill(noise.reshape(len(noise), -1), positions, Purpose.NOISE, 0)
 
 
