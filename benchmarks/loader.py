@@ -1,9 +1,9 @@
 """Compare samples per second of this loader and of others, on the same samples, interleaved.
 
 ``python -m benchmarks.loader`` writes one shard of random 32x32x4 moments in both orientations, lists it 512 times
-as the shards of a data set of ImageNet's size, and prints one JSON line. Except for several threads,
-everything runs on one core, with one thread (and the loader's own prefetch thread). Each row is measured in turn,
-several times, and its median is printed: samples per second of processor time, which other programs on the machine affect little, and of wall
+as the shards of a data set of ImageNet's size, and prints one JSON line. Except for several threads, everything runs on
+one core, with one thread (and the loader's own prefetch thread). Each row is measured in turn, several times, and its
+median is printed: samples per second of processor time, which other programs on the machine affect little, and of wall
 time. Each row is compared with the loader by both generators.
 """
 
