@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from core.draws import Philox, Streams
+from core.garbage import uncollected
 from core.philox32 import Philox32
 from data.batches import TrainingBatches
 from data.conditions import ConditionSource
@@ -124,7 +125,8 @@ def _new_state(
             if runtime.is_main:
                 print(f"note: {note}")
     ema: Averages = build(config.ema)(model)
-    optimizer = build(config.optimizer)(model.parameters())
+    with uncollected():  # PyTorch's optimizers import its compiler
+        optimizer = build(config.optimizer)(model.parameters())
     return TrainState(model, ema, optimizer, config.batch_size, config.total_steps)
 
 
