@@ -1,8 +1,8 @@
 """Measure the normals of philox32_v1: exactly over all words, and over a sample of more than 10^9.
 
 ``python -m benchmarks.normals`` prints one JSON line: the moments of the distribution that all 2^31 words give, its
-largest distance from the normal distribution (the limit of Kolmogorov and Smirnov's), the same for a sample, whose own
-error is the last of each pair, correlations in units of their standard deviation, and nanoseconds a normal.
+largest distance from the normal distribution at each 1,021st word and at all in the tails (the limit of Kolmogorov and
+Smirnov's statistic), the facts of a sample in units of their standard deviations, and nanoseconds a normal.
 """
 
 import json

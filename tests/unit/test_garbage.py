@@ -17,12 +17,11 @@ class Cycle:
 
 def test_nothing_is_collected_inside_and_everything_afterwards() -> None:
     assert gc.isenabled()
-    with pytest.raises(KeyError), uncollected():
-        assert not gc.isenabled()
-        raise KeyError
-    assert gc.isenabled()
     with uncollected():
-        gc.disable()
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(KeyError), uncollected():
+        raise KeyError
     assert gc.isenabled()
     gc.disable()
     try:
