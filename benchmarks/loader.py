@@ -40,6 +40,7 @@ from data.conditions import ClassLabels
 from data.encode import encode
 from data.encodings import EncodeImages
 from data.images import ExactSize, Preparation
+from data.mapped_file import FAST_READS
 from data.order import GlobalOrder, Order, WindowedOrder, positions_of_step
 from data.shard_index import INDEX_NAME, LABELS_NAME
 from data.shards import MappedShards
@@ -280,8 +281,9 @@ ORDERS: dict[str, Callable[[list[int]], Order]] = {
 
 def main() -> None:
     torch.set_num_threads(1)
-    for compiled in (FAST_DRAWS, FAST_PHILOX32, FAST_LATENTS):  # as they are after the first batches of a run
-        assert compiled.get(compiled.worth) is not None
+    compiled: tuple[Deferred[Any], ...] = (FAST_DRAWS, FAST_PHILOX32, FAST_LATENTS, FAST_READS)
+    for functions in compiled:  # as they are after the first batches of a run
+        assert functions.get(functions.worth) is not None
     cores = os.sched_getaffinity(0)
     before = anonymous_mib()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:

@@ -13,6 +13,7 @@ import torch
 from conftest import PatternSource, encode_pattern
 from torch.utils._pytree import tree_leaves
 
+import data.mapped_file
 from core.deferred import Deferred
 from core.draws import Philox, Streams, training_draws
 from core.fast_draws import load_draws
@@ -181,13 +182,29 @@ def test_the_generator_of_a_run_draws_all_and_a_batch_does_not_depend_on_how_it_
             assert torch.equal(torch.cat(shares), whole)
 
 
-def test_a_shard_that_is_cut_during_a_run_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("worth", [0, 10**9])
+def test_a_shard_that_is_cut_during_a_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worth: int) -> None:
+    """Read by a compiled function, and by Python."""
+    monkeypatch.setattr(data.mapped_file, "FAST_READS", Deferred("reads", data.mapped_file._load_reads, worth=worth))
     encode_pattern(tmp_path)
     shards = MappedShards(tmp_path)
     shards.gather(np.arange(50), np.zeros(50, dtype=bool))
+    assert (data.mapped_file.FAST_READS.get(0) is not None) == (worth == 0)
     os.truncate(tmp_path / "shard-000003.tar", 4096)
     with pytest.raises(ValueError, match=r"shard-000003.tar was cut while this job ran; run the same"):
         shards.gather(np.array([49]), np.array([False]))
+
+
+def test_compiled_reads_fill_the_same_bytes(shards: MappedShards, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, flips = np.arange(50)[::-1].copy(), np.arange(50) % 3 == 0
+    expected = shards.gather(rows, flips)
+    monkeypatch.setattr(data.mapped_file, "FAST_READS", Deferred("reads", data.mapped_file._load_reads, worth=0))
+    for count in (50, 1, 0):
+        out = np.full((count, *expected.shape[1:]), np.nan, np.float16)
+        assert shards.gather(rows[:count], flips[:count], out) is out
+        np.testing.assert_array_equal(out, expected[:count])
+    with pytest.raises(AssertionError, match="a copy would be filled"):
+        shards.gather(rows, flips, np.empty((*expected.shape[:3], 16), np.float16)[..., ::2])
 
 
 def test_more_shards_than_open_files_are_allowed(shards: MappedShards, monkeypatch: pytest.MonkeyPatch) -> None:
