@@ -1,12 +1,13 @@
 """Compare the time of guided sampling with the released program's loop, at one precision and number of threads.
 
 ``python -m benchmarks.sample [--models s/2 b/4] [--precision bf16] [--steps 4] [--images 4]`` prints one JSON line per
-model. Both sides run DDPM with classifier-free guidance on the device, eager, in turns; weights are random. The time of
-an image is proportional to the steps.
+model. Both sides run DDPM with classifier-free guidance on the device, eager, in turns, each in a process of its own;
+weights are random. The time of an image is proportional to the steps.
 """
 
 import argparse
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from benchmarks.commit import current_commit
 from benchmarks.released import ReleasedDiT, ReleasedLoss
 from benchmarks.train_step import SIZES, diffusion, new_model
-from benchmarks.turns import cpu, in_turns
+from benchmarks.turns import Seconds, apart, cpu, medians_in_turns, seconds_of
 from data.conditions import ClassLabels
 from data.manifest import LatentSpec
 from diffusion.guidance import ClassifierFreeGuidance
@@ -62,22 +63,26 @@ class Released:
 def ours(model: str, precision: Any, steps: int) -> Generator:
     """Return the project's generator of images with latents as they are."""
     runtime, labels = AccelerateRuntime(precision), ClassLabels(1000)
-    network = runtime.place(new_model(model)).eval().requires_grad_(False)
+    network = runtime.place(new_model(model)).eval()
     spec = LatentSpec("random", 32, "identity", "1", 1.0, 1, 4, "float16", False, 1000)
     guided = ClassifierFreeGuidance(network, labels.null, 4, scale=SCALE)
     process = runtime.place(diffusion())
     return Generator(guided, process, IdentityAutoencoder(4), DDPM(steps), spec, labels, 0, runtime)
 
 
-def measure(model: str, precision: str, steps: int, images: int) -> dict[str, Any]:
-    """Time both sides in turns."""
-    generator, released = ours(model, precision, steps), Released(model, precision, steps)
-    labels = ClassLabels(1000).in_turn(images)
-    works = {
-        "ours": lambda: generator.images(np.arange(images), labels),
-        "released": lambda: released.images(images),
-    }
-    return in_turns(works, repeats=5)
+def clock(side: str, model: str, precision: str, steps: int, images: int) -> Callable[[], Seconds]:
+    """Return what times one batch of images of a side."""
+    if side == "released":
+        released = Released(model, precision, steps)
+        return lambda: seconds_of(lambda: released.images(images))
+    generator, labels = ours(model, precision, steps), ClassLabels(1000).in_turn(images)
+    return lambda: seconds_of(lambda: generator.images(np.arange(images), labels))
+
+
+def measure(*arguments: Any) -> dict[str, Any]:
+    """Time both sides in turns, each in a process of its own."""
+    with apart(clock, "ours", *arguments) as mine, apart(clock, "released", *arguments) as theirs:
+        return medians_in_turns({"ours": mine, "released": theirs}, repeats=5)
 
 
 def main() -> None:

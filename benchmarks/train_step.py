@@ -6,9 +6,10 @@ the largest power of two that fits a GPU. Images are 256 px. Peak memory is meas
 
 The variants, all at one precision and number of threads, are ``released`` (`benchmarks.released`: eager, TF32 on a GPU,
 ``torch.autocast`` for bf16, AdamW with its defaults, an average updated parameter by parameter, ``loss.item()`` each
-step), and ``eager`` and ``compiled`` (ours, through runtime, step and feed, between log steps). On a CPU the variants
-take turns and the medians are compared, since its speed drifts; the process's processor time is given too, which other
-programs on the machine affect little, and which for ours includes the draws of random numbers.
+step), and ``eager`` and ``compiled`` (ours, through runtime, step and feed, between log steps). On a CPU the variants,
+each in a process of its own, take turns and the medians are compared, since its speed drifts; the process's processor
+time is given too, which other programs on the machine affect little, and which for ours includes the draws of random
+numbers.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +28,7 @@ import torch
 
 from benchmarks.commit import current_commit
 from benchmarks.released import ReleasedDiT, ReleasedLoss
+from benchmarks.turns import apart
 from core.batch import Batch, mapped
 from core.draws import Philox, training_draws
 from core.prefetch import prefetch
@@ -217,16 +220,23 @@ def on_gpu(arguments: argparse.Namespace, model: str) -> dict[str, dict[str, Any
     return found
 
 
+def clock(variant: str, model: str, batch_size: int, precision: str, steps: int, warm_up: int) -> Callable[[], Round]:
+    """Return what times some steps of a variant that has warmed up."""
+    run = make(variant, model, batch_size, precision)
+    timed(run, warm_up)
+    return lambda: timed(run, steps)
+
+
 def taking_turns(arguments: argparse.Namespace, model: str) -> dict[str, dict[str, Any]]:
-    """Measure with all variants in memory, a few steps of each in turn."""
+    """Measure with all variants in memory, each in a process of its own, a few steps of each in turn."""
     batch_size = arguments.batch_size or 8
-    runs = {variant: make(variant, model, batch_size, arguments.precision) for variant in arguments.variants}
-    for run in runs.values():
-        timed(run, arguments.warm_up)
-    rounds: dict[str, list[Round]] = {variant: [] for variant in runs}
-    for _ in range(arguments.rounds):
-        for variant, run in runs.items():
-            rounds[variant].append(timed(run, arguments.steps))
+    of_all = (model, batch_size, arguments.precision, arguments.steps, arguments.warm_up)
+    with ExitStack() as running:
+        clocks = {variant: running.enter_context(apart(clock, variant, *of_all)) for variant in arguments.variants}
+        rounds: dict[str, list[Round]] = {variant: [] for variant in clocks}
+        for _ in range(arguments.rounds):
+            for variant, of_variant in clocks.items():
+                rounds[variant].append(of_variant())
     return {variant: summary(times, batch_size) for variant, times in rounds.items()}
 
 

@@ -33,6 +33,7 @@ class Purpose(IntEnum):
     SAMPLE_LABEL = 13
     SUBSET = 14
     REFERENCE = 15
+    PROBE = 16
 
 
 class Draws(NamedTuple):
@@ -63,7 +64,7 @@ class Times(Protocol):
         ...
 
     def of_bits(self, words: NDArray[np.uint64]) -> NDArray[np.generic]:
-        """Return the t of many samples, each from 64 random bits; not those that `draw` gives."""
+        """Return the t of many samples, each from 64 random bits; they may differ from those that `draw` gives."""
         ...
 
 

@@ -21,6 +21,9 @@ class DataSettings(Settings):
     flip: bool = MUST_BE_GIVEN  # train on mirrored images too
     shards: str = free()  # folder, or a URL to read from: s3://, gs://, http(s)://
     order: Any = None  # of the samples in training
+    normalize: bool = False  # bring each channel of the latents to mean 0 and standard deviation 1
+    latent_mean: list[float] | None = None  # of unscaled latents, by channel; null: the shards', which a run records
+    latent_std: list[float] | None = None  # likewise
     cache: str = free("cache/shards")  # folder on a local disk for shards that are read from a URL
     cache_bytes: int = positive(32 * 2**30, free=True)  # largest size of the cache
     samples_per_shard: int = positive(free=True)

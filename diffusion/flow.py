@@ -1,54 +1,123 @@
-"""Flow matching on the straight line from data to noise (Lipman et al. 2023; Liu et al. 2023, rectified flow)."""
+"""Flow matching on a path from data to noise (Lipman et al. 2023; Liu et al. 2023; Ma et al. 2024, SiT)."""
 
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
 from torch import Tensor
 
 from core.batch import Batch
-from diffusion.objective import LOSS, Objective, Prediction, mean_per_sample
-from diffusion.times import UniformTimes
+from core.draws import Times
+from diffusion.continuous import ContinuousObjective
+from diffusion.objective import LOSS, LatentFacts, mean_per_sample, named
+from diffusion.paths import Coefficients, LinearPath, Path
+from diffusion.predictions import Parameterization, PredictVelocity
+from diffusion.times import MovedTimes, UniformTimes, draws_levels
+from diffusion.weightings import Unweighted, Weighting
+
+_LINEAR, _VELOCITY, _UNWEIGHTED, _UNIFORM = LinearPath(), PredictVelocity(), Unweighted(), UniformTimes()
+_BASE_DIMENSION = 4096  # of a latent of 32x32x4, for which the shift by resolution is 1
 
 
-class Flow(Objective):
-    """An objective whose samples follow an ordinary differential equation from t = 1 to 0."""
+class Flow(ContinuousObjective):
+    """x_t = alpha(t) x_0 + sigma(t) noise on a ``path`` for t in [0, 1]; the network sees t unscaled.
 
-    def velocity(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return dx_t / dt that the network's output implies: [B, c, h, w] float32."""
-        raise NotImplementedError
+    The loss is the mean squared error of the ``prediction``, times ``weighting``. ``shift`` moves times toward the
+    noise: t' = shift t / (1 + (shift - 1) t) (Esser et al. 2024); "resolution" is the root of the latent's dimension
+    over 4096 (Zheng et al. 2025, RAE). With ``direction_weight`` w > 0 the loss has the term w (1 - cosine) of
+    velocities, over the channels (Yao et al. 2025, LightningDiT).
 
-
-class StraightFlow(Flow):
-    """x_t = (1 - t) x_0 + t noise for t in [0, 1]; the network predicts the velocity noise - x_0.
-
-    The loss is the velocity's mean squared error. The network sees t unchanged.
+    Two settings are for networks of the released SiT program: with ``reversed_time`` the network sees 1 - t, and its
+    velocity is that by 1 - t; with ``outputs_per_channel`` 2, the second half of its output is not read.
     """
 
     name = "flow"
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        path: Path = _LINEAR,
+        prediction: Parameterization = _VELOCITY,
+        weighting: Weighting = _UNWEIGHTED,
+        times: Times = _UNIFORM,
+        shift: float | Literal["resolution"] = 1.0,
+        direction_weight: float = 0.0,
+        reversed_time: bool = False,
+        outputs_per_channel: Literal[1, 2] = 1,
+    ) -> None:
         super().__init__()
-        self.times = UniformTimes()
-        self.outputs_per_channel = 1
+        if isinstance(shift, str):
+            raise ValueError(
+                f"diffusion.shift is {shift!r}, but there are no shards whose latents it could follow; give a number."
+            )
+        if draws_levels(times):
+            raise ValueError(
+                "diffusion=flow needs times between 0 and 1, but diffusion/times=log_normal draws noise levels, for "
+                "diffusion=edm; use diffusion/times=logit_normal."
+            )
+        if not 0 <= direction_weight < math.inf:
+            raise ValueError(
+                f"diffusion.direction_weight is {direction_weight}, but it must be at least 0; LightningDiT has 1."
+            )
+        self.path, self.parameterization, self.weighting = path, prediction, weighting
+        self.direction_weight, self.reversed_time = direction_weight, reversed_time
+        self.outputs_per_channel = outputs_per_channel
+        self.training_interval = self._interval(path.training_margin, weighting.is_bounded)
+        self.sampling_interval = self._interval(path.sampling_margin)
+        self.shift, self._drawn = shift, times
+        self.times = MovedTimes.of(times, shift, *self.training_interval)
+
+    def _interval(self, margin: float, is_bounded: bool = True) -> tuple[float, float]:
+        """Return the least and the greatest t, ``margin`` from an end where a network's output implies no velocity."""
+        inside = is_bounded and self.parameterization.is_rate
+        from_data = not self.path.smooth_at_data or (self.path.reaches_noise and not inside)
+        from_noise = self.path.reaches_noise and not inside
+        return margin if from_data else 0.0, 1 - margin if from_noise else 1.0
+
+    @classmethod
+    def settled(cls, settings: Mapping[str, Any], latents: LatentFacts) -> dict[str, Any]:
+        """Return the settings with a ``shift`` by resolution as a number."""
+        settings = dict(settings)
+        if settings.get("shift") == "resolution":
+            settings["shift"] = math.sqrt(latents.dimension / _BASE_DIMENSION)
+        return settings
+
+    def facts(self) -> dict[str, str | float]:
+        """Return the names of the parts, and the settings of the loss."""
+        names = {"path": named(self.path), "prediction": named(self.parameterization)}
+        names |= {"weighting": named(self.weighting), "times": named(self._drawn)}
+        return {"name": self.name, **names, "shift": self.shift, "direction_weight": self.direction_weight}
+
+    def coefficients(self, t: Tensor) -> Coefficients:
+        """Return the path's coefficients at t [B]."""
+        return self.path.at(t)
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return 1 - t and t of t [B]: [B, 1, 1, 1] each."""
-        sigma = t.view(-1, 1, 1, 1)
-        return 1 - sigma, sigma
+        """Return alpha and sigma of t [B]: [B, 1, 1, 1] each."""
+        t = t.view(-1, 1, 1, 1)
+        return self.path.alpha(t), self.path.sigma(t)
 
     def inputs(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both unchanged."""
-        return x_t, t
+        """Return x_t, and t or 1 - t."""
+        return x_t, 1 - t if self.reversed_time else t
+
+    def read(self, output: Tensor, x_t: Tensor) -> Tensor:
+        """Return the first half of two, as a rate by t."""
+        read = output[:, : x_t.shape[1]].float()
+        return -read if self.reversed_time and self.parameterization.is_rate else read
 
     def losses(self, output: Tensor, batch: Batch, x_t: Tensor) -> dict[str, Tensor]:
-        """Return the mean squared error of the velocity, [B]."""
-        return {LOSS: mean_per_sample((batch.noise - batch.x_0 - output.float()) ** 2)}
-
-    def velocity(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return the network's output in float32."""
-        return output.float()
-
-    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
-        """Return the ends of the line through x_t with the predicted velocity."""
-        velocity, (alpha, sigma) = output.float(), self.alpha_sigma(t)
-        return Prediction(x_t - sigma * velocity, x_t + alpha * velocity, None)
+        """Return the loss [B], and with a ``direction_weight`` also its terms ``mse`` and ``direction``."""
+        output, coefficients = self.read(output, x_t), self.coefficients(batch.t)
+        target = self.parameterization.target(batch.x_0, batch.noise, coefficients)
+        errors = mean_per_sample((target - self.parameterization.scaled(output, coefficients)) ** 2)
+        loss = self.weighting.weigh(errors, self.parameterization, coefficients)
+        if not self.direction_weight:
+            return {LOSS: loss}
+        found = self.parameterization.velocity(output, x_t, coefficients)
+        true = _VELOCITY.target(batch.x_0, batch.noise, coefficients)
+        direction = mean_per_sample(1 - torch.nn.functional.cosine_similarity(found, true, dim=1))
+        return {LOSS: loss + self.direction_weight * direction, "mse": loss, "direction": direction}
 
     def level(self, t: Tensor) -> Tensor:
         """Return t."""

@@ -1,5 +1,6 @@
 """Guidance: denoisers that wrap another, and state the cost of a call."""
 
+import math
 from collections.abc import Callable
 from typing import ClassVar, Literal, Protocol
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from core.batch import Condition, Denoiser
+from diffusion.objective import Objective
 
 Channels = int | Literal["all"]
 Null = Callable[[Condition], Condition]  # the dropped condition, of as many rows on the same device
@@ -16,7 +18,7 @@ Cost = Callable[[Denoiser], int]  # multiply-adds of one call of a network for a
 
 
 class Guided(Denoiser, Protocol):
-    """A denoiser under guidance. Made by a class that takes (denoiser, null, latent_channels) and its settings."""
+    """A guided denoiser. Made by a class that takes denoiser, null, latent_channels, objective and its settings."""
 
     name: ClassVar[str]  # in records
     needs_null: ClassVar[bool]  # whether the network must have been trained with the null condition
@@ -32,7 +34,9 @@ class Unguided:
     name: ClassVar[str] = "unguided"
     needs_null: ClassVar[bool] = False
 
-    def __init__(self, denoiser: Denoiser, null: Null, latent_channels: int) -> None:
+    def __init__(
+        self, denoiser: Denoiser, null: Null, latent_channels: int, objective: Objective | None = None
+    ) -> None:
         self.denoiser = denoiser
 
     def cost(self, cost_of: Cost) -> int:
@@ -49,10 +53,10 @@ class ClassifierFreeGuidance:
 
     ``channels`` is how many of the noise prediction's channels are guided: "all", or 3 as in the released
     code, whose published results guide three of four latent channels. Variance logits are the conditional
-    ones. Both halves go through the network in one batch. Guidance acts for t in [``t_min``, ``t_max``], in
-    trained steps (Kynkaanniemi et al. 2024); outside, the conditional prediction stands.
+    ones. Both halves go through the network in one batch. Guidance acts for t in [``t_min``, ``t_max``] (Kynkaanniemi
+    et al. 2024; see `Interval`); outside, the conditional prediction stands.
 
-    Raises ValueError for a negative scale, too many channels, or an empty interval.
+    Raises ValueError for a negative scale, too many channels, or an interval that is empty or beyond the objective's.
     """
 
     name: ClassVar[str] = "ClassifierFreeGuidance"
@@ -65,17 +69,14 @@ class ClassifierFreeGuidance:
         latent_channels: int,
         scale: float = 1.0,
         channels: Channels = "all",
-        t_min: int = 0,
-        t_max: int | None = None,
+        t_min: float = 0,
+        t_max: float | None = None,
+        objective: Objective | None = None,
     ) -> None:
-        if t_max is not None and t_max < t_min:
-            raise ValueError(f"guidance.t_max {t_max} is below guidance.t_min {t_min}; no step would be guided.")
         self.denoiser = denoiser
         self.null = null
-        self.scale = scale
         self.num_guided = _num_guided(scale, channels, latent_channels)
-        self.t_min = t_min
-        self.t_max = t_max
+        self.interval = Interval(scale, t_min, t_max, objective)
 
     def cost(self, cost_of: Cost) -> int:
         """Return the cost of two calls of the network, also outside the interval."""
@@ -87,21 +88,15 @@ class ClassifierFreeGuidance:
         twice = {name: torch.cat([value, null[name]]) for name, value in condition.items()}
         both = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), twice)
         conditional, unconditional = both.float().chunk(2)
-        return _extrapolated(conditional, unconditional, self._scale_at(t), self.num_guided)
-
-    def _scale_at(self, t: Tensor) -> Tensor:
-        """Return the scale inside the interval and 1 outside: [B, 1, 1, 1], chosen on the device."""
-        inside = t >= self.t_min
-        if self.t_max is not None:
-            inside = inside & (t <= self.t_max)
-        return torch.where(inside, self.scale, 1.0).view(-1, 1, 1, 1)
+        return _extrapolated(conditional, unconditional, self.interval.scale_at(t), self.num_guided)
 
 
 class Autoguidance:
     """Guidance by a worse version of the model: eps = eps_guide + scale (eps - eps_guide), both with the condition.
 
     Source: Karras et al. 2024, "Guiding a diffusion model with a bad version of itself", equation 2.
-    ``guide`` is another denoiser of the same latents: a smaller model, or one trained for less.
+    ``guide`` is another denoiser of the same latents: a smaller model, or one trained for less. The interval and
+    the refusals are those of `ClassifierFreeGuidance`.
     """
 
     name: ClassVar[str] = "Autoguidance"
@@ -115,11 +110,14 @@ class Autoguidance:
         guide: Denoiser,
         scale: float = 1.0,
         channels: Channels = "all",
+        t_min: float = 0,
+        t_max: float | None = None,
+        objective: Objective | None = None,
     ) -> None:
         self.denoiser = denoiser
         self.guide = guide
-        self.scale = scale
         self.num_guided = _num_guided(scale, channels, latent_channels)
+        self.interval = Interval(scale, t_min, t_max, objective)
 
     def cost(self, cost_of: Cost) -> int:
         """Return the cost of a call of each network."""
@@ -128,8 +126,37 @@ class Autoguidance:
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Return the guided output, [B, k c, h, w] as the denoiser's, of x_t [B, c, h, w] at t [B]."""
         good = self.denoiser(x_t, t, condition).float()
-        scale = torch.full((len(t), 1, 1, 1), self.scale, device=t.device)
-        return _extrapolated(good, self.guide(x_t, t, condition).float(), scale, self.num_guided)
+        bad = self.guide(x_t, t, condition).float()
+        return _extrapolated(good, bad, self.interval.scale_at(t), self.num_guided)
+
+
+class Interval:
+    """The times at which guidance acts: from ``t_min`` to ``t_max`` of the objective, or to the noisiest.
+
+    Guidance sees the network's t, which an objective may scale or reverse, so both ends are converted to that. Without
+    an objective they are the network's own.
+    """
+
+    def __init__(self, scale: float, t_min: float, t_max: float | None, objective: Objective | None) -> None:
+        self.scale = scale
+        if t_max is not None and t_max < t_min:
+            raise ValueError(f"guidance.t_max {t_max} is below guidance.t_min {t_min}; no step would be guided.")
+        self.low, self.high = float(t_min), math.inf if t_max is None else float(t_max)
+        if objective is None:
+            return
+        least, greatest = objective.time_range()
+        ends = {"t_min": t_min, "t_max": greatest if t_max is None else t_max}
+        for name, t in ends.items():
+            if not least <= t <= greatest:
+                raise ValueError(
+                    f"guidance.{name} is {t}, but the times of diffusion={objective.name} are from {least:g} (data) to "
+                    f"{greatest:g} (noise); set it between them."
+                )
+        self.low, self.high = sorted(map(objective.seen, ends.values()))
+
+    def scale_at(self, t: Tensor) -> Tensor:
+        """Return the scale inside the interval and 1 outside: [B, 1, 1, 1], chosen on the device."""
+        return torch.where((t >= self.low) & (t <= self.high), self.scale, 1.0).view(-1, 1, 1, 1)
 
 
 def _num_guided(scale: float, channels: Channels, latent_channels: int) -> int:

@@ -4,8 +4,10 @@ Time runs with the noise: x_t = alpha x_0 + sigma noise is data at the smallest 
 is a module only so that its tables move with `.to(device)`; it has no parameters and no state.
 """
 
-from typing import ClassVar, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from core.batch import Batch, Condition, Denoiser
@@ -22,12 +24,29 @@ class Prediction(NamedTuple):
     log_variance: Tensor | None  # of the reverse step, broadcasts to [B, c, h, w]; None where the objective has none
 
 
+class LatentFacts(NamedTuple):
+    """What settings of an objective may follow from: facts on the latents that a run trains on."""
+
+    dimension: int  # c h w
+    std: float  # of all values of x_0 together, as the network sees them
+
+
 class Objective(nn.Module):
     """One way to train a denoiser. A new one needs a class, a YAML in ``conf/diffusion`` and a test."""
 
     name: ClassVar[str]  # the option of ``diffusion=``
     outputs_per_channel: int  # of the network, for each channel of the latent; the network is built from it
     times: Times  # how t is drawn in training
+    reversed_time: bool = False  # whether the network sees a time that runs from noise to data
+
+    @classmethod
+    def settled(cls, settings: Mapping[str, Any], latents: LatentFacts) -> dict[str, Any]:
+        """Return the settings of this class's config, with those filled in that follow from the latents."""
+        return dict(settings)
+
+    def facts(self) -> dict[str, str | float]:
+        """Return the name and the settings that records of evaluations have."""
+        return {"name": self.name}
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the coefficients of x_t = alpha x_0 + sigma noise at t [B]: [B, 1, 1, 1] float32 each."""
@@ -36,6 +55,14 @@ class Objective(nn.Module):
     def inputs(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the network's inputs for x_t [B, c, h, w] and t [B]: tensors of these shapes."""
         raise NotImplementedError
+
+    def time_range(self) -> tuple[float, float]:
+        """Return the least and the greatest t that there are."""
+        raise NotImplementedError
+
+    def seen(self, t: float) -> float:
+        """Return the t that the network sees at t, as `inputs` gives it."""
+        return self.inputs(torch.zeros(1, 1, 1, 1), torch.tensor([t], dtype=torch.float32))[1].item()
 
     def losses(self, output: Tensor, batch: Batch, x_t: Tensor) -> dict[str, Tensor]:
         """Return losses by name, [B] float32 each, of the network's output at x_t. `LOSS` is minimized, all are logged.
@@ -62,6 +89,13 @@ def corrupt(objective: Objective, batch: Batch) -> Tensor:
 def predict(network: Denoiser, objective: Objective, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
     """Call the network and return what its output implies at x_t [B, c, h, w] and t [B]."""
     return objective.prediction(network(*objective.inputs(x_t, t), condition), x_t, t)
+
+
+def named(part: object) -> str:
+    """Return the name of a part with its settings, such as "min_snr(gamma=5.0)"."""
+    name = getattr(part, "name", type(part).__name__)
+    settings = ", ".join(f"{key}={value}" for key, value in vars(part).items())
+    return f"{name}({settings})" if settings else name
 
 
 def mean_per_sample(values: Tensor) -> Tensor:

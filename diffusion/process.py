@@ -14,10 +14,15 @@ from torch import Tensor
 
 from core.batch import Batch
 from diffusion.gaussians import Gaussian, discretized_log_likelihood, gaussian_kl
-from diffusion.objective import LOSS, Objective, Prediction, mean_per_sample
+from diffusion.objective import LOSS, Objective, Prediction, mean_per_sample, named
+from diffusion.paths import Coefficients
+from diffusion.predictions import Parameterization, PredictNoise
 from diffusion.schedules import Schedule
 from diffusion.times import UniformSteps
 from diffusion.variances import Variance
+from diffusion.weightings import Unweighted, Weighting
+
+_NOISE, _UNWEIGHTED = PredictNoise(), Unweighted()
 
 
 class Tables(NamedTuple):
@@ -77,16 +82,31 @@ def make_tables(betas: NDArray[np.float64]) -> Tables:
 class GaussianDiffusion(Objective):
     """The process over the steps of ``schedule``, or over a subset of them (see `respace`).
 
-    The network predicts the noise and, where ``variance`` is learned, its logits; L_simple + L_vlb is minimized (paper,
-    section 3.1; Nichol & Dhariwal 2021). ``timesteps`` [S] int64 maps a step of this process to the t that the network
-    was trained with.
+    The network predicts the noise, or another ``prediction``, and, where ``variance`` is learned, its logits; L_simple
+    + L_vlb is minimized (paper, section 3.1; Nichol & Dhariwal 2021), L_simple with a ``weighting``. ``timesteps`` [S]
+    int64 maps a step of this process to the t that the network was trained with. Raises ValueError for a prediction or
+    weighting that derivatives by t define.
     """
 
     name = "gaussian"
     timesteps: Tensor
 
-    def __init__(self, schedule: Schedule, variance: Variance, kept_steps: NDArray[np.int64] | None = None) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        variance: Variance,
+        kept_steps: NDArray[np.int64] | None = None,
+        prediction: Parameterization = _NOISE,
+        weighting: Weighting = _UNWEIGHTED,
+    ) -> None:
         super().__init__()
+        for part, choice in (("prediction", prediction), ("weighting", weighting)):
+            if choice.needs_rates:
+                raise ValueError(
+                    f"diffusion/{part}={choice.name} needs a path that is continuous in time, which diffusion=gaussian "
+                    f"is not; use diffusion=flow, or another diffusion/{part}."
+                )
+        self.parameterization, self.weighting = prediction, weighting
         self.schedule = schedule
         self.variance = variance
         betas = schedule.betas()
@@ -110,7 +130,7 @@ class GaussianDiffusion(Objective):
     def respace(self, kept_steps: NDArray[np.int64]) -> "GaussianDiffusion":
         """Return the process that visits only ``kept_steps`` of the schedule (Nichol & Dhariwal 2021, section 4)."""
         assert self.num_steps == len(self.schedule.betas()), "a respaced process is not respaced again"
-        respaced = GaussianDiffusion(self.schedule, self.variance, kept_steps)
+        respaced = GaussianDiffusion(self.schedule, self.variance, kept_steps, self.parameterization, self.weighting)
         return respaced.to(self.timesteps.device)
 
     def table(self, name: str, t: Tensor) -> Tensor:
@@ -121,25 +141,38 @@ class GaussianDiffusion(Objective):
         """Return sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod) at steps [B] int64 (equation 4)."""
         return self.table("sqrt_alphas_cumprod", t), self.table("sqrt_one_minus_alphas_cumprod", t)
 
+    def facts(self) -> dict[str, str | float]:
+        """Return the names of the process, the prediction and the weighting."""
+        return {"name": self.name, "prediction": named(self.parameterization), "weighting": named(self.weighting)}
+
+    def coefficients(self, t: Tensor) -> Coefficients:
+        """Return the coefficients of x_t at steps [B] int64, without derivatives."""
+        names = "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod"
+        return Coefficients(*self.alpha_sigma(t), *(self.table(name, t) for name in names))
+
     def inputs(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return x_t unchanged, and the trained steps of the steps t [B] int64."""
         return x_t, self.timesteps[t]
+
+    def time_range(self) -> tuple[float, float]:
+        """Return the first and the last step of the schedule."""
+        return 0.0, len(self.schedule.betas()) - 1.0
+
+    def seen(self, t: float) -> float:
+        """Return a trained step unchanged: it is what the network sees, of this process and of respaced ones."""
+        return t
 
     def level(self, t: Tensor) -> Tensor:
         """Return t / S of steps t [B]: [B] float32 in [0, 1)."""
         return t / self.num_steps
 
-    def predict_x_0(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Return the x_0 that x_t and a noise prediction imply, [B, c, h, w]."""
-        return self.table("sqrt_recip_alphas_cumprod", t) * x_t - self.table("sqrt_recipm1_alphas_cumprod", t) * noise
-
     def prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         """Return what the network's output implies; ``variance`` interprets its logits."""
-        noise, logits = self.variance.split(output.float(), x_t.shape[1])
+        predicted, logits = self.variance.split(output.float(), x_t.shape[1])
         log_variance = self.variance.log_variance(
             logits, self.table("posterior_log_variance_clipped", t), self.table("log_betas", t), t
         )
-        return Prediction(self.predict_x_0(x_t, t, noise), noise, log_variance)
+        return Prediction(*self.parameterization.ends(predicted, x_t, self.coefficients(t)), log_variance)
 
     def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Gaussian:
         """Return q(x_{t-1} | x_t, x_0) (equations 6 and 7), its log-variance clipped at the first step."""
@@ -154,10 +187,14 @@ class GaussianDiffusion(Objective):
     def losses(self, output: Tensor, batch: Batch, x_t: Tensor) -> dict[str, Tensor]:
         """Return L_simple (``mse``), L_vlb (``vlb``, in bits; 0 with a fixed variance) and their sum, [B] each.
 
-        L_vlb sees the mean through a stopped gradient, so it trains only the variance.
+        L_simple is the weighted error of what is predicted. L_vlb sees the mean through a stopped gradient, so it
+        trains only the variance.
         """
         predicted, logits = self.variance.split(output.float(), x_t.shape[1])
-        mse = mean_per_sample((batch.noise - predicted) ** 2)
+        coefficients = self.coefficients(batch.t)
+        target = self.parameterization.target(batch.x_0, batch.noise, coefficients)
+        errors = mean_per_sample((target - self.parameterization.scaled(predicted, coefficients)) ** 2)
+        mse = self.weighting.weigh(errors, self.parameterization, coefficients)
         if logits is None:
             return {LOSS: mse, "mse": mse, "vlb": torch.zeros_like(mse)}
         frozen_mean = torch.cat([predicted.detach(), logits], dim=1)

@@ -1,7 +1,8 @@
-"""Samplers turn noise into samples with any denoiser. They are given all noise and read nothing back.
+"""Samplers turn noise into samples with any denoiser. They are given all noise, and few read anything back.
 
 A sampler is a frozen dataclass of its settings, which a YAML in ``conf/diffusion/sampler`` names. A new sampler needs
-such a class, its YAML and a test.
+such a class, its YAML and a test. Here are those of the Gaussian process; others are in ``ode_samplers``,
+``sde_samplers``, ``edm_sampler`` and ``diffusers_samplers``.
 """
 
 from dataclasses import dataclass
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor
 
 from core.batch import Condition, Denoiser
-from diffusion.flow import Flow
+from diffusion.continuous import ContinuousObjective
 from diffusion.objective import Objective, predict
-from diffusion.process import GaussianDiffusion, require_gaussian
+from diffusion.process import GaussianDiffusion
 from diffusion.respacing import Steps, kept_steps, number_of
 
 
@@ -29,13 +30,14 @@ class Sampler(Protocol):
     """Turns noise into samples."""
 
     name: ClassVar[str]  # in records and file names
+    reads_device: ClassVar[bool]  # whether its steps depend on values that it reads from the device
 
     def require(self, objective: Objective) -> None:
         """Raise ValueError where this sampler cannot sample from the objective's networks with its settings."""
         ...
 
-    def calls(self) -> int:
-        """Return how often the denoiser is called for an image."""
+    def calls(self) -> int | None:
+        """Return how often the denoiser is called for an image, or None where only sampling can tell."""
         ...
 
     def __call__(self, denoiser: Denoiser, objective: Objective, noise: Noise, condition: Condition) -> Tensor:
@@ -53,11 +55,18 @@ class GaussianSampler:
     """The settings and refusals that samplers of the Gaussian process share; ``steps`` as in `kept_steps`."""
 
     name: ClassVar[str]
+    reads_device: ClassVar[bool] = False
     steps: Steps = 250
 
     def process(self, objective: Objective) -> GaussianDiffusion:
         """Return the objective's process. Raises ValueError for another objective."""
-        return require_gaussian(objective, f"sampler {self.name}")
+        if not isinstance(objective, GaussianDiffusion):
+            instead = "edm_heun" if isinstance(objective, ContinuousObjective) and objective.has_levels else "heun_ode"
+            raise ValueError(
+                f"sampler {self.name} needs diffusion=gaussian, but the objective is diffusion={objective.name}; use "
+                f"diffusion/sampler={instead}."
+            )
+        return objective
 
     def require(self, objective: Objective) -> None:
         """Raise ValueError for another objective, or for steps that its process does not have (see `kept_steps`)."""
@@ -117,41 +126,4 @@ class DDIM(GaussianSampler):
             x = torch.sqrt(previous) * predicted.x_0 + torch.sqrt(1 - previous - sigma**2) * predicted.noise
             if self.eta > 0 and step > 0:
                 x = x + sigma * noise(draw)
-        return x
-
-
-@dataclass(frozen=True)
-class Euler:
-    """Euler's method on dx / dt = velocity from t = 1 to 0, at a constant step size: one call per step.
-
-    Raises ValueError for fewer than one step.
-    """
-
-    name: ClassVar[str] = "euler"
-    steps: int = 50
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"sampler.steps is {self.steps}, but Euler's method needs at least 1 step; set it higher.")
-
-    def require(self, objective: Objective) -> None:
-        """Raise ValueError for an objective without a velocity."""
-        if not isinstance(objective, Flow):
-            raise ValueError(
-                f"sampler {self.name} needs an objective with a velocity, such as diffusion=flow, but the objective is "
-                f"diffusion={objective.name}; use diffusion/sampler=ddpm."
-            )
-
-    def calls(self) -> int:
-        """Return the number of steps."""
-        return self.steps
-
-    def __call__(self, denoiser: Denoiser, objective: Objective, noise: Noise, condition: Condition) -> Tensor:
-        """Return samples [B, c, h, w]."""
-        assert isinstance(objective, Flow), "require was called before"
-        x = noise(0)
-        for step in reversed(range(self.steps)):
-            t = torch.full((len(x),), (step + 1) / self.steps, device=x.device)
-            output = denoiser(*objective.inputs(x, t), condition)
-            x = x - objective.velocity(output, x, t) / self.steps
         return x

@@ -169,7 +169,7 @@ class Evaluator:
             "frechet_distance_of_real_resample": self.reference.floor,
             "decoder": generator.spec.made_by.weights,
             "network_calls": generator.sampler.calls(),
-            "sampling_gmacs": generator.cost() / 1e9,
+            "sampling_gmacs": None if (cost := generator.cost()) is None else cost / 1e9,
             **self.identity,
         }
 

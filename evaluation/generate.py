@@ -36,9 +36,10 @@ class Generator:
     runtime: Devices
     cost_of: Cost = cost_of_call  # multiply-adds of one call of a network for one image
 
-    def cost(self) -> int:
-        """Return the multiply-adds of one image, without its decoding."""
-        return self.sampler.calls() * self.denoiser.cost(self.cost_of)
+    def cost(self) -> int | None:
+        """Return the multiply-adds of one image, without its decoding, or None where the sampler cannot tell yet."""
+        calls = self.sampler.calls()
+        return None if calls is None else calls * self.denoiser.cost(self.cost_of)
 
     @torch.no_grad()
     def images(self, indices: NDArray[np.int64], condition: Condition) -> NDArray[np.uint8]:

@@ -9,8 +9,10 @@ from core.batch import mapped
 from core.draws import Philox, Purpose, draw_noise
 from core.progress import ProgressBar
 from data.shards import MappedShards
-from diffusion.likelihood import bits_per_dimension
+from diffusion.continuous import ContinuousObjective
+from diffusion.likelihood import bits_per_dimension, ode_bits_per_dimension
 from diffusion.process import GaussianDiffusion, require_gaussian
+from diffusion.samplers import Noise
 from evaluation.generate import Generator, equal_rounds
 
 
@@ -20,43 +22,54 @@ def measure_likelihood(
     shards: MappedShards,
     num_images: int,
     batch_size: int,
+    ode_steps: int,
     network_precision: str,
     progress: ProgressBar,
 ) -> dict[str, Any]:
-    """Return the variational bound, averaged over the first ``num_images`` samples, in the shards' fixed random order.
+    """Return the likelihood, averaged over the first ``num_images`` samples, in the shards' fixed random order.
 
-    Uses the generator's denoiser without its sampler. Every process must call it; each computes its share.
+    It is the variational bound of a Gaussian process, and that by the ODE in ``ode_steps`` steps of an objective with a
+    velocity. Uses the generator's denoiser without its sampler. Every process must call it; each computes its share.
     """
-    process = require_gaussian(generator.objective, "metric nll")
     count = min(num_images, len(shards))
     bits = [np.zeros(0)]
     with progress("likelihood", 0, count, "img") as bar:
         for rows, counted in equal_rounds(count, batch_size, generator.runtime):
-            bits.append(_bits_of(generator, process, shards, rows)[:counted])
+            bits.append(_bits_of(generator, shards, rows, ode_steps)[:counted])
             bar.update(counted * generator.runtime.data_world)
     gathered = generator.runtime.gather(np.concatenate(bits))
+    objective = generator.objective
+    of_process = {"likelihood_steps": objective.num_steps} if isinstance(objective, GaussianDiffusion) else {}
     return {
         "bits_per_dimension": float(gathered.mean()),
         "likelihood_images": count,
-        "likelihood_steps": process.num_steps,
+        "likelihood_by": "bound" if of_process else "ode",
+        "likelihood_steps": ode_steps,
         "likelihood_seed": generator.seed,
         "likelihood_precision": network_precision,
         "likelihood_data_hash": shards.manifest.hash,
+        **of_process,
     }
 
 
-def _bits_of(generator: Generator, process: GaussianDiffusion, shards: MappedShards, rows: np.ndarray) -> np.ndarray:
+def _bits_of(generator: Generator, shards: MappedShards, rows: np.ndarray, ode_steps: int) -> np.ndarray:
     """Return the bits of each row, [B] float64; a sample's noise depends on (seed, row, step) alone."""
-    philox, runtime = Philox(generator.seed), generator.runtime
+    philox, runtime, objective = Philox(generator.seed), generator.runtime, generator.objective
     shape = (generator.spec.channels, generator.spec.latent_size, generator.spec.latent_size)
 
-    def noise(draw: int) -> torch.Tensor:
-        return runtime.put(torch.from_numpy(draw_noise(philox, rows, draw, shape, Purpose.LIKELIHOOD)))
+    def drawn(purpose: Purpose) -> Noise:
+        return lambda draw: runtime.put(torch.from_numpy(draw_noise(philox, rows, draw, shape, purpose)))
 
     posterior = torch.from_numpy(draw_noise(philox, rows, 0, shape, Purpose.POSTERIOR))
     moments = torch.from_numpy(shards.gather(rows, np.zeros(len(rows), dtype=bool)))
     x_0 = runtime.put(generator.autoencoder.draw(moments, posterior))
     condition = mapped(generator.conditions.of_samples(shards.labels_of(rows)), runtime.put)
     with runtime.autocast():
-        bits = bits_per_dimension(runtime.inference(generator.denoiser), process, x_0, condition, noise)
+        denoiser = runtime.inference(generator.denoiser)
+        if isinstance(objective, ContinuousObjective):
+            probes = drawn(Purpose.PROBE)
+            bits = ode_bits_per_dimension(denoiser, objective, x_0, condition, probes, ode_steps)
+        else:
+            process = require_gaussian(objective, "metric nll")
+            bits = bits_per_dimension(denoiser, process, x_0, condition, drawn(Purpose.LIKELIHOOD))
     return runtime.rows(bits).double().numpy()

@@ -27,6 +27,7 @@ class EvaluationSettings(Settings):
     num_images: int = positive()
     labels: Labels = MUST_BE_GIVEN
     batch_size: int = positive()  # images of a process at once; does not affect results
+    likelihood_steps: int = positive(100)  # of the ODE for the metric nll of a flow; diffusion=gaussian has its own
     seed: int = MUST_BE_GIVEN  # for the sampling noise and for random labels
     image_file: Any = MUST_BE_GIVEN  # where `ditscale evaluate` keeps the images
     cache: str = MUST_BE_GIVEN  # folder of results that are computed once: features and roots of references

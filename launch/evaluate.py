@@ -5,7 +5,8 @@ import os
 import shutil
 import sys
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from core.records import canonical_hash
 from data.manifest import Manifest
 from data.settings import DataSettings
 from data.shards import MappedShards
-from diffusion.process import require_gaussian
 from evaluation.chunks import EVALUATING, TRAINING, ChunkStore, discard
 from evaluation.evaluate import Evaluator
 from evaluation.generate import Generator
@@ -34,15 +34,18 @@ from launch.builders.build import (
 from launch.builders.components import build
 from launch.builders.data_settings import settle_by, settle_by_shards
 from launch.builders.facts import code_hash, facts_of_process
+from launch.builders.foreign import is_foreign, load_foreign
 from launch.builders.runs import checkpoint_hash, read_checkpoint
 from launch.command.settings import EvaluateSettings
 from launch.jobs import start
 from model.network import Network
 from runtime.protocol import Devices
 from train.checkpoint import code_version, read_state_file
+from train.lines import append_record
 from train.runfolder import RunFolder
 from train.stores import STATE_FILE, list_checkpoints
 
+_UNSAID = ("source", "num_classes", "crop", "apply_exif", "flip")  # facts on latents that foreign weights do not state
 LIKELIHOOD = "nll"  # needs no generated images, so it is not a `Metric`
 
 
@@ -56,37 +59,50 @@ def evaluate_job(config: EvaluateSettings, progress: ProgressBar) -> None:
             raise ValueError(f"There is no metric {name!r}{closest(name, known)} The metrics are: {', '.join(known)}.")
     runtime: Devices = build(config.runtime, precision=config.precision.value)
     runtime.require_same(facts_of_process(config.plain()))
-    checkpoint = LoadedCheckpoint.load(config.checkpoint, config.weights, runtime)
-    folder = RunFolder(checkpoint.run_dir)
-    folder.read_config()  # refuses a folder that is not a run's
+    checkpoint, records = _checkpoint(config, runtime)
     data = config.data
-    if (data.name, data.image_size) != (checkpoint.spec.source, checkpoint.spec.image_size):
+    source = data.name if is_foreign(config.checkpoint) else checkpoint.spec.source
+    if (data.name, data.image_size) != (source, checkpoint.spec.image_size):
         raise ValueError(
-            f"The checkpoint was trained on {checkpoint.spec.source} at {checkpoint.spec.image_size} px, but the "
+            f"The checkpoint was trained on {source} at {checkpoint.spec.image_size} px, but the "
             f"reference would be {data.name} at {data.image_size} px; leave data out, or give the checkpoint's."
         )
     if config.compile:
         compile_units(checkpoint.model, runtime.device)
     generator = checkpoint.generator(config, config.evaluation.seed, runtime)
-    if LIKELIHOOD in config.metrics:
-        require_gaussian(checkpoint.objective, f"metric {LIKELIHOOD}")
     evaluator, chunks = None, None
     if names := [name for name in config.metrics if name != LIKELIHOOD]:
         evaluator = build_evaluator(config, runtime, progress, names)
-        chunks = EvaluationChunks(checkpoint, config.weights, evaluator)
+        if not is_foreign(config.checkpoint):
+            chunks = EvaluationChunks(checkpoint, config.weights, evaluator)
     store = ChunkStore() if chunks is None else chunks.store
     with store.used():
         record = _record(config, checkpoint, generator, evaluator, store, progress)
         if runtime.is_main:
-            folder.append(folder.evaluations, record)
+            append_record(records, record, sealed=True)
             print(json.dumps(record, indent=1))
         runtime.wait()  # chunks are deleted only after the record is written
     if chunks is not None:
         chunks.discard()
 
 
+def _checkpoint(config: EvaluateSettings, runtime: Devices) -> tuple[LoadedCheckpoint, Path]:
+    """Return the checkpoint and the file that its record is appended to: its run's, or one next to foreign weights."""
+    if is_foreign(config.checkpoint):
+        checkpoint = load_foreign(config, runtime)
+        return checkpoint, checkpoint.run_dir / f"{checkpoint.path.stem}-evaluations.jsonl"
+    checkpoint = LoadedCheckpoint.load(config.checkpoint, config.weights, runtime)
+    folder = RunFolder(checkpoint.run_dir)
+    folder.read_config()  # refuses a folder that is not a run's
+    return checkpoint, folder.evaluations
+
+
 def settle_evaluation(config: DictConfig, words: list[str]) -> None:
     """Take ``data`` from the checkpoint, or from ``data.shards`` where the command line gives them."""
+    if is_foreign(config.checkpoint):
+        if any(word.startswith("data.shards=") for word in words):
+            settle_by_shards(config, words)
+        return
     path, state = read_checkpoint(config.checkpoint, lambda path: (path, read_state_file(path)))
     data = state["config"].get("data")
     settle_by(config, words, data if isinstance(data, dict) else {}, str(path / STATE_FILE))
@@ -108,16 +124,20 @@ def _record(
         "step": checkpoint.step,
         "images_seen": checkpoint.images_seen,
         "evaluated_by": "evaluate",
-        **model_facts(checkpoint.model, checkpoint.images_seen, weights, checkpoint.training_seed),
+        **model_facts(
+            checkpoint.model, checkpoint.objective, checkpoint.images_seen, weights, checkpoint.training_seed
+        ),
     }
+    if is_foreign(config.checkpoint):
+        record["foreign"] = checkpoint.path.name
     if len(checkpoint.sources) > 1:  # the average depends on which checkpoints were kept
         record["average_of_steps"] = [source.step for source in checkpoint.sources]
     if evaluator is not None:
         record |= evaluator.evaluate(generator, progress, store, build(settings.image_file))
     if LIKELIHOOD in config.metrics:
-        shards = _shards_of(checkpoint, config.data)
+        shards = _shards_of(checkpoint, config.data, is_foreign(config.checkpoint))
         precision = precision_of_products(config.precision.value, generator.runtime.device)
-        sizes = settings.num_images, settings.batch_size
+        sizes = settings.num_images, settings.batch_size, settings.likelihood_steps
         record |= measure_likelihood(generator, shards, *sizes, precision, progress)
     return record
 
@@ -174,9 +194,15 @@ class EvaluationChunks:
         discard(self._folder, lambda name: name.startswith(self._label) or not name.startswith(tuple(usable)))
 
 
-def _shards_of(checkpoint: LoadedCheckpoint, data: DataSettings) -> MappedShards:
-    """Return the shards. Raises ValueError where their latents are not those that the checkpoint was trained on."""
-    Manifest.load(data.shards).require(checkpoint.spec, data.shards)
+def _shards_of(checkpoint: LoadedCheckpoint, data: DataSettings, foreign: bool) -> MappedShards:
+    """Return the shards. Raises ValueError where their latents are not those that the checkpoint was trained on.
+
+    Foreign weights do not say which images they were trained on, only the size and the autoencoder.
+    """
+    manifest, spec = Manifest.load(data.shards), checkpoint.spec
+    if foreign:
+        spec = replace(spec, **{name: getattr(manifest.spec, name) for name in _UNSAID})
+    manifest.require(spec, data.shards)
     return build_shards(data)
 
 

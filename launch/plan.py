@@ -11,7 +11,9 @@ from core.garbage import uncollected
 from core.progress import ProgressBar
 from data.manifest import Manifest
 from data.shard_tars import shard_bytes_per_sample
+from diffusion.objective import LatentFacts
 from launch.builders.components import build, target_of
+from launch.builders.objectives import settled
 from launch.command.settings import Format, PlanSettings, Precision
 from launch.command.words import key_of
 from launch.jobs import start
@@ -32,6 +34,8 @@ COLUMNS = (  # heading, key, format
     ("shards GB", "shards_gb", "9.1f"),
 )
 
+_NOMINAL = LatentFacts(4096, 1.0)  # costs do not depend on them
+
 
 def plan_job(config: PlanSettings, progress: ProgressBar) -> None:
     """Print one row; a sweep prints the heading once."""
@@ -48,7 +52,7 @@ def plan_job(config: PlanSettings, progress: ProgressBar) -> None:
 
 def plan_row(config: PlanSettings) -> dict[str, Any]:
     """Return the costs of one model. Gflops and TMACs are multiply-adds as in the paper; EFLOPs are true FLOPs."""
-    outputs = build(config.diffusion).outputs_per_channel
+    outputs = build(settled(config.diffusion, _NOMINAL)).outputs_per_channel
     model: Network = weightless(lambda: build(config.model, outputs_per_channel=outputs))
     macs, parameters = multiply_adds(model), num_parameters(model)
     images = config.total_steps * config.batch_size

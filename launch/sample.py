@@ -61,7 +61,7 @@ def sample_job(config: SampleSettings, progress: ProgressBar) -> None:
 def _name(config: SampleSettings, checkpoint: LoadedCheckpoint) -> str:
     """Return a file name that says how the images were generated."""
     source = [f"step_{checkpoint.step:08d}", config.weights] if checkpoint.step else [checkpoint.path.stem]
-    sampler = f"{target_of(config.sampler).name}{config.sampler['steps']}"
+    sampler = f"{target_of(config.sampler).name}{config.sampler.get('steps', '')}"  # one that adapts has no steps
     parts = [*source, f"seed{config.seed}", sampler]
     if "scale" in config.guidance:
         parts.append(f"guidance{config.guidance['scale']}")

@@ -253,7 +253,7 @@ def _evaluation_hook(
         return evaluator.evaluate(generator, progress, store)
 
     def facts(images_seen: int) -> dict[str, Any]:
-        return model_facts(model, images_seen, "ema", config.seed)
+        return model_facts(model, generator.objective, images_seen, "ema", config.seed)
 
     identity = {"weights": "ema", **evaluator.identity}
     hook = EvaluationHook(config.evaluate_every, measure, chunks, facts, identity, folder, logger, generator.runtime)

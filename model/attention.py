@@ -23,7 +23,7 @@ class SelfAttention(AttentionLayer):
         """Return the mixed tokens: [B, T, d], [T, 2] row and column, [B, T] bool (False: masked out) -> [B, T, d]."""
         batch, length, width = tokens.shape
         qkv = self.qkv(tokens).view(batch, length, 3, self.num_heads, width // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))  # gradients come back in this layout
         query, key = self.normalize(query, key)
         if positions is not None:
             query, key = self.rotate(query, positions), self.rotate(key, positions)

@@ -89,6 +89,7 @@ def _evaluation(record: Record) -> dict[str, Any]:
     }
     sampler, guidance = record["sampler"], record["guidance"]
     named |= {"sampler": sampler.get("name"), "sampling steps": sampler.get("steps"), "guidance": _text(guidance)}
+    named |= {"objective": _text(record.get("objective") or "-")}  # absent in records of earlier versions
     named |= {key: record[key] for key in ("labels", "sampling_seed", "network_precision", "decoder")}
     named |= {key: record[key][:12] for key in ("reference_hash", "feature_extractor_hash")}
     return {key.replace("_", " "): value for key, value in named.items()}

@@ -74,6 +74,7 @@ class EvaluationRecord:
     frechet_distance: Number
     frechet_distance_of_real_resample: Number | None
     recognized_fraction: Fraction | None
+    objective: Settings | None = None  # absent in lines of earlier versions
     family: Text = "DiT"  # the rest of the network's shape is absent where it does not apply
     size: Text = ""
     patch_size: Size = 1

@@ -1,5 +1,6 @@
 """Train on a CPU, one GPU, or data-parallel GPUs and nodes, through Hugging Face accelerate."""
 
+import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from core.batch import Batch, mapped, micro_batches_of, require_divisible
 from model.network import Network
 from runtime.accelerate_devices import AccelerateDevices
+from runtime.kernels import missing_for_kernels
 from runtime.protocol import Metrics, Precision, Step, by_name
 
 
@@ -24,7 +26,8 @@ class AccelerateRuntime(AccelerateDevices):
     """Trains on `AccelerateDevices`, whose settings it takes too.
 
     ``mode`` replicated keeps the whole state on each device (DistributedDataParallel); fsdp shards weights, averages
-    and optimizer state over all of them (FSDP2). ``compile`` compiles one unit, which all equal units share.
+    and optimizer state over all of them (FSDP2). ``compile`` compiles one unit, which all equal units share; auto does
+    on GPUs, where the compiler that it needs is installed.
 
     Raises ValueError as `AccelerateDevices` does, and for fsdp where no processes were launched to shard over.
     """
@@ -36,18 +39,28 @@ class AccelerateRuntime(AccelerateDevices):
         num_threads: int | None = None,
         mode: Literal["replicated", "fsdp"] = "replicated",
         micro_batches: int = 1,
-        compile: bool = False,
+        compile: Literal[True, False, "auto"] = "auto",
         tf32: bool = True,
         deterministic: bool = False,
         timeout_sec: float = 600.0,
     ) -> None:
         super().__init__(precision, device, num_threads, tf32, deterministic, timeout_sec)
-        self._mode, self._micro_batches, self._compile = mode, micro_batches, compile
+        self._mode, self._micro_batches = mode, micro_batches
+        self._compile = compile if isinstance(compile, bool) else self._compiles_well()
         if mode == "fsdp" and not is_initialized():
             raise ValueError(
                 "runtime.mode is fsdp, but 0 processes were launched to shard the state over; start with torchrun, or "
                 "set runtime.mode=replicated."
             )
+
+    def _compiles_well(self) -> bool:
+        """Return whether compiled blocks are faster here; say so where only a tool is missing."""
+        if self.device.type != "cuda":
+            return False
+        missing = missing_for_kernels()
+        if missing is not None and self.is_main:
+            print(f"note: blocks are not compiled, and steps are slower: there is no {missing}.", file=sys.stderr)
+        return missing is None
 
     def require_batch(self, batch_size: int) -> None:
         """Raise ValueError where a global batch does not divide into processes and micro-batches."""

@@ -20,6 +20,7 @@ from core.batch import Denoiser
 from core.precision import allow_tf32
 from model.attend import attend_by, plain
 from runtime.agreement import require_same
+from runtime.allocator import keep_freed_memory
 from runtime.launched import require_sound_environment
 from runtime.protocol import ModuleT, Precision
 
@@ -61,7 +62,9 @@ class AccelerateDevices:
         )
         if num_threads is not None:
             torch.set_num_threads(num_threads)
-        if not on_cpu:
+        if on_cpu:
+            keep_freed_memory()
+        else:
             allow_tf32(tf32)
             _set_deterministic(deterministic)
         self.device = self._accelerator.device

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from core.batch import Denoiser
 from core.closest import closest
@@ -19,8 +19,10 @@ from data.manifest import LatentSpec, Manifest
 from data.plan import identity_of, latent_spec
 from data.settings import DataSettings
 from data.shards import MappedShards, open_shards
+from diffusion.flow import Flow
 from diffusion.guidance import Guided
 from diffusion.objective import Objective
+from diffusion.ode_samplers import require_readable
 from diffusion.samplers import Sampler
 from evaluation.evaluate import Evaluator, MeasurementProtocol
 from evaluation.features.extractor import FeatureExtractor
@@ -28,19 +30,22 @@ from evaluation.generate import Generator
 from evaluation.metrics.metric import Metric
 from evaluation.reference.reference import make_reference, read_reference
 from launch.builders.components import build, build_saved, target_of
+from launch.builders.normalization import normalized, saved_normalization
 from launch.builders.runs import checkpoint_hash, pinned_sources, read_checkpoint
 from launch.builders.saved_configs import component, setting
+from launch.builders.saved_networks import load_guide, model_of_sources
 from launch.command.settings import EvaluateSettings, SamplingSettings, TrainSettings
 from model.autoencoder import Autoencoder
 from model.flops import multiply_adds, num_parameters, training_multiply_adds
 from model.network import Network
 from runtime.protocol import Devices, Processes
-from train import posthoc
-from train.checkpoint import fill, read_state_file, read_tensors
+from train.checkpoint import read_state_file
 from train.ema import MAIN, Averages, initial_share_note
 from train.stores import STATE_FILE
 
 CHUNKS = "chunks"  # folder in a run folder with the finished chunks of a killed evaluation
+# Settings that evaluations do not record at these values, which earlier versions implied.
+_LATER: dict[str, dict[str, Any]] = {"euler": {"shift": 1.0}, "Autoguidance": {"t_min": 0, "t_max": None}}
 _OF_THE_RUN = ("batch_size", "class_dropout", "seed")  # settings that a run's evaluations record
 
 
@@ -90,15 +95,17 @@ def build_shards(data: DataSettings) -> MappedShards:
     return open_shards(data.shards, data.verify_checksums, data.cache, data.cache_bytes)
 
 
-def require_outputs(model: Network, outputs_per_channel: int, of: str) -> None:
+def require_outputs(model: Network, objective: Objective, of: str) -> None:
     """Raise ValueError where the network of the file ``of`` lacks the output channels that the objective needs."""
     channels = model.latent_shape[0]
-    if outputs_per_channel * channels == model.out_channels:
+    if objective.outputs_per_channel * channels == model.out_channels:
         return
     learned = model.out_channels == 2 * channels
     follow = "diffusion/variance=learned_range" if learned else "diffusion/variance=fixed_large or fixed_small"
+    if isinstance(objective, Flow):
+        follow = f"diffusion.outputs_per_channel={model.out_channels // channels}"
     raise ValueError(
-        f"The objective needs {outputs_per_channel * channels} output channels, but {of} has "
+        f"The objective needs {objective.outputs_per_channel * channels} output channels, but {of} has "
         f"{model.out_channels}; set {follow}."
     )
 
@@ -115,11 +122,14 @@ def require_condition(model: Network, conditions: ConditionSource) -> None:
         )
 
 
-def model_facts(model: Network, images_seen: int, weights: str, training_seed: int) -> dict[str, Any]:
+def model_facts(
+    model: Network, objective: Objective, images_seen: int, weights: str, training_seed: int
+) -> dict[str, Any]:
     """Return an evaluation record's facts about the network. Compute is in giga multiply-adds, the paper's Gflops."""
     return {
         "weights": weights,
         "training_seed": training_seed,
+        "objective": objective.facts(),
         **model.facts(),
         "gmacs": multiply_adds(model) / 1e9,
         "parameters": num_parameters(model),
@@ -129,8 +139,10 @@ def model_facts(model: Network, images_seen: int, weights: str, training_seed: i
 
 def _named_settings(section: Mapping[str, Any]) -> dict[str, Any]:
     """Return a component's section as an evaluation record shows it: the component's name, and its settings."""
-    own = {key: value for key, value in section.items() if not key.startswith("_")}
-    settings = {"name": target_of(section).name, **own}
+    name = target_of(section).name
+    implied = _LATER.get(name, {}).items()
+    own = {key: value for key, value in section.items() if not key.startswith("_") and (key, value) not in implied}
+    settings = {"name": name, **own}
     if "guide" in settings:  # the path of a run does not say which checkpoint is its newest
         settings["guide_hash"] = read_checkpoint(settings["guide"], checkpoint_hash)
     shown: dict[str, Any] = redacted_config(settings)
@@ -154,6 +166,7 @@ def build_generator(
     """
     sampler: Sampler = build(config.sampler)
     sampler.require(objective)
+    require_runtime(sampler, config.runtime, runtime.device)
     needs_null = target_of(config.guidance).needs_null
     if needs_null and not conditions.in_turn(1):
         raise ValueError(
@@ -165,9 +178,23 @@ def build_generator(
             "diffusion/guidance=none, or train with class_dropout=0.1."
         )
     section = dict(config.guidance)
-    others = {"guide": runtime.place(load_model(section.pop("guide"), "ema")).eval()} if "guide" in section else {}
-    guided: Guided = build(section)(model, null=conditions.null, latent_channels=spec.channels, **others)
+    others = {}
+    if "guide" in section:
+        others["guide"] = runtime.place(load_guide(section.pop("guide"), objective)).eval()
+    guided: Guided = build(section)(
+        model, null=conditions.null, latent_channels=spec.channels, objective=objective, **others
+    )
     return Generator(guided, objective, autoencoder.to(runtime.device), sampler, spec, conditions, seed, runtime)
+
+
+def require_runtime(sampler: Sampler, section: Mapping[str, Any], device: torch.device) -> None:
+    """Raise ValueError where the runtime needs the same calls in each process, and the sampler decides them."""
+    require_readable(sampler, device)
+    if sampler.reads_device and section.get("mode") == "fsdp":
+        raise ValueError(
+            f"sampler {sampler.name} chooses its steps in each process by itself, but with runtime.mode=fsdp all "
+            "processes call the network together; use diffusion/sampler=heun_ode."
+        )
 
 
 def build_extractor(section: Mapping[str, Any], runtime: Processes) -> FeatureExtractor:
@@ -222,67 +249,6 @@ def build_evaluator(
     return Evaluator(extractor, reference, protocol, settings.batch_size, metrics)
 
 
-def load_model(where: str, weights: str) -> Network:
-    """Return the network of a run's newest checkpoint, or of one checkpoint's folder.
-
-    ``weights`` is ``model``, the name of an average, or ``width_W``: the power-function average of that width,
-    reconstructed from the run's checkpoints up to this one.
-
-    Raises ValueError for a missing or damaged checkpoint, or one that asks for foreign code.
-    """
-    return read_checkpoint(where, lambda path: model_at(path, weights))
-
-
-def model_at(path: Path, weights: str) -> Network:
-    """Return the network of a pinned checkpoint. Raises as `load_model` does."""
-    with pinned_sources(path, weights) as sources:
-        return _model_at(sources, weights)
-
-
-def _model_at(sources: Sequence[Path], weights: str) -> Network:
-    """Return the network of the last of ``sources``, pinned checkpoints from all of which its weights are computed."""
-    path = sources[-1]
-    config, said_by = read_state_file(path)["config"], str(path / STATE_FILE)
-    section = component(config, "model", said_by)
-    objective: Objective = build_saved(component(config, "diffusion", said_by), said_by)
-    section["outputs_per_channel"] = objective.outputs_per_channel
-    if weights.startswith(posthoc.PREFIX):
-        return _model_of(path, section, posthoc.reconstruct(sources, _width(weights)))
-    return _model_of(path, section, read_tensors(path, weights))
-
-
-def _model_of(path: Path, section: Mapping[str, Any], tensors: dict[str, Tensor]) -> Network:
-    """Return the model of a checkpoint's config with the tensors of its file, after a check that their shapes agree.
-
-    A config may ask for a model of any size: nothing is allocated before the file is known to have its tensors.
-    """
-    said_by = str(path / STATE_FILE)
-    with torch.device("meta"):
-        shapes = {name: value.shape for name, value in build_saved(section, said_by).state_dict().items()}
-    for name in [*shapes, *tensors]:
-        theirs, ours = tensors.get(name), shapes.get(name)
-        if theirs is None or ours is None or theirs.shape != ours:
-            shown = [
-                None if shape is None else tuple(shape) for shape in (theirs if theirs is None else theirs.shape, ours)
-            ]
-            raise ValueError(
-                f"The checkpoint {path} does not fit its own config: the shape of {name} is {shown[0]} in its weights "
-                f"and {shown[1]} by its config; use another checkpoint of that run."
-            )
-    model: Network = build_saved(section, said_by)
-    fill(model, path, tensors)
-    return model
-
-
-def _width(weights: str) -> float:
-    try:
-        return float(weights.removeprefix(posthoc.PREFIX))
-    except ValueError as error:
-        raise ValueError(
-            f"weights is {weights!r}, but what follows {posthoc.PREFIX} must be a number such as 0.1."
-        ) from error
-
-
 class Source(NamedTuple):
     """A checkpoint from which weights were computed, as it was when they were read."""
 
@@ -312,7 +278,7 @@ class LoadedCheckpoint:
 
     @classmethod
     def load(cls, where: str, weights: str, runtime: Devices) -> "LoadedCheckpoint":
-        """Load the weights of this name (see `load_model`) of a run's newest checkpoint, or of one checkpoint's folder.
+        """Load the weights of this name (see `model_at`) of a run's newest checkpoint, or of one checkpoint's folder.
 
         Raises ValueError for a missing or damaged checkpoint, or one that asks for foreign code.
         """
@@ -333,13 +299,14 @@ class LoadedCheckpoint:
         spec = validate(LatentSpec, state["spec"], said_by)
         autoencoder: Autoencoder = build_saved(component(config, "data.autoencoder", said_by), said_by)
         _require_autoencoder(path, spec, autoencoder)
+        autoencoder = normalized(autoencoder, saved_normalization(config, said_by), said_by)
         objective: Objective = build_saved(component(config, "diffusion", said_by), said_by)
         conditions: ConditionSource = build_saved(component(config, "condition", said_by), said_by)(
             num_classes=spec.num_classes
         )
         _require_model_of(spec, conditions, component(config, "model", said_by), said_by)
         batch_size, class_dropout, seed = (setting(config, name, said_by) for name in _OF_THE_RUN)
-        model = _model_at(sources, weights)
+        model = model_of_sources(sources, weights)
         return cls(
             path=path,
             run_dir=path.resolve().parent.parent,
@@ -347,7 +314,7 @@ class LoadedCheckpoint:
             images_seen=state["step"] * batch_size,
             spec=spec,
             conditions=conditions,
-            model=runtime.place(model).eval().requires_grad_(False),
+            model=runtime.place(model).eval(),
             objective=runtime.place(objective),
             autoencoder=autoencoder.to(runtime.device),
             class_dropout=class_dropout,

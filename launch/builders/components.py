@@ -20,7 +20,11 @@ from launch.command.check import check_parameters, taker_of_settings
 _PACKAGE = re.compile(r"^# @package (\S+)", re.MULTILINE)
 _LONGEST_TEXT = 4096
 # Names that earlier versions wrote, in the sections of a config that jobs still read from files.
-_MOVED = {"data.image_tars.ImageTars": "data.tars.ImageTars", "data.latent_tars.LatentTars": "data.tars.LatentTars"}
+_MOVED = {
+    "data.image_tars.ImageTars": "data.tars.ImageTars",
+    "data.latent_tars.LatentTars": "data.tars.LatentTars",
+    "diffusion.flow.StraightFlow": "diffusion.flow.Flow",
+}
 
 
 def target_of(section: Mapping[str, Any]) -> Any:

@@ -19,9 +19,11 @@ from launch.builders.components import build, target_of
 from launch.builders.diffusers_folder import WEIGHTS, is_diffusers_folder, read_class_names, read_diffusers_folder
 from launch.builders.foreign_process import notes_on_process
 from launch.builders.hub import fetch_from_hub, may_be_hub_name
+from launch.builders.normalization import normalized
+from launch.builders.sit import program_of, require_direction, require_sits_objective
 from launch.builders.weight_files import read_weight_file
 from launch.builders.weight_tables import EMA, choose_table
-from launch.command.settings import SampleSettings
+from launch.command.settings import EvaluateSettings, SampleSettings
 from model.autoencoder import Autoencoder
 from model.network import Network
 from model.released import ANCHOR, ROUNDING, Description, describe, from_reference, label_rows
@@ -51,6 +53,11 @@ class ForeignNetwork:
     notes: tuple[str, ...]
     arguments: Mapping[str, Any]  # those that its trainer saved
     class_names: tuple[str, ...] = ()
+
+    @property
+    def program(self) -> str | None:
+        """Return the program that the weights are of, where the file says it."""
+        return program_of(self.path, self.arguments)
 
 
 def is_foreign(where: str) -> bool:
@@ -86,6 +93,12 @@ def read_foreign(where: str, weights: str, facts: Facts) -> ForeignNetwork:
     return replace(network, where=where, notes=(*network.notes, *notes))
 
 
+def require_program(network: ForeignNetwork, objective: Objective) -> None:
+    """Raise ValueError where the file says that its network is of another program than the objective."""
+    require_direction(network.where, network.program, objective)
+    require_sits_objective(network.where, network.arguments, objective)
+
+
 def notes_on_positions(model: Network, where: str) -> list[str]:
     """Return a note for jobs that use the network, where a file's position embedding is not the fixed one."""
     if (drift := describe(model).position_drift) <= ROUNDING:
@@ -93,13 +106,14 @@ def notes_on_positions(model: Network, where: str) -> list[str]:
     return [f"{where}: its position embedding differs from the fixed one by up to {drift:.2g}; its own is used."]
 
 
-def load_foreign(config: SampleSettings, runtime: Devices) -> LoadedCheckpoint:
+def load_foreign(config: SampleSettings | EvaluateSettings, runtime: Devices) -> LoadedCheckpoint:
     """Return a foreign network with the process and autoencoder of the job's config, which its file does not have."""
     where, settings = config.checkpoint, config.foreign
     network = read_foreign(where, config.weights, Facts(**settings.plain()))
     model = network.model
     objective: Objective = build(config.diffusion)
-    require_outputs(model, objective.outputs_per_channel, of=where)
+    require_program(network, objective)
+    require_outputs(model, objective, of=where)
     said = describe(model)
     _require_null_class(said, where, config)
     autoencoder: Autoencoder = build(config.data.autoencoder)
@@ -114,6 +128,7 @@ def load_foreign(config: SampleSettings, runtime: Devices) -> LoadedCheckpoint:
         for note in (*network.notes, *notes_on_positions(model, where), *of_process):
             print(f"note: {note}", file=sys.stderr)
     preparation = Preparation(latent_size * autoencoder.downscale, ExactSize())
+    autoencoder = normalized(autoencoder, config.data, "the config")
     return LoadedCheckpoint(
         path=Path(where),
         run_dir=Path(where).resolve().parent if Path(where).exists() else Path(),  # never the hub's cache
@@ -121,7 +136,7 @@ def load_foreign(config: SampleSettings, runtime: Devices) -> LoadedCheckpoint:
         images_seen=0,
         spec=latent_spec(Path(where).name, said.num_classes, autoencoder, preparation, flip=False),
         conditions=ClassLabels(said.num_classes),
-        model=runtime.place(model).eval().requires_grad_(False),
+        model=runtime.place(model).eval(),
         objective=runtime.place(objective),
         autoencoder=autoencoder.to(runtime.device),
         class_dropout=0.1 if said.has_null_class else 0.0,  # the rate of both trainers
@@ -188,7 +203,7 @@ def _likely_heads(tensors: Mapping[str, Tensor], facts: Facts) -> int | None:
     return 1 if facts.likely_heads and width % facts.likely_heads else facts.likely_heads
 
 
-def _require_null_class(said: Description, where: str, config: SampleSettings) -> None:
+def _require_null_class(said: Description, where: str, config: SampleSettings | EvaluateSettings) -> None:
     if not said.has_null_class and target_of(config.guidance).needs_null:
         raise ValueError(
             f"{where} has no null class (its label table has {said.num_classes} rows for as many classes), "

@@ -19,12 +19,30 @@ EARLIER: dict[str, Any] = {
     "condition": {"_target_": "data.conditions.ClassLabels", "_partial_": True},
     "shape_name": "",
     "generator": "numpy",
+    "evaluation": {"likelihood_steps": 100},
+    "data": {"normalize": False, "latent_mean": None, "latent_std": None},
     "model": {
         "block": {
             "norm": {"_target_": "model.norms.layer_norm", "_partial_": True},
             "mlp": {"_target_": "model.mlp.GeluMlp", "_partial_": True},
         }
     },
+}
+# The same for the sections of objectives, by the name of the class then, which may have moved since.
+_EARLIER_GAUSSIAN = {
+    "prediction": {"_target_": "diffusion.predictions.PredictNoise"},
+    "weighting": {"_target_": "diffusion.weightings.Unweighted"},
+}
+_EARLIER_FLOW = {
+    "_target_": "diffusion.flow.Flow",
+    "path": {"_target_": "diffusion.paths.LinearPath"},
+    "prediction": {"_target_": "diffusion.predictions.PredictVelocity"},
+    "weighting": {"_target_": "diffusion.weightings.Unweighted"},
+    "times": {"_target_": "diffusion.times.UniformTimes"},
+    "shift": 1.0,
+    "direction_weight": 0.0,
+    "reversed_time": False,
+    "outputs_per_channel": 1,
 }
 
 
@@ -36,7 +54,17 @@ def as_now(config: Mapping[str, Any]) -> dict[str, Any]:
     now = _filled(config, EARLIER)
     if isinstance(model := now.get("model"), Mapping) and isinstance(model.get("learn_sigma"), bool):
         now["model"] = {key: value for key, value in model.items() if key != "learn_sigma"}
+    if isinstance(objective := now.get("diffusion"), Mapping):
+        now["diffusion"] = _objective_as_now(objective)
     return now
+
+
+def _objective_as_now(section: Mapping[str, Any]) -> dict[str, Any]:
+    if section.get("_target_") == "diffusion.flow.StraightFlow":  # had no settings
+        return {**section, **_EARLIER_FLOW}
+    if section.get("_target_") == "diffusion.process.GaussianDiffusion":
+        return {**_EARLIER_GAUSSIAN, **section}
+    return dict(section)
 
 
 def _filled(config: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,7 +83,12 @@ def setting(config: Mapping[str, Any], name: str, said_by: str) -> Any:
 
     Raises ValueError, naming the file, where it is missing or of another type.
     """
-    return _setting(config, name, typing.get_type_hints(TrainSettings)[name], name, said_by)
+    return setting_of(config, TrainSettings, name, name, said_by)
+
+
+def setting_of(section: Mapping[str, Any], schema: type, name: str, place: str, said_by: str) -> Any:
+    """Return one scalar of a section, checked against the class of its settings; raise as `setting` does."""
+    return _setting(section, name, typing.get_type_hints(schema)[name], place, said_by)
 
 
 def component(config: Mapping[str, Any], place: str, said_by: str) -> dict[str, Any]:

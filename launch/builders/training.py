@@ -17,14 +17,16 @@ from launch.builders.build import (
     condition_source,
     expected_spec,
     fill_model,
-    load_model,
     require_condition,
     require_outputs,
 )
 from launch.builders.components import build
 from launch.builders.data_settings import require_shards
 from launch.builders.facts import facts_of_process
-from launch.builders.foreign import Facts, is_foreign, read_foreign
+from launch.builders.foreign import Facts, is_foreign, read_foreign, require_program
+from launch.builders.normalization import normalized, with_statistics
+from launch.builders.objectives import latent_facts, settled
+from launch.builders.saved_networks import load_model
 from launch.command.check import check_readers
 from launch.command.machine import batch_threads, usable_cores
 from launch.command.settings import Generator, TrainSettings
@@ -105,7 +107,11 @@ def prepare_run(config: TrainSettings, manifest: Manifest) -> PreparedRun:
     autoencoder, spec = expected_spec(config.data, manifest)
     require_shards(manifest, spec, config.data.shards)
     conditions = condition_source(config.condition, spec)
-    config = replace(config, model=fill_model(config.model, spec, conditions))
+    config = replace(
+        config, model=fill_model(config.model, spec, conditions), data=with_statistics(config.data, manifest)
+    )
+    autoencoder = normalized(autoencoder, config.data, "the config")
+    config = replace(config, diffusion=settled(config.diffusion, latent_facts(manifest, autoencoder)))
     runtime: Runtime = build(config.runtime, precision=config.precision.value)
     runtime.require_same(facts_of_process(config.plain()))
     runtime.require_batch(config.batch_size)
@@ -121,7 +127,7 @@ def _new_state(
     require_condition(model, conditions)
     model.initialize(config.seed)
     if starts_anew and config.init_from is not None:
-        for note in load_starting_weights(model, config.init_from):
+        for note in load_starting_weights(model, config.init_from, objective):
             if runtime.is_main:
                 print(f"note: {note}")
     ema: Averages = build(config.ema)(model)
@@ -130,18 +136,19 @@ def _new_state(
     return TrainState(model, ema, optimizer, config.batch_size, config.total_steps)
 
 
-def load_starting_weights(model: Network, where: str) -> list[str]:
+def load_starting_weights(model: Network, where: str, objective: Objective) -> list[str]:
     """Fill ``model`` by ``init_from``: with weights of another program, or with the EMA of a run or checkpoint of ours.
 
     Returns sentences on how they were read and what was not taken over. Raises ValueError where there are no weights,
-    and, naming both shapes, where shapes differ.
+    naming both shapes where shapes differ, and for weights whose time runs the other way than the objective's.
     """
     if is_foreign(where):
         run = describe(model)
         facts = Facts(frequency_shift=run.frequency_shift, likely_heads=run.num_heads, likely_classes=run.num_classes)
         network = read_foreign(where, "ema", facts)
+        require_program(network, objective)
         found, notes = network.model, list(network.notes)
     else:
-        found, notes = load_model(where, "ema"), []
-    require_outputs(found, model.out_channels // model.latent_shape[0], of=where)
+        found, notes = load_model(where, "ema", objective, "init_from"), []
+    require_outputs(found, objective, of=where)
     return [*notes, *take_over(model, found, where)]

@@ -253,8 +253,10 @@ def _explain_override(job: str, message: str) -> str:
         return " ".join(message.split())
     key = key_of(found.group(1))
     settings, groups = valid_names(job)
-    if key in groups and "override" in found.group():
-        return f"The option of {key.rpartition('/')[0]}=... has no {key}; leave {key} out."
+    parent = key.rpartition("/")[0]
+    is_of_another = parent in groups and (CONF / key).is_dir()  # a group that another option of the parent has
+    if "override" in found.group() and (key in groups or is_of_another):
+        return f"The option of {parent}=... has no {key}; leave {key} out."
     return f"`ditscale {job}` has no setting {key!r}{closest(key, [*settings, *groups])}"
 
 

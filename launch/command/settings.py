@@ -147,6 +147,9 @@ class ForeignData(Settings):
     section: ClassVar[str] = "data"
 
     autoencoder: Any = MUST_BE_GIVEN
+    normalize: bool = False  # whether the network was trained on latents of mean 0 and standard deviation 1
+    latent_mean: list[float] | None = None  # of unscaled latents, by channel, where normalize is set
+    latent_std: list[float] | None = None  # likewise
 
 
 @dataclass
@@ -171,15 +174,17 @@ class SampleSettings(Settings):
 
 @dataclass
 class EvaluateSettings(Settings):
-    """``ditscale evaluate``."""
+    """``ditscale evaluate``. ``diffusion`` and ``foreign`` apply to foreign checkpoints only, as for `sample`."""
 
     data: DataSettings = field(default_factory=DataSettings)
+    diffusion: Any = MUST_BE_GIVEN
+    foreign: ForeignSettings = field(default_factory=ForeignSettings)
     sampler: Any = MUST_BE_GIVEN
     guidance: Any = MUST_BE_GIVEN
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     runtime: Any = MUST_BE_GIVEN
-    checkpoint: str = MUST_BE_GIVEN
-    weights: str = "ema"  # model, an average of the checkpoint, or width_W of a run with power averages
+    checkpoint: str = MUST_BE_GIVEN  # a run folder (its newest checkpoint is used), a checkpoint, or foreign weights
+    weights: str = "ema"  # model, an average, width_W of a run with power averages, or a table of a foreign file
     precision: Precision = Precision.fp32
     compile: bool = False  # compile the network's blocks: takes a minute at first, then is faster on a GPU
     metrics: list[str] = "${evaluation.metrics}"  # type: ignore[assignment]  # may also have nll: bits per dimension
@@ -190,6 +195,7 @@ class SamplingSettings(Protocol):
 
     sampler: Any
     guidance: Any
+    runtime: Any
 
 
 class Program(StrEnum):
@@ -197,6 +203,7 @@ class Program(StrEnum):
 
     reference = "reference"
     diffusers = "diffusers"
+    sit = "sit"
 
 
 @dataclass
@@ -207,7 +214,7 @@ class ExportSettings(Settings):
     checkpoint: str = MUST_BE_GIVEN
     weights: str = "ema"  # model, an average, width_W of a run with power averages, or a table of a foreign file
     to: Program = MUST_BE_GIVEN
-    out: str = MUST_BE_GIVEN  # a .pt file for reference, a folder for diffusers
+    out: str = MUST_BE_GIVEN  # a .pt file for reference and sit, a folder for diffusers
 
 
 class Format(StrEnum):

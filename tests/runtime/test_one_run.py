@@ -35,9 +35,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "adaln": {"block": "AdaLNBlock", "depth": 2},
     "cross_attention": {"block": "CrossAttentionBlock"},
     "in_context": {"block": "InContextBlock", "qk_norm": True, "depth": 2},
-    "warm_up": {"learning_rates": WARM_UP, "max_grad_norm": 0.5},
+    "warm_up": {"learning_rates": WARM_UP, "max_grad_norm": 0.35, "objective": "edm"},
     "skipping": {"skip_over": SKIP_OVER},
-    "deep": {"block": "Deep", "average": "power"},  # units two levels deep, whose arguments are trees
+    # Units two levels deep, whose arguments are trees.
+    "deep": {"block": "Deep", "average": "power", "objective": "flow"},
 }
 # All cases of one line run in one process, or in one pair of processes. A case costs the compilation of its step:
 # each covers several recipes, modes and settings that no other has together.

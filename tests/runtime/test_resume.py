@@ -89,6 +89,23 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(whole: Path, wor
     assert not list((run / "checkpoints").glob(".*"))
 
 
+def test_a_flow_with_logit_normal_times_is_killed_and_ends_with_the_same_bits(digits: Path, tmp_path: Path) -> None:
+    flow = ["diffusion=flow", "diffusion/times=logit_normal", "diffusion/sampler=euler", "sampler.steps=2"]
+    often = ["total_steps=60", "log_every=4", "checkpoint_every=6", f"data.shards={digits}", "run_dir=run"]
+    end, ends = "checkpoints/step_00000060", []
+    for kills in (0, 1):
+        folder = tmp_path / str(kills)
+        folder.mkdir()
+        for _ in range(kills):
+            killed([*TINY_RUN, *often, *flow], folder, writes_a_checkpoint, after_sec=0.05)
+            assert not (folder / "run" / end).exists()
+        ditscale("train", *TINY_RUN, *often, *flow, cwd=folder, timeout_sec=TIMEOUT_SEC)
+        last = sorted((folder / "run" / end).glob("*.safetensors"))
+        ends.append([path.read_bytes() for path in [*last, folder / "run/metrics.jsonl"]])
+    assert len(ends[0]) == 4
+    assert ends[0] == ends[1]
+
+
 def evaluations_of(run: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["frechet_distance"]) for line in json_lines(run / "evaluations.jsonl")]
 

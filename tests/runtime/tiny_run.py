@@ -9,13 +9,14 @@ import json
 import math
 import pkgutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo.utils
+import torch._inductor.config
 import yaml
 from deep_network import DeepConfig, DeepNetwork
 from safetensors.torch import save_file
@@ -24,7 +25,10 @@ from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from core.batch import Batch
-from diffusion.objective import corrupt
+from diffusion.edm import EDM
+from diffusion.flow import Flow
+from diffusion.objective import Objective, corrupt
+from diffusion.paths import GVPPath
 from diffusion.process import GaussianDiffusion
 from diffusion.schedules import LinearSchedule
 from diffusion.variances import LearnedRangeVariance
@@ -37,6 +41,7 @@ from train.guards import SpikeGuard
 from train.state import optimizer_tensors
 from train.step import TOTAL, make_step
 
+torch._inductor.config.cpp.simdlen = 0  # code for vectors takes the C++ compiler a quarter longer
 CONF = Path(__file__).resolve().parents[2] / "conf/runtime"
 NUM_CLASSES, DECAY = 10, 0.9999
 NORMS = ("grad_norm", "param_norm", "update_norm")
@@ -49,6 +54,7 @@ class Case:
     name: str
     runtime: str  # plain, or a file of conf/runtime
     block: str = "AdaLNZeroBlock"  # of a DiT; Deep: another network
+    objective: str = "gaussian"  # or flow, edm
     depth: int = 1  # of a DiT
     qk_norm: bool = False
     settings: dict[str, Any] = field(default_factory=dict)  # of the runtime
@@ -69,7 +75,9 @@ class Case:
             return DeepNetwork(DeepConfig())
         attention = QKNormSelfAttention if self.qk_norm else SelfAttention
         block = functools.partial(getattr(blocks, self.block), attention=attention)
-        made = DiT(DiTConfig(8, 4, 2, width=64, depth=self.depth, num_heads=4, num_classes=NUM_CLASSES, block=block))
+        shape = {"width": 64, "depth": self.depth, "num_heads": 4, "num_classes": NUM_CLASSES}
+        outputs = diffusion(self.objective).outputs_per_channel
+        made = DiT(DiTConfig(8, 4, 2, **shape, block=block, outputs_per_channel=outputs))  # type: ignore[arg-type]
         generator = torch.Generator().manual_seed(5)
         for parameter in made.parameters():
             parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
@@ -93,7 +101,7 @@ class Case:
             size = (self.batch_size, 4, 8, 8)
             x_0 = torch.randn(size, generator=generator)
             label = torch.randint(0, NUM_CLASSES + 1, size[:1], generator=generator)
-            t = torch.randint(0, 1000, size[:1], generator=generator)
+            t = TIMES[self.objective](generator, size[:1])
             yield Batch(
                 x_0=x_0[mine],
                 noise=torch.randn(size, generator=generator)[mine],
@@ -102,13 +110,22 @@ class Case:
             )
 
 
-def diffusion() -> GaussianDiffusion:
-    return GaussianDiffusion(LinearSchedule(), LearnedRangeVariance())
+TIMES: dict[str, Callable[[torch.Generator, tuple[int]], Tensor]] = {
+    "gaussian": lambda generator, size: torch.randint(0, 1000, size, generator=generator),
+    "flow": lambda generator, size: torch.rand(size, generator=generator),
+    "edm": lambda generator, size: torch.exp(1.2 * torch.randn(size, generator=generator) - 1.2),
+}
+
+
+def diffusion(name: str = "gaussian") -> Objective:
+    if name == "flow":  # as SiT has it, so that a network with two outputs per channel fits
+        return Flow(GVPPath(), direction_weight=1.0, reversed_time=True, outputs_per_channel=2)
+    return EDM(1.0) if name == "edm" else GaussianDiffusion(LinearSchedule(), LearnedRangeVariance())
 
 
 def plain(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Train by the recipe in twenty lines of eager PyTorch, without our runtime, step or EMA."""
-    model, process = case.model(), diffusion()
+    model, process = case.model(), diffusion(case.objective)
     optimizer = case.optimizer(model)
     averages = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     gamma = averages_of.gamma_of(0.1)
@@ -118,7 +135,7 @@ def plain(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for group in optimizer.param_groups:
             group["lr"] = case.learning_rates[number] if case.learning_rates else group["lr"]
         x_t = corrupt(process, batch)
-        output = model(x_t, batch.t, batch.condition)
+        output = model(*process.inputs(x_t, batch.t), batch.condition)
         loss = process.losses(output, batch, x_t)["loss"].mean()
         optimizer.zero_grad()
         loss.backward()
@@ -157,7 +174,7 @@ def under_runtime(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
     ema, optimizer = case.averages(model), case.optimizer(model)
     if case.activation_checkpointing:
         checkpoint_units(model, runtime.checkpoint)
-    process = runtime.place(diffusion())
+    process = runtime.place(diffusion(case.objective))
     world = runtime.data_world
     runtime.data_world = 2 if case.wrapped else world
     stepping, optimizer = runtime.prepare(model, list(ema.modules.values()), optimizer)

@@ -11,11 +11,18 @@ from pathlib import Path
 import numpy as np
 from tiny_run import Case, Counters, diffusion, make_runtime
 
+from core.batch import Denoiser
 from data.conditions import ClassLabels
 from data.manifest import LatentSpec
-from diffusion.diffusers_samplers import DPMSolverPP, Heun
+from diffusion.diffusers_samplers import DPMSolverPP, FlowDPMSolverPP, Heun
+from diffusion.edm import EDM
+from diffusion.edm_sampler import EdmHeun
+from diffusion.flow import Flow
 from diffusion.guidance import ClassifierFreeGuidance, Unguided
+from diffusion.objective import Objective
+from diffusion.ode_samplers import Euler, HeunOde
 from diffusion.samplers import DDIM, DDPM, Sampler
+from diffusion.sde_samplers import EulerMaruyama, StochasticHeun
 from evaluation.generate import Generator
 from model.autoencoder import IdentityAutoencoder
 
@@ -26,7 +33,27 @@ SAMPLERS: dict[str, Sampler] = {
     "dpm_solver_pp": DPMSolverPP(STEPS),
     "heun": Heun(STEPS),
     "guided": DDPM(STEPS),
+    "euler": Euler(STEPS),
+    "heun_ode": HeunOde(STEPS),
+    "euler_maruyama": EulerMaruyama(STEPS),
+    "stochastic_heun": StochasticHeun(STEPS),
+    "flow_dpm_solver_pp": FlowDPMSolverPP(STEPS),
+    "edm_heun": EdmHeun(STEPS, churn=4.0),
 }
+FLOW, EDM_OBJECTIVE = Flow(outputs_per_channel=2), EDM(sigma_data=0.5)
+
+
+def first_half(network: Denoiser) -> Denoiser:
+    """Return a network of one output per channel from one of two."""
+    return lambda x_t, t, condition: network(x_t, t, condition)[:, : x_t.shape[1]]
+
+
+def fit(sampler: Sampler, objective: Objective) -> bool:
+    try:
+        sampler.require(objective)
+    except ValueError:
+        return False
+    return True
 
 
 def main() -> None:
@@ -38,8 +65,10 @@ def main() -> None:
     images, counts, labels = {}, {}, ClassLabels(10)
     for kind, sampler in SAMPLERS.items():
         guidance = ClassifierFreeGuidance if kind == "guided" else Unguided
-        denoiser = guidance(model, null=labels.null, latent_channels=4)
-        generator = Generator(denoiser, process, IdentityAutoencoder(4), sampler, spec, labels, 0, runtime)
+        network = first_half(model) if kind == "edm_heun" else model
+        denoiser = guidance(network, null=labels.null, latent_channels=4)
+        fits = [one for one in (process, FLOW, EDM_OBJECTIVE) if fit(sampler, one)]
+        generator = Generator(denoiser, fits[0], IdentityAutoencoder(4), sampler, spec, labels, 0, runtime)
         counters, read = Counters(name), []
         parts = []
         for _, part in generator.batches(labels.in_turn(14), 14, 8):  # two rounds of eight rows, two of them spare

@@ -146,6 +146,29 @@ def test_there_is_a_gpu_to_believe_in() -> None:
         torch.zeros(3, device="cuda") + 1  # no kernel runs
 
 
+def test_blocks_are_compiled_on_a_gpu_and_without_a_c_compiler_a_line_says_why_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def compiles() -> bool:
+        model = dit("AdaLNZeroBlock")
+        AccelerateRuntime("bf16").prepare(model, [], torch.optim.AdamW(model.parameters()))
+        return model.units()[0]._compiled_call_impl is not None
+
+    monkeypatch.setenv("CC", "/bin/sh")
+    monkeypatch.setattr("runtime.kernels.importlib.util.find_spec", lambda name: name)
+    assert compiles()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("CC", "there-is-no-such-compiler")
+    assert not compiles()
+    shown = capsys.readouterr().err
+    assert shown == (
+        "note: blocks are not compiled, and steps are slower: there is no C compiler (there-is-no-such-compiler).\n"
+    )
+    monkeypatch.setattr("runtime.kernels.importlib.util.find_spec", lambda name: None)
+    assert not compiles()
+    assert "there is no package triton" in capsys.readouterr().err
+
+
 AVERAGES = {
     "constant": averages_of.constant,
     "warmed_up": averages_of.warmed_up,
@@ -160,7 +183,7 @@ class Training:
     def __init__(
         self, block: str, recomputes: bool, average: str = "constant", mode: Any = "replicated", depth: int = 1
     ) -> None:
-        self.runtime = AccelerateRuntime("bf16", micro_batches=2, mode=mode)
+        self.runtime = AccelerateRuntime("bf16", micro_batches=2, mode=mode, compile=False)
         self.model = dit(block, depth)
         with unset_fake_temporarily():
             self.averages = AVERAGES[average](self.model)
@@ -433,7 +456,7 @@ def test_workers_of_a_sweep_train_on_gpus_of_their_own(tmp_path: Path, monkeypat
     monkeypatch.setattr(machine, "_held", [])
     _, other = machine.lease(2, tmp_path / f".gpus-{platform.node()}")  # the worker before
     machine.take_gpu({"runtime": {"device": "auto"}}, tmp_path)
-    state, expected = on_gpu(AccelerateRuntime("fp32"), 1)
+    state, expected = on_gpu(AccelerateRuntime("fp32", compile=False), 1)
     for name, value in everything(state).items():
         assert value.device == SECOND
         assert torch.equal(value.cpu(), expected[name])

@@ -9,6 +9,9 @@ from foreign_files import assert_same_weights, random_model, released_weights
 from safetensors.torch import load_file, save_file
 from test_model import forward_inputs, golden_model, inputs, tiny
 
+from diffusion.process import GaussianDiffusion
+from diffusion.schedules import LinearSchedule
+from diffusion.variances import LearnedRangeVariance
 from launch.builders.diffusers_folder import read_diffusers_folder
 from launch.builders.training import load_starting_weights
 from model.attention import QKNormSelfAttention
@@ -16,6 +19,8 @@ from model.blocks import AdaLNBlock, AdaLNZeroBlock
 from model.diffusers_weights import to_diffusers
 from model.dit import DiT
 from model.released import add_null_class, from_reference, replace_label_table, to_reference
+
+GAUSSIAN = GaussianDiffusion(LinearSchedule(), LearnedRangeVariance())
 
 
 def in_diffusers(theirs: DiTTransformer2DModel) -> torch.Tensor:
@@ -174,15 +179,15 @@ def test_starting_weights_for_other_classes_say_that_the_label_table_is_new(tmp_
     torch.save(released_weights(), tmp_path / "a.pt")
     model = tiny(num_classes=3)
     fresh_labels = model.label_embedding.weight.clone()
-    (note,) = load_starting_weights(model, str(tmp_path / "a.pt"))
+    (note,) = load_starting_weights(model, str(tmp_path / "a.pt"), GAUSSIAN)
     assert "has 10 classes and this run 3: the label table starts anew" in note
     assert torch.equal(model.label_embedding.weight, fresh_labels)
     expected = from_reference(released_weights(), num_heads=4).blocks[0].attention.qkv.weight
     assert torch.equal(model.blocks[0].attention.qkv.weight, expected)
     with pytest.raises(ValueError, match=r"has depth 2, but model.depth is 1; set it to 2"):
-        load_starting_weights(tiny(depth=1), str(tmp_path / "a.pt"))
+        load_starting_weights(tiny(depth=1), str(tmp_path / "a.pt"), GAUSSIAN)
     with pytest.raises(ValueError, match=r"has other blocks than model.block"):
-        load_starting_weights(tiny(block=AdaLNBlock), str(tmp_path / "a.pt"))
+        load_starting_weights(tiny(block=AdaLNBlock), str(tmp_path / "a.pt"), GAUSSIAN)
 
 
 def test_a_diffusers_folder_with_wrong_weights_is_refused_with_their_names(tmp_path: Path) -> None:

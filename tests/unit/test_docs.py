@@ -1,4 +1,4 @@
-"""Numbers in docs/ equal those of the committed result lines."""
+"""Numbers in docs/ equal those of the committed result lines, and lists in docs/ are complete."""
 
 import json
 from typing import Any
@@ -54,3 +54,11 @@ def test_replicated_sends_the_gradients_in_bf16_and_nothing_else(slice_name: str
     line = compiled(slice_name, "replicated", recomputes=False)
     assert line["collectives"].keys() == {"all-reduce"}
     assert line["collectives"]["all-reduce"]["bytes"] == pytest.approx(2 * line["parameters"], rel=0.002)
+
+
+@pytest.mark.parametrize("group", ["", "path", "prediction", "weighting", "times"])
+def test_the_page_on_objectives_lists_every_choice(group: str) -> None:
+    page = (ROOT / "docs/objectives.md").read_text(encoding="utf-8")
+    for path in (CONF / "diffusion" / group).glob("*.yaml"):
+        named = f"`{path.stem}`" if group else f"`diffusion={path.stem}`"
+        assert any(line.startswith(f"| {named}") for line in page.splitlines()), path

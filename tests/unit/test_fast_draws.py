@@ -15,7 +15,7 @@ from core.draws import Philox, Purpose, TimesOfWords, draw_noise, training_draws
 from core.fast_draws import CompiledDraws, load_draws
 from core.rooms import MAY_IMPORT
 from core.ziggurat import R
-from diffusion.times import UniformSteps, UniformTimes
+from diffusion.times import LogitNormalTimes, LogNormalLevels, MovedTimes, UniformSteps, UniformTimes
 
 LARGEST = 2**63 - 1
 
@@ -73,7 +73,15 @@ def test_normals_that_take_more_bits_than_are_made_at_once_are_those_of_numpy(
         assert bits(row) == bits(numpys(1, position, 2, 3, 4096))
 
 
-@pytest.mark.parametrize("times", [UniformTimes(), *(UniformSteps(count) for count in (1, 7, 1000, 2**31 + 1))])
+CONTINUOUS = [
+    UniformTimes(),
+    LogitNormalTimes(0.3, 1.5),
+    LogNormalLevels(),
+    *(MovedTimes(times, 3.0, 1e-3, 1 - 1e-3) for times in (UniformTimes(), LogitNormalTimes())),
+]
+
+
+@pytest.mark.parametrize("times", [*CONTINUOUS, *(UniformSteps(count) for count in (1, 7, 1000, 2**31 + 1))])
 def test_times_of_words_are_those_that_are_drawn_one_by_one(times: TimesOfWords) -> None:
     """Include a number of steps for which numpy rejects half of its random bits."""
     philox, positions = Philox(3), np.arange(2000)
@@ -85,7 +93,7 @@ def test_times_of_words_are_those_that_are_drawn_one_by_one(times: TimesOfWords)
 
 def test_draws_of_training_are_the_same_compiled_and_not(monkeypatch: pytest.MonkeyPatch) -> None:
     positions, shape = np.arange(2**40, 2**40 + 13), (4, 9, 5)
-    for times in (UniformSteps(2**31 + 1), UniformTimes()):
+    for times in (UniformSteps(2**31 + 1), MovedTimes(UniformSteps(7), 2.0, 0.0, 1.0), *CONTINUOUS):
         monkeypatch.setattr(core.draws, "FAST_DRAWS", Deferred("draws", load_draws, worth=10**9))
         slow = training_draws(Philox(5), positions, shape, times, 0.5, True)
         monkeypatch.setattr(core.draws, "FAST_DRAWS", Deferred("draws", load_draws, worth=0))

@@ -13,12 +13,16 @@ from foreign_files import HEADS, change_json, random_model, released_weights, sa
 from safetensors.torch import load_file
 from torch import Tensor
 
+from diffusion.process import GaussianDiffusion
+from diffusion.schedules import LinearSchedule
+from diffusion.variances import LearnedRangeVariance
 from launch.builders.foreign import is_foreign
 from launch.builders.training import load_starting_weights
 from model.diffusers_weights import to_diffusers
 from model.dit import DiT, DiTConfig
 from model.released import from_reference, to_reference
 
+GAUSSIAN = GaussianDiffusion(LinearSchedule(), LearnedRangeVariance())
 GOLDEN = released_weights()
 TABLE = "y_embedder.embedding_table.weight"
 SAMPLE = ["sample", "runtime=cpu", "num_images=3", "sampler.steps=2", "data.autoencoder.channels=4"]
@@ -181,7 +185,7 @@ def test_a_run_starts_from_weights_of_another_resolution(digits: Path, tmp_path:
     shown = train(in_process, digits, "init_from=large.pt", "run_dir=x")
     assert "note: large.pt has latents of side 16 and this run of 8: all weights are taken over" in shown
     model = digits_model()
-    load_starting_weights(model, "large.pt")
+    load_starting_weights(model, "large.pt", GAUSSIAN)
     assert all(torch.equal(value, large.state_dict()[name]) for name, value in model.state_dict().items())
     assert model.position_drift() == 0
 
@@ -194,7 +198,7 @@ def test_a_runs_classes_choose_the_reading_of_a_label_table(tmp_path: Path, said
     path = saved(tmp_path / "a.pt", {"ema": weights, **arguments})
     model = DiT(DiTConfig(8, 4, 2, width=48, depth=2, num_heads=4, num_classes=10))
     fresh = model.label_embedding.weight.detach().clone()
-    notes = " ".join(load_starting_weights(model, str(path)))
+    notes = " ".join(load_starting_weights(model, str(path), GAUSSIAN))
     if said == 9:
         assert "has 9 classes and this run 10: the label table starts anew" in notes
         assert torch.equal(model.label_embedding.weight, fresh)
@@ -203,7 +207,7 @@ def test_a_runs_classes_choose_the_reading_of_a_label_table(tmp_path: Path, said
     assert "has no null class: its row of the label table starts anew" in notes
     assert torch.equal(model.label_embedding.weight[:10], weights[TABLE])
     assert torch.equal(model.label_embedding.weight[10], fresh[10])
-    assert "label table" not in " ".join(load_starting_weights(model, str(saved(path, GOLDEN))))
+    assert "label table" not in " ".join(load_starting_weights(model, str(saved(path, GOLDEN)), GAUSSIAN))
 
 
 def test_a_run_of_another_variance_is_told_the_setting(digits: Path, tmp_path: Path, in_process: InProcess) -> None:

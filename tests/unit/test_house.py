@@ -160,6 +160,7 @@ GROUPS = sorted(override_of(path) for path in CONF.rglob("*.yaml") if len(path.r
 
 # Groups of which a choice decides what others there are: each choice is composed alone.
 DECISIVE = {"experiment", "data", "data/encoding", "diffusion", "evaluation", "evaluation/image_set", "model"}
+DECISIVE |= {"diffusion/path", "diffusion/times"}
 
 
 def combined(overrides: list[str]) -> list[list[str]]:
@@ -177,6 +178,7 @@ def test_every_config_file_builds_what_exists_with_settings_that_it_has(override
     more += ["data.name=x"] if overrides == ["data=folder"] else []
     homes = {"data/encoding": "encode", "evaluation/image_set": "reference"}  # groups that training has not
     job = next((job for group, job in homes.items() if overrides[0].startswith(group)), "train")
+    more += ["diffusion=flow"] if overrides[0].startswith(("diffusion/path=", "diffusion/times=")) else []
     given = [f"+{o}" if o.startswith("model/embedding=") else o for o in overrides]  # a group without a default
     check_targets(composed(job, *given, *more))
 

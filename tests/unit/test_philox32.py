@@ -1,7 +1,7 @@
 """philox32_v1 draws Random123's words and exact normals: the same bits compiled, by PyTorch's operations, and alone."""
 
 import sys
-from math import erfc, sqrt
+from math import erfc, exp, sqrt
 from statistics import NormalDist
 
 import numpy as np
@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 import core.philox32
 from core.deferred import Deferred
-from core.draws import Philox, Purpose, Streams, draw_noise, training_draws
+from core.draws import Philox, Purpose, Streams, Times, draw_noise, training_draws
 from core.normal_table import normal_table
 from core.philox32 import CompiledPhilox32, Philox32, load_philox32
 from core.tensor_philox32 import UNIT, block_words, normals_of_words, stream_words
-from diffusion.times import UniformSteps, UniformTimes
+from diffusion.times import LogitNormalTimes, LogNormalLevels, MovedTimes, UniformSteps, UniformTimes
 
 LARGEST = 2**63 - 1
 # Counter, key and words of philox4x32-10 in the file kat_vectors of Random123.
@@ -183,6 +183,23 @@ def test_times_of_bits_are_the_highest_ones(word: int, num_steps: int) -> None:
     assert UniformSteps(num_steps).of_bits(words).tolist() == [word * num_steps >> 64]
     (time,) = UniformTimes().of_bits(words).tolist()
     assert (time, time < 1) == ((word >> 40) / 2**24, True)
+
+
+@pytest.mark.parametrize(
+    ("times", "median"),
+    [
+        (LogitNormalTimes(), 0.5),
+        (LogNormalLevels(), exp(-1.2)),
+        (MovedTimes(UniformTimes(), 3.0, 0.1, 0.9), 0.7),
+        (MovedTimes(LogitNormalTimes(), 3.0, 0.0, 1.0), 0.75),
+    ],
+)
+def test_times_of_other_distributions_come_from_the_same_bits(times: Times, median: float) -> None:
+    positions = np.arange(4000)
+    found = Philox32(1).times(positions, times)
+    assert found.dtype == times.dtype
+    assert abs((found < median).mean() - 0.5) < 0.04
+    assert Philox32(1).times(positions[7:8], times).tolist() == found[7:8].tolist()
 
 
 @pytest.mark.parametrize("kind", [Philox, Philox32])

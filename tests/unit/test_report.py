@@ -553,6 +553,19 @@ def test_a_column_that_no_run_fills_is_left_out_and_fid_is_called_so(
     assert "recognized fraction" not in head
 
 
+def test_the_table_of_evaluations_says_the_objective_and_where_its_numbers_come_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only_figures(monkeypatch)
+    edm = {"name": "edm", "sigma_data": 0.61, "sigma_data_from": "shards"}
+    write_run(tmp_path, "a", record_of(16, 40.0, objective=edm))
+    write_run(tmp_path, "b", record_of(32, 30.0))  # of an earlier version
+    page = Parsed(write_report(read_study(tmp_path), tmp_path / "report").page.read_text())
+    head, *rows = page.tables["evaluations"]
+    column = head.index("objective")
+    assert sorted(row[column] for row in rows) == ["-", "edm (sigma_data 0.61, sigma_data_from shards)"]
+
+
 def test_the_page_is_whole_and_needs_nothing_from_elsewhere(full: Report) -> None:
     text = full.page.read_text()
     assert "This is the left panel of the paper&#39;s figure." in text
