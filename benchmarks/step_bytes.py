@@ -47,7 +47,7 @@ class OperatorBytes(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         if not func.is_view and not name.startswith(("empty", "detach", "_local_scalar", "zeros", "new_empty")):
             tensors = [leaf for leaf in tree_leaves((args, kwargs, found)) if isinstance(leaf, Tensor)]
-            if not tree_leaves(found):  # it writes into arguments and returns nothing
+            if found is None:  # it writes into arguments and returns nothing
                 given = zip(func._schema.arguments, args, strict=False)
                 written = [value for argument, value in given if argument.alias_info and argument.alias_info.is_write]
                 tensors += tree_leaves(written)
