@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from model.attend import AttentionLayer
 from model.embeddings import rotary_angles
-from model.norms import NormFactory, layer_norm
 
 
 class SelfAttention(AttentionLayer):
@@ -50,14 +49,26 @@ class QKNormSelfAttention(SelfAttention):
     The paper does not do this. It prevents attention scores from growing late in long bf16 runs.
     """
 
-    def __init__(self, width: int, num_heads: int, norm: NormFactory = layer_norm) -> None:
+    def __init__(self, width: int, num_heads: int, eps: float = 1e-6) -> None:
         super().__init__(width, num_heads)
-        self.norm_query = norm(width // num_heads, True)
-        self.norm_key = norm(width // num_heads, True)
+        self.norm_query = self.head_norm(width // num_heads, eps)
+        self.norm_key = self.head_norm(width // num_heads, eps)
+
+    def head_norm(self, head_width: int, eps: float) -> nn.Module:
+        """Return a new norm of a head's queries or keys."""
+        return nn.LayerNorm(head_width, eps=eps)
 
     def normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Return queries and keys [B, heads, T, d / heads], each vector normalized with a learned scale (and shift)."""
         return self.norm_query(query.float()).to(query.dtype), self.norm_key(key.float()).to(key.dtype)
+
+
+class QKRmsNormSelfAttention(QKNormSelfAttention):
+    """Queries and keys normalized per head by their root mean square."""
+
+    def head_norm(self, head_width: int, eps: float) -> nn.Module:
+        """Return a new norm of a head's queries or keys."""
+        return nn.RMSNorm(head_width, eps=eps)
 
 
 class RotarySelfAttention(SelfAttention):
@@ -83,13 +94,21 @@ class RotaryQKNormSelfAttention(QKNormSelfAttention):
 
     sees_positions = True
 
-    def __init__(self, width: int, num_heads: int, norm: NormFactory = layer_norm) -> None:
-        super().__init__(width, num_heads, norm)
+    def __init__(self, width: int, num_heads: int, eps: float = 1e-6) -> None:
+        super().__init__(width, num_heads, eps)
         require_rotary_heads(width, num_heads)
 
     def rotate(self, vectors: Tensor, positions: Tensor) -> Tensor:
         """Return queries or keys [B, heads, T, d / heads] with pairs of channels rotated by positions [T, 2]."""
         return rotated(vectors, positions)
+
+
+class RotaryQKRmsNormSelfAttention(RotaryQKNormSelfAttention):
+    """Queries and keys normalized per head by their root mean square, then rotated."""
+
+    def head_norm(self, head_width: int, eps: float) -> nn.Module:
+        """Return a new norm of a head's queries or keys."""
+        return nn.RMSNorm(head_width, eps=eps)
 
 
 def require_rotary_heads(width: int, num_heads: int) -> None:

@@ -233,8 +233,8 @@ class DiT(Network):
         """
         self._require_shape(x_t)
         tokens = self.patch_embedding(self._patchify(x_t))
-        if self.position_embedding is not None:
-            tokens = tokens + self.position_embedding
+        table = self.position_embedding
+        tokens = tokens.float() if table is None else tokens + table  # float32 between blocks, under autocast too
         embedded = self.embedding.embed(self.timestep_embedding(t), condition)
         sequence = self._assembly.enter(tokens, embedded)
         positions = None if self.positions is None else self._assembly.places(self.positions, embedded)

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from model.attention import (
     AttentionFactory,
     QKNormSelfAttention,
+    QKRmsNormSelfAttention,
     RotaryQKNormSelfAttention,
+    RotaryQKRmsNormSelfAttention,
     RotarySelfAttention,
     SelfAttention,
 )
@@ -89,15 +91,15 @@ class _Parts:
     def block(self) -> BlockFactory:
         """Return the factory of blocks with these options."""
         norm = rms_norm if self.rms_norm else layer_norm
-        norm_of_heads = rms_norm if self.rms_norm else partial(layer_norm, eps=1e-5)  # PyTorch's default
-        attention: AttentionFactory = RotarySelfAttention if self.rotary else SelfAttention
-        if self.qk_norm:
-            normalized = RotaryQKNormSelfAttention if self.rotary else QKNormSelfAttention
-            attention = partial(normalized, norm=norm_of_heads)
+        attention: tuple[AttentionFactory, AttentionFactory] = SelfAttention, RotarySelfAttention
+        if self.qk_norm and self.rms_norm:
+            attention = QKRmsNormSelfAttention, RotaryQKRmsNormSelfAttention
+        elif self.qk_norm:
+            attention = partial(QKNormSelfAttention, eps=1e-5), partial(RotaryQKNormSelfAttention, eps=1e-5)
         return partial(
             AdaLNZeroUnshiftedBlock if self.unshifted else AdaLNZeroBlock,
             mlp_ratio=4.0,
-            attention=attention,
+            attention=attention[self.rotary],
             norm=norm,
             mlp=SwiGluMlp if self.swiglu else GeluMlp,
         )

@@ -7,9 +7,9 @@ from torch import nn
 NormFactory = Callable[[int, bool], nn.Module]  # (width, has learned scale and shift) -> module: [..., d] -> [..., d]
 
 
-def layer_norm(width: int, affine: bool, eps: float = 1e-6) -> nn.LayerNorm:
+def layer_norm(width: int, affine: bool) -> nn.LayerNorm:
     """Return the paper's norm, a layer norm."""
-    return nn.LayerNorm(width, eps=eps, elementwise_affine=affine)
+    return nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine)
 
 
 def rms_norm(width: int, affine: bool, always_scaled: bool = True) -> nn.RMSNorm:

@@ -10,7 +10,7 @@ from conftest import GOLDEN
 from test_model import tiny
 from torch import Tensor, nn
 
-from model.attention import QKNormSelfAttention, RotarySelfAttention
+from model.attention import QKRmsNormSelfAttention, RotarySelfAttention
 from model.blocks import AdaLNBlock, AdaLNZeroBlock
 from model.convert import from_lightningdit, to_lightningdit
 from model.mlp import GeluMlp
@@ -69,7 +69,7 @@ def test_a_network_that_lightningdit_does_not_have_is_refused() -> None:
         (AdaLNBlock, "block adaLN is not the one"),
         (partial(AdaLNZeroBlock, mlp=GeluMlp, mlp_ratio=2.0), "none of its options"),
         (partial(AdaLNZeroBlock, norm=partial(rms_norm, always_scaled=False)), "has with rms_norm; keep it"),
-        (partial(AdaLNZeroBlock, attention=partial(QKNormSelfAttention, norm=rms_norm)), "has with qk_norm; keep it"),
+        (partial(AdaLNZeroBlock, attention=QKRmsNormSelfAttention), "has with qk_norm; keep it"),
     ):
         with pytest.raises(ValueError, match=named):
             to_lightningdit(tiny(block=block))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from launch.builders.components import build
-from model.attention import CrossAttention, RotaryQKNormSelfAttention, RotarySelfAttention
+from model.attention import CrossAttention, RotaryQKNormSelfAttention, RotaryQKRmsNormSelfAttention, RotarySelfAttention
 from model.blocks import AdaLNZeroBlock, Block, ConditionFirst, CrossAttentionBlock, InContextBlock
 from model.embeddings import ConditionEmbedding, Embedded, grid_positions
 from model.flops import multiply_adds, num_parameters, weightless
@@ -82,7 +82,7 @@ def test_rotary_positions_refuse_heads_that_do_not_divide_with_both_numbers(atte
 
 
 def test_queries_and_keys_are_normalized_before_they_are_rotated() -> None:
-    attention, tokens = RotaryQKNormSelfAttention(16, 2, norm=rms_norm), torch.randn(2, 16, 16)
+    attention, tokens = RotaryQKRmsNormSelfAttention(16, 2), torch.randn(2, 16, 16)
     assert {type(part) for part in (attention.norm_query, attention.norm_key)} == {nn.RMSNorm}
     query, key = attention.normalize(torch.randn(2, 2, 16, 8), torch.randn(2, 2, 16, 8))
     torch.testing.assert_close(query.square().mean(dim=-1), torch.ones(2, 2, 16), rtol=1e-4, atol=1e-4)
@@ -119,6 +119,16 @@ def test_the_position_table_may_be_learned_or_left_out() -> None:
             to_reference(tiny(position_table=table))
     with pytest.raises(ValueError, match="is 'rotary', but it must be one of fixed, learned, none"):
         tiny(position_table="rotary")
+
+
+@pytest.mark.parametrize("table", ["fixed", "learned", "none"])
+def test_tokens_between_blocks_are_float32_under_autocast_whatever_the_position_table(table: str) -> None:
+    model, seen = modern(AdaLNZeroBlock, position_table=table), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, tokens, output: seen.extend([tokens[0].dtype, output.dtype]))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(*inputs())
+    assert set(seen) == {torch.float32}
 
 
 class Words(ConditionEmbedding):

@@ -21,13 +21,20 @@ SMALL += ["train/logger=none", "train/ema=shorter_run", "runtime=cpu", "optimize
 EULER = ["diffusion/sampler=euler", "sampler.steps=2"]
 HEUN = ["diffusion/sampler=edm_heun", "sampler.steps=3"]
 LOGIT_NORMAL = ["diffusion=flow", "diffusion/times=logit_normal", *EULER]
+MODERN = [
+    "model/block=adaln_zero_unshifted",
+    "model/norm=rms",
+    "model/mlp=swiglu",
+    "model/attention=rotary_qk_rms_norm",
+]
 RUNS = {
     "v, min-SNR": ["diffusion/prediction=v", "diffusion/weighting=min_snr", "sampler.steps=2"],
     "logit-normal": [*LOGIT_NORMAL, "diffusion.direction_weight=1", "diffusion.shift=resolution"],
     "VP, score": ["diffusion=flow", "diffusion/path=vp", "diffusion/prediction=score", *EULER],
     "EDM": ["diffusion=edm", *HEUN],
+    "modern parts": ["diffusion=flow", *EULER, *MODERN],
 }
-METRICS = {"v, min-SNR": {"mse", "vlb"}, "logit-normal": {"mse", "direction"}, "VP, score": set(), "EDM": set()}
+METRICS = dict.fromkeys(RUNS, set[str]()) | {"v, min-SNR": {"mse", "vlb"}, "logit-normal": {"mse", "direction"}}
 
 
 @pytest.mark.parametrize("name", RUNS)

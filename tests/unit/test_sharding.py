@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_model import BLOCKS, SIZES
 
-from model.attention import QKNormSelfAttention, RotaryQKNormSelfAttention, SelfAttention
+from model.attention import QKNormSelfAttention, RotaryQKRmsNormSelfAttention, SelfAttention
 from model.blocks import AdaLNZeroBlock, Block
 from model.dit import DiT, DiTConfig
 from model.mlp import SwiGluMlp
@@ -25,8 +25,7 @@ def shape_only(block: type[Block], size: str, qk_norm: bool) -> DiT:
 def modern_shape(size: str, channels: int = 32) -> DiT:
     """Return a network of all modern parts, with patches of one value."""
     depth, width, num_heads = SIZES[size]
-    attention = partial(RotaryQKNormSelfAttention, norm=rms_norm)
-    block = partial(AdaLNZeroBlock, attention=attention, norm=rms_norm, mlp=SwiGluMlp)
+    block = partial(AdaLNZeroBlock, attention=RotaryQKRmsNormSelfAttention, norm=rms_norm, mlp=SwiGluMlp)
     with torch.device("meta"):
         config = DiTConfig(16, channels, 1, width, depth, num_heads, 1000, block, 1, position_table="learned")
         return DiT(config)
