@@ -1,7 +1,7 @@
 """Make the training loop's batches from positions in the order of samples."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from core.batch import Batch
 from core.buffers import Buffers
-from core.draws import Philox, Purpose, Times, draw_choices, draw_noise
+from core.draws import Philox, Purpose, Streams, Times, draw_choices
 from core.prefetch import DEPTH
 from core.threads import ONE_THREAD, Threads
 from data.conditions import ConditionSource, with_dropped
@@ -24,7 +24,8 @@ CHUNK = 32  # samples that are read and drawn at once, so that intermediate valu
 class TrainingBatches:
     """Training batches as a pure function of (seed, step); process ``rank`` of ``world`` reads its slice of each.
 
-    ``threads`` threads make a batch; their number changes no bit of it.
+    ``streams`` makes the streams of random numbers from the seed. ``threads`` threads make a batch; their number
+    changes no bit of it.
 
     Raises ValueError where the batch size is not a multiple of the world size, or a cache is too small for the order.
     """
@@ -44,6 +45,7 @@ class TrainingBatches:
         rank: int = 0,
         world: int = 1,
         threads: int = 1,
+        streams: Callable[[int], Streams] = Philox,
     ) -> None:
         positions_of_step(0, batch_size, rank, world)  # raises where the batch size does not divide
         num_shards = _windows_at_hand(order, batch_size, world) * order.shards_per_window
@@ -59,7 +61,8 @@ class TrainingBatches:
         self.flip = flip
         self.rank = rank
         self.world = world
-        self._philox = Philox(seed)
+        self._new_streams = streams
+        self._streams = streams(seed)
         self._threads = Threads(threads)
         self._buffers = Buffers()
 
@@ -73,7 +76,7 @@ class TrainingBatches:
         spec = self.shards.manifest.spec
         positions = positions_of_step(step, self.batch_size, self.rank, self.world)
         rows = self.order.rows_at(positions)
-        choices = draw_choices(self._philox, positions, self.times, self.class_dropout, self.flip)
+        choices = draw_choices(self._streams, positions, self.times, self.class_dropout, self.flip)
         shape = (len(positions), spec.channels, spec.latent_size, spec.latent_size)
         part = _Part(positions, rows, choices.flip, *(self._buffers.empty(shape, np.float32) for _ in range(2)))
         self._fill(part)
@@ -101,14 +104,14 @@ class TrainingBatches:
         threads.over_rows(len(part.rows), lambda share: self._fill_chunks(part.rows_of(share)))
 
     def _fill_chunks(self, part: "_Part") -> None:
-        philox = Philox(self.seed)  # threads do not share one
+        streams = self._new_streams(self.seed)  # threads do not share one
         for first in range(0, len(part.rows), CHUNK):
             positions, rows, flips, latents, noise = part.rows_of(slice(first, first + CHUNK))
             moments = self.shards.gather(rows, flips)
-            posterior = draw_noise(philox, positions, 0, latents.shape[1:], Purpose.POSTERIOR)
-            drawn = self.autoencoder.draw(torch.from_numpy(moments), torch.from_numpy(posterior))
-            torch.from_numpy(latents).copy_(drawn)
-            philox.fill(noise.reshape(len(noise), -1), positions, Purpose.NOISE, 0)
+            streams.fill(latents.reshape(len(latents), -1), positions, Purpose.POSTERIOR, 0)
+            posterior = torch.from_numpy(latents)
+            self.autoencoder.draw(torch.from_numpy(moments), posterior, out=posterior)
+            streams.fill(noise.reshape(len(noise), -1), positions, Purpose.NOISE, 0)
 
 
 class _Part(NamedTuple):

@@ -7,6 +7,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from core.garbage import uncollected
 from core.progress import ProgressBar
 from data.manifest import Manifest
 from data.shard_tars import shard_bytes_per_sample
@@ -38,7 +39,8 @@ _NOMINAL = LatentFacts(4096, 1.0)  # costs do not depend on them
 
 def plan_job(config: PlanSettings, progress: ProgressBar) -> None:
     """Print one row; a sweep prints the heading once."""
-    row = plan_row(config)
+    with uncollected():  # the meta device imports PyTorch's compiler
+        row = plan_row(config)
     if config.format is Format.json:
         print(json.dumps(row))
         return
