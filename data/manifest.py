@@ -111,7 +111,7 @@ class LatentSpec:
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """A pretrained network, and the shape [T, D] of its features of an image, which shards have for each orientation."""
+    """A pretrained network and the shape [T, D] of its features of an image, stored for each orientation."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 

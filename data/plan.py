@@ -69,7 +69,7 @@ class Plan:
     def of(
         cls, source: Source, spec: LatentSpec, samples_per_shard: int, seed: int, teacher: TeacherSpec | None = None
     ) -> "Plan":
-        """Return the plan of a source: a function of its listing, the spec, the shard size, the seed and the teacher."""
+        """Return the plan of a source: a function of its listing, the spec, shard size, seed and teacher."""
         order = encoding_order(Philox(seed), len(source), source.block_sizes, samples_per_shard)
         left_out = tuple(source.left_out)
         return cls(spec, source.class_names, order, samples_per_shard, seed, source.fingerprint, left_out, teacher)

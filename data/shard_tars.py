@@ -128,8 +128,10 @@ def values_of(tar: IO[bytes], sample: Sample, spec: LatentSpec, name: str) -> ND
     return _values(tar, array, spec.sample_shape, spec, name, "a sample")
 
 
-def features_of(tar: IO[bytes], sample: Sample, spec: LatentSpec, teacher: TeacherSpec, name: str) -> NDArray[np.float16]:
-    """Return a teacher's features of a sample. Raises DamagedFileError where it has none, or others than the teacher's."""
+def features_of(
+    tar: IO[bytes], sample: Sample, spec: LatentSpec, teacher: TeacherSpec, name: str
+) -> NDArray[np.float16]:
+    """Return a teacher's features of a sample. Raises DamagedFileError for none, or another shape."""
     if sample.features is None:
         raise DamagedFileError(f"{name} is damaged: the sample {sample.key!r} has no .{FEATURES} behind its moments.")
     return _values(tar, sample.features, teacher.sample_shape(spec), spec, name, "features")

@@ -99,7 +99,7 @@ class MappedShards:
     def gather_features(
         self, rows: NDArray[np.int64], flips: NDArray[np.bool_], out: NDArray[np.float16]
     ) -> NDArray[np.float16]:
-        """Write to ``out`` the teacher's features [len(rows), T, D] float16 of rows, of the mirrored image where ``flips``."""
+        """Write a teacher's features [len(rows), T, D] float16 to ``out``, of mirrored images where ``flips``."""
         assert self.manifest.teacher is not None, "these shards have no features"
         return self._gather(rows, flips, out, behind_moments=True)
 

@@ -1,4 +1,4 @@
-"""Compute features of images by a pretrained network, a teacher, which shards store and training aligns networks with."""
+"""Compute features of images by a pretrained network, a teacher, with which training aligns another network."""
 
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -41,9 +41,9 @@ class Teacher(Protocol):
 class DINOv2Teacher:
     """A `Teacher`: the patch tokens after the last norm of a DINOv2, as in REPA (Yu et al. 2024).
 
-    ``pretrained`` is a local folder with ``config.json`` and ``model.safetensors``, or a hub name. Images are normalized
-    by ImageNet's mean and deviation and resized bicubically to ``image_size`` pixels. Raises ValueError where the
-    network cannot be loaded, or where its patches do not divide ``image_size``.
+    ``pretrained`` is a local folder with ``config.json`` and ``model.safetensors``, or a hub name. Images are
+    normalized by ImageNet's mean and deviation and resized bicubically to ``image_size`` pixels. Raises ValueError
+    where the network cannot be loaded, or where its patches do not divide ``image_size``.
     """
 
     name = "dinov2"
@@ -115,10 +115,11 @@ def _folder_of(pretrained: str) -> Path:
             "DINOv2 needs transformers, which is not installed; run `pip install transformers`."
         ) from error
     try:
-        return [Path(str(cached_file(pretrained, name))) for name in FILES][0].parent
+        files = [Path(str(cached_file(pretrained, name))) for name in FILES]
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"The teacher {pretrained!r} cannot be loaded ({reason}); set teacher.pretrained to a folder with "
             "config.json and model.safetensors of a DINOv2, or to a hub name while online."
         ) from error
+    return files[0].parent

@@ -45,15 +45,14 @@ def write_record(folder: Path, config: EncodeSettings) -> None:
     plain = config.plain()
     data = plain["data"]
     source = {key: _absolute(key, value) for key, value in data["source"].items()}
+    job = {key: plain[key] for key in (*OF_THE_JOB, "encoding")}
+    if plain["teacher"] is not None:  # else the file is as earlier versions wrote it
+        job["teacher"] = {key: _absolute(key, value) for key, value in plain["teacher"].items()}
     content = {
         "format_version": 1,
         "data": {**{key: data[key] for key in (*SCALARS, *COMPONENTS)}, "source": source},
-        "encode": {key: plain[key] for key in (*OF_THE_JOB, "encoding")},
+        "encode": job,
     }
-    if plain["teacher"] is not None:
-        content["encode"]["teacher"] = {
-            key: _absolute(key, value) for key, value in plain["teacher"].items()
-        }
     write_bytes(folder / RECORD, json.dumps(seal(redacted_config(content)), indent=1).encode())
 
 

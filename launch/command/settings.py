@@ -43,6 +43,7 @@ class TrainSettings(Settings):
     condition: Any = MUST_BE_GIVEN  # what samples are conditioned on
     model: Any = MUST_BE_GIVEN
     diffusion: Any = MUST_BE_GIVEN
+    alignment: Any = MUST_BE_GIVEN  # with features of a teacher, beside the objective
     optimizer: Any = MUST_BE_GIVEN
     ema: Any = MUST_BE_GIVEN
     logger: Any = free()
