@@ -109,6 +109,13 @@ class LatentSpec:
         ]
 
 
+class FeatureShape(NamedTuple):
+    """The shape of a teacher's features of one image."""
+
+    tokens: int  # T
+    dim: int  # D
+
+
 @dataclass(frozen=True)
 class TeacherSpec:
     """A pretrained network and the shape [T, D] of its features of an image, stored for each orientation."""
@@ -120,6 +127,11 @@ class TeacherSpec:
     image_size: Annotated[int, Field(ge=1, le=2**16)]  # pixels, to which it resizes images
     tokens: Annotated[int, Field(ge=1, le=2**20)]  # T
     dim: Annotated[int, Field(ge=1, le=2**16)]  # D
+
+    @property
+    def shape(self) -> FeatureShape:
+        """Return the shape of the features of one image."""
+        return FeatureShape(self.tokens, self.dim)
 
     def sample_shape(self, spec: LatentSpec) -> tuple[int, int, int]:
         """Return the shape [orientations, T, D] of the features of one stored sample, float16."""

@@ -1,7 +1,7 @@
 """Compute features of images by a pretrained network, a teacher, with which training aligns another network."""
 
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -9,17 +9,10 @@ from torch import Tensor
 
 from core.precision import exact_float32
 from data.dinov2 import FILES, Shape, load_dinov2, shape_of
-from data.manifest import TeacherSpec
+from data.manifest import FeatureShape, TeacherSpec
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 _PUBLISHED = {"small": 384, "base": 768, "large": 1024, "giant": 1536}  # width of facebook/dinov2-NAME; patches of 14
-
-
-class TeacherCost(NamedTuple):
-    """The shape of a teacher's features of one image: enough to plan their storage."""
-
-    tokens: int
-    dim: int
 
 
 class Teacher(Protocol):
@@ -56,7 +49,7 @@ class DINOv2Teacher:
         self._mean, self._std = (torch.tensor(values).view(3, 1, 1) for values in (_MEAN, _STD))
 
     @staticmethod
-    def planned(pretrained: str, image_size: int = 224) -> TeacherCost:
+    def planned(pretrained: str, image_size: int = 224) -> FeatureShape:
         """Return the shape of the features without reading weights or the hub. Raises ValueError where unknown."""
         if Path(pretrained).is_dir():
             try:
@@ -70,7 +63,7 @@ class DINOv2Teacher:
                 f"teacher.pretrained is {pretrained!r}, whose width is not known; give a local folder, or one of "
                 f"{', '.join(f'facebook/dinov2-{name}' for name in _PUBLISHED)}."
             )
-        return TeacherCost(num_tokens(image_size, shape.patch_size), shape.width)
+        return FeatureShape(num_tokens(image_size, shape.patch_size), shape.width)
 
     def spec(self) -> TeacherSpec:
         """Return name and hash of the network, the size of its input, and the shape of its features."""

@@ -44,11 +44,15 @@ class REPA:
                 "train without."
             )
 
-    def attach(self, network: Network, seed: int) -> None:
-        """Add a new projector to the network, which then returns (prediction, projected tokens [B, T, D])."""
+    def projector(self, network: Network) -> Projector:
+        """Return a projector for the network. Raises ValueError where it has no such block."""
         assert self.dim is not None, "dim follows from the shards"
         _, width = network.token_shape(self.block)
-        projector = Projector(width, self.hidden, self.dim)
+        return Projector(width, self.hidden, self.dim)
+
+    def attach(self, network: Network, seed: int) -> None:
+        """Add a new projector to the network, which then returns (prediction, projected tokens [B, T, D])."""
+        projector = self.projector(network)
         projector.initialize(torch.Generator().manual_seed(seed + _SEED_OFFSET))
         attach_head(network, self.block, projector)
 

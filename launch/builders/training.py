@@ -112,7 +112,8 @@ def prepare_run(config: TrainSettings, manifest: Manifest) -> PreparedRun:
     )
     autoencoder = normalized(autoencoder, config.data, "the config")
     config = replace(config, diffusion=settled(config.diffusion, latent_facts(manifest, autoencoder)))
-    config = replace(config, alignment=fill_alignment(config.alignment, manifest, config.data.shards))
+    features = None if manifest.teacher is None else manifest.teacher.shape
+    config = replace(config, alignment=fill_alignment(config.alignment, features, config.data.shards))
     runtime: Runtime = build(config.runtime, precision=config.precision.value)
     runtime.require_same(facts_of_process(config.plain()))
     runtime.require_batch(config.batch_size)
@@ -133,7 +134,8 @@ def _new_state(run: PreparedRun, starts_anew: bool) -> TrainState:
                 print(f"note: {note}")
     ema: Averages = build(config.ema)(model)  # before the head, of which no average is kept
     if run.alignment is not None:
-        require_tokens(model, run.alignment, run.manifest)
+        assert run.manifest.teacher is not None, "fill_alignment refuses shards without features"
+        require_tokens(model, run.alignment, run.manifest.teacher.shape)
         run.alignment.attach(model, config.seed)
     optimizer = build(config.optimizer)(model.parameters())
     return TrainState(model, ema, optimizer, config.batch_size, config.total_steps)

@@ -225,6 +225,10 @@ class PlanSettings(Settings):
     data: DataSettings = field(default_factory=DataSettings)
     model: Any = MUST_BE_GIVEN
     diffusion: Any = MUST_BE_GIVEN
+    alignment: Any = MUST_BE_GIVEN
+    teacher: Any = None  # network whose features of the images are stored too; its weights are not read
+    feature_tokens: int | None = positive(None)  # of those features for an image; null: the shards' or the teacher's
+    feature_dim: int | None = positive(None)  # numbers of such a token; likewise
     shape_name: str = MUST_BE_GIVEN  # name of the network's shape, from its own config
     name: str = "${shape_name}"
     total_steps: int = positive(400_000)

@@ -1,9 +1,11 @@
 """REPA: its loss reaches what it should, its runs continue exactly, and nothing of it is left for sampling."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -190,3 +192,37 @@ def test_a_projector_changes_neither_the_cost_of_sampling_nor_the_parameters_in_
     REPA(block=2, hidden=24, dim=DIM).attach(aligned, seed=0)
     assert multiply_adds(aligned) == multiply_adds(plain)
     assert num_parameters(aligned) == num_parameters(plain)
+
+
+def test_plan_says_what_features_take_on_disk_and_what_the_projector_costs(
+    shards: Path, sound: Path, tmp_path: Path, in_process: InProcess
+) -> None:
+    small = ["model.width=16", "model.depth=2", "model.num_heads=2", "model.patch_size=4", "format=json"]
+    repa = ["train/alignment=repa", "alignment.block=2", "alignment.hidden=24"]
+    plain, aligned = (json.loads(in_process("plan", *small, "data.shards=shards", *words)) for words in ([], repa))
+    without = json.loads(in_process("plan", *small, f"data.shards={sound}"))
+    strides = [np.load(folder / "labels.npz")["layout"][0, 1] for folder in (shards, sound)]  # of a sample in a tar
+    assert 1e9 * plain["features_gb"] == pytest.approx(50 * (strides[0] - strides[1]))
+    assert plain["shards_gb"] - without["shards_gb"] == pytest.approx(plain["features_gb"])
+    assert 1e9 * plain["features_gb"] >= 2 * TOKENS * DIM * 2 * 50
+    assert "features_gb" not in without
+    maps = 16 * 24 + 24 * 24 + 24 * DIM
+    assert 1e9 * aligned["projector_gmacs"] == pytest.approx(TOKENS * maps)
+    assert 1e6 * aligned["projector_parameters_millions"] == pytest.approx(maps + 24 + 24 + DIM)
+    cost = aligned["gmacs"] + aligned["projector_gmacs"]
+    assert aligned["training_exaflops"] / plain["training_exaflops"] == pytest.approx(cost / aligned["gmacs"])
+    assert aligned["sampling_tmacs"] == plain["sampling_tmacs"]
+    assert aligned["ema_gb"] == plain["ema_gb"]
+    shown = in_process("plan", *small[:-1], "data.shards=shards", *repa)
+    assert "features GB  projector GMACs  its params M" in shown
+    folder = [
+        "data/teacher=dinov2",
+        f"teacher.pretrained={shards.resolve().parent / 'dinov2'}",
+        "teacher.image_size=42",
+    ]
+    planned = json.loads(in_process("plan", *small, *folder, "num_samples=50"))
+    assert planned["features_gb"] > plain["features_gb"]
+    assert "whose width is not known" in in_process("plan", *folder[:1], "teacher.pretrained=some/vit", expect=2)
+    assert "this plan has none" in in_process("plan", *small, *repa, expect=2)
+    shown = in_process("plan", *small, *repa, *folder, "model.latent_size=8", expect=2)
+    assert "The network has 4 tokens, but the teacher's features in the shards have 9" in shown
