@@ -1,9 +1,10 @@
 """Compare samples per second of this loader and of others, on the same samples, interleaved.
 
 ``python -m benchmarks.loader`` writes one shard of random 32x32x4 moments in both orientations, lists it 512 times
-as the shards of a data set of ImageNet's size, and prints one JSON line. Everything runs on one core, with one thread
-(and the loader's own prefetch thread). Each row is measured in turn, several times, and its median is printed: samples
-per second of processor time, which other programs on the machine affect little, and of wall time.
+as the shards of a data set of ImageNet's size, and prints one JSON line. Except for several threads, everything runs on
+one core, with one thread (and the loader's own prefetch thread). Each row is measured in turn, several times, and its
+median is printed: samples per second of processor time, which other programs on the machine affect little, and of wall
+time. Each row is compared with the loader by both generators.
 """
 
 import json
@@ -11,7 +12,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,10 +28,11 @@ from benchmarks.commit import current_commit
 from benchmarks.loader_peers import CHANNELS, SHAPE, SIDE, litdatas, memory_maps, mosaics, webdatasets
 from core.buffers import Buffers
 from core.deferred import Deferred
-from core.draws import Philox, Purpose, draw_choices
+from core.draws import Philox, Purpose, Streams, draw_choices
 from core.fast_draws import FAST_DRAWS, load_draws
 from core.latents import FAST_LATENTS
 from core.npz import write_npz
+from core.philox32 import FAST_PHILOX32, Philox32
 from core.prefetch import DEPTH, prefetch
 from core.reading import sha256_of
 from data.batches import TrainingBatches
@@ -38,6 +40,7 @@ from data.conditions import ClassLabels
 from data.encode import encode
 from data.encodings import EncodeImages
 from data.images import ExactSize, Preparation
+from data.mapped_file import FAST_READS
 from data.order import GlobalOrder, Order, WindowedOrder, positions_of_step
 from data.shard_index import INDEX_NAME, LABELS_NAME
 from data.shards import MappedShards
@@ -50,6 +53,7 @@ SHARDS, SAMPLES_PER_SHARD, BATCH_SIZE = 512, 2503, 256
 ROUNDS, SECONDS = 5, 1.5  # for each row
 RESUMED_STEP = 1_000_000
 NEVER: Deferred[Any] = Deferred("draws", load_draws, worth=10**15)
+OURS = {"philox32_v1": "ditscale, philox32_v1, global order", "numpy": "ditscale, numpy's bits, global order"}
 
 
 class RandomImages:
@@ -105,15 +109,23 @@ def write_shards(folder: Path) -> None:
     replace(manifest, shards=entries, **hashes).save(folder)
 
 
-def batches_of(shards: MappedShards, order: Order, autoencoder: Autoencoder, threads: int = 1) -> TrainingBatches:
+def batches_of(
+    shards: MappedShards,
+    order: Order,
+    autoencoder: Autoencoder,
+    streams: Callable[[int], Streams] = Philox32,
+    threads: int = 1,
+) -> TrainingBatches:
     settings: dict[str, Any] = {"seed": 0, "batch_size": BATCH_SIZE, "class_dropout": 0.1, "flip": True}
-    settings |= {"times": UniformSteps(1000), "threads": threads}
+    settings |= {"times": UniformSteps(1000), "threads": threads, "streams": streams}
     return TrainingBatches(shards, order, autoencoder, ClassLabels(1000), **settings)
 
 
-def training_batches(shards: MappedShards, order: Order, autoencoder: Autoencoder) -> Iterator[int]:
+def training_batches(
+    shards: MappedShards, order: Order, autoencoder: Autoencoder, streams: Callable[[int], Streams]
+) -> Iterator[int]:
     """Yield the sizes of the batches that training gets, from far into a run on."""
-    batches = batches_of(shards, order, autoencoder)
+    batches = batches_of(shards, order, autoencoder, streams)
     with closing(prefetch(batches.from_step(RESUMED_STEP, 10**9))) as host_batches:
         for batch in host_batches:
             yield len(batch.x_0)
@@ -127,16 +139,16 @@ def reading_alone(shards: MappedShards, order: Order) -> Iterator[int]:
         yield len(shards.gather(rows, flips))
 
 
-def draws_alone(compiled: bool) -> Iterator[int]:
+def draws_alone(kind: Callable[[int], Streams], compiled: bool = True) -> Iterator[int]:
     """Draw all random numbers of training, without reading."""
-    philox, buffers, shape = Philox(0), Buffers(), (2, BATCH_SIZE, CHANNELS * SIDE * SIDE)
+    streams, buffers, shape = kind(0), Buffers(), (2, BATCH_SIZE, CHANNELS * SIDE * SIDE)
     for step in range(RESUMED_STEP, 10**9):
         positions = positions_of_step(step, BATCH_SIZE, 0, 1)
         before, core.draws.FAST_DRAWS = core.draws.FAST_DRAWS, FAST_DRAWS if compiled else NEVER
-        draw_choices(philox, positions, UniformSteps(1000), 0.1, True)
+        draw_choices(streams, positions, UniformSteps(1000), 0.1, True)
         normals = buffers.empty(shape, np.float32)
-        philox.fill(normals[0], positions, Purpose.POSTERIOR, 0)
-        philox.fill(normals[1], positions, Purpose.NOISE, 0)
+        streams.fill(normals[0], positions, Purpose.POSTERIOR, 0)
+        streams.fill(normals[1], positions, Purpose.NOISE, 0)
         core.draws.FAST_DRAWS = before
         yield len(positions)
 
@@ -148,13 +160,15 @@ def rows_of(folder: Path, autoencoder: Autoencoder) -> dict[str, Iterator[int]]:
     files = raw_files(folder, shards)
     samples = np.concatenate([np.fromfile(files[0], np.float16).reshape(-1, *SHAPE)] * 4)
     global_order = GlobalOrder(0, shards.counts)
-    windowed = MappedShards(folder, verify_checksums=False)
+    windowed, by_window = MappedShards(folder, verify_checksums=False), WindowedOrder(0, shards.counts, 8)
     sizes = (files, SAMPLES_PER_SHARD, BATCH_SIZE)
     return {
-        "ditscale, global order": training_batches(shards, global_order, autoencoder),
-        "ditscale, windowed order": training_batches(windowed, WindowedOrder(0, shards.counts, 8), autoencoder),
-        "ditscale, draws alone": draws_alone(compiled=True),
-        "ditscale, draws alone, by numpy": draws_alone(compiled=False),
+        OURS["philox32_v1"]: training_batches(shards, global_order, autoencoder, Philox32),
+        "ditscale, philox32_v1, windowed order": training_batches(windowed, by_window, autoencoder, Philox32),
+        OURS["numpy"]: training_batches(shards, global_order, autoencoder, Philox),
+        "ditscale, draws of philox32_v1 alone": draws_alone(Philox32),
+        "ditscale, draws of numpy's bits alone": draws_alone(Philox),
+        "ditscale, draws by numpy alone": draws_alone(Philox, compiled=False),
         "ditscale, reading alone": reading_alone(shards, global_order),
         "memmap + DataLoader + randn of noise and posterior, latents": memory_maps(*sizes, normals=2, latents=True),
         "memmap + DataLoader + randn of noise and posterior": memory_maps(*sizes, normals=2, latents=False),
@@ -210,23 +224,39 @@ def interleaved(rows: dict[str, Iterator[int]]) -> dict[str, Any]:
             except ImportError as error:
                 missing[name] = f"not installed ({error.name})"
     medians = {name: np.median(pairs, axis=0) for name, pairs in found.items() if pairs}
-    ours = medians["ditscale, global order"]
     return missing | {
         name: {
             "samples_per_cpu_sec": round(cpu),
             "samples_per_wall_sec": round(wall),
-            "ditscale_per_this": round(ours[0] / cpu, 2),
+            **{f"{kind}_per_this": round(medians[ours][0] / cpu, 2) for kind, ours in OURS.items()},
         }
         for name, (cpu, wall) in medians.items()
     }
 
 
-def by_threads(folder: Path, autoencoder: Autoencoder, threads: int) -> int:
-    """Return samples per second of wall time where several threads, on several cores, make each batch."""
+def by_threads(folder: Path, autoencoder: Autoencoder, counts: Sequence[int]) -> dict[int, Any]:
+    """Return the rates of several threads, on several cores, that make each batch.
+
+    Other programs disturb wall time, so its best rate is returned.
+    """
     shards = MappedShards(folder, verify_checksums=False)
-    batches = batches_of(shards, GlobalOrder(0, shards.counts), autoencoder, threads)
-    sizes = (len(batches.batch(step).x_0) for step in range(RESUMED_STEP, 10**9))
-    return round(max(rate(sizes, SECONDS)[1] for _ in range(ROUNDS)))
+    order = GlobalOrder(0, shards.counts)
+    sizes = {count: sizes_of(batches_of(shards, order, autoencoder, threads=count)) for count in counts}
+    found: dict[int, list[tuple[float, float]]] = {count: [] for count in counts}
+    for _ in range(2 * ROUNDS):
+        for count in counts:
+            found[count].append(rate(sizes[count], SECONDS))
+    return {
+        count: {
+            "samples_per_cpu_sec": round(float(np.median([cpu for cpu, _ in rates]))),
+            "most_samples_per_wall_sec": round(max(wall for _, wall in rates)),
+        }
+        for count, rates in found.items()
+    }
+
+
+def sizes_of(batches: TrainingBatches) -> Iterator[int]:
+    return (len(batches.batch(step).x_0) for step in range(RESUMED_STEP, 10**9))
 
 
 def anonymous_mib() -> int:
@@ -251,8 +281,9 @@ ORDERS: dict[str, Callable[[list[int]], Order]] = {
 
 def main() -> None:
     torch.set_num_threads(1)
-    for compiled in (FAST_DRAWS, FAST_LATENTS):  # as they are after the first batches of a run
-        assert compiled.get(compiled.worth) is not None
+    compiled: tuple[Deferred[Any], ...] = (FAST_DRAWS, FAST_PHILOX32, FAST_LATENTS, FAST_READS)
+    for functions in compiled:  # as they are after the first batches of a run
+        assert functions.get(functions.worth) is not None
     cores = os.sched_getaffinity(0)
     before = anonymous_mib()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
@@ -263,9 +294,7 @@ def main() -> None:
             "benchmark": "loader",
             "batch_size": BATCH_SIZE,
             "samples": SHARDS * SAMPLES_PER_SHARD,
-            "ditscale_samples_per_wall_sec_by_threads": {
-                threads: by_threads(folder, autoencoder, threads) for threads in range(1, len(cores) + 1)
-            },
+            "philox32_v1_by_threads": by_threads(folder, autoencoder, range(1, len(cores) + 1)),
             "first_batch_at_step_1e6_sec": {
                 name: seconds_to_first_batch(folder, autoencoder, order) for name, order in ORDERS.items()
             },

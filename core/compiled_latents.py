@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -25,16 +26,18 @@ def _number(_: Any, bits: Any) -> Any:
 def fill_latents(moments, posterior, deviations, shift, scale, out):  # type: ignore[no-untyped-def]
     """Write (mean + deviation x posterior - shift) x scale to ``out`` [B, c, n], of moments [B, 2c, n] as bits.
 
-    Each operation rounds to float32, as it does where PyTorch computes them one by one.
+    ``out`` may be ``posterior``. Each operation rounds to float32, as it does where PyTorch computes them one by one.
     """
     rows, channels, length = posterior.shape
+    drawn = np.empty(length, np.float32)
     for row in range(rows):
         for channel in range(channels):
             mean, log_variance = moments[row, channel], moments[row, channels + channel]
             normal, latent = posterior[row, channel], out[row, channel]
             for place in range(length):  # apart from the arithmetic, which vectorizes
-                latent[place] = deviations[log_variance[place]]
-            for place in range(length):
+                drawn[place] = deviations[log_variance[place]]
+            for place in range(length):  # to memory of its own: a loop over arrays that overlap does not vectorize
                 number = _number(mean[place])  # type: ignore[call-arg, var-annotated] # the context is numba's
-                drawn = number + latent[place] * normal[place]
-                latent[place] = (drawn - shift[channel]) * scale[channel]
+                sample = number + drawn[place] * normal[place]
+                drawn[place] = (sample - shift[channel]) * scale[channel]
+            latent[:] = drawn

@@ -14,8 +14,10 @@ class Deferred(Generic[Loaded]):
     note is printed once, and they are never returned.
     """
 
-    def __init__(self, what: str, load: Callable[[], Loaded], worth: int) -> None:
-        self._what, self._load, self.worth = what, load, worth
+    def __init__(
+        self, what: str, load: Callable[[], Loaded], worth: int, without: str = "several times slower"
+    ) -> None:
+        self._what, self._load, self.worth, self._without = what, load, worth, without
         self._lock = threading.Lock()
         self._num_computed = 0
         self._is_settled = False
@@ -36,5 +38,5 @@ class Deferred(Generic[Loaded]):
             return self._load()
         except Exception as error:  # numba raises many kinds
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            print(f"note: {self._what} are not compiled, and several times slower: {reason}.", flush=True)
+            print(f"note: {self._what} are not compiled, and {self._without}: {reason}.", flush=True)
             return None

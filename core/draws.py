@@ -1,8 +1,9 @@
 """Draw every random number on the host, as a pure function of (seed, position, purpose).
 
-Bits come from numpy's Philox 4x64 with key (seed, 0) and counter (0, position, purpose, draw). Each purpose
-has a stream of its own, so no use of randomness shifts another; nothing has a state to save. Where many are drawn,
-compiled functions draw the same bits faster (`core.fast_draws`).
+Each purpose has a stream of its own, so no use of randomness shifts another; nothing has a state to save. The bits of
+`Philox` come from numpy's Philox 4x64 with key (seed, 0) and counter (0, position, purpose, draw). Where many are
+drawn, compiled functions draw the same bits faster (`core.fast_draws`). A run may draw what its training needs by
+another class of `Streams`, `core.philox32.Philox32`; everything else is drawn by `Philox`.
 """
 
 import math
@@ -62,6 +63,10 @@ class Times(Protocol):
         """Return one t. The generator is at the start of the stream of the sample's position."""
         ...
 
+    def of_bits(self, words: NDArray[np.uint64]) -> NDArray[np.generic]:
+        """Return the t of many samples, each from 64 random bits; they may differ from those that `draw` gives."""
+        ...
+
 
 @runtime_checkable
 class TimesOfWords(Times, Protocol):
@@ -72,12 +77,33 @@ class TimesOfWords(Times, Protocol):
         ...
 
 
+class Streams(Protocol):
+    """Draws the random numbers of training, from one stream for each (seed, position, purpose, draw)."""
+
+    def first_words(self, positions: NDArray[np.int64], purpose: Purpose) -> NDArray[np.uint64]:
+        """Return the first 64 bits of the stream of each position, [B]."""
+        ...
+
+    def fill(self, normals: NDArray[np.float32], positions: NDArray[np.int64], purpose: Purpose, draw: int) -> None:
+        """Write the standard normals of each position's stream to its row of ``normals`` [B, n]."""
+        ...
+
+    def times(self, positions: NDArray[np.int64], times: Times) -> NDArray[np.generic]:
+        """Return the t of each position, [B] of the dtype of ``times``."""
+        ...
+
+
+def require_seed(seed: int) -> None:
+    """Raise ValueError for a seed that no generator accepts."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}, but it must be between 0 and {2**63 - 1}; choose another.")
+
+
 class Philox:
     """Random generators addressed by (position, purpose, draw). Not safe to share between threads."""
 
     def __init__(self, seed: int) -> None:
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed is {seed}, but it must be between 0 and {2**63 - 1}; choose another.")
+        require_seed(seed)
         self._bits = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64))
         self._generator = np.random.Generator(self._bits)
         self._state = self._bits.state  # of a fresh generator: nothing is buffered
@@ -109,9 +135,19 @@ class Philox:
             for row, position in zip(normals, positions.tolist(), strict=True):
                 self.at(position, purpose, draw).standard_normal(dtype=np.float32, out=row)
 
+    def times(self, positions: NDArray[np.int64], times: Times) -> NDArray[np.generic]:
+        """Return the t of each position, [B] of the dtype of ``times``."""
+        t = np.empty(len(positions), dtype=times.dtype)
+        remaining = np.ones(len(positions), dtype=bool)
+        if isinstance(times, TimesOfWords):
+            t[:], remaining = times.of_words(self.first_words(positions, Purpose.TIMESTEP))
+        for i in np.flatnonzero(remaining):
+            t[i] = times.draw(self.at(int(positions[i]), Purpose.TIMESTEP))
+        return t
+
 
 def training_draws(
-    philox: Philox,
+    streams: Streams,
     positions: NDArray[np.int64],
     shape: tuple[int, ...],
     times: Times,
@@ -123,21 +159,21 @@ def training_draws(
     ``shape`` is the latent's [c, h, w]; ``flip`` says whether the data may be mirrored at all.
     """
     posterior, noise = (
-        draw_noise(philox, positions, 0, shape, purpose) for purpose in (Purpose.POSTERIOR, Purpose.NOISE)
+        draw_noise(streams, positions, 0, shape, purpose) for purpose in (Purpose.POSTERIOR, Purpose.NOISE)
     )
-    return Draws(posterior, noise, *draw_choices(philox, positions, times, class_dropout, flip))
+    return Draws(posterior, noise, *draw_choices(streams, positions, times, class_dropout, flip))
 
 
 def draw_choices(
-    philox: Philox, positions: NDArray[np.int64], times: Times, class_dropout: float, flip: bool
+    streams: Streams, positions: NDArray[np.int64], times: Times, class_dropout: float, flip: bool
 ) -> Choices:
     """Return t, dropped and flip of the samples at ``positions`` [B], as `training_draws` does."""
     flipped = np.zeros(len(positions), dtype=bool)
     if flip:
-        flipped = _uniform(philox.first_words(positions, Purpose.FLIP)) < 0.5
+        flipped = _uniform(streams.first_words(positions, Purpose.FLIP)) < 0.5
     return Choices(
-        t=_draw_times(philox, positions, times),
-        dropped=_uniform(philox.first_words(positions, Purpose.DROP_LABEL)) < class_dropout,
+        t=streams.times(positions, times),
+        dropped=_uniform(streams.first_words(positions, Purpose.DROP_LABEL)) < class_dropout,
         flip=flipped,
     )
 
@@ -147,22 +183,12 @@ def _uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
     return np.multiply(words >> np.uint64(11), 2.0**-53, dtype=np.float64)
 
 
-def _draw_times(philox: Philox, positions: NDArray[np.int64], times: Times) -> NDArray[np.generic]:
-    t = np.empty(len(positions), dtype=times.dtype)
-    remaining = np.ones(len(positions), dtype=bool)
-    if isinstance(times, TimesOfWords):
-        t[:], remaining = times.of_words(philox.first_words(positions, Purpose.TIMESTEP))
-    for i in np.flatnonzero(remaining):
-        t[i] = times.draw(philox.at(int(positions[i]), Purpose.TIMESTEP))
-    return t
-
-
 def draw_noise(
-    philox: Philox, positions: NDArray[np.int64], draw: int, shape: tuple[int, ...], purpose: Purpose
+    streams: Streams, positions: NDArray[np.int64], draw: int, shape: tuple[int, ...], purpose: Purpose
 ) -> NDArray[np.float32]:
     """Return standard normals [B, *shape]: the draw'th of each position, independent of the batch."""
     noise = np.empty((len(positions), math.prod(shape)), dtype=np.float32)
-    philox.fill(noise, positions, purpose, draw)
+    streams.fill(noise, positions, purpose, draw)
     return noise.reshape(len(positions), *shape)
 
 

@@ -12,15 +12,19 @@ from torch import Tensor
 from core.deferred import Deferred
 
 
-def drawn_latents(moments: Tensor, posterior: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def drawn_latents(
+    moments: Tensor, posterior: Tensor, shift: Tensor, scale: Tensor, out: Tensor | None = None
+) -> Tensor:
     """Return latents [B, c, h, w] float32 from moments [B, 2c, h, w] and standard normals [B, c, h, w].
 
-    ``shift`` and ``scale`` are [1, 1 or c, 1, 1]. A compiled function draws from many moments in float16 on the CPU,
+    ``shift`` and ``scale`` are [1, 1 or c, 1, 1]. Latents are written to ``out`` if given, which is contiguous and may
+    be ``posterior``. A compiled function draws from many moments in float16 on the CPU,
     with the same bits.
     """
     if _is_for_compiled(moments, posterior) and (compiled := FAST_LATENTS.get(posterior.numel())):
-        return compiled.latents(moments, posterior, shift, scale)
-    return _by_pytorch(moments, posterior, shift, scale)
+        return compiled.latents(moments, posterior, shift, scale, torch.empty_like(posterior) if out is None else out)
+    latents = _by_pytorch(moments, posterior, shift, scale)
+    return latents if out is None else out.copy_(latents)
 
 
 def _by_pytorch(moments: Tensor, posterior: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -44,9 +48,8 @@ class CompiledLatents(NamedTuple):
     fill_latents: Callable[..., None]
     deviations: NDArray[np.float32]  # [65536]
 
-    def latents(self, moments: Tensor, posterior: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """Return the same as PyTorch's operations."""
-        out = torch.empty_like(posterior)
+    def latents(self, moments: Tensor, posterior: Tensor, shift: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+        """Return ``out`` with the same as PyTorch's operations."""
         channels = posterior.shape[1]
         per_channel = [value.detach().flatten().expand(channels).contiguous().numpy() for value in (shift, scale)]
         self.fill_latents(
@@ -81,4 +84,4 @@ def _equals_pytorchs(draws: CompiledLatents) -> bool:
     posterior = torch.from_numpy(numbers.normal(0, 1, (64, 3, 33, 7)).astype(np.float32))
     shift, scale = torch.tensor([0.1, -0.2, 0.3]).view(1, 3, 1, 1), torch.tensor([0.18215]).view(1, 1, 1, 1)
     inputs = (moments, posterior, shift, scale)
-    return torch.equal(draws.latents(*inputs), _by_pytorch(*inputs))
+    return torch.equal(draws.latents(*inputs, torch.empty_like(posterior)), _by_pytorch(*inputs))

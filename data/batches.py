@@ -1,7 +1,7 @@
 """Make the training loop's batches from positions in the order of samples."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from core.batch import FEATURES, WEIGHT, Batch
 from core.buffers import Buffers
-from core.draws import Philox, Purpose, Times, draw_choices, draw_noise
+from core.draws import Philox, Purpose, Streams, Times, draw_choices
 from core.prefetch import DEPTH
 from core.threads import ONE_THREAD, Threads
 from data.conditions import ConditionSource, with_dropped
@@ -25,9 +25,10 @@ CHUNK = 32  # samples that are read and drawn at once, so that intermediate valu
 class TrainingBatches:
     """Training batches as a pure function of (seed, step); process ``rank`` of ``world`` reads its slice of each.
 
-    ``threads`` threads make a batch; their number changes no bit of it. In the first ``target_steps`` steps, batches
-    have a teacher's features with weight 1; later ones have zeros with weight 0, of the same shape, and nothing is read
-    for them. Without ``target_steps``, batches have no targets.
+    ``streams`` makes the streams of random numbers from the seed. ``threads`` threads make a batch; their number
+    changes no bit of it. In the first ``target_steps`` steps, batches have a teacher's features with weight 1; later
+    ones have zeros with weight 0, of the same shape, and nothing is read for them. Without ``target_steps``, batches
+    have no targets.
 
     Raises ValueError where the batch size is not a multiple of the world size, or a cache is too small for the order.
     """
@@ -48,6 +49,7 @@ class TrainingBatches:
         world: int = 1,
         threads: int = 1,
         target_steps: float | None = None,
+        streams: Callable[[int], Streams] = Philox,
     ) -> None:
         positions_of_step(0, batch_size, rank, world)  # raises where the batch size does not divide
         num_shards = _windows_at_hand(order, batch_size, world) * order.shards_per_window
@@ -64,7 +66,8 @@ class TrainingBatches:
         self.rank = rank
         self.world = world
         self.target_steps = target_steps
-        self._philox = Philox(seed)
+        self._new_streams = streams
+        self._streams = streams(seed)
         self._threads = Threads(threads)
         self._buffers = Buffers()
 
@@ -78,7 +81,7 @@ class TrainingBatches:
         spec = self.shards.manifest.spec
         positions = positions_of_step(step, self.batch_size, self.rank, self.world)
         rows = self.order.rows_at(positions)
-        choices = draw_choices(self._philox, positions, self.times, self.class_dropout, self.flip)
+        choices = draw_choices(self._streams, positions, self.times, self.class_dropout, self.flip)
         shape = (len(positions), spec.channels, spec.latent_size, spec.latent_size)
         with_features = self.target_steps is not None and step < self.target_steps
         part = _Part(
@@ -129,16 +132,16 @@ class TrainingBatches:
         threads.over_rows(len(part.rows), lambda share: self._fill_chunks(part.rows_of(share)))
 
     def _fill_chunks(self, part: "_Part") -> None:
-        philox = Philox(self.seed)  # threads do not share one
+        streams = self._new_streams(self.seed)  # threads do not share one
         for first in range(0, len(part.rows), CHUNK):
             positions, rows, flips, latents, noise, features = part.rows_of(slice(first, first + CHUNK))
             moments = self.shards.gather(rows, flips)
             if features is not None:
                 self.shards.gather_features(rows, flips, features)
-            posterior = draw_noise(philox, positions, 0, latents.shape[1:], Purpose.POSTERIOR)
-            drawn = self.autoencoder.draw(torch.from_numpy(moments), torch.from_numpy(posterior))
-            torch.from_numpy(latents).copy_(drawn)
-            philox.fill(noise.reshape(len(noise), -1), positions, Purpose.NOISE, 0)
+            streams.fill(latents.reshape(len(latents), -1), positions, Purpose.POSTERIOR, 0)
+            posterior = torch.from_numpy(latents)
+            self.autoencoder.draw(torch.from_numpy(moments), posterior, out=posterior)
+            streams.fill(noise.reshape(len(noise), -1), positions, Purpose.NOISE, 0)
 
 
 class _Part(NamedTuple):

@@ -10,7 +10,7 @@ from core.npy import LONGEST_HEADER, parse_header
 from core.reading import DamagedFileError, remedied
 from core.remote import DEFAULT_RETRY, Retry, is_remote, join
 from data.cache import Cache
-from data.mapped_file import MappedFile
+from data.mapped_file import MappedFile, fill_rows
 from data.shard_files import LocalShardFiles, RemoteShardFiles, ShardFiles
 from data.shard_index import index_file, labels_file, read_index, read_source_ids
 from data.shard_tars import features_distance
@@ -111,12 +111,13 @@ class MappedShards:
         first, stride = self._places[shards].T
         offsets = first + (rows - self._first_rows[shards]) * stride + flips * (out.nbytes // max(1, len(out)))
         # One read per sample takes the same time for a few shards as for thousands.
-        for sample, shard, offset in zip(out, shards.tolist(), offsets.tolist(), strict=True):
-            view = self._view(shard)
-            start = offset + self._distances[shard] if behind_moments else offset
-            if view.copy_to(sample, start) != sample.nbytes:
-                place = join(self.place, self.manifest.shards[shard].name)
-                raise DamagedFileError(f"{place} was cut while this job ran; {self._files.repair}.")
+        views = [self._view(shard) for shard in shards.tolist()]
+        if behind_moments:
+            offsets = offsets + np.array([self._distances[shard] for shard in shards.tolist()], dtype=np.int64)
+        filled = fill_rows(views, offsets, out)
+        if filled < len(rows):
+            place = join(self.place, self.manifest.shards[shards[filled]].name)
+            raise DamagedFileError(f"{place} was cut while this job ran; {self._files.repair}.")
         return out
 
     def close(self) -> None:

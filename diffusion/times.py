@@ -39,6 +39,11 @@ class UniformSteps:
         products = (words & _LOW_HALF) * np.uint64(self.num_steps)
         return (products >> np.uint64(32)).astype(np.int64), (products & _LOW_HALF) < np.uint64(self.num_steps)
 
+    def of_bits(self, words: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Return the highest bits of words x steps; probabilities differ by less than 2^-64."""
+        steps, half = np.uint64(self.num_steps), np.uint64(32)
+        return (((words >> half) * steps + ((words & _LOW_HALF) * steps >> half)) >> half).astype(np.int64)
+
 
 class UniformTimes:
     """Continuous times, uniform in [0, 1)."""
@@ -54,6 +59,10 @@ class UniformTimes:
         """Return the times of these random bits, which always suffice."""
         times = ((words & _LOW_HALF) >> np.uint64(8)).astype(np.float32) * np.float32(2.0**-24)
         return times, np.zeros(len(words), dtype=bool)
+
+    def of_bits(self, words: NDArray[np.uint64]) -> NDArray[np.float32]:
+        """Return multiples of 2^-24 below 1, from the highest bits."""
+        return (words >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
 
 
 class _NormalTimes:
@@ -83,6 +92,10 @@ class _NormalTimes:
         """Return the times of these random bits, which always suffice."""
         times = np.array([self._of_word(word) for word in words.tolist()], dtype=np.float32)
         return times, np.zeros(len(words), dtype=bool)
+
+    def of_bits(self, words: NDArray[np.uint64]) -> NDArray[np.float32]:
+        """Return the same as `of_words`."""
+        return self.of_words(words)[0]
 
     def _of_word(self, word: int) -> float:
         uniform = ((word >> 12) + 0.5) * 2.0**-52  # exact, and never 0 or 1
@@ -142,6 +155,10 @@ class MovedTimes:
             return np.zeros(len(words), np.float32), np.ones(len(words), dtype=bool)
         found, remaining = self.times.of_words(words)
         return self._moved(found), remaining
+
+    def of_bits(self, words: NDArray[np.uint64]) -> NDArray[np.float32]:
+        """Return the moved times of these random bits."""
+        return self._moved(self.times.of_bits(words))
 
     def _moved(self, times: NDArray[np.generic]) -> NDArray[np.float32]:
         """Return the moved times. Sums, products and quotients of float64 are rounded alike everywhere."""

@@ -3,6 +3,8 @@
 import pkgutil
 from typing import NamedTuple
 
+from core.garbage import uncollected
+
 
 class Job(NamedTuple):
     """A job's summary for the help, and the function that settles its composed config, as ``module:function``."""
@@ -40,10 +42,12 @@ JOBS = {
 
 def start(job: str) -> None:
     """Run a job with the words of the command line, for ``ditscale JOB`` and ``python -m launch.JOB``."""
-    from launch.command.app import run, show_help, wants_help  # imports Hydra, which the list of jobs does not need
+    with uncollected():
+        from launch.command.app import run, show_help, wants_help  # imports Hydra, which the list of jobs does not need
 
-    if wants_help():
-        return show_help(job)  # without PyTorch, whose import takes seconds
-    settle = JOBS[job].settle
-    function = pkgutil.resolve_name(f"launch.{job}:{job}_job")
-    run(job, function, None if settle is None else pkgutil.resolve_name(settle))
+        if wants_help():
+            return show_help(job)  # without PyTorch, whose import takes seconds
+        settle = JOBS[job].settle
+        function = pkgutil.resolve_name(f"launch.{job}:{job}_job")
+        settling = None if settle is None else pkgutil.resolve_name(settle)
+    run(job, function, settling)

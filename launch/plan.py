@@ -8,6 +8,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from core.garbage import uncollected
 from core.progress import ProgressBar
 from data.manifest import FeatureShape, Manifest
 from data.shard_tars import array_bytes, shard_bytes_per_sample
@@ -46,7 +47,8 @@ _NOMINAL = LatentFacts(4096, 1.0)  # costs do not depend on them
 
 def plan_job(config: PlanSettings, progress: ProgressBar) -> None:
     """Print one row; a sweep prints the heading once."""
-    row = plan_row(config)
+    with uncollected():  # the meta device imports PyTorch's compiler
+        row = plan_row(config)
     if config.format is Format.json:
         print(json.dumps(row))
         return

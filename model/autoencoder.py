@@ -33,10 +33,11 @@ class Autoencoder(Protocol):
         """Encode images [B, C, H, W] float32 in [-1, 1] to [B, 2c, h, w] float32: mean, then log-variance."""
         ...
 
-    def draw(self, moments: Tensor, posterior: Tensor) -> Tensor:
+    def draw(self, moments: Tensor, posterior: Tensor, out: Tensor | None = None) -> Tensor:
         """Return scaled latents x_0 [B, c, h, w] from moments [B, 2c, h, w] and standard normals [B, c, h, w].
 
-        Each sample's latent depends on that sample alone. Several threads may call it at once.
+        They are written to ``out`` if given, which may be ``posterior``. Each sample's latent depends on that sample
+        alone. Several threads may call it at once.
         """
         ...
 
@@ -73,9 +74,10 @@ class IdentityAutoencoder:
             )
         return torch.cat([images, torch.full_like(images, self.log_variance)], dim=1)
 
-    def draw(self, moments: Tensor, posterior: Tensor) -> Tensor:
+    def draw(self, moments: Tensor, posterior: Tensor, out: Tensor | None = None) -> Tensor:
         """Return the mean of the moments: [B, 2c, h, w] -> [B, c, h, w]. Nothing is drawn."""
-        return moments[:, : self.channels].float()
+        mean = moments[:, : self.channels]
+        return mean.float() if out is None else out.copy_(mean)
 
     def decode(self, latent: Tensor) -> Tensor:
         """Return the latents [B, c, h, w] as float32: they are the images."""

@@ -61,9 +61,9 @@ class DiffusersAutoencoder:
             posterior = self._network.encode(images.to(self._network.dtype)).latent_dist
         return torch.cat([posterior.mean, posterior.logvar], dim=1).float()
 
-    def draw(self, moments: Tensor, posterior: Tensor) -> Tensor:
+    def draw(self, moments: Tensor, posterior: Tensor, out: Tensor | None = None) -> Tensor:
         """Return latents x_0 [B, c, h, w] float32 from moments [B, 2c, h, w] and standard normals [B, c, h, w]."""
-        return drawn_latents(moments, posterior, self._shift, self._scale)
+        return drawn_latents(moments, posterior, self._shift, self._scale, out)
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:

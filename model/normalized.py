@@ -47,10 +47,10 @@ class NormalizedAutoencoder:
         """Return the moments of the autoencoder: [B, C, H, W] -> [B, 2c, h, w]."""
         return self._inner.moments(images)
 
-    def draw(self, moments: Tensor, posterior: Tensor) -> Tensor:
+    def draw(self, moments: Tensor, posterior: Tensor, out: Tensor | None = None) -> Tensor:
         """Return normalized latents [B, c, h, w] from moments [B, 2c, h, w] and standard normals [B, c, h, w]."""
-        scaled = self._inner.draw(moments, posterior)
-        return (scaled - self._mean.to(scaled)) / self._std.to(scaled)
+        scaled = self._inner.draw(moments, posterior, out)
+        return torch.div(scaled - self._mean.to(scaled), self._std.to(scaled), out=out)
 
     def decode(self, latent: Tensor) -> Tensor:
         """Decode normalized latents [B, c, h, w] to images [B, C, H, W] float32, nominally in [-1, 1]."""

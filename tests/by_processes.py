@@ -7,8 +7,8 @@ import pytest
 from xdist.scheduler import LoadFileScheduling
 
 TOGETHER = {
-    "xla": "one_run xla_jobs moves collectives lowering replay_elsewhere xla_sampling xla_refusals",
-    "ranks": "processes signals killed_evaluations hosts compiled",
+    "xla": "one_run xla_jobs moves collectives lowering replay_elsewhere xla_sampling xla_refusals xla_draws",
+    "ranks": "allocator processes signals killed_evaluations hosts compiled encode_processes locks",
     "jobs": "sweep study secrets resume readers remote_training remote_runs",
 }
 _GROUPS = {f"test_{name}.py": group for group, names in TOGETHER.items() for name in names.split()}

@@ -1,10 +1,14 @@
 """Prepare a run: build the objects that training and a replay of its last step both need."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import nn
 
+from core.draws import Philox, Streams
+from core.garbage import uncollected
+from core.philox32 import Philox32
 from data.batches import TrainingBatches
 from data.conditions import ConditionSource
 from data.manifest import LatentSpec, Manifest
@@ -27,7 +31,7 @@ from launch.builders.objectives import latent_facts, settled
 from launch.builders.saved_networks import load_model
 from launch.command.check import check_readers
 from launch.command.machine import batch_threads, usable_cores
-from launch.command.settings import TrainSettings
+from launch.command.settings import Generator, TrainSettings
 from model.autoencoder import Autoencoder
 from model.network import Network, checkpoint_units
 from model.released import describe
@@ -38,6 +42,8 @@ from train.ema import Averages
 from train.guards import SpikeGuard
 from train.state import TrainState
 from train.step import make_step
+
+GENERATORS: dict[Generator, Callable[[int], Streams]] = {Generator.numpy: Philox, Generator.philox32_v1: Philox32}
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ class PreparedRun:
             world=world,
             threads=batch_threads(usable_cores()),
             target_steps=None if self.alignment is None else self.alignment.stop_after or math.inf,
+            streams=GENERATORS[config.generator],
         )
 
     def begin(self, state: TrainState) -> "BegunRun":
@@ -137,7 +144,8 @@ def _new_state(run: PreparedRun, starts_anew: bool) -> TrainState:
         assert run.manifest.teacher is not None, "fill_alignment refuses shards without features"
         require_tokens(model, run.alignment, run.manifest.teacher.shape)
         run.alignment.attach(model, config.seed)
-    optimizer = build(config.optimizer)(model.parameters())
+    with uncollected():  # PyTorch's optimizers import its compiler
+        optimizer = build(config.optimizer)(model.parameters())
     return TrainState(model, ema, optimizer, config.batch_size, config.total_steps)
 
 

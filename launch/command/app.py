@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from core.closest import closest
+from core.garbage import uncollected
 from core.rooms import ROOT
 from launch import STARTED_BY
 from launch.command.check import check_known, check_targets
@@ -153,7 +154,8 @@ class _Task:
         if self._settle is not None:
             self._settle(config, list(HydraConfig.get().overrides.task))
         plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True, enum_to_str=True)  # type: ignore[assignment]
-        check_targets(plain)
+        with uncollected():  # imports the components
+            check_targets(plain)
         settings = SETTINGS[self.job].of(plain)
         hydra_config: Any = HydraConfig.get()
         if hydra_config.mode == RunMode.MULTIRUN:

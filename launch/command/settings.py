@@ -20,6 +20,13 @@ class Precision(StrEnum):
     bf16 = "bf16"
 
 
+class Generator(StrEnum):
+    """The generator of training's random numbers, with its version, which is part of its name."""
+
+    numpy = "numpy"
+    philox32_v1 = "philox32_v1"
+
+
 class Device(StrEnum):
     """The device that a network runs on."""
 
@@ -66,6 +73,7 @@ class TrainSettings(Settings):
 
     init_from: str | None = free(None)  # weights to start with: ours, a released .pt, a diffusers folder or a hub name
     seed: int = 0  # of initial weights, order of samples, and random draws
+    generator: Generator = Generator.numpy  # of random draws; philox32_v1 is faster
     total_steps: int = positive(400_000)
     batch_size: int = positive(256)  # global, over all processes
     class_dropout: float = 0.1  # fraction of labels replaced by the null class

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from pictures import make_autoencoder, make_image_folder
-from warm_python import ENCODING, run_warm_python, run_with_little_room, start_warm_python
+from warm_python import TRAINING, run_warm_python, run_with_little_room, start_warm_python
 
 from data.manifest import Manifest
 
@@ -54,7 +54,7 @@ def whole(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 def encoding(job: str, *words: str, cwd: Path, expect: int = 0) -> str:
     """Run a job in a process that has already imported diffusers, since the import takes longer than these jobs do."""
-    return run_warm_python(ENCODING, "-m", "launch.cli", job, *words, cwd=cwd, expect=expect)
+    return run_warm_python(TRAINING, "-m", "launch.cli", job, *words, cwd=cwd, expect=expect)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -63,7 +63,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def encoded_by(processes: int, words: list[str], cwd: Path) -> str:
     """Encode in several processes, started as torchrun starts them."""
-    return run_warm_python(ENCODING, "-m", "launch.cli", "encode", *words, cwd=cwd, ranks=processes)
+    return run_warm_python(TRAINING, "-m", "launch.cli", "encode", *words, cwd=cwd, ranks=processes)
 
 
 def test_three_processes_write_the_same_bytes_as_one(whole: dict[str, bytes], words: list[str], tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_job_killed_at_random_moments_ends_with_the_same_bytes(
             for path in sorted(folder.glob("shard-*.json"))[: SHARDS // 2]:
                 path.unlink()
             continue
-        process = start_warm_python(ENCODING, *job, cwd=tmp_path, output=tmp_path / "log")
+        process = start_warm_python(TRAINING, *job, cwd=tmp_path, output=tmp_path / "log")
         while len(list(folder.glob("shard-*.json"))) < target and process.poll() is None:
             time.sleep(0.001)
         time.sleep(chance.random() * 0.05)
@@ -138,7 +138,7 @@ def test_a_disk_that_fills_up_leaves_no_half_shard_and_the_same_command_continue
 ) -> None:
     """Limit the size of files, which looks like a full disk to a writer: half of a shard fits, then writing fails."""
     half = len(whole["shard-000000.tar"]) // 2
-    shown = run_with_little_room(ENCODING, half, "encode", *words, cwd=tmp_path, expect=2)
+    shown = run_with_little_room(TRAINING, half, "encode", *words, cwd=tmp_path, expect=2)
     assert "cannot be written: File too large; free some space, then give the same command again" in shown
     assert not list((tmp_path / "shards").glob("*.tar*"))
     assert not list((tmp_path / "shards").glob(".*.tmp"))

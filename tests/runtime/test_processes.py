@@ -64,6 +64,14 @@ def test_two_processes_train_the_same_run_as_one(whole_run: Path, run_of_two: Pa
         np.testing.assert_allclose(two_weights[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
+def test_two_processes_draw_the_same_as_one_by_another_generator(digits: Path, tmp_path: Path) -> None:
+    words = ["train", *TINY_RUN, f"data.shards={digits}", "generator=philox32_v1", "total_steps=5"]
+    ditscale(*words, "run_dir=one", cwd=tmp_path)
+    run_ranks(2, *words, "run_dir=two", cwd=tmp_path)
+    (alone,), (together,) = json_lines(tmp_path / "one/metrics.jsonl"), json_lines(tmp_path / "two/metrics.jsonl")
+    assert together["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+
+
 MEANS = """
 import torch
 from runtime.accelerate import AccelerateRuntime

@@ -4,7 +4,7 @@ import itertools
 import os
 import resource
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,11 @@ import torch
 from conftest import PatternSource, encode_pattern
 from torch.utils._pytree import tree_leaves
 
+import data.mapped_file
 from core.deferred import Deferred
-from core.draws import Philox, training_draws
+from core.draws import Philox, Streams, training_draws
 from core.fast_draws import load_draws
+from core.philox32 import Philox32, load_philox32
 from core.prefetch import prefetch
 from data.batches import TrainingBatches
 from data.conditions import ClassLabels
@@ -33,7 +35,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> MappedShards:
     return MappedShards(folder)
 
 
-def make(shards: MappedShards, rank: int = 0, world: int = 1, flip: bool = True, threads: int = 1) -> TrainingBatches:
+def make(
+    shards: MappedShards,
+    rank: int = 0,
+    world: int = 1,
+    flip: bool = True,
+    threads: int = 1,
+    streams: Callable[[int], Streams] = Philox,
+) -> TrainingBatches:
     return TrainingBatches(
         shards,
         GlobalOrder(0, shards.counts),
@@ -47,6 +56,7 @@ def make(shards: MappedShards, rank: int = 0, world: int = 1, flip: bool = True,
         rank=rank,
         world=world,
         threads=threads,
+        streams=streams,
     )
 
 
@@ -149,13 +159,52 @@ def test_the_number_of_threads_changes_no_batch(
             assert torch.equal(one, two)
 
 
-def test_a_shard_that_is_cut_during_a_run_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("worth", [0, 10**9])
+def test_the_generator_of_a_run_draws_all_and_a_batch_does_not_depend_on_how_it_is_divided(
+    shards: MappedShards, monkeypatch: pytest.MonkeyPatch, worth: int
+) -> None:
+    """Compare with the definition, and with processes and threads, compiled and not, in another order of steps."""
+    monkeypatch.setattr("core.philox32.FAST_PHILOX32", Deferred("draws", load_philox32, worth=worth))
+    draws = training_draws(Philox32(0), np.arange(36, 48), (1, 8, 8), UniformSteps(1000), 0.1, True)
+    alone = make(shards, streams=Philox32)
+    rows = alone.order.rows_at(np.arange(36, 48))
+    assert rows.tolist() == make(shards).order.rows_at(np.arange(36, 48)).tolist()
+    found = alone.batch(3)
+    assert torch.equal(found.x_0, torch.from_numpy(shards.gather(rows, draws.flip)[:, :1]).float())
+    assert torch.equal(found.noise, torch.from_numpy(draws.noise))
+    assert torch.equal(found.t, torch.from_numpy(draws.t))
+    labels = np.where(draws.dropped, 5, shards.labels_of(rows))
+    assert found.condition["label"].tolist() == labels.tolist()
+    assert not torch.equal(found.noise, make(shards).batch(3).noise)
+    for world, threads in ((1, 1), (1, 3), (2, 1), (3, 2)):
+        parts = [make(shards, rank, world, threads=threads, streams=Philox32).batch(3) for rank in range(world)]
+        for whole, *shares in zip(tree_leaves(found), *map(tree_leaves, parts), strict=True):
+            assert torch.equal(torch.cat(shares), whole)
+
+
+@pytest.mark.parametrize("worth", [0, 10**9])
+def test_a_shard_that_is_cut_during_a_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worth: int) -> None:
+    """Read by a compiled function, and by Python."""
+    monkeypatch.setattr(data.mapped_file, "FAST_READS", Deferred("reads", data.mapped_file._load_reads, worth=worth))
     encode_pattern(tmp_path)
     shards = MappedShards(tmp_path)
     shards.gather(np.arange(50), np.zeros(50, dtype=bool))
+    assert (data.mapped_file.FAST_READS.get(0) is not None) == (worth == 0)
     os.truncate(tmp_path / "shard-000003.tar", 4096)
     with pytest.raises(ValueError, match=r"shard-000003.tar was cut while this job ran; run the same"):
         shards.gather(np.array([49]), np.array([False]))
+
+
+def test_compiled_reads_fill_the_same_bytes(shards: MappedShards, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, flips = np.arange(50)[::-1].copy(), np.arange(50) % 3 == 0
+    expected = shards.gather(rows, flips)
+    monkeypatch.setattr(data.mapped_file, "FAST_READS", Deferred("reads", data.mapped_file._load_reads, worth=0))
+    for count in (50, 1, 0):
+        out = np.full((count, *expected.shape[1:]), np.nan, np.float16)
+        assert shards.gather(rows[:count], flips[:count], out) is out
+        np.testing.assert_array_equal(out, expected[:count])
+    with pytest.raises(AssertionError, match="a copy would be filled"):
+        shards.gather(rows, flips, np.empty((*expected.shape[:3], 16), np.float16)[..., ::2])
 
 
 def test_more_shards_than_open_files_are_allowed(shards: MappedShards, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from warm_python import ENCODING, run_warm_python
+from warm_python import TRAINING, run_warm_python
 
 HERE = Path(__file__).parent
 CC = os.environ.get("CC", "cc")
-MODULES = (*ENCODING, "pytest", "torch._subclasses.fake_tensor", "torch.distributed.fsdp")
+MODULES = (*TRAINING, "pytest", "torch._subclasses.fake_tensor", "torch.distributed.fsdp")
 # PyTorch refuses CUDA in a fork of a process that has counted GPUs, and diffusers asks for them when it is imported.
 COUNTS_NO_GPUS = {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 

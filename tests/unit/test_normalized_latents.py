@@ -10,6 +10,8 @@ from conftest import TINY_RUN, InProcess
 from foreign_files import HEADS, released_weights, saved
 from pictures import make_autoencoder
 
+from core.deferred import Deferred
+from core.latents import load_latents
 from data.manifest import Manifest
 from data.plan import identity_of
 from data.shards import open_shards
@@ -38,6 +40,22 @@ def test_latents_of_any_number_of_channels_have_mean_0_and_deviation_1_and_decod
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(channels), rtol=1e-4, atol=0)
     torch.testing.assert_close(ours.decode(latents[:3]), plain.decode(unscaled[:3]), rtol=1e-4, atol=1e-4)
     assert identity_of(ours) == identity_of(scaled)
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_latents_that_are_drawn_in_the_memory_of_their_normals_are_the_same(
+    half: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Draw by compiled functions, which moments in float16 have, and by PyTorch."""
+    monkeypatch.setattr("core.latents.FAST_LATENTS", Deferred("latents", load_latents, worth=0))
+    encoded = DiffusersAutoencoder("x", str(make_autoencoder(tmp_path / "weights", 4)), 0.2, 0.1)
+    for autoencoder in (encoded, NormalizedAutoencoder(encoded, [0.5] * 4, [2.0] * 4), IdentityAutoencoder(4)):
+        moments = torch.randn(3, 8, 6, 5)
+        moments = moments.half() if half else moments
+        posterior = torch.randn(3, 4, 6, 5)
+        expected = autoencoder.draw(moments, posterior.clone())
+        assert autoencoder.draw(moments, posterior, out=posterior) is posterior
+        assert torch.equal(posterior, expected)
 
 
 def test_statistics_that_do_not_fit_are_refused() -> None:

@@ -119,4 +119,4 @@ def test_the_ten_slowest_files_are_shown_and_no_more() -> None:
 def test_files_that_are_scheduled_together_exist() -> None:
     named = {f"test_{name}.py" for names in TOGETHER.values() for name in names.split()}
     tests = CONF.parent / "tests"
-    assert named <= {path.name for layer in ("runtime", "smoke") for path in (tests / layer).iterdir()}
+    assert named <= {path.name for layer in ("unit", "runtime", "smoke") for path in (tests / layer).iterdir()}
