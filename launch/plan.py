@@ -158,7 +158,7 @@ def settle_by_data(config: DictConfig, words: list[str]) -> None:
         found |= {"model.latent_size": config.data.image_size // downscale, "model.channels": channels}
     else:
         found = {"data.name": "imagenet"}  # whose numbers are the defaults
-    if config.teacher is not None and "data.shards" not in keys:
+    if config.get("teacher") is not None and "data.shards" not in keys:
         shape = target_of(config.teacher).planned(config.teacher.pretrained, config.teacher.image_size)
         found |= {"feature_tokens": shape.tokens, "feature_dim": shape.dim}
     for key, value in found.items():
