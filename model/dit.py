@@ -231,6 +231,19 @@ class DiT(Network):
         [0, num_classes]}, or {} for an unconditional network. Raises ValueError for latents of another shape than the
         config's.
         """
+        return self.with_tokens(x_t, t, condition, self.config.depth)[0]
+
+    def token_shape(self, unit: int) -> tuple[int, int]:
+        """Return (T, d). Raises ValueError for a block that there is not."""
+        if not 1 <= unit <= self.config.depth:
+            raise ValueError(
+                f"alignment.block is {unit}, but the network has {self.config.depth} blocks; choose one from 1 to "
+                f"{self.config.depth}."
+            )
+        return self.config.num_tokens, self.config.width
+
+    def with_tokens(self, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor], unit: int) -> tuple[Tensor, Tensor]:
+        """Return the prediction, and the image's tokens [B, T, d] after block ``unit``. Raises as `forward` does."""
         self._require_shape(x_t)
         tokens = self.patch_embedding(self._patchify(x_t))
         table = self.position_embedding
@@ -238,10 +251,12 @@ class DiT(Network):
         embedded = self.embedding.embed(self.timestep_embedding(t), condition)
         sequence = self._assembly.enter(tokens, embedded)
         positions = None if self.positions is None else self._assembly.places(self.positions, embedded)
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks, start=1):
             sequence = block(sequence, embedded, positions)
-        tokens = self._assembly.leave(sequence, embedded)
-        return self._unpatchify(self.final_layer(tokens, embedded))
+            if number == unit:
+                tokens = self._assembly.leave(sequence, embedded)
+        last = tokens if unit == len(self.blocks) else self._assembly.leave(sequence, embedded)
+        return self._unpatchify(self.final_layer(last, embedded)), tokens
 
     def example_inputs(self, batch: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return zeros of the shapes that the network takes, for ``batch`` images, on its device."""

@@ -18,6 +18,7 @@ REPLAYED = frozenset({*components(TrainSettings), "runtime"})
 EARLIER: dict[str, Any] = {
     "condition": {"_target_": "data.conditions.ClassLabels", "_partial_": True},
     "shape_name": "",
+    "alignment": {"_target_": "train.alignment.unaligned"},
     "generator": "numpy",
     "evaluation": {"likelihood_steps": 100},
     "data": {"normalize": False, "latent_mean": None, "latent_std": None},

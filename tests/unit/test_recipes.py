@@ -35,18 +35,24 @@ def test_a_recipe_has_a_sampler_that_fits_its_objective_and_the_cost_that_it_say
     assert int(exaflops.replace(",", "")) == round(plan["training_exaflops"])
     (hours,) = re.findall(r"about (\d+) hours of training", header)
     assert int(hours) == round(plan["training_hours"])
+    for part in ("shards_gb", "features_gb"):
+        if "features_gb" in plan:
+            assert f"{plan[part]:.0f} GB" in header
     assert all(word in header for word in ("Expected", "FID-50K", "Not run here", "Hardware and time"))
 
 
 def test_recipes_train_what_their_programs_train() -> None:
-    sit, edm = (composed("train", f"experiment=recipes/{name}") for name in ("sit_xl2", "edm_xl2"))
+    sit, edm, repa = (composed("train", f"experiment=recipes/{name}") for name in ("sit_xl2", "edm_xl2", "repa_xl2"))
     assert (sit["total_steps"], sit["batch_size"], sit["class_dropout"]) == (7_000_000, 256, 0.1)
     assert (sit["diffusion"]["path"]["_target_"], sit["sampler"]["steps"]) == ("diffusion.paths.LinearPath", 250)
     assert (sit["sampler"]["last_step"], sit["sampler"]["last_size"]) == ("mean", 0.04)
     assert (edm["total_steps"], edm["batch_size"], edm["diffusion"]["sigma_data"]) == (2_000_000, 1024, 0.5)
     times = edm["diffusion"]["times"]
     assert (times["location"], times["scale"]) == (-1.2, 1.2)
-    assert sit["optimizer"]["lr"] == edm["optimizer"]["lr"] == 1e-4
+    alignment = repa["alignment"]
+    assert (repa["total_steps"], repa["data"]["flip"], repa["max_grad_norm"]) == (4_000_000, False, 1.0)
+    assert (alignment["block"], alignment["hidden"], alignment["coefficient"]) == (8, 2048, 0.5)
+    assert sit["optimizer"]["lr"] == edm["optimizer"]["lr"] == repa["optimizer"]["lr"] == 1e-4
 
 
 def test_lightningdits_recipe_has_its_parts_times_guidance_and_shift() -> None:
