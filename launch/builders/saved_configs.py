@@ -55,6 +55,8 @@ def as_now(config: Mapping[str, Any]) -> dict[str, Any]:
     now = _filled(config, EARLIER)
     if isinstance(model := now.get("model"), Mapping) and isinstance(model.get("learn_sigma"), bool):
         now["model"] = {key: value for key, value in model.items() if key != "learn_sigma"}
+    if isinstance(model := now.get("model"), Mapping) and model.get("_target_") == "model.dit.DiT":
+        now["model"] = {"position_table": "fixed", **model}
     if isinstance(objective := now.get("diffusion"), Mapping):
         now["diffusion"] = _objective_as_now(objective)
     return now

@@ -33,9 +33,11 @@ from diffusion.process import GaussianDiffusion
 from diffusion.schedules import LinearSchedule
 from diffusion.variances import LearnedRangeVariance
 from model import blocks
-from model.attention import QKNormSelfAttention, SelfAttention
+from model.attention import QKNormSelfAttention, RotaryQKRmsNormSelfAttention, SelfAttention
 from model.dit import DiT, DiTConfig
+from model.mlp import SwiGluMlp
 from model.network import Network, checkpoint_units
+from model.norms import rms_norm
 from train import ema as averages_of
 from train.alignment import REPA
 from train.guards import SpikeGuard
@@ -60,6 +62,7 @@ class Case:
     objective: str = "gaussian"  # or flow, edm
     depth: int = 1  # of a DiT
     qk_norm: bool = False
+    modern: bool = False  # RMSNorm, SwiGLU, rotary positions and a learned table
     settings: dict[str, Any] = field(default_factory=dict)  # of the runtime
     precision: str = "fp32"
     activation_checkpointing: bool = False
@@ -79,9 +82,13 @@ class Case:
             return DeepNetwork(DeepConfig())
         attention = QKNormSelfAttention if self.qk_norm else SelfAttention
         block = functools.partial(getattr(blocks, self.block), attention=attention)
+        if self.modern:
+            parts = {"attention": RotaryQKRmsNormSelfAttention, "norm": rms_norm, "mlp": SwiGluMlp}
+            block = functools.partial(getattr(blocks, self.block), **parts)
         shape = {"width": 64, "depth": self.depth, "num_heads": 4, "num_classes": NUM_CLASSES}
         outputs = diffusion(self.objective).outputs_per_channel
-        made = DiT(DiTConfig(8, 4, 2, **shape, block=block, outputs_per_channel=outputs))  # type: ignore[arg-type]
+        table = "learned" if self.modern else "fixed"
+        made = DiT(DiTConfig(8, 4, 2, **shape, block=block, outputs_per_channel=outputs, position_table=table))  # type: ignore[arg-type]
         generator = torch.Generator().manual_seed(5)
         for parameter in made.parameters():
             parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
