@@ -411,6 +411,8 @@ def test_a_checkpoint_is_of_the_step_it_was_taken_at_though_training_goes_on(tmp
 class SentToGpu:
     """An encoding that sends moments from the host to the GPU, for which no kernel has to run."""
 
+    teacher = None
+
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._encoding = image_encoding(IdentityAutoencoder(1), 8, flip=True, crop=ExactSize())
