@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -24,6 +25,18 @@ def check_known(config: DictConfig, path: str = "") -> None:
             raise ValueError(f"There is no setting '{path}{key}'{closest(key, names)}")
         if not OmegaConf.is_missing(config, key) and isinstance(config[key], DictConfig):
             check_known(config[key], f"{path}{key}.")
+
+
+def check_finite(node: Any, path: str = "") -> None:
+    """Raise ValueError for an infinite number or none (NaN), which the JSON of checkpoints and records has not."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            check_finite(value, f"{path}.{key}".lstrip("."))
+    elif isinstance(node, list):
+        for value in node:
+            check_finite(value, path)
+    elif isinstance(node, float) and not math.isfinite(node):
+        raise ValueError(f"{path} is {node}, but a setting must be a finite number; give another, or leave it out.")
 
 
 def check_targets(node: Any, path: str = "") -> None:
