@@ -74,7 +74,10 @@ def check_parameters(config: Mapping[str, Any], path: str) -> None:
         if key.startswith("_"):
             continue
         if key not in parameters and not takes_any:
-            raise ValueError(f"{name} has no setting {path}{key}{closest(key, parameters)}")
+            hint = closest(key, parameters)
+            if hint == ".":
+                hint = f"; leave it out, or give '~{path}{key}' where an experiment sets it."
+            raise ValueError(f"{name} has no setting {path}{key}{hint}")
         if isinstance(value, str | int | float | bool | list) and key in hints:
             check_type(f"{path}{key}", value, hints[key])
 

@@ -60,6 +60,10 @@ def fails(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.C
         (["train", "max_grad_norm=-1"], "max_grad_norm is -1.0, but it must be positive"),
         (["train", "max_grad_norm=inf"], "max_grad_norm is inf, but a setting must be a finite number; give another"),
         (["train", "data.latent_std=[1.0,inf]"], "data.latent_std is inf, but a setting must be a finite number"),
+        (
+            ["train", "experiment=demo", "diffusion=flow", "diffusion/sampler=dopri5"],
+            "has no setting sampler.steps; leave it out, or give '~sampler.steps' where an experiment sets it.",
+        ),
         (["train", "optimizer.lr=nan"], "optimizer.lr is nan, but a setting must be a finite number"),
         (["evaluate", "checkpoint=x.pt", "diffusion/sampler=edm_heun", "sampler.churn_max=inf"], "churn_max is inf"),
         (["train", "evaluation.batch_size=0"], "evaluation.batch_size is 0, but it must be positive"),
