@@ -180,7 +180,7 @@ def build_generator(
     section = dict(config.guidance)
     others = {}
     if "guide" in section:
-        others["guide"] = runtime.place(load_guide(section.pop("guide"), objective)).eval()
+        others["guide"] = runtime.place(load_guide(section.pop("guide"), objective, autoencoder)).eval()
     guided: Guided = build(section)(
         model, null=conditions.null, latent_channels=spec.channels, objective=objective, **others
     )
