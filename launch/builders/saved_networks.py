@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion.objective import Objective
+from diffusion.process import GaussianDiffusion
 from launch.builders.components import build_saved
 from launch.builders.normalization import saved_normalization
 from launch.builders.runs import pinned_sources, read_checkpoint
@@ -49,19 +50,30 @@ def load_guide(where: str, objective: Objective, autoencoder: Autoencoder) -> Ne
     Raises ValueError too where the guide predicts another quantity, or one of latents that are normalized otherwise.
     """
     network = load_model(where, "ema", objective, "guidance.guide")
-    theirs, ours = read_checkpoint(where, objective_at).facts(), objective.facts()
+    of_guide = read_checkpoint(where, objective_at)
+    theirs, ours = of_guide.facts(), objective.facts()
     for key in _MEANING:
         if theirs.get(key) != ours.get(key):
             raise ValueError(
                 f"guidance.guide {where} was trained with the {key} {theirs.get(key)} of an objective, but the guided "
                 f"network with {ours.get(key)}, so their outputs cannot be combined; guide by a model of the same one."
             )
+    if _betas_of(of_guide) != _betas_of(objective):
+        raise ValueError(
+            f"guidance.guide {where} was trained with another diffusion/schedule than the guided network, so their "
+            "outputs cannot be combined; guide by a model of the same one."
+        )
     if read_checkpoint(where, _statistics_at) != statistics_of(autoencoder):
         raise ValueError(
             f"guidance.guide {where} was trained with other data.normalize, data.latent_mean or data.latent_std than "
             "the guided network, so their outputs cannot be combined; guide by a model of the same latents."
         )
     return network
+
+
+def _betas_of(objective: Objective) -> list[float]:
+    """Return the betas of a Gaussian process; none for other objectives."""
+    return objective.tables.betas.tolist() if isinstance(objective, GaussianDiffusion) else []
 
 
 def _statistics_at(path: Path) -> Statistics | None:
