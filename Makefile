@@ -79,6 +79,10 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.open_shards
 	$(BIN)/python -m benchmarks.encode
 	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.step_bytes
+	$(BIN)/python -m benchmarks.sample
+	$(BIN)/python -m benchmarks.checkpoint
+	$(BIN)/python -m benchmarks.start
 	$(BIN)/python -m benchmarks.evaluate
 
 # The tests that kill jobs and damage files, with many more kills and trials than `make test` has; a result line each in

@@ -1,13 +1,14 @@
 """Compare the time of guided sampling with the released program's loop, at one precision and number of threads.
 
 ``python -m benchmarks.sample [--models s/2 b/4] [--precision bf16] [--steps 4] [--images 4]`` prints one JSON line per
-model. Both sides run DDPM with classifier-free guidance on the device, eager, in turns, each in a process of its own;
-weights are random. The time of an image is proportional to the steps.
+model. The released program runs eager, ours eager and with compiled blocks, DDPM with classifier-free guidance on the
+device, in turns, each in a process of its own; weights are random. The time of an image is proportional to the steps.
 """
 
 import argparse
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,12 @@ from diffusion.guidance import ClassifierFreeGuidance
 from diffusion.respacing import kept_steps
 from diffusion.samplers import DDPM
 from evaluation.generate import Generator
+from launch.evaluate import compile_units
 from model.autoencoder import IdentityAutoencoder
 from runtime.accelerate import AccelerateRuntime
 
 SCALE = 1.5
+SIDES = ("released", "eager", "compiled")
 
 
 class Released:
@@ -60,10 +63,12 @@ class Released:
         return x[:count].cpu().numpy()
 
 
-def ours(model: str, precision: Any, steps: int) -> Generator:
+def ours(model: str, precision: Any, steps: int, compiled: bool) -> Generator:
     """Return the project's generator of images with latents as they are."""
     runtime, labels = AccelerateRuntime(precision), ClassLabels(1000)
     network = runtime.place(new_model(model)).eval()
+    if compiled:
+        compile_units(network, runtime.device)
     spec = LatentSpec("random", 32, "identity", "1", 1.0, 1, 4, "float16", False, 1000)
     guided = ClassifierFreeGuidance(network, labels.null, 4, scale=SCALE)
     process = runtime.place(diffusion())
@@ -75,14 +80,21 @@ def clock(side: str, model: str, precision: str, steps: int, images: int) -> Cal
     if side == "released":
         released = Released(model, precision, steps)
         return lambda: seconds_of(lambda: released.images(images))
-    generator, labels = ours(model, precision, steps), ClassLabels(1000).in_turn(images)
+    generator, labels = ours(model, precision, steps, side == "compiled"), ClassLabels(1000).in_turn(images)
     return lambda: seconds_of(lambda: generator.images(np.arange(images), labels))
 
 
 def measure(*arguments: Any) -> dict[str, Any]:
-    """Time both sides in turns, each in a process of its own."""
-    with apart(clock, "ours", *arguments) as mine, apart(clock, "released", *arguments) as theirs:
-        return medians_in_turns({"ours": mine, "released": theirs}, repeats=5)
+    """Time the released program and ours, eager and compiled, in turns, each in a process of its own."""
+    with ExitStack() as running:
+        clocks = {side: running.enter_context(apart(clock, side, *arguments)) for side in SIDES}
+        found = medians_in_turns(clocks, repeats=5)
+    seconds = {side: found[side] for side in SIDES}
+    ratios = {
+        f"{side}/released": [round(a / b, 4) for a, b in zip(seconds[side], seconds["released"], strict=True)]
+        for side in SIDES[1:]
+    }
+    return {**seconds, **ratios}
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 # and an embedding in model/ reads it; samplers, guidance, runtimes and the loop only pass it on.
 Condition = Mapping[str, Tensor]
 Tree = TypeVar("Tree")
+FEATURES, WEIGHT = "features", "weight"  # names of targets
 
 
 class Batch(NamedTuple):
@@ -20,6 +21,9 @@ class Batch(NamedTuple):
     noise: Tensor  # [B, c, h, w] float32
     t: Tensor  # [B] int64 steps or float32 times, by the objective
     condition: Condition  # already the null condition where it was dropped
+    # What losses beside the objective's need, [B, ...] by name: a teacher's `FEATURES` [B, T, D] float16, and the
+    # `WEIGHT` [B] float32 of their loss. Empty where there is no such loss.
+    targets: Mapping[str, Tensor] = {}
 
 
 class Denoiser(Protocol):

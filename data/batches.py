@@ -7,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from core.batch import Batch
+from core.batch import FEATURES, WEIGHT, Batch
 from core.buffers import Buffers
 from core.draws import Philox, Purpose, Streams, Times, draw_choices
 from core.prefetch import DEPTH
@@ -25,7 +26,9 @@ class TrainingBatches:
     """Training batches as a pure function of (seed, step); process ``rank`` of ``world`` reads its slice of each.
 
     ``streams`` makes the streams of random numbers from the seed. ``threads`` threads make a batch; their number
-    changes no bit of it.
+    changes no bit of it. In the first ``target_steps`` steps, batches have a teacher's features with weight 1; later
+    ones have zeros with weight 0, of the same shape, and nothing is read for them. Without ``target_steps``, batches
+    have no targets.
 
     Raises ValueError where the batch size is not a multiple of the world size, or a cache is too small for the order.
     """
@@ -45,6 +48,7 @@ class TrainingBatches:
         rank: int = 0,
         world: int = 1,
         threads: int = 1,
+        target_steps: float | None = None,
         streams: Callable[[int], Streams] = Philox,
     ) -> None:
         positions_of_step(0, batch_size, rank, world)  # raises where the batch size does not divide
@@ -61,6 +65,7 @@ class TrainingBatches:
         self.flip = flip
         self.rank = rank
         self.world = world
+        self.target_steps = target_steps
         self._new_streams = streams
         self._streams = streams(seed)
         self._threads = Threads(threads)
@@ -78,7 +83,15 @@ class TrainingBatches:
         rows = self.order.rows_at(positions)
         choices = draw_choices(self._streams, positions, self.times, self.class_dropout, self.flip)
         shape = (len(positions), spec.channels, spec.latent_size, spec.latent_size)
-        part = _Part(positions, rows, choices.flip, *(self._buffers.empty(shape, np.float32) for _ in range(2)))
+        with_features = self.target_steps is not None and step < self.target_steps
+        part = _Part(
+            positions,
+            rows,
+            choices.flip,
+            self._buffers.empty(shape, np.float32),
+            self._buffers.empty(shape, np.float32),
+            self._empty_features(len(rows)) if with_features else None,
+        )
         self._fill(part)
         condition = self.conditions.of_samples(self.shards.labels_of(rows))
         return Batch(
@@ -86,7 +99,22 @@ class TrainingBatches:
             noise=torch.from_numpy(part.noise),
             t=torch.from_numpy(choices.t),
             condition=with_dropped(self.conditions, condition, choices.dropped),
+            targets={} if self.target_steps is None else self._targets(part),
         )
+
+    def _empty_features(self, num_rows: int) -> NDArray[np.float16]:
+        """Return an array for the features of a batch, [B, T, D], whose values are undefined."""
+        teacher = self.shards.manifest.teacher
+        assert teacher is not None, "these shards have no features"
+        return self._buffers.empty((num_rows, teacher.tokens, teacher.dim), np.float16)
+
+    def _targets(self, part: "_Part") -> dict[str, Tensor]:
+        features = part.features
+        if features is None:
+            features = self._empty_features(len(part.rows))
+            features.fill(0)
+        weight = torch.full((len(part.rows),), 0.0 if part.features is None else 1.0)
+        return {FEATURES: torch.from_numpy(features), WEIGHT: weight}
 
     def _fill(self, batch: "_Part") -> None:
         """Fill latents and noise of consecutive positions, window by window; at most two windows are local."""
@@ -106,8 +134,10 @@ class TrainingBatches:
     def _fill_chunks(self, part: "_Part") -> None:
         streams = self._new_streams(self.seed)  # threads do not share one
         for first in range(0, len(part.rows), CHUNK):
-            positions, rows, flips, latents, noise = part.rows_of(slice(first, first + CHUNK))
+            positions, rows, flips, latents, noise, features = part.rows_of(slice(first, first + CHUNK))
             moments = self.shards.gather(rows, flips)
+            if features is not None:
+                self.shards.gather_features(rows, flips, features)
             streams.fill(latents.reshape(len(latents), -1), positions, Purpose.POSTERIOR, 0)
             posterior = torch.from_numpy(latents)
             self.autoencoder.draw(torch.from_numpy(moments), posterior, out=posterior)
@@ -122,10 +152,14 @@ class _Part(NamedTuple):
     flips: NDArray[np.bool_]  # [B]
     latents: NDArray[np.float32]  # [B, c, h, w]
     noise: NDArray[np.float32]  # [B, c, h, w]
+    features: NDArray[np.float16] | None  # [B, T, D]
 
     def rows_of(self, part: slice) -> "_Part":
         """Return some of the samples."""
-        return _Part(self.positions[part], self.rows[part], self.flips[part], self.latents[part], self.noise[part])
+        features = None if self.features is None else self.features[part]
+        return _Part(
+            self.positions[part], self.rows[part], self.flips[part], self.latents[part], self.noise[part], features
+        )
 
 
 def _windows_at_hand(order: Order, batch_size: int, world: int) -> int:

@@ -67,7 +67,8 @@ def encode(
     another plan, another job is writing to it, an image does not fit, or more than ``max_skipped_fraction`` of the
     images cannot be read.
     """
-    plan = Plan.of(source, encoding.spec(name, len(source.class_names)), samples_per_shard, seed)
+    spec = encoding.spec(name, len(source.class_names))
+    plan = Plan.of(source, spec, samples_per_shard, seed, encoding.teacher)
     with _claimed(folder, workers):
         require_same_plan(folder, plan)
         _require_few_skipped(folder, [], plan, max_skipped_fraction)
@@ -114,7 +115,10 @@ def require_same_plan(folder: Path, plan: Plan) -> None:
         return
     present = Manifest.load(folder)
     if present.plan_hash != plan.hash:
-        differences = present.spec.differences(plan.spec) or ["the images, the seed or the shard size differ"]
+        differences = present.spec.differences(plan.spec)
+        if present.teacher != plan.teacher:
+            differences.append(f"teacher is {present.teacher or 'none'} and not {plan.teacher or 'none'}")
+        differences = differences or ["the images, the seed or the shard size differ"]
         raise ValueError(
             f"{folder} already holds other shards: {'; '.join(differences)}; encode into another data.shards."
         )
@@ -213,7 +217,9 @@ def _write(folder: Path, plan: Plan, batches: list[Encoded]) -> None:
             f"The latents of {path} have log-variances up to {moments[:, :, plan.spec.channels :].max()}, whose "
             "variance overflows; are they log-variances?"
         )
-    entry, layout = write_shard(path, rows, np.ascontiguousarray(moments, dtype=np.float16), labels)
+    features = [sample for batch in batches if batch.features is not None for sample in batch.features]
+    values = np.ascontiguousarray(moments, dtype=np.float16)
+    entry, layout = write_shard(path, rows, values, labels, features if plan.teacher is not None else None)
     Sidecar(
         plan=plan.hash,
         entry=entry,
@@ -294,6 +300,7 @@ def finish(folder: Path, plan: Plan, sidecars: Sequence[Sidecar], max_skipped_fr
         latent_std=std,
         num_skipped=len(skipped),
         labels_sha256=sha256_of(folder / LABELS_NAME),
+        teacher=plan.teacher,
     )
     manifest.save(folder)
     return manifest

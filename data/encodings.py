@@ -8,14 +8,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.images import Preparation, UnreadableImageError, to_unit_range
-from data.manifest import LatentSpec
+from data.manifest import LatentSpec, TeacherSpec
 from data.plan import latent_spec
 from data.sources import Prepared, Source, prepared, require_label
+from data.teachers import Teacher
 from model.autoencoder import Autoencoder
 
 
 class Encoding(Protocol):
-    """The conversion of examples to moments by the encode job."""
+    """The conversion of examples to moments, and to a teacher's features, by the encode job."""
+
+    teacher: TeacherSpec | None  # None where no features are stored
 
     def spec(self, name: str, num_classes: int) -> LatentSpec:
         """Return the description of the latents."""
@@ -32,16 +35,31 @@ class Encoding(Protocol):
         """Return [B, orientations, 2c, h, w] float32 of prepared items [B, ...]; on CUDA, computed asynchronously."""
         ...
 
+    def features(self, items: NDArray[Any]) -> Tensor:
+        """Return the teacher's features [B, orientations, T, D] float16 of prepared items, computed likewise."""
+        ...
+
 
 class EncodeImages:
     """An encoding that decodes, crops and runs the autoencoder; each orientation is encoded separately, after the crop.
 
-    A convolutional encoder is not flip-equivariant: the latent of a mirrored image is not the mirrored latent.
+    A convolutional encoder is not flip-equivariant: the latent of a mirrored image is not the mirrored latent. Neither
+    are the features of a ``teacher``, if one is given.
     """
 
-    def __init__(self, autoencoder: Autoencoder, preparation: Preparation, flip: bool, device: torch.device) -> None:
-        self._autoencoder = autoencoder.to(device)
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        preparation: Preparation,
+        flip: bool,
+        device: torch.device,
+        teacher: Teacher | None = None,
+    ) -> None:
+        self._autoencoder, self._teacher = autoencoder.to(device), teacher
         self._preparation, self._flip, self._device = preparation, flip, device
+        self.teacher = None if teacher is None else teacher.spec()
+        if teacher is not None:
+            teacher.to(device)
 
     def spec(self, name: str, num_classes: int) -> LatentSpec:
         """Return the description of the latents. Raises ValueError where the image size does not fit."""
@@ -60,9 +78,17 @@ class EncodeImages:
     @torch.no_grad()
     def moments(self, items: NDArray[np.uint8]) -> Tensor:
         """Return the moments [B, orientations, 2c, h, w] float32 of images [B, H, W, C] uint8."""
+        return torch.stack([self._autoencoder.moments(view) for view in self._orientations(items)], dim=1)
+
+    @torch.no_grad()
+    def features(self, items: NDArray[np.uint8]) -> Tensor:
+        """Return the teacher's features [B, orientations, T, D] float16 of images [B, H, W, C] uint8."""
+        assert self._teacher is not None, "there is no teacher"
+        return torch.stack([self._teacher.features(view).half() for view in self._orientations(items)], dim=1)
+
+    def _orientations(self, items: NDArray[np.uint8]) -> list[Tensor]:
         pixels = to_unit_range(items, self._device)
-        orientations = [pixels, pixels.flip(3)] if self._flip else [pixels]
-        return torch.stack([self._autoencoder.moments(view) for view in orientations], dim=1)
+        return [pixels, pixels.flip(3)] if self._flip else [pixels]
 
 
 def _as_gray(pixels: NDArray[np.uint8], source_id: str, autoencoder: str) -> NDArray[np.uint8]:
@@ -80,14 +106,27 @@ class ImportLatents:
     """An encoding that imports latents of another program: [c, h, w] samples or [2c, h, w] moments.
 
     ``scaled`` says that they are already scaled for the diffusion, as fast-DiT's are. Latents cannot be mirrored.
-    Raises ValueError where ``flip`` is on.
+    Raises ValueError where ``flip`` is on, or for a ``teacher``, which needs images.
     """
+
+    teacher = None
 
     log_variance = -30.0  # diffusers' lower clamp, in effect zero variance; for latents without a posterior
 
     def __init__(
-        self, autoencoder: Autoencoder, preparation: Preparation, flip: bool, device: torch.device, scaled: bool = False
+        self,
+        autoencoder: Autoencoder,
+        preparation: Preparation,
+        flip: bool,
+        device: torch.device,
+        teacher: Teacher | None = None,
+        scaled: bool = False,
     ) -> None:
+        if teacher is not None:
+            raise ValueError(
+                "A teacher is given, but it sees images, and data/encoding=latents has none; set data/teacher=none, or "
+                "encode the images."
+            )
         if flip:
             raise ValueError(
                 "data.flip is true, but imported latents have 1 orientation, and mirrored latents are not the latents "
@@ -130,3 +169,7 @@ class ImportLatents:
     def moments(self, items: NDArray[np.float32]) -> Tensor:
         """Return [B, 1, 2c, h, w] of [B, 2c, h, w]."""
         return torch.from_numpy(items).unsqueeze(1)
+
+    def features(self, items: NDArray[np.float32]) -> Tensor:
+        """Raise AssertionError: latents have no teacher."""
+        raise AssertionError("latents have no teacher")

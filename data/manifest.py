@@ -109,6 +109,42 @@ class LatentSpec:
         ]
 
 
+class FeatureShape(NamedTuple):
+    """The shape of a teacher's features of one image."""
+
+    tokens: int  # T
+    dim: int  # D
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """A pretrained network and the shape [T, D] of its features of an image, stored for each orientation."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: Text
+    revision: Text  # hash of its weights
+    image_size: Annotated[int, Field(ge=1, le=2**16)]  # pixels, to which it resizes images
+    tokens: Annotated[int, Field(ge=1, le=2**20)]  # T
+    dim: Annotated[int, Field(ge=1, le=2**16)]  # D
+
+    @property
+    def shape(self) -> FeatureShape:
+        """Return the shape of the features of one image."""
+        return FeatureShape(self.tokens, self.dim)
+
+    def sample_shape(self, spec: LatentSpec) -> tuple[int, int, int]:
+        """Return the shape [orientations, T, D] of the features of one stored sample, float16."""
+        return (spec.num_orientations, self.tokens, self.dim)
+
+    def sample_bytes(self, spec: LatentSpec) -> int:
+        """Return the bytes of the features of one stored sample."""
+        return 2 * math.prod(self.sample_shape(spec))
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.revision} at {self.image_size} pixels ({self.tokens} tokens of {self.dim})"
+
+
 @dataclass(frozen=True)
 class ShardEntry:
     """One tar file of a folder of shards."""
@@ -137,6 +173,7 @@ class Manifest:
     latent_std: list[Annotated[Finite, Field(ge=0)]]
     num_skipped: Count  # images that could not be read; skipped.jsonl lists them with the reasons
     labels_sha256: Sha256 | None = None  # None in folders of earlier versions, which have no labels.npz
+    teacher: TeacherSpec | None = None  # None where no features are stored
 
     @property
     def num_samples(self) -> int:
@@ -160,6 +197,8 @@ class Manifest:
         It leaves out ``labels_sha256``, so that data keep their identity when this version completes their folder.
         """
         content = {name: value for name, value in asdict(self).items() if name != "labels_sha256"}
+        if self.teacher is None:
+            del content["teacher"]
         return hashlib.sha256(json.dumps(content, indent=1).encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
@@ -190,7 +229,8 @@ class Manifest:
         check(Manifest, content, path)
         spec = LatentSpec(**content.pop("spec"))
         shards = [ShardEntry(**shard) for shard in content.pop("shards")]
-        manifest = cls(spec=spec, shards=shards, **content)
+        teacher = content.pop("teacher", None)
+        manifest = cls(spec=spec, shards=shards, teacher=teacher and TeacherSpec(**teacher), **content)
         _require_plausible(manifest, path)
         return manifest
 
@@ -245,6 +285,7 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
             yield f"{name} has {len(values)} numbers, but spec.channels is {spec.channels}"
     if manifest.num_samples == 0:
         yield "it has no sample"
+    sample_bytes = spec.sample_bytes + (manifest.teacher.sample_bytes(spec) if manifest.teacher else 0)
     for shard in manifest.shards:
-        if shard.count * spec.sample_bytes > shard.bytes:
-            yield f"{shard.name!r} has {shard.count} samples of {spec.sample_bytes} bytes, but {shard.bytes} bytes"
+        if shard.count * sample_bytes > shard.bytes:
+            yield f"{shard.name!r} has {shard.count} samples of {sample_bytes} bytes, but {shard.bytes} bytes"

@@ -26,6 +26,7 @@ class Encoded(NamedTuple):
     examples: list[Prepared]
     skipped: list[UnreadableImageError]  # since the previous batch
     moments: NDArray[np.float32]  # [len(rows), orientations, 2c, h, w]
+    features: NDArray[np.float16] | None  # [len(rows), orientations, T, D]; None without a teacher
 
 
 class _Batch(NamedTuple):
@@ -45,22 +46,27 @@ def encoded_batches(
     ``threads`` threads read and crop a few batches ahead, another one stacks them, and on CUDA the encoder computes one
     batch while the previous one is copied to the host. Raises ValueError as the source and the encoding do.
     """
-    in_flight: deque[tuple[_Batch, Callable[[], Tensor] | None]] = deque()
+    in_flight: deque[tuple[_Batch, list[Callable[[], Tensor]]]] = deque()
     for batch in prefetch(_batches(source, encoding, plan, shards, batch_size, threads)):
-        in_flight.append((batch, None if batch.stacked is None else _to_host(encoding.moments(batch.stacked))))
+        copies: list[Callable[[], Tensor]] = []
+        if batch.stacked is not None:
+            copies.append(_to_host(encoding.moments(batch.stacked)))
+            if encoding.teacher is not None:
+                copies.append(_to_host(encoding.features(batch.stacked)))
+        in_flight.append((batch, copies))
         if len(in_flight) > 1:
             yield _on_host(*in_flight.popleft(), plan)
     if in_flight:
         yield _on_host(*in_flight.popleft(), plan)
 
 
-def _to_host(moments: Tensor) -> Callable[[], Tensor]:
+def _to_host(values: Tensor) -> Callable[[], Tensor]:
     """Start an asynchronous copy to the host; return a function that waits for this copy, but not for later work."""
-    if moments.device.type != "cuda":
-        return moments.cpu
-    copy = moments.to("cpu", non_blocking=True)  # pinned
+    if values.device.type != "cuda":
+        return values.cpu
+    copy = values.to("cpu", non_blocking=True)  # pinned
     arrived = torch.cuda.Event()
-    arrived.record(torch.cuda.current_stream(moments.device))
+    arrived.record(torch.cuda.current_stream(values.device))
 
     def wait() -> Tensor:
         arrived.synchronize()
@@ -69,16 +75,25 @@ def _to_host(moments: Tensor) -> Callable[[], Tensor]:
     return wait
 
 
-def _on_host(batch: _Batch, moments: Callable[[], Tensor] | None, plan: Plan) -> Encoded:
+def _on_host(batch: _Batch, copies: list[Callable[[], Tensor]], plan: Plan) -> Encoded:
     empty = np.empty((0, *plan.spec.sample_shape), dtype=np.float32)
-    values = empty if moments is None else moments().numpy()
+    values, *others = [copy().numpy() for copy in copies] or [empty]
     if not np.isfinite(values).all():
         bad = int(np.flatnonzero(~np.isfinite(values).all(axis=(1, 2, 3, 4)))[0])
         way_out = "leave that image out" if plan.spec.precision == "fp32" else "try data.autoencoder.precision=fp32"
         raise ValueError(
             f"The autoencoder gives values that are not finite for {batch.examples[bad].source_id}; {way_out}."
         )
-    return Encoded(batch.shard, batch.is_last, batch.rows, batch.examples, batch.skipped, values)
+    for features in others:
+        if not np.isfinite(features).all():
+            bad = int(np.flatnonzero(~np.isfinite(features).all(axis=(1, 2, 3)))[0])
+            raise ValueError(
+                f"The teacher gives values that float16 cannot hold for {batch.examples[bad].source_id}, but features "
+                "must be finite and at most 65504; leave that image out."
+            )
+    return Encoded(
+        batch.shard, batch.is_last, batch.rows, batch.examples, batch.skipped, values, others[0] if others else None
+    )
 
 
 def _batches(

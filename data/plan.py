@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from core.draws import Philox, Purpose, permutation
 from core.records import canonical_hash
 from data.images import Preparation
-from data.manifest import FORMAT_VERSION, AutoencoderIdentity, LatentSpec
+from data.manifest import FORMAT_VERSION, AutoencoderIdentity, LatentSpec, TeacherSpec
 from data.sources import Source
 from data.unread import LeftOut
 from model.autoencoder import Autoencoder
@@ -63,19 +63,24 @@ class Plan:
     seed: int
     source_fingerprint: str
     left_out: tuple[LeftOut, ...] = ()  # files of the source without a row; not part of the plan's identity
+    teacher: TeacherSpec | None = None  # whose features are stored
 
     @classmethod
-    def of(cls, source: Source, spec: LatentSpec, samples_per_shard: int, seed: int) -> "Plan":
-        """Return the plan of a source: a function of its listing, the spec, the shard size and the seed."""
+    def of(
+        cls, source: Source, spec: LatentSpec, samples_per_shard: int, seed: int, teacher: TeacherSpec | None = None
+    ) -> "Plan":
+        """Return the plan of a source: a function of its listing, the spec, shard size, seed and teacher."""
         order = encoding_order(Philox(seed), len(source), source.block_sizes, samples_per_shard)
         left_out = tuple(source.left_out)
-        return cls(spec, source.class_names, order, samples_per_shard, seed, source.fingerprint, left_out)
+        return cls(spec, source.class_names, order, samples_per_shard, seed, source.fingerprint, left_out, teacher)
 
     @property
     def hash(self) -> str:
         """Return the identity of the plan; shards of another plan are never reused."""
         content = {"version": FORMAT_VERSION, "spec": asdict(self.spec), "seed": self.seed}
         content |= {"source": self.source_fingerprint, "samples_per_shard": self.samples_per_shard}
+        if self.teacher is not None:
+            content["teacher"] = asdict(self.teacher)
         return canonical_hash(content, spaced=True)
 
     @cached_property

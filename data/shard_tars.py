@@ -1,13 +1,15 @@
 """Write the tar file of a shard with webdataset, and read it back as untrusted input.
 
-A sample is ``{key}.cls`` (the label as text) and ``{key}.moments.npy`` (float16 [orientations, 2c, h, w]). All samples
-have the same size, so an offset and a stride locate each of them. Any webdataset reader opens these files; this module
+A sample is ``{key}.cls`` (the label as text), ``{key}.moments.npy`` (float16 [orientations, 2c, h, w]) and, where a
+teacher's features are stored, ``{key}.teacher.npy`` (float16 [orientations, T, D]) behind it. All samples have the same
+size, so an offset and a stride locate each of them. Any webdataset reader opens these files; this module
 reads plain USTAR files only: no links, devices, sparse files or extended headers.
 """
 
 import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from mmap import mmap
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -19,12 +21,14 @@ from core.atomic import atomic_file
 from core.npy import LONGEST_HEADER, Header, parse_header
 from core.reading import DamagedFileError, open_regular, sha256_of
 from data.channel_sums import ChannelSums, channel_sums, total
-from data.manifest import LatentSpec, ShardEntry
+from data.manifest import LatentSpec, ShardEntry, TeacherSpec
 
 _BLOCK = 512  # bytes, of a tar
 _OCTAL = re.compile(rb" *([0-7]+)[ \0]*")
 _LABEL = re.compile(rb"\d{1,9}")
 _MOST_LABEL_BYTES = 20
+_NPY_HEADER = 128  # bytes that numpy writes before the values
+CLS, MOMENTS, FEATURES = "cls", "moments.npy", "teacher.npy"  # suffixes of a sample's members, in webdataset's order
 _CHUNK = 64  # samples in memory at a time
 
 
@@ -48,21 +52,28 @@ class Sample(NamedTuple):
 
     key: str
     label: int
-    offset: int  # of the .npy file, in bytes
+    offset: int  # of the .npy file of moments, in bytes
     num_bytes: int
+    features: "_Member | None" = None  # the .npy file of a teacher's features
 
 
 def write_shard(
-    path: Path, keys: Sequence[int], moments: NDArray[np.float16], labels: Sequence[int]
+    path: Path,
+    keys: Sequence[int],
+    moments: NDArray[np.float16],
+    labels: Sequence[int],
+    features: Sequence[NDArray[np.float16]] | None = None,
 ) -> tuple[ShardEntry, Layout]:
     """Write samples as one tar, atomically; the same input gives the same bytes.
 
-    ``moments`` is [num_samples, orientations, 2c, h, w].
+    ``moments`` is [num_samples, orientations, 2c, h, w]; ``features`` are a teacher's of each sample,
+    [orientations, T, D], if any are stored.
     """
     # mtime=0: otherwise webdataset adds the time and an extended header of 1 KB to every member.
     with atomic_file(path) as file, webdataset.TarWriter(file, mtime=0) as writer:
-        for key, sample, label in zip(keys, moments, labels, strict=True):
-            writer.write({"__key__": f"{key:08d}", "moments.npy": sample, "cls": label})
+        for number, (key, sample, label) in enumerate(zip(keys, moments, labels, strict=True)):
+            more = {} if features is None else {FEATURES: features[number]}
+            writer.write({"__key__": f"{key:08d}", MOMENTS: sample, CLS: label, **more})
     entry = ShardEntry(path.name, len(labels), path.stat().st_size, sha256_of(path))
     with open_regular(path) as tar:
         return entry, layout_of(tar, list(samples_of(tar, str(path))), str(path))
@@ -70,8 +81,12 @@ def write_shard(
 
 def shard_bytes_per_sample(num_values: int) -> int:
     """Return the bytes of a sample of ``num_values`` float16 in a tar: two tar headers, label, npy header, values."""
-    npy_header = 128
-    return 3 * _BLOCK + -(-(npy_header + 2 * num_values) // _BLOCK) * _BLOCK
+    return 2 * _BLOCK + array_bytes(num_values)
+
+
+def array_bytes(num_values: int) -> int:
+    """Return the bytes of an array of ``num_values`` float16 in a tar: tar header, npy header, values."""
+    return _BLOCK + -(-(_NPY_HEADER + 2 * num_values) // _BLOCK) * _BLOCK
 
 
 def samples_of(tar: IO[bytes], name: str) -> Iterator[Sample]:
@@ -80,13 +95,16 @@ def samples_of(tar: IO[bytes], name: str) -> Iterator[Sample]:
     Raises DamagedFileError where the tar is truncated, or holds anything but a label and an array for each key.
     """
     members = _members(tar, name)
-    for first in members:
-        second = next(members, None)
+    first = next(members, None)
+    while first is not None:
+        second, third = next(members, None), next(members, None)
         (key, suffix), (other, other_suffix) = _split(first), _split(second) if second else ("", "")
-        if second is None or key != other or {suffix, other_suffix} != {"cls", "moments.npy"}:
+        if second is None or key != other or {suffix, other_suffix} != {CLS, MOMENTS}:
             raise DamagedFileError(f"{name} is damaged: {first.name!r} is not half of a pair .cls and .moments.npy.")
-        cls, array = (first, second) if suffix == "cls" else (second, first)
-        yield Sample(key, _label(tar, cls, name), array.offset, array.num_bytes)
+        cls, array = (first, second) if suffix == CLS else (second, first)
+        features = third if third is not None and _split(third) == (key, FEATURES) else None
+        yield Sample(key, _label(tar, cls, name), array.offset, array.num_bytes, features)
+        first = third if features is None else next(members, None)
 
 
 def layout_of(tar: IO[bytes], samples: Sequence[Sample], name: str) -> Layout:
@@ -100,20 +118,46 @@ def layout_of(tar: IO[bytes], samples: Sequence[Sample], name: str) -> Layout:
     strides = set(np.diff(offsets).tolist()) or {0}
     if len(strides) != 1:
         raise DamagedFileError(f"{name} is damaged: its samples lie at {len(strides)} unequal distances.")
-    return Layout(offsets[0] + _array_header(tar, samples[0], name).num_bytes, strides.pop())
+    first = _Member(samples[0].key, samples[0].offset, samples[0].num_bytes)
+    return Layout(offsets[0] + _array_header(tar, first, name).num_bytes, strides.pop())
 
 
 def values_of(tar: IO[bytes], sample: Sample, spec: LatentSpec, name: str) -> NDArray[np.float16]:
     """Return the moments of a sample. Raises DamagedFileError where their dtype or shape is not that of the spec."""
-    header = _array_header(tar, sample, name)
-    if header.shape != spec.sample_shape or header.dtype != spec.dtype:
-        raise DamagedFileError(
-            f"{name} has a sample {header.dtype}{header.shape}, not {spec.dtype}{spec.sample_shape}."
-        )
-    if sample.num_bytes != (expected := header.num_bytes + header.num_value_bytes):
-        raise DamagedFileError(f"{name} is damaged: a sample has {sample.num_bytes} bytes, not {expected}.")
-    content = _read(tar, sample.offset + header.num_bytes, header.num_value_bytes, name)
-    return np.frombuffer(content, "<f2").reshape(spec.sample_shape)
+    array = _Member(sample.key, sample.offset, sample.num_bytes)
+    return _values(tar, array, spec.sample_shape, spec, name, "a sample")
+
+
+def features_of(
+    tar: IO[bytes], sample: Sample, spec: LatentSpec, teacher: TeacherSpec, name: str
+) -> NDArray[np.float16]:
+    """Return a teacher's features of a sample. Raises DamagedFileError for none, or another shape."""
+    if sample.features is None:
+        raise DamagedFileError(f"{name} is damaged: the sample {sample.key!r} has no .{FEATURES} behind its moments.")
+    return _values(tar, sample.features, teacher.sample_shape(spec), spec, name, "features")
+
+
+def features_distance(content: bytes | mmap, layout: Layout, spec: LatentSpec, name: str) -> int:
+    """Return the distance in bytes from a sample's first moment to its first feature, the same in a whole shard.
+
+    The member with the features lies behind that with the moments. Raises DamagedFileError where there is no array.
+    """
+    end = layout.offset + spec.sample_bytes
+    start = -(-end // _BLOCK) * _BLOCK + _BLOCK
+    header = parse_header(content[start : start + LONGEST_HEADER], name, f"the .{FEATURES} of its first sample")
+    return start + header.num_bytes - layout.offset
+
+
+def _values(
+    tar: IO[bytes], array: "_Member", shape: tuple[int, ...], spec: LatentSpec, name: str, what: str
+) -> NDArray[np.float16]:
+    header = _array_header(tar, array, name)
+    if header.shape != shape or header.dtype != spec.dtype:
+        raise DamagedFileError(f"{name} has {what} {header.dtype}{header.shape}, not {spec.dtype}{shape}.")
+    if array.num_bytes != (expected := header.num_bytes + header.num_value_bytes):
+        raise DamagedFileError(f"{name} is damaged: {what} has {array.num_bytes} bytes, not {expected}.")
+    content = _read(tar, array.offset + header.num_bytes, header.num_value_bytes, name)
+    return np.frombuffer(content, "<f2").reshape(shape)
 
 
 class ShardFacts(NamedTuple):
@@ -124,11 +168,14 @@ class ShardFacts(NamedTuple):
     sums: ChannelSums | None
 
 
-def facts_of(path: Path, spec: LatentSpec, count: int, with_sums: bool = True) -> ShardFacts:
+def facts_of(
+    path: Path, spec: LatentSpec, count: int, with_sums: bool = True, teacher: TeacherSpec | None = None
+) -> ShardFacts:
     """Return the labels, the layout and, with ``with_sums``, the sums of a shard of ``count`` samples.
 
     Raises OSError as `open` does, and DamagedFileError where the tar is damaged, has another number of samples, has a
-    label that is not a class, or (with ``with_sums``) a sample of another shape or dtype or with non-finite values.
+    label that is not a class, has features though there is no ``teacher``, or (with ``with_sums``) a sample or its
+    features of another shape or dtype or with non-finite values.
     """
     name = str(path)
     with open_regular(path) as tar:
@@ -140,7 +187,26 @@ def facts_of(path: Path, spec: LatentSpec, count: int, with_sums: bool = True) -
         if max(labels, default=0) >= spec.num_classes:
             raise DamagedFileError(f"{name} has the label {max(labels)}, but there are {spec.num_classes} classes.")
         layout = layout_of(tar, samples, name)
+        if teacher is None and any(sample.features is not None for sample in samples):
+            raise DamagedFileError(f"{name} has features of a teacher, but the manifest names none.")
+        if with_sums and teacher is not None:
+            _require_features(tar, samples, spec, teacher, name)
         return ShardFacts(labels, layout, _sums(tar, samples, spec, name) if with_sums else None)
+
+
+def _require_features(
+    tar: IO[bytes], samples: Sequence[Sample], spec: LatentSpec, teacher: TeacherSpec, name: str
+) -> None:
+    """Raise DamagedFileError unless each sample has the features of its teacher, finite and at the same distance."""
+    distances = set()
+    for sample in samples:
+        values = features_of(tar, sample, spec, teacher, name)
+        if not np.isfinite(values).all():
+            raise DamagedFileError(f"{name} has {int((~np.isfinite(values)).sum())} features that are not finite.")
+        assert sample.features is not None
+        distances.add(sample.features.offset + sample.features.num_bytes - sample.offset)
+    if len(distances) > 1:
+        raise DamagedFileError(f"{name} is damaged: its features lie at {len(distances)} unequal distances.")
 
 
 def _sums(tar: IO[bytes], samples: Sequence[Sample], spec: LatentSpec, name: str) -> ChannelSums:
@@ -195,9 +261,9 @@ def _label(tar: IO[bytes], member: _Member, name: str) -> int:
     return int(content)
 
 
-def _array_header(tar: IO[bytes], sample: Sample, name: str) -> Header:
-    start = _read(tar, sample.offset, min(sample.num_bytes, LONGEST_HEADER), name)
-    return parse_header(start, name, f"the sample {sample.key!r}")
+def _array_header(tar: IO[bytes], array: "_Member", name: str) -> Header:
+    start = _read(tar, array.offset, min(array.num_bytes, LONGEST_HEADER), name)
+    return parse_header(start, name, f"the sample {array.name!r}")
 
 
 def _read(tar: IO[bytes], position: int, size: int, name: str) -> bytes:

@@ -10,10 +10,10 @@ from core.npy import LONGEST_HEADER, parse_header
 from core.reading import DamagedFileError, remedied
 from core.remote import DEFAULT_RETRY, Retry, is_remote, join
 from data.cache import Cache
-from data.manifest import LatentSpec
 from data.mapped_file import MappedFile, fill_rows
 from data.shard_files import LocalShardFiles, RemoteShardFiles, ShardFiles
 from data.shard_index import index_file, labels_file, read_index, read_source_ids
+from data.shard_tars import features_distance
 
 
 class MappedShards:
@@ -41,6 +41,7 @@ class MappedShards:
         self._first_rows = np.cumsum([0, *self.counts])
         self._views: dict[int, MappedFile] = {}
         self._expected: set[int] = set()
+        self._distances: dict[int, int] = {}  # of each mapped shard, from the moments of a sample to its features
 
     def __len__(self) -> int:
         return self.manifest.num_samples
@@ -91,14 +92,29 @@ class MappedShards:
         self, rows: NDArray[np.int64], flips: NDArray[np.bool_], out: NDArray[np.float16] | None = None
     ) -> NDArray[np.float16]:
         """Return moments [len(rows), 2c, h, w] float16 of rows, mirrored where ``flips``; write to ``out`` if given."""
-        assert self.manifest.spec.flip or not flips.any(), "these shards have no mirrored images"
         if out is None:
             out = np.empty((len(rows), *self.manifest.spec.sample_shape[1:]), dtype=np.float16)
+        return self._gather(rows, flips, out, behind_moments=False)
+
+    def gather_features(
+        self, rows: NDArray[np.int64], flips: NDArray[np.bool_], out: NDArray[np.float16]
+    ) -> NDArray[np.float16]:
+        """Write a teacher's features [len(rows), T, D] float16 to ``out``, of mirrored images where ``flips``."""
+        assert self.manifest.teacher is not None, "these shards have no features"
+        return self._gather(rows, flips, out, behind_moments=True)
+
+    def _gather(
+        self, rows: NDArray[np.int64], flips: NDArray[np.bool_], out: NDArray[np.float16], behind_moments: bool
+    ) -> NDArray[np.float16]:
+        assert self.manifest.spec.flip or not flips.any(), "these shards have no mirrored images"
         shards = np.searchsorted(self._first_rows, rows, side="right") - 1
         first, stride = self._places[shards].T
         offsets = first + (rows - self._first_rows[shards]) * stride + flips * (out.nbytes // max(1, len(out)))
         # One read per sample takes the same time for a few shards as for thousands.
-        filled = fill_rows([self._view(shard) for shard in shards.tolist()], offsets, out)
+        views = [self._view(shard) for shard in shards.tolist()]
+        if behind_moments:
+            offsets = offsets + np.array([self._distances[shard] for shard in shards.tolist()], dtype=np.int64)
+        filled = fill_rows(views, offsets, out)
         if filled < len(rows):
             place = join(self.place, self.manifest.shards[shards[filled]].name)
             raise DamagedFileError(f"{place} was cut while this job ran; {self._files.repair}.")
@@ -119,14 +135,25 @@ class MappedShards:
     def _mapped(self, shard: int) -> MappedFile:
         """Return a shard, after checking the headers of the first and the last against the manifest."""
         layout, count = self._layouts[shard], self.manifest.shards[shard].count
-        mapped, spec = self._files.map(shard), self.manifest.spec
+        mapped, spec, teacher = self._files.map(shard), self.manifest.spec, self.manifest.teacher
+        place = join(self.place, self.manifest.shards[shard].name)
         for row in {0, count - 1}:
-            if not _begins(mapped, layout.offset + row * layout.stride, spec):
-                place = join(self.place, self.manifest.shards[shard].name)
+            if not _begins(mapped, layout.offset + row * layout.stride, spec.sample_shape, spec.dtype):
                 raise DamagedFileError(
                     f"{place} is not the shard that the index describes: there is no sample {spec.dtype}"
                     f"{spec.sample_shape} where {layout} puts sample {row}; {self._files.repair}."
                 )
+        if teacher is not None:
+            with remedied(self._files.repair):
+                distance = features_distance(mapped, layout, spec, place)
+            for row in {0, count - 1}:
+                offset, shape = layout.offset + row * layout.stride + distance, teacher.sample_shape(spec)
+                if not _begins(mapped, offset, shape, spec.dtype):
+                    raise DamagedFileError(
+                        f"{place} has no features {spec.dtype}{shape} behind sample {row}, as the manifest says; "
+                        f"{self._files.repair}."
+                    )
+            self._distances[shard] = distance
         return mapped
 
 
@@ -143,8 +170,8 @@ def _shard_files(place: Path | str, verify_checksums: bool, cache: Cache | None,
     return RemoteShardFiles(str(place), cache, verify_checksums, retry)
 
 
-def _begins(mapped: MappedFile, offset: int, spec: LatentSpec) -> bool:
-    """Return whether values of a sample begin at ``offset``, right after a header of the right shape and dtype."""
+def _begins(mapped: MappedFile, offset: int, shape: tuple[int, ...], dtype: str) -> bool:
+    """Return whether values of an array begin at ``offset``, right after a header of this shape and dtype."""
     start = mapped.rfind(b"\x93NUMPY", max(0, offset - LONGEST_HEADER), offset)
     if start < 0:
         return False
@@ -152,4 +179,4 @@ def _begins(mapped: MappedFile, offset: int, spec: LatentSpec) -> bool:
         header = parse_header(mapped[start:offset], "a shard", "a sample")
     except DamagedFileError:
         return False
-    return (start + header.num_bytes, header.shape, header.dtype) == (offset, spec.sample_shape, spec.dtype)
+    return (start + header.num_bytes, header.shape, header.dtype) == (offset, shape, dtype)

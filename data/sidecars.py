@@ -110,7 +110,7 @@ def sound(folder: Path, shard: int, plan: Plan) -> Sidecar | None:
         path = inside(folder, sidecar.entry.name, FORMAT)
         if (path.stat().st_size, sha256_of(path)) != (sidecar.entry.bytes, sidecar.entry.sha256):
             return None
-        facts = facts_of(path, plan.spec, sidecar.entry.count, with_sums=not is_sealed)
+        facts = facts_of(path, plan.spec, sidecar.entry.count, with_sums=not is_sealed, teacher=plan.teacher)
     except (OSError, ValueError):
         return None
     agrees = (facts.labels, facts.layout) == (sidecar.labels, sidecar.layout)

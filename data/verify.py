@@ -155,7 +155,7 @@ def _facts(folder: Path, manifest: Manifest, shard: ShardEntry) -> ShardFacts:
         raise DamagedFileError(f"{path} has {size} bytes, not {shard.bytes}.")
     if (found := sha256_of(path)) != shard.sha256:
         raise DamagedFileError(f"{path} has sha256 {found}, not {shard.sha256}.")
-    return facts_of(path, manifest.spec, shard.count)
+    return facts_of(path, manifest.spec, shard.count, teacher=manifest.teacher)
 
 
 def _sidecar(

@@ -50,6 +50,7 @@ def encode_shards(config: EncodeSettings, progress: ProgressBar, words: Iterable
         preparation=build_preparation(data),
         flip=data.flip,
         device=worker_device(config.device),
+        **({} if config.teacher is None else {"teacher": build(config.teacher)}),
     )
     source: Source = build(data.source)
     workers = workers_from_environment(config.threads)

@@ -2,24 +2,27 @@
 
 import json
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from core.garbage import uncollected
 from core.progress import ProgressBar
-from data.manifest import Manifest
-from data.shard_tars import shard_bytes_per_sample
+from data.manifest import FeatureShape, Manifest
+from data.shard_tars import array_bytes, shard_bytes_per_sample
 from diffusion.objective import LatentFacts
+from launch.builders.alignment import fill_alignment, require_tokens
 from launch.builders.components import build, target_of
 from launch.builders.objectives import settled
 from launch.command.settings import Format, PlanSettings, Precision
 from launch.command.words import key_of
 from launch.jobs import start
-from model.flops import TRAINING_FACTOR, multiply_adds, num_parameters, weightless
+from model.flops import TRAINING_FACTOR, multiply_adds, multiply_adds_of, num_parameters, weightless
 from model.memory import STATE_BYTES_PER_PARAMETER, saved_bytes, step_bytes
 from model.network import Network
+from train.alignment import REPA
 
 COLUMNS = (  # heading, key, format
     ("model", "name", "32s"),
@@ -33,6 +36,11 @@ COLUMNS = (  # heading, key, format
     ("sample TMACs", "sampling_tmacs", "12.2f"),
     ("shards GB", "shards_gb", "9.1f"),
 )
+STORED_FEATURES = (("features GB", "features_gb", "11.1f"),)  # where there are any
+PROJECTOR = (
+    ("projector GMACs", "projector_gmacs", "15.3f"),
+    ("its params M", "projector_parameters_millions", "12.1f"),
+)
 
 _NOMINAL = LatentFacts(4096, 1.0)  # costs do not depend on them
 
@@ -44,38 +52,78 @@ def plan_job(config: PlanSettings, progress: ProgressBar) -> None:
     if config.format is Format.json:
         print(json.dumps(row))
         return
+    columns = [column for column in (*COLUMNS, *STORED_FEATURES, *PROJECTOR) if column[1] in row]
     if not HydraConfig.get().job.get("num"):  # type: ignore[attr-defined]  # a DictConfig, whatever its annotation
         print(_assumptions(config))
-        print("  ".join(f"{heading:>{_width(layout)}s}" for heading, _, layout in COLUMNS))
-    print("  ".join(f"{row[key]:>{layout}}" for _, key, layout in COLUMNS))
+        print("  ".join(f"{heading:>{_width(layout)}s}" for heading, _, layout in columns))
+    print("  ".join(f"{row[key]:>{layout}}" for _, key, layout in columns))
 
 
 def plan_row(config: PlanSettings) -> dict[str, Any]:
-    """Return the costs of one model. Gflops and TMACs are multiply-adds as in the paper; EFLOPs are true FLOPs."""
+    """Return the costs of one model. Gflops and TMACs are multiply-adds as in the paper; EFLOPs are true FLOPs.
+
+    Training has the projector of an alignment; sampling and averages do not.
+    """
     outputs = build(settled(config.diffusion, _NOMINAL)).outputs_per_channel
     model: Network = weightless(lambda: build(config.model, outputs_per_channel=outputs))
     macs, parameters = multiply_adds(model), num_parameters(model)
+    features = _features(config)
+    head = _projector_cost(config, model, features)
     images = config.total_steps * config.batch_size
-    training_flops = 2 * TRAINING_FACTOR * macs * images
+    training_flops = 2 * TRAINING_FACTOR * (macs + head.macs) * images
     flops_per_second = config.devices * config.peak_tflops * 1e12 * config.utilization
     images_per_device = -(-config.batch_size // config.devices)
     saved = saved_bytes(model, config.precision is Precision.bf16)
     orientations = 2 if config.flip else 1
     values = orientations * 2 * math.prod(model.latent_shape)
+    feature_bytes = 0 if features is None else array_bytes(orientations * math.prod(features))
+    in_training = {part: parameters + (0 if part == "ema" else head.parameters) for part in STATE_BYTES_PER_PARAMETER}
+    state = {part: STATE_BYTES_PER_PARAMETER[part] * count for part, count in in_training.items()}
     return {
         "name": config.name,
         "gmacs": macs / 1e9,
         "parameters_millions": parameters / 1e6,
         "training_exaflops": training_flops / 1e18,
         "training_hours": training_flops / flops_per_second / 3600,
-        **{f"{part}_gb": size * parameters / 1e9 for part, size in STATE_BYTES_PER_PARAMETER.items()},
-        "state_gb": sum(STATE_BYTES_PER_PARAMETER.values()) * parameters / 1e9,
+        **{f"{part}_gb": size / 1e9 for part, size in state.items()},
+        "state_gb": sum(state.values()) / 1e9,
         "activations_gb": saved.per_image * images_per_device / 1e9,
-        "step_gb": step_bytes(saved, images_per_device, parameters) / 1e9,
+        "step_gb": step_bytes(saved, images_per_device, parameters + head.parameters) / 1e9,
         "images_per_device": images_per_device,
         "sampling_tmacs": macs * config.sampling_steps / 1e12,
-        "shards_gb": shard_bytes_per_sample(values) * config.num_samples / 1e9,
+        "shards_gb": (shard_bytes_per_sample(values) + feature_bytes) * config.num_samples / 1e9,
+        **({} if features is None else {"features_gb": feature_bytes * config.num_samples / 1e9}),
+        **head.row(),
     }
+
+
+class _HeadCost(NamedTuple):
+    macs: int  # multiply-adds of a forward pass for one image
+    parameters: int
+
+    def row(self) -> dict[str, float]:
+        if not self.macs:
+            return {}
+        return {"projector_gmacs": self.macs / 1e9, "projector_parameters_millions": self.parameters / 1e6}
+
+
+def _features(config: PlanSettings) -> FeatureShape | None:
+    """Return the shape of the features that the shards have or that the teacher gives, or None without any."""
+    if config.feature_tokens is None or config.feature_dim is None:
+        return None
+    return FeatureShape(config.feature_tokens, config.feature_dim)
+
+
+def _projector_cost(config: PlanSettings, model: Network, features: FeatureShape | None) -> _HeadCost:
+    """Return what the projector of an alignment costs. Raises ValueError where the features do not fit the network."""
+    alignment: REPA | None = build(fill_alignment(config.alignment, features, "this plan"))
+    if alignment is None:
+        return _HeadCost(0, 0)
+    assert features is not None, "fill_alignment refuses a plan without features"
+    require_tokens(model, alignment, features)
+    projector = weightless(lambda: alignment.projector(model))
+    tokens = torch.zeros(1, *model.token_shape(alignment.block), device="meta")
+    return _HeadCost(multiply_adds_of(projector, tokens), sum(value.numel() for value in projector.parameters()))
 
 
 def _assumptions(config: PlanSettings) -> str:
@@ -100,6 +148,8 @@ def settle_by_data(config: DictConfig, words: list[str]) -> None:
         found: dict[str, Any] = {"num_samples": manifest.num_samples, "flip": spec.flip, "data.name": spec.source}
         found |= {"model.num_classes": spec.num_classes}
         found |= {"model.latent_size": spec.latent_size, "model.channels": spec.channels}
+        if manifest.teacher is not None:
+            found |= {"feature_tokens": manifest.teacher.tokens, "feature_dim": manifest.teacher.dim}
     elif "data" in keys:
         section = config.data.autoencoder  # a plan does not read its weights
         kind = target_of(section)
@@ -108,6 +158,9 @@ def settle_by_data(config: DictConfig, words: list[str]) -> None:
         found |= {"model.latent_size": config.data.image_size // downscale, "model.channels": channels}
     else:
         found = {"data.name": "imagenet"}  # whose numbers are the defaults
+    if config.get("teacher") is not None and "data.shards" not in keys:
+        shape = target_of(config.teacher).planned(config.teacher.pretrained, config.teacher.image_size)
+        found |= {"feature_tokens": shape.tokens, "feature_dim": shape.dim}
     for key, value in found.items():
         if key not in keys:
             OmegaConf.update(config, key, value)

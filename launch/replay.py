@@ -103,19 +103,24 @@ def _replayed(dump: Dump, run: PreparedRun, shards: MappedShards, progress: Prog
     except DivergedError as error:
         raise FloatingPointError(_unlike(dump, str(error), run.config, runtime)) from error
     whole = run.batches(shards, rank=0, world=1).batch(dump.step - 1)
-    examined = Replay(begun.model, state, begun.step, run.objective, runtime)
+    examined = Replay(begun.model, state, begun.step, run.objective, runtime, run.alignment)
     return examined.examine(mine.batch(dump.step - 1), whole, progress), whole
 
 
 def _unlike(dump: Dump, what: str, settings: TrainSettings, runtime: Processes) -> str:
     """Return a sentence: the replay differs from the run, and these differences may be the reason."""
     here = {**code_version(), "processes": str(runtime.data_world), "runtime": str(settings.runtime)}
-    there = {**dump.code, "processes": str(dump.processes), "runtime": str(dump.config["runtime"])}
+    there = {**dump.code, "processes": str(dump.processes), "runtime": str(_uncompiled(dump.config["runtime"]))}
     differing = [f"{key} is {there.get(key)} there and {here[key]} here" for key in here if there.get(key) != here[key]]
     return (
         f"{what}, but in the run {dump.metric} was {dump.value} in step {dump.step}: "
         f"{'; '.join(differing) or 'the hardware may differ'}; replay where and as the run was trained."
     )
+
+
+def _uncompiled(runtime: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a runtime's settings as `_settings` changes them, where the run itself did not ask for compiled blocks."""
+    return {**runtime, "compile": False} if runtime.get("compile") == "auto" else dict(runtime)
 
 
 def _report(dump: Dump, found: Findings, samples: Iterable[str], positions: list[int]) -> list[str]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.attend import AttentionLayer
+from model.embeddings import rotary_angles
 
 
 class SelfAttention(AttentionLayer):
@@ -48,14 +49,84 @@ class QKNormSelfAttention(SelfAttention):
     The paper does not do this. It prevents attention scores from growing late in long bf16 runs.
     """
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, eps: float = 1e-6) -> None:
         super().__init__(width, num_heads)
-        self.norm_query = nn.LayerNorm(width // num_heads, eps=1e-6)
-        self.norm_key = nn.LayerNorm(width // num_heads, eps=1e-6)
+        self.norm_query = self.head_norm(width // num_heads, eps)
+        self.norm_key = self.head_norm(width // num_heads, eps)
+
+    def head_norm(self, head_width: int, eps: float) -> nn.Module:
+        """Return a new norm of a head's queries or keys."""
+        return nn.LayerNorm(head_width, eps=eps)
 
     def normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Return queries and keys [B, heads, T, d / heads], each vector normalized with a learned scale and shift."""
-        return self.norm_query(query).to(query.dtype), self.norm_key(key).to(key.dtype)
+        """Return queries and keys [B, heads, T, d / heads], each vector normalized with a learned scale (and shift)."""
+        return self.norm_query(query.float()).to(query.dtype), self.norm_key(key.float()).to(key.dtype)
+
+
+class QKRmsNormSelfAttention(QKNormSelfAttention):
+    """Queries and keys normalized per head by their root mean square."""
+
+    def head_norm(self, head_width: int, eps: float) -> nn.Module:
+        """Return a new norm of a head's queries or keys."""
+        return nn.RMSNorm(head_width, eps=eps)
+
+
+class RotarySelfAttention(SelfAttention):
+    """Queries and keys rotated by the tokens' rows and columns (Su et al. 2021, equation 34), as in LightningDiT.
+
+    Half of a head's channels turn with the row, half with the column. So scores depend on differences of positions.
+    Raises ValueError for a head dimension that is not a multiple of 4: each axis rotates pairs of channels.
+    """
+
+    sees_positions = True
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__(width, num_heads)
+        require_rotary_heads(width, num_heads)
+
+    def rotate(self, vectors: Tensor, positions: Tensor) -> Tensor:
+        """Return queries or keys [B, heads, T, d / heads] with pairs of channels rotated by positions [T, 2]."""
+        return rotated(vectors, positions)
+
+
+class RotaryQKNormSelfAttention(QKNormSelfAttention):
+    """Queries and keys normalized per head, then rotated as `RotarySelfAttention` does, with the same refusal."""
+
+    sees_positions = True
+
+    def __init__(self, width: int, num_heads: int, eps: float = 1e-6) -> None:
+        super().__init__(width, num_heads, eps)
+        require_rotary_heads(width, num_heads)
+
+    def rotate(self, vectors: Tensor, positions: Tensor) -> Tensor:
+        """Return queries or keys [B, heads, T, d / heads] with pairs of channels rotated by positions [T, 2]."""
+        return rotated(vectors, positions)
+
+
+class RotaryQKRmsNormSelfAttention(RotaryQKNormSelfAttention):
+    """Queries and keys normalized per head by their root mean square, then rotated."""
+
+    def head_norm(self, head_width: int, eps: float) -> nn.Module:
+        """Return a new norm of a head's queries or keys."""
+        return nn.RMSNorm(head_width, eps=eps)
+
+
+def require_rotary_heads(width: int, num_heads: int) -> None:
+    """Raise ValueError for a head dimension whose channels are not pairs for each of two axes."""
+    if (width // num_heads) % 4:
+        raise ValueError(
+            f"Rotary positions need a head dimension that is a multiple of 4, but model.width {width} with "
+            f"model.num_heads {num_heads} gives {width // num_heads}; change one, or use model/attention=plain."
+        )
+
+
+def rotated(vectors: Tensor, positions: Tensor) -> Tensor:
+    """Rotate neighboring channels by the angles of positions: [B, heads, T, d / heads], [T, 2] -> the first's shape."""
+    angles = rotary_angles(positions, vectors.shape[-1])
+    cosines, sines = angles.cos(), angles.sin()
+    even, odd = vectors[..., ::2], vectors[..., 1::2]
+    turned = torch.stack([even * cosines - odd * sines, even * sines + odd * cosines], dim=-1)
+    return turned.flatten(-2).to(vectors.dtype)
 
 
 class CrossAttention(AttentionLayer):

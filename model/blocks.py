@@ -1,4 +1,4 @@
-"""Define the paper's four transformer blocks behind one interface; ``model/block=...`` selects one.
+"""Define the paper's four transformer blocks, and a variant, behind one interface; ``model/block=...`` selects one.
 
 A factory ``(width, num_heads) -> Block`` builds a block, which builds its norms, attention and MLP by factories too:
 a new norm works with every block. A new block is a class here, a YAML in ``conf/model/block`` and a test. Blocks
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from model.attention import AttentionFactory, CrossAttention, SelfAttention
 from model.embeddings import Embedded
-from model.final_layers import AdaptiveFinalLayer, FinalLayer, modulate
+from model.final_layers import AdaptiveFinalLayer, FinalLayer, modulate, scaled
 from model.mlp import GeluMlp, MlpFactory
 from model.norms import NormFactory, layer_norm
 
@@ -186,3 +186,17 @@ class AdaLNZeroBlock(AdaLNBlock):
         tokens = tokens + gate_a.unsqueeze(1) * mixed
         fed = self.mlp(modulate(self.norm_mlp(tokens), shift_m, scale_m))
         return tokens + gate_m.unsqueeze(1) * fed
+
+
+class AdaLNZeroUnshiftedBlock(AdaLNZeroBlock):
+    """The adaLN-Zero block without a shift: scale and gate of each branch are regressed (an option of LightningDiT)."""
+
+    name = "adaLN-Zero-unshifted"
+    num_modulations = 4
+
+    def forward(self, tokens: Tensor, embedded: Embedded, positions: Tensor | None = None) -> Tensor:
+        """Return the new tokens: [B, T, d] -> [B, T, d]."""
+        scale_a, gate_a, scale_m, gate_m = self.modulations(embedded)
+        mixed = self.attention(scaled(self.norm_attention(tokens), scale_a), positions)
+        tokens = tokens + gate_a.unsqueeze(1) * mixed
+        return tokens + gate_m.unsqueeze(1) * self.mlp(scaled(self.norm_mlp(tokens), scale_m))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from model.network import Network
 
 BlockFactory = Callable[[int, int], Block]  # (width, num_heads) -> block
 EmbeddingFactory = Callable[..., ConditionEmbedding]  # (num_classes=, width=) -> embedding
+PositionTable = Literal[
+    "fixed", "learned", "none"
+]  # added to the tokens: the paper's sines and cosines, a weight, none
 
 
 # Limits far above any real model: a config may come from a file, and a model is built before its weights are checked.
@@ -49,6 +52,7 @@ class DiTConfig:
     outputs_per_channel: int = 2  # of the network, for each channel of the latent; the objective determines it
     frequency_shift: int = 0  # of the timestep's frequencies: 0 as released, 1 as in diffusers
     embedding: EmbeddingFactory | None = None  # for a condition other than labels
+    position_table: PositionTable = "fixed"
 
     def __post_init__(self) -> None:
         for name in ("latent_size", "channels", "patch_size", "width", "depth", "num_heads", "num_classes"):
@@ -78,7 +82,11 @@ class DiTConfig:
                 f"model.frequency_shift is {self.frequency_shift}, but it must be 0, as in the released code, or 1, as "
                 "in diffusers."
             )
-
+        if self.position_table not in get_args(PositionTable):
+            raise ValueError(
+                f"model.position_table is {self.position_table!r}, but it must be one of "
+                f"{', '.join(get_args(PositionTable))}."
+            )
         if self.num_tokens * self.width > _MOST_POSITIONS:
             raise ValueError(
                 f"{self.num_tokens} tokens of model.width {self.width} need {self.num_tokens * self.width} numbers for "
@@ -112,7 +120,7 @@ class DiT(Network):
 
     config_class = DiTConfig
     config: DiTConfig
-    position_embedding: Tensor
+    position_embedding: Tensor | None  # [T, d], if there is a table
     positions: Tensor | None  # [T, 2], if blocks use them
 
     def __init__(self, config: DiTConfig) -> None:
@@ -124,7 +132,7 @@ class DiT(Network):
         embedding = config.condition_embedding()
         self._embedding_name = embedding.name
         self.add_module(embedding.name, embedding)
-        self.register_buffer("position_embedding", position_embedding_2d(width, grid), persistent=False)
+        self._add_position_table()
         self.blocks = nn.ModuleList([config.block(width, config.num_heads) for _ in range(config.depth)])
         first = self.block_list[0]
         self._block_name, self._assembly = first.name, first.assembly()
@@ -132,6 +140,16 @@ class DiT(Network):
         self.register_buffer("positions", positions, persistent=False)
         self.final_layer = first.final_layer(width, config.out_channels * config.patch_size**2)
         self.initialize(0)
+
+    def _add_position_table(self) -> None:
+        """Add the table of positions: a buffer that no checkpoint contains, or a parameter [T, d]."""
+        config, fixed = self.config, None
+        if config.position_table == "learned":
+            self.position_embedding = nn.Parameter(torch.empty(config.num_tokens, config.width))
+            return
+        if config.position_table == "fixed":
+            fixed = position_embedding_2d(config.width, config.latent_size // config.patch_size)
+        self.register_buffer("position_embedding", fixed, persistent=False)
 
     @property
     def embedding(self) -> ConditionEmbedding:
@@ -145,7 +163,9 @@ class DiT(Network):
         return not isinstance(labels, LabelEmbedding) or labels.has_null_class
 
     def position_drift(self) -> float:
-        """Return the largest difference between the position embedding and the fixed sine-cosine one."""
+        """Return the largest difference between a fixed position embedding and the sine-cosine one; 0 for others."""
+        if self.position_embedding is None or self.config.position_table != "fixed":
+            return 0.0
         fixed = position_embedding_2d(self.config.width, self.config.latent_size // self.config.patch_size)
         return float((self.position_embedding.cpu() - fixed).abs().max())
 
@@ -170,8 +190,9 @@ class DiT(Network):
         }
 
     def tables(self) -> Sequence[Tensor]:
-        """Return the position embedding."""
-        return (self.position_embedding,)
+        """Return the position embedding, unless it is a parameter."""
+        fixed = self.position_embedding if self.config.position_table == "fixed" else None
+        return () if fixed is None else (fixed,)
 
     def notes(self) -> Sequence[str]:
         """Return a sentence if a token has fewer channels than its patch has values."""
@@ -187,7 +208,8 @@ class DiT(Network):
         """Draw new weights from one generator seeded with ``seed``, by the released code's scheme.
 
         Linear maps, the patch embedding included, are Xavier-uniform with zero biases; the label table and the
-        timestep MLP are normal(0, 0.02); blocks and final layer then set some of their weights to zero.
+        timestep MLP are normal(0, 0.02), as is a learned position table; blocks and final layer then set some of their
+        weights to zero.
         """
         generator = torch.Generator().manual_seed(seed)
         if self.patch_embedding.weight.is_meta:  # shapes only: nothing to draw
@@ -196,6 +218,8 @@ class DiT(Network):
         self.embedding.initialize(generator)
         for table in (self.timestep_embedding.input.weight, self.timestep_embedding.output.weight):
             nn.init.normal_(table, std=0.02, generator=generator)
+        if isinstance(self.position_embedding, nn.Parameter):
+            nn.init.normal_(self.position_embedding, std=0.02, generator=generator)
         for block in self.block_list:
             block.initialize()
         self.final_layer.initialize()
@@ -207,15 +231,32 @@ class DiT(Network):
         [0, num_classes]}, or {} for an unconditional network. Raises ValueError for latents of another shape than the
         config's.
         """
+        return self.with_tokens(x_t, t, condition, self.config.depth)[0]
+
+    def token_shape(self, unit: int) -> tuple[int, int]:
+        """Return (T, d). Raises ValueError for a block that there is not."""
+        if not 1 <= unit <= self.config.depth:
+            raise ValueError(
+                f"alignment.block is {unit}, but the network has {self.config.depth} blocks; choose one from 1 to "
+                f"{self.config.depth}."
+            )
+        return self.config.num_tokens, self.config.width
+
+    def with_tokens(self, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor], unit: int) -> tuple[Tensor, Tensor]:
+        """Return the prediction, and the image's tokens [B, T, d] after block ``unit``. Raises as `forward` does."""
         self._require_shape(x_t)
-        tokens = self.patch_embedding(self._patchify(x_t)) + self.position_embedding
+        tokens = self.patch_embedding(self._patchify(x_t))
+        table = self.position_embedding
+        tokens = tokens.float() if table is None else tokens + table  # float32 between blocks, under autocast too
         embedded = self.embedding.embed(self.timestep_embedding(t), condition)
         sequence = self._assembly.enter(tokens, embedded)
         positions = None if self.positions is None else self._assembly.places(self.positions, embedded)
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks, start=1):
             sequence = block(sequence, embedded, positions)
-        tokens = self._assembly.leave(sequence, embedded)
-        return self._unpatchify(self.final_layer(tokens, embedded))
+            if number == unit:
+                tokens = self._assembly.leave(sequence, embedded)
+        last = tokens if unit == len(self.blocks) else self._assembly.leave(sequence, embedded)
+        return self._unpatchify(self.final_layer(last, embedded)), tokens
 
     def example_inputs(self, batch: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return zeros of the shapes that the network takes, for ``batch`` images, on its device."""

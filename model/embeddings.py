@@ -42,6 +42,17 @@ def grid_positions(grid_size: int) -> Tensor:
     return torch.cartesian_prod(axis, axis)
 
 
+def rotary_angles(positions: Tensor, head_width: int) -> Tensor:
+    """Return the angle of each pair of a head's channels: [T, 2] row and column -> [T, head_width / 2] float32.
+
+    The first half of the angles is the row's, the second the column's. The frequencies 10,000^(-i / n) are computed on
+    the device of the positions, rounded as LightningDiT's.
+    """
+    exponents = torch.arange(head_width // 4, dtype=torch.float32, device=positions.device) / (head_width // 4)
+    frequencies = 1.0 / 10_000**exponents
+    return (positions.unsqueeze(2) * frequencies).flatten(1)
+
+
 class TimestepEmbedding(nn.Module):
     """Embeds t by sinusoidal features and a two-layer perceptron with SiLU (paper, section 3.2).
 

@@ -11,6 +11,11 @@ def modulate(normalized: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return normalized * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
+def scaled(normalized: Tensor, scale: Tensor) -> Tensor:
+    """Scale normalized tokens per sample: [B, T, d], [B, d] -> [B, T, d]."""
+    return normalized * (1 + scale.unsqueeze(1))
+
+
 class FinalLayer(nn.Module):
     """Decodes each token to its patch by a norm and a linear map (paper, section 3.2)."""
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.network import Network
@@ -17,12 +18,12 @@ from model.network import Network
 # A backward pass costs about twice the forward pass (paper, section 5, "training compute").
 TRAINING_FACTOR = 3
 
-NetworkT = TypeVar("NetworkT", bound=Network)
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 _counts: WeakKeyDictionary[Network, int] = WeakKeyDictionary()
 
 
-def weightless(make: Callable[[], NetworkT]) -> NetworkT:
-    """Return the network that ``make`` makes, on the meta device: shapes without memory."""
+def weightless(make: Callable[[], ModuleT]) -> ModuleT:
+    """Return the module that ``make`` makes, on the meta device: shapes without memory."""
     with torch.device("meta"):
         return make()
 
@@ -39,8 +40,13 @@ def multiply_adds(network: Network) -> int:
 
 def _counted(network: Network) -> int:
     twin = weightless(network.twin)
+    return multiply_adds_of(twin, *twin.example_inputs(1))
+
+
+def multiply_adds_of(module: nn.Module, *inputs: Any) -> int:
+    """Return the multiply-adds of a module on the meta device for these inputs."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        twin(*twin.example_inputs(1))
+        module(*inputs)
     return int(counter.get_total_flops()) // 2
 
 

@@ -18,3 +18,18 @@ class GeluMlp(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Apply the MLP to each token: [B, T, d] -> [B, T, d]."""
         return self.output(nn.functional.gelu(self.hidden(tokens), approximate="tanh"))
+
+
+class SwiGluMlp(nn.Module):
+    """The SwiGLU MLP (Shazeer 2020, equation 6) with biases, of 2/3 the hidden width: as many weights as a GELU MLP."""
+
+    def __init__(self, width: int, mlp_ratio: float) -> None:
+        super().__init__()
+        hidden = int(2 / 3 * int(width * mlp_ratio))  # rounded as in LightningDiT
+        self.gate_and_value = nn.Linear(width, 2 * hidden)
+        self.output = nn.Linear(hidden, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Apply the MLP to each token: [B, T, d] -> [B, T, d]."""
+        gate, value = self.gate_and_value(tokens).chunk(2, dim=2)
+        return self.output(nn.functional.silu(gate) * value)

@@ -43,6 +43,19 @@ class Network(nn.Module):
         """
         raise NotImplementedError
 
+    def token_shape(self, unit: int) -> tuple[int, int]:
+        """Return (T, d) of the image's tokens after ``unit``, counted from 1.
+
+        Raises ValueError where there is no such unit, or where the network has no tokens.
+        """
+        raise ValueError(
+            f"The network {type(self).__name__} has 0 tokens of the image to align; use train/alignment=none."
+        )
+
+    def with_tokens(self, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor], unit: int) -> tuple[Tensor, Tensor]:
+        """Return the prediction, as `forward` does, and the image's tokens [B, T, d] after ``unit``, from 1."""
+        raise NotImplementedError
+
     def example_inputs(self, batch: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return zeros of the shapes that the network takes, for ``batch`` images, on its device."""
         raise NotImplementedError

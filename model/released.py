@@ -86,15 +86,15 @@ def from_reference(
     last row of the label table is the null class (rows - 1) or a class like the others (rows); None means the null
     class. Raises ValueError naming the first three tensors that are missing, unknown or of another shape.
     """
-    arguments = _shape_of(state_dict, num_heads, num_classes) | {"frequency_shift": frequency_shift}
+    arguments = shape_of(state_dict, num_heads, num_classes) | {"frequency_shift": frequency_shift}
     rows = label_rows(state_dict)
-    expected = to_reference(_with_rows(shapes_only(arguments), rows))
+    expected = to_reference(with_rows(shapes_only(arguments), rows))
     require_tensors(state_dict, {name: tuple(value.shape) for name, value in expected.items()})
-    model = _with_rows(DiT(DiTConfig(**arguments)), rows)
-    ours = {_our_name(name): value for name, value in state_dict.items() if name != "pos_embed"}
+    model = with_rows(DiT(DiTConfig(**arguments)), rows)
+    ours = {our_name(name): value for name, value in state_dict.items() if name != "pos_embed"}
     ours["patch_embedding.weight"] = ours["patch_embedding.weight"].flatten(1)
     model.load_state_dict(ours)
-    model.position_embedding.copy_(state_dict["pos_embed"][0])
+    set_positions(model, state_dict["pos_embed"][0])
     return model
 
 
@@ -114,8 +114,8 @@ def to_reference(network: Network) -> dict[str, Tensor]:
     """
     model = require_released_architecture(network)
     config = model.config
-    state = {"pos_embed": model.position_embedding.unsqueeze(0)}
-    state |= {_released_name(name): value for name, value in model.state_dict().items()}
+    state = {"pos_embed": positions_of(model).unsqueeze(0)}
+    state |= {released_name(name): value for name, value in model.state_dict().items()}
     state[ANCHOR] = state[ANCHOR].view(-1, config.channels, config.patch_size, config.patch_size)
     return {name: value.detach().clone() for name, value in state.items()}
 
@@ -143,6 +143,7 @@ def require_released_architecture(network: Network) -> DiT:
                 f"Other programs have only the {name} {plain.__name__}, but the model has "
                 f"{type(part).__name__}; keep it in our format."
             )
+    positions_of(model)
     return model
 
 
@@ -173,7 +174,8 @@ def replace_label_table(model: DiT, num_classes: int) -> DiT:
     renewed = DiT(replace(model.config, num_classes=num_classes))
     kept = {name: value for name, value in model.state_dict().items() if not name.startswith("label_embedding.")}
     renewed.load_state_dict(kept, strict=False)
-    renewed.position_embedding.copy_(model.position_embedding)
+    if model.config.position_table == "fixed":
+        set_positions(renewed, positions_of(model))
     return renewed
 
 
@@ -185,7 +187,24 @@ def add_null_class(model: DiT) -> DiT:
     return completed
 
 
-def _with_rows(model: DiT, rows: int) -> DiT:
+def positions_of(model: DiT) -> Tensor:
+    """Return the fixed position embedding [T, d]. Raises ValueError where the network has another one, or none."""
+    table = model.position_embedding
+    if table is None or model.config.position_table != "fixed":
+        raise ValueError(
+            "Other programs have only the fixed position table, but the model has model.position_table "
+            f"{model.config.position_table}; keep it in our format."
+        )
+    return table
+
+
+def set_positions(model: DiT, table: Tensor) -> None:
+    """Replace the fixed position embedding by a program's own [T, d]."""
+    positions_of(model).copy_(table)
+
+
+def with_rows(model: DiT, rows: int) -> DiT:
+    """Return the network with a label table of so many rows: without a null class where these are the classes."""
     if rows == model.config.num_classes:
         _labels(model).remove_null_class()
     return model
@@ -197,7 +216,7 @@ def _labels(model: DiT) -> LabelEmbedding:
     return found
 
 
-def _shape_of(state: Mapping[str, Tensor], num_heads: int | None, num_classes: int | None) -> dict[str, Any]:
+def shape_of(state: Mapping[str, Tensor], num_heads: int | None, num_classes: int | None) -> dict[str, Any]:
     """Return the arguments of `DiTConfig`, from the shapes of the released weights."""
     _require_present(state, (ANCHOR, "pos_embed", _LABELS, "final_layer.linear.weight"))
     width, channels, patch_size, patch_width = _require_dimensions(state, ANCHOR, 4)
@@ -241,13 +260,15 @@ def _require_dimensions(state: Mapping[str, Tensor], name: str, dimensions: int)
     return shape
 
 
-def _our_name(name: str) -> str:
+def our_name(name: str) -> str:
+    """Return our name of a tensor that the released code calls ``name``."""
     for released, ours in _RENAMED:
         name = name.replace(released, ours)
     return name
 
 
-def _released_name(name: str) -> str:
+def released_name(name: str) -> str:
+    """Return the released code's name of a tensor that is ``name`` here."""
     for released, ours in _RENAMED:
         name = name.replace(ours, released)
     return name

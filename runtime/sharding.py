@@ -1,8 +1,9 @@
 """Choose the dimension along which each parameter is sharded: one rule for matrices, and a table of exceptions.
 
 A matrix, or a tensor of more dimensions, is sharded along its first dimension that the number of devices divides. In a
-DiT that is a multiple of the model's width (in all of the paper's sizes a multiple of 128). Vectors stay whole: they
-are small, and each sharded one costs a collective.
+DiT that is a multiple of the model's width (in all of the paper's sizes a multiple of 128), but for SwiGLU's hidden
+width, whose rows may not divide; then its columns do. Vectors stay whole: they are small, and each sharded one costs a
+collective.
 """
 
 import re
@@ -18,6 +19,7 @@ Rule = tuple[str, Axes]  # pattern of a full parameter name, its axes
 EXCEPTIONS: tuple[Rule, ...] = (
     (r"label_embedding\.weight", (None, SHARDED)),  # [classes + 1, d]
     (r"final_layer\.decoder\.weight", (None, SHARDED)),  # [2 c p p, d]
+    (r"position_embedding", (None, SHARDED)),  # [T, d], where it is learned
 )
 
 

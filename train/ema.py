@@ -50,7 +50,8 @@ class Average:
         """Set average = average + step_weight x (weights - average), with the weights after this step."""
         # Looked up at each update: a runtime may have replaced the parameters of both modules.
         averages: list[Tensor] = list(self.module.parameters())
-        weights: list[Tensor] = list(self._model.parameters())
+        trained = dict(self._model.named_parameters())  # among them a head's, which has no average
+        weights: list[Tensor] = [trained[name] for name, _ in self.module.named_parameters()]
         num_updates = cast(Tensor, self.module._num_updates).add_(1)
         share = self.step_weight(num_updates)
         if isinstance(share, float):

@@ -20,6 +20,7 @@ from core.batch import Batch, mapped
 from core.progress import ProgressBar
 from diffusion.objective import LOSS, Objective
 from runtime.protocol import Metrics, Runtime, Step
+from train.alignment import REPA
 from train.dump import DivergedError
 from train.guards import SpikeGuard
 from train.hooks import due
@@ -96,12 +97,21 @@ class Replay:
     ``model`` and ``step`` are the runtime's; ``state`` is that before the step.
     """
 
-    def __init__(self, model: nn.Module, state: TrainState, step: Step, objective: Objective, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        state: TrainState,
+        step: Step,
+        objective: Objective,
+        runtime: Runtime,
+        alignment: REPA | None = None,
+    ) -> None:
         self._model = model
         self._state = state
         self._step = step
         self._objective = objective
         self._runtime = runtime
+        self._alignment = alignment
 
     def examine(self, batch: Batch, whole: Batch, progress: ProgressBar) -> Findings:
         """Run the step with this process's rows ``batch``; ``whole`` is the batch of all processes."""
@@ -123,7 +133,7 @@ class Replay:
             for number, part in enumerate(micro_batches, start=1):
                 with self._runtime.micro_step(self._model, is_last=number == len(micro_batches)):
                     with _watched(self._state.model, order):
-                        found = sample_losses(self._model, part, self._objective, self._runtime)
+                        found = sample_losses(self._model, part, self._objective, self._runtime, self._alignment)
                     self._runtime.backward(found[LOSS].mean() / len(micro_batches))
                     losses.append(found[LOSS].detach())
             gradients = [(name, weight.grad) for name, weight in self._state.model.named_parameters()]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from core.batch import Batch
 from diffusion.objective import LOSS, Objective, corrupt
 from runtime.protocol import Devices, Metrics, Runtime, Step
+from train.alignment import REPA
 from train.ema import Averages
 from train.guards import SpikeGuard
 
@@ -25,16 +26,17 @@ def make_step(
     runtime: Runtime,
     max_grad_norm: float | None = None,
     guard: SpikeGuard | None = None,
+    alignment: REPA | None = None,
 ) -> Step:
     """Return the step over a device batch in equal micro-batches, which returns scalars [] float32.
 
     The runtime has prepared ``model`` and ``optimizer``. Gradients are cleared at the end, so that no runtime keeps
     them as outputs of the step. If ``max_grad_norm`` is None, the norm is measured and not clipped. ``guard`` skips
-    steps whose gradient norm is an outlier; None skips none.
+    steps whose gradient norm is an outlier; None skips none. With ``alignment``, the model has its head.
     """
 
     def losses(batch: Batch) -> Metrics:
-        found = sample_losses(model, batch, objective, runtime)
+        found = sample_losses(model, batch, objective, runtime, alignment)
         means = {name: values.mean() for name, values in found.items()}
         return {**means, **by_quarter(found[LOSS].detach(), objective.level(batch.t))}
 
@@ -64,12 +66,22 @@ def make_step(
     return step
 
 
-def sample_losses(model: nn.Module, batch: Batch, objective: Objective, runtime: Devices) -> dict[str, Tensor]:
-    """Run the forward pass and return the objective's losses [B] of a device batch, by name."""
+def sample_losses(
+    model: nn.Module, batch: Batch, objective: Objective, runtime: Devices, alignment: REPA | None = None
+) -> dict[str, Tensor]:
+    """Run the forward pass and return the losses [B] of a device batch, by name.
+
+    With ``alignment``, ``loss`` has its loss too, and ``objective`` is the objective's alone.
+    """
     x_t = corrupt(objective, batch)
     with runtime.autocast():
         output = model(*objective.inputs(x_t, batch.t), batch.condition)
-    return objective.losses(output, batch, x_t)
+    if alignment is None:
+        return objective.losses(output, batch, x_t)
+    prediction, projected = output
+    found, aligned = objective.losses(prediction, batch, x_t), alignment.losses(projected, batch.targets)
+    total = found[LOSS] + alignment.coefficient * aligned
+    return {**found, LOSS: total, "objective": found[LOSS], "alignment": aligned}
 
 
 def by_quarter(losses: Tensor, level: Tensor) -> Metrics:

@@ -30,7 +30,7 @@ COMPONENTS = ("source", "autoencoder", "crop")
 OF_THE_JOB = ("seed", "batch_size", "max_skipped_fraction")  # of `encode`, besides `encoding`
 _GROUPS = {"data/source": "source", "data/crop": "crop", "model/autoencoder": "autoencoder"}
 _OF_AUTOENCODER = ("channels", "scale", "shift", "precision")  # settings that the manifest has, where it takes them
-_PATHS = ("root", "tars")  # settings of sources that are paths
+_PATHS = ("root", "tars", "pretrained")  # settings of sources and teachers that may be paths
 _OVERRIDES = {  # the command-line override for a field of the manifest
     "source": "data.name={}",
     "image_size": "data.image_size={}",
@@ -45,10 +45,13 @@ def write_record(folder: Path, config: EncodeSettings) -> None:
     plain = config.plain()
     data = plain["data"]
     source = {key: _absolute(key, value) for key, value in data["source"].items()}
+    job = {key: plain[key] for key in (*OF_THE_JOB, "encoding")}
+    if plain["teacher"] is not None:  # else the file is as earlier versions wrote it
+        job["teacher"] = {key: _absolute(key, value) for key, value in plain["teacher"].items()}
     content = {
         "format_version": 1,
         "data": {**{key: data[key] for key in (*SCALARS, *COMPONENTS)}, "source": source},
-        "encode": {key: plain[key] for key in (*OF_THE_JOB, "encoding")},
+        "encode": job,
     }
     write_bytes(folder / RECORD, json.dumps(seal(redacted_config(content)), indent=1).encode())
 
@@ -138,7 +141,10 @@ def _data_of(data: Mapping[str, Any], said_by: str) -> dict[str, Any]:
 
 def _encoding_of(section: Mapping[str, Any], said_by: str) -> dict[str, Any]:
     found = {key: plain_value(section.get(key), key, said_by) for key in OF_THE_JOB}
-    return {**found, "encoding": from_file(section.get("encoding"), "encoding", said_by)}
+    found["encoding"] = from_file(section.get("encoding"), "encoding", said_by)
+    if "teacher" in section:
+        found["teacher"] = from_file(section["teacher"], "teacher", said_by)
+    return found
 
 
 def _of_manifest(spec: LatentSpec) -> dict[str, Any]:

@@ -18,6 +18,7 @@ REPLAYED = frozenset({*components(TrainSettings), "runtime"})
 EARLIER: dict[str, Any] = {
     "condition": {"_target_": "data.conditions.ClassLabels", "_partial_": True},
     "shape_name": "",
+    "alignment": {"_target_": "train.alignment.unaligned"},
     "generator": "numpy",
     "evaluation": {"likelihood_steps": 100},
     "data": {"normalize": False, "latent_mean": None, "latent_std": None},
@@ -54,6 +55,8 @@ def as_now(config: Mapping[str, Any]) -> dict[str, Any]:
     now = _filled(config, EARLIER)
     if isinstance(model := now.get("model"), Mapping) and isinstance(model.get("learn_sigma"), bool):
         now["model"] = {key: value for key, value in model.items() if key != "learn_sigma"}
+    if isinstance(model := now.get("model"), Mapping) and model.get("_target_") == "model.dit.DiT":
+        now["model"] = {"position_table": "fixed", **model}
     if isinstance(objective := now.get("diffusion"), Mapping):
         now["diffusion"] = _objective_as_now(objective)
     return now

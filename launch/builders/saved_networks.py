@@ -16,6 +16,7 @@ from launch.builders.saved_configs import component
 from model.autoencoder import Autoencoder
 from model.network import Network
 from model.normalized import Statistics, statistics_of
+from model.training_head import without_head
 from train import posthoc
 from train.checkpoint import fill, read_state_file, read_tensors
 from train.stores import STATE_FILE
@@ -109,7 +110,7 @@ def model_of_sources(sources: Sequence[Path], weights: str) -> Network:
     section["outputs_per_channel"] = objective_at(path).outputs_per_channel
     if weights.startswith(posthoc.PREFIX):
         return _model_of(path, section, posthoc.reconstruct(sources, _width(weights)))
-    return _model_of(path, section, read_tensors(path, weights))
+    return _model_of(path, section, without_head(read_tensors(path, weights)))
 
 
 def _model_of(path: Path, section: Mapping[str, Any], tensors: dict[str, Tensor]) -> Network:

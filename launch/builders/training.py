@@ -1,5 +1,6 @@
 """Prepare a run: build the objects that training and a replay of its last step both need."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,7 @@ from data.conditions import ConditionSource
 from data.manifest import LatentSpec, Manifest
 from data.shards import MappedShards
 from diffusion.objective import Objective
+from launch.builders.alignment import fill_alignment, require_tokens
 from launch.builders.build import (
     condition_source,
     expected_spec,
@@ -34,7 +36,8 @@ from model.autoencoder import Autoencoder
 from model.network import Network, checkpoint_units
 from model.released import describe
 from model.starting import take_over
-from runtime.protocol import Processes, Runtime, Step
+from runtime.protocol import Runtime, Step
+from train.alignment import REPA
 from train.ema import Averages
 from train.guards import SpikeGuard
 from train.state import TrainState
@@ -54,10 +57,11 @@ class PreparedRun:
     conditions: ConditionSource
     objective: Objective
     runtime: Runtime
+    alignment: REPA | None = None
 
     def new_state(self, starts_anew: bool) -> TrainState:
         """Return the state at step 0, on the CPU: weights from ``init_from`` or the seed, averages, the optimizer."""
-        return _new_state(self.config, self.conditions, self.objective, self.runtime, starts_anew)
+        return _new_state(self, starts_anew)
 
     def batches(self, shards: MappedShards, rank: int, world: int) -> TrainingBatches:
         """Return the batches of process ``rank`` out of ``world`` processes."""
@@ -75,6 +79,7 @@ class PreparedRun:
             rank=rank,
             world=world,
             threads=batch_threads(usable_cores()),
+            target_steps=None if self.alignment is None else self.alignment.stop_after or math.inf,
             streams=GENERATORS[config.generator],
         )
 
@@ -86,7 +91,9 @@ class PreparedRun:
         model, state.optimizer = runtime.prepare(state.model, list(state.ema.modules.values()), state.optimizer)
         factor = config.skip_grad_norm
         guard = None if factor is None else SpikeGuard(factor, state.optimizer, runtime)
-        step = make_step(model, state.optimizer, state.ema, self.objective, runtime, config.max_grad_norm, guard)
+        step = make_step(
+            model, state.optimizer, state.ema, self.objective, runtime, config.max_grad_norm, guard, self.alignment
+        )
         return BegunRun(model, runtime.step(step), guard)
 
 
@@ -112,25 +119,31 @@ def prepare_run(config: TrainSettings, manifest: Manifest) -> PreparedRun:
     )
     autoencoder = normalized(autoencoder, config.data, "the config")
     config = replace(config, diffusion=settled(config.diffusion, latent_facts(manifest, autoencoder)))
+    features = None if manifest.teacher is None else manifest.teacher.shape
+    config = replace(config, alignment=fill_alignment(config.alignment, features, config.data.shards))
     runtime: Runtime = build(config.runtime, precision=config.precision.value)
     runtime.require_same(facts_of_process(config.plain()))
     runtime.require_batch(config.batch_size)
     check_readers(runtime.data_world, len(manifest.shards))
     objective: Objective = runtime.place(build(config.diffusion))
-    return PreparedRun(config, manifest, spec, autoencoder, conditions, objective, runtime)
+    alignment: REPA | None = build(config.alignment)
+    return PreparedRun(config, manifest, spec, autoencoder, conditions, objective, runtime, alignment)
 
 
-def _new_state(
-    config: TrainSettings, conditions: ConditionSource, objective: Objective, runtime: Processes, starts_anew: bool
-) -> TrainState:
+def _new_state(run: PreparedRun, starts_anew: bool) -> TrainState:
+    config, objective = run.config, run.objective
     model: Network = build(config.model, outputs_per_channel=objective.outputs_per_channel)
-    require_condition(model, conditions)
+    require_condition(model, run.conditions)
     model.initialize(config.seed)
     if starts_anew and config.init_from is not None:
         for note in load_starting_weights(model, config.init_from, objective):
-            if runtime.is_main:
+            if run.runtime.is_main:
                 print(f"note: {note}")
-    ema: Averages = build(config.ema)(model)
+    ema: Averages = build(config.ema)(model)  # before the head, of which no average is kept
+    if run.alignment is not None:
+        assert run.manifest.teacher is not None, "fill_alignment refuses shards without features"
+        require_tokens(model, run.alignment, run.manifest.teacher.shape)
+        run.alignment.attach(model, config.seed)
     with uncollected():  # PyTorch's optimizers import its compiler
         optimizer = build(config.optimizer)(model.parameters())
     return TrainState(model, ema, optimizer, config.batch_size, config.total_steps)

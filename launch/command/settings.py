@@ -50,6 +50,7 @@ class TrainSettings(Settings):
     condition: Any = MUST_BE_GIVEN  # what samples are conditioned on
     model: Any = MUST_BE_GIVEN
     diffusion: Any = MUST_BE_GIVEN
+    alignment: Any = MUST_BE_GIVEN  # with features of a teacher, beside the objective
     optimizer: Any = MUST_BE_GIVEN
     ema: Any = MUST_BE_GIVEN
     logger: Any = free()
@@ -110,6 +111,7 @@ class EncodeSettings(Settings):
 
     data: DataSettings = field(default_factory=DataSettings)
     encoding: Any = MUST_BE_GIVEN
+    teacher: Any = None  # network whose features of the images are stored too
     seed: int = 0  # of the fixed permutation that mixes the classes across shards
     batch_size: int = positive(64)  # images per call of the autoencoder; another size may round differently
     device: Device = Device.auto
@@ -231,6 +233,10 @@ class PlanSettings(Settings):
     data: DataSettings = field(default_factory=DataSettings)
     model: Any = MUST_BE_GIVEN
     diffusion: Any = MUST_BE_GIVEN
+    alignment: Any = MUST_BE_GIVEN
+    teacher: Any = None  # network whose features of the images are stored too; its weights are not read
+    feature_tokens: int | None = positive(None)  # of those features for an image; null: the shards' or the teacher's
+    feature_dim: int | None = positive(None)  # numbers of such a token; likewise
     shape_name: str = MUST_BE_GIVEN  # name of the network's shape, from its own config
     name: str = "${shape_name}"
     total_steps: int = positive(400_000)

@@ -37,9 +37,10 @@ def images(file: str) -> list[str]:
 def test_one_compilation_serves_all_equal_units_and_gives_the_same_run(tmp_path: Path) -> None:
     """Units whose activations are kept, and units that are recomputed."""
     settings = {"compile": True}
-    kept = case("kept", "adaln_zero", "accelerate", depth=2, settings=settings)
+    aligned = {"depth": 2, "aligned_steps": 2}  # the last step without REPA
+    kept = case("kept", "adaln_zero", "accelerate", settings=settings, **aligned)
     recomputed = case("recomputed", "deep", "accelerate", activation_checkpointing=True, settings=settings)
-    plain = [case("plain", "adaln_zero", "plain", depth=2), case("plain-deep", "deep", "plain")]
+    plain = [case("plain", "adaln_zero", "plain", **aligned), case("plain-deep", "deep", "plain")]
     train([{**one, "steps": 3} for one in (*plain, kept, recomputed)], tmp_path)
     assert_same_run(tmp_path, "kept", "plain")
     assert facts_of(tmp_path, "kept")["of_training"] == {"compilations": 1, "graph_breaks": 0}  # of two blocks

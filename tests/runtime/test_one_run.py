@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tiny_run import Case
 from warm_python import FAST_COMPILE, TRAINING, WITH_XLA, run_warm_python
 
+from model.training_head import HEAD
 from runtime.sharding import sharding_of
 
 HERE = Path(__file__).parent
@@ -32,9 +33,9 @@ SKIP_OVER = [0.835] * 6 + [0.715] * 6  # gradient norm: a threshold that changes
 
 RECIPES: dict[str, dict[str, Any]] = {
     "adaln_zero": {},
-    "adaln": {"block": "AdaLNBlock", "depth": 2},
+    "adaln": {"block": "AdaLNBlock", "depth": 2, "modern": True, "aligned_steps": 8},
     "cross_attention": {"block": "CrossAttentionBlock"},
-    "in_context": {"block": "InContextBlock", "qk_norm": True, "depth": 2},
+    "in_context": {"block": "InContextBlock", "qk_norm": True, "depth": 2, "aligned_steps": 8},
     "warm_up": {"learning_rates": WARM_UP, "max_grad_norm": 0.35, "objective": "edm"},
     "skipping": {"skip_over": SKIP_OVER},
     # Units two levels deep, whose arguments are trees.
@@ -63,14 +64,14 @@ XLA_1 = [
 ]
 XLA_4 = [
     xla("xla-4", "warm_up", 4),
-    xla("xla-4-zero1", "adaln_zero", 4, "zero1"),
+    xla("xla-4-zero1", "adaln", 4, "zero1"),
     xla("xla-4-fsdp", "skipping", 4, "fsdp"),
     xla("xla-4-deep", "deep", 4),
     xla("xla-4-fsdp-deep", "deep", 4, "fsdp", activation_checkpointing=True),
 ]
 XLA_8 = [
     xla("xla-8", "cross_attention", 8, activation_checkpointing=True),
-    xla("xla-8-zero1", "adaln", 8, "zero1"),
+    xla("xla-8-zero1", "adaln_zero", 8, "zero1"),
     xla("xla-8-fsdp", "warm_up", 8, "fsdp", activation_checkpointing=True),
     xla("xla-8-data-and-fsdp", "in_context", 8, "fsdp", settings={"fsdp_devices": 4}),
     xla("xla-8-micro-batches", "adaln", 8, "fsdp", settings={"micro_batches": 2}),
@@ -150,7 +151,9 @@ def test_the_same_steps_are_skipped_as_by_plain_pytorch(out: Path, name: str) ->
 def test_the_recipes_train_so_that_equality_means_something(out: Path) -> None:
     for name in RECIPES:
         state = load_file(out / f"{name}.safetensors")
-        moved = [distance(state[f"ema/{key[6:]}"], state[key]) for key in state if key.startswith("model/")]
+        averages = [key for key in state if key.startswith("ema/")]
+        assert not [key for key in averages if HEAD in key]
+        moved = [distance(state[key], state[f"model/{key[4:]}"]) for key in averages]
         assert min(moved) > 1e-4, name  # the averages lag behind weights that have all moved
 
 
@@ -168,7 +171,8 @@ def test_a_run_is_compiled_once_and_reads_nothing_back_between_log_steps(out: Pa
 def test_after_training_every_tensor_still_lies_as_the_mode_and_the_table_say(out: Path, case: dict[str, Any]) -> None:
     mode, devices = case["settings"]["mode"], case["settings"]["cpu_devices"]
     shards = case["settings"].get("fsdp_devices", devices)
-    table = sharding_of(Case("x", "xla", **RECIPES[case["like"]]).model(), shards)
+    like = Case("x", "xla", **RECIPES[case["like"]])
+    table = sharding_of(like.with_head(like.model()), shards)
     spread_parts = {"replicated": set(), "zero1": {"ema", "optimizer"}, "fsdp": {"model", "ema", "optimizer"}}[mode]
     for name, found in facts_of(out, case["name"])["shardings"].items():
         part, _, rest = name.partition("/")
@@ -182,7 +186,8 @@ def test_after_training_every_tensor_still_lies_as_the_mode_and_the_table_say(ou
 
 
 def test_micro_batches_exchange_each_gradient_once_a_step(out: Path) -> None:
-    gradients = sum(parameter.numel() for parameter in Case("x", "accelerate", **RECIPES["adaln"]).model().parameters())
+    case = Case("x", "accelerate", **RECIPES["adaln"])
+    gradients = sum(parameter.numel() for parameter in case.with_head(case.model()).parameters())
     assert facts_of(out, "accelerate-2-micro-batches")["exchanged"] == STEPS * gradients
 
 

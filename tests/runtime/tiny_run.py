@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from core.batch import Batch
+from core.batch import FEATURES, WEIGHT, Batch
 from diffusion.edm import EDM
 from diffusion.flow import Flow
 from diffusion.objective import Objective, corrupt
@@ -33,10 +33,13 @@ from diffusion.process import GaussianDiffusion
 from diffusion.schedules import LinearSchedule
 from diffusion.variances import LearnedRangeVariance
 from model import blocks
-from model.attention import QKNormSelfAttention, SelfAttention
+from model.attention import QKNormSelfAttention, RotaryQKRmsNormSelfAttention, SelfAttention
 from model.dit import DiT, DiTConfig
+from model.mlp import SwiGluMlp
 from model.network import Network, checkpoint_units
+from model.norms import rms_norm
 from train import ema as averages_of
+from train.alignment import REPA
 from train.guards import SpikeGuard
 from train.state import optimizer_tensors
 from train.step import TOTAL, make_step
@@ -44,6 +47,8 @@ from train.step import TOTAL, make_step
 torch._inductor.config.cpp.simdlen = 0  # code for vectors takes the C++ compiler a quarter longer
 CONF = Path(__file__).resolve().parents[2] / "conf/runtime"
 NUM_CLASSES, DECAY = 10, 0.9999
+FEATURE_DIM = 24
+REPA_OF_CASES = REPA(block=1, hidden=32, dim=FEATURE_DIM)
 NORMS = ("grad_norm", "param_norm", "update_norm")
 
 
@@ -57,6 +62,7 @@ class Case:
     objective: str = "gaussian"  # or flow, edm
     depth: int = 1  # of a DiT
     qk_norm: bool = False
+    modern: bool = False  # RMSNorm, SwiGLU, rotary positions and a learned table
     settings: dict[str, Any] = field(default_factory=dict)  # of the runtime
     precision: str = "fp32"
     activation_checkpointing: bool = False
@@ -66,6 +72,7 @@ class Case:
     learning_rates: list[float] | None = None  # of each step
     average: str = "constant"
     skip_over: list[float] | None = None  # gradient norm, of each step
+    aligned_steps: int | None = None  # steps in which REPA's loss counts; None: there is none
     wrapped: bool = False  # in DistributedDataParallel, also where there is one process
     counts_exchanged: bool = False  # elements of the gradients that processes exchange, under DistributedDataParallel
 
@@ -75,13 +82,23 @@ class Case:
             return DeepNetwork(DeepConfig())
         attention = QKNormSelfAttention if self.qk_norm else SelfAttention
         block = functools.partial(getattr(blocks, self.block), attention=attention)
+        if self.modern:
+            parts = {"attention": RotaryQKRmsNormSelfAttention, "norm": rms_norm, "mlp": SwiGluMlp}
+            block = functools.partial(getattr(blocks, self.block), **parts)
         shape = {"width": 64, "depth": self.depth, "num_heads": 4, "num_classes": NUM_CLASSES}
         outputs = diffusion(self.objective).outputs_per_channel
-        made = DiT(DiTConfig(8, 4, 2, **shape, block=block, outputs_per_channel=outputs))  # type: ignore[arg-type]
+        table = "learned" if self.modern else "fixed"
+        made = DiT(DiTConfig(8, 4, 2, **shape, block=block, outputs_per_channel=outputs, position_table=table))  # type: ignore[arg-type]
         generator = torch.Generator().manual_seed(5)
         for parameter in made.parameters():
             parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
         return made
+
+    def with_head(self, model: Network) -> Network:
+        """Return the model with REPA's projector after its first block, where the case has one."""
+        if self.aligned_steps is not None:
+            REPA_OF_CASES.attach(model, seed=0)
+        return model
 
     def optimizer(self, model: Network) -> torch.optim.Optimizer:
         """Return AdamW with weight decay, and an eps above the rounding of gradients that are zero."""
@@ -107,7 +124,14 @@ class Case:
                 noise=torch.randn(size, generator=generator)[mine],
                 t=t[mine],
                 condition={"label": label[mine]},
+                targets={name: value[mine] for name, value in self._targets(generator, step).items()},
             )
+
+    def _targets(self, generator: torch.Generator, step: int) -> dict[str, Tensor]:
+        if self.aligned_steps is None:
+            return {}
+        features = torch.randn(self.batch_size, 16, FEATURE_DIM, generator=generator).half()
+        return {FEATURES: features, WEIGHT: torch.full((self.batch_size,), float(step < self.aligned_steps))}
 
 
 TIMES: dict[str, Callable[[torch.Generator, tuple[int]], Tensor]] = {
@@ -126,8 +150,8 @@ def diffusion(name: str = "gaussian") -> Objective:
 def plain(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Train by the recipe in twenty lines of eager PyTorch, without our runtime, step or EMA."""
     model, process = case.model(), diffusion(case.objective)
-    optimizer = case.optimizer(model)
     averages = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = case.optimizer(case.with_head(model))
     gamma = averages_of.gamma_of(0.1)
     losses, skipped = [], []
     norms: dict[str, list[float]] = {name: [] for name in NORMS}
@@ -136,7 +160,11 @@ def plain(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
             group["lr"] = case.learning_rates[number] if case.learning_rates else group["lr"]
         x_t = corrupt(process, batch)
         output = model(*process.inputs(x_t, batch.t), batch.condition)
+        output, projected = (output, None) if case.aligned_steps is None else output
         loss = process.losses(output, batch, x_t)["loss"].mean()
+        if projected is not None:
+            cosine = torch.nn.functional.cosine_similarity(projected, batch.targets[FEATURES].float(), dim=-1)
+            loss = loss - 0.5 * (batch.targets[WEIGHT] * cosine.mean(dim=1)).mean()
         optimizer.zero_grad()
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), case.max_grad_norm or float("inf")).item()
@@ -147,9 +175,9 @@ def plain(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
         updates = [new.detach() - old for new, old in zip(model.parameters(), before, strict=True)]
         for name, value in zip(NORMS, (grad_norm, norm(model.parameters()), norm(updates)), strict=True):
             norms[name].append(value)
-        for name, parameter in model.named_parameters():
+        for name in averages:
             kept = DECAY if case.average == "constant" else (1 - 1 / (number + 1)) ** (gamma + 1)
-            averages[name] = kept * averages[name] + (1 - kept) * parameter.detach()
+            averages[name] = kept * averages[name] + (1 - kept) * model.get_parameter(name).detach()
         losses.append(loss.item())
     weights = {f"model/{name}": value.detach() for name, value in model.named_parameters()}
     moments = {f"optimizer/{name}": value for name, value in optimizer_tensors(model, optimizer).items()}
@@ -171,7 +199,7 @@ def under_runtime(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
     runtime.require_batch(case.batch_size)
     counters = Counters(case.runtime)
     model = case.model()
-    ema, optimizer = case.averages(model), case.optimizer(model)
+    ema, optimizer = case.averages(model), case.optimizer(case.with_head(model))
     if case.activation_checkpointing:
         checkpoint_units(model, runtime.checkpoint)
     process = runtime.place(diffusion(case.objective))
@@ -185,7 +213,8 @@ def under_runtime(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
     guard = None
     if case.skip_over is not None:
         guard = SpikeGuard(2.0, optimizer, runtime)
-    step = runtime.step(make_step(stepping, optimizer, ema, process, runtime, case.max_grad_norm, guard))
+    repa = None if case.aligned_steps is None else REPA_OF_CASES
+    step = runtime.step(make_step(stepping, optimizer, ema, process, runtime, case.max_grad_norm, guard, repa))
     history, guard_at = [], None
     for number, micro_batches in enumerate(runtime.feed(case.batches(runtime.data_rank, runtime.data_world))):
         for group in optimizer.param_groups:

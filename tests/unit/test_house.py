@@ -160,7 +160,7 @@ GROUPS = sorted(override_of(path) for path in CONF.rglob("*.yaml") if len(path.r
 
 # Groups of which a choice decides what others there are: each choice is composed alone.
 DECISIVE = {"experiment", "data", "data/encoding", "diffusion", "evaluation", "evaluation/image_set", "model"}
-DECISIVE |= {"diffusion/path", "diffusion/times"}
+DECISIVE |= {"data/teacher", "diffusion/path", "diffusion/times"}
 
 
 def combined(overrides: list[str]) -> list[list[str]]:
@@ -176,7 +176,8 @@ def combined(overrides: list[str]) -> list[list[str]]:
 def test_every_config_file_builds_what_exists_with_settings_that_it_has(overrides: list[str]) -> None:
     more = ["guidance.guide=x"] if any(override.endswith("autoguidance") for override in overrides) else []
     more += ["data.name=x"] if overrides == ["data=folder"] else []
-    homes = {"data/encoding": "encode", "evaluation/image_set": "reference"}  # groups that training has not
+    # Groups that training has not.
+    homes = {"data/encoding": "encode", "data/teacher": "encode", "evaluation/image_set": "reference"}
     job = next((job for group, job in homes.items() if overrides[0].startswith(group)), "train")
     more += ["diffusion=flow"] if overrides[0].startswith(("diffusion/path=", "diffusion/times=")) else []
     given = [f"+{o}" if o.startswith("model/embedding=") else o for o in overrides]  # a group without a default

@@ -12,7 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.attention import QKNormSelfAttention
 from model.autoencoder import IdentityAutoencoder
-from model.blocks import AdaLNBlock, AdaLNZeroBlock, Block, CrossAttentionBlock, InContextBlock
+from model.blocks import (
+    AdaLNBlock,
+    AdaLNZeroBlock,
+    AdaLNZeroUnshiftedBlock,
+    Block,
+    CrossAttentionBlock,
+    InContextBlock,
+)
 from model.dit import DiT, DiTConfig
 from model.embeddings import Embedded
 from model.flops import multiply_adds, num_parameters, training_multiply_adds, weightless
@@ -36,7 +43,7 @@ PAPER = [
     ("XL", 4, 29.05, 675),
     ("XL", 2, 118.64, 675),
 ]
-BLOCKS = [InContextBlock, CrossAttentionBlock, AdaLNBlock, AdaLNZeroBlock]
+BLOCKS = [InContextBlock, CrossAttentionBlock, AdaLNBlock, AdaLNZeroBlock, AdaLNZeroUnshiftedBlock]
 
 
 def tiny(**changes: Any) -> DiT:

@@ -11,43 +11,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from launch.builders.components import build
-from model.attention import CrossAttention, SelfAttention
+from model.attention import CrossAttention, RotaryQKNormSelfAttention, RotaryQKRmsNormSelfAttention, RotarySelfAttention
 from model.blocks import AdaLNZeroBlock, Block, ConditionFirst, CrossAttentionBlock, InContextBlock
-from model.embeddings import ConditionEmbedding, Embedded, grid_positions, sincos_frequencies
+from model.embeddings import ConditionEmbedding, Embedded, grid_positions
 from model.flops import multiply_adds, num_parameters, weightless
-from model.mlp import GeluMlp
+from model.mlp import GeluMlp, SwiGluMlp
 from model.network import checkpoint_units
-
-
-def rms_norm(width: int, affine: bool) -> nn.Module:
-    return nn.RMSNorm(width, eps=1e-6, elementwise_affine=affine)
-
-
-class SwiGlu(nn.Module):
-    """The SwiGLU MLP (Shazeer 2020, equation 6), with as many parameters as a GELU MLP of this ratio."""
-
-    def __init__(self, width: int, mlp_ratio: float) -> None:
-        super().__init__()
-        hidden = int(2 / 3 * mlp_ratio * width)
-        self.gate_and_value, self.output = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        gate, value = self.gate_and_value(tokens).chunk(2, dim=2)
-        output: Tensor = self.output(nn.functional.silu(gate) * value)
-        return output
-
-
-class RotaryAttention(SelfAttention):
-    """Rotates half of each head's channels by the row, half by the column (Su et al. 2021, equation 34)."""
-
-    sees_positions = True
-
-    def rotate(self, vectors: Tensor, positions: Tensor) -> Tensor:
-        frequencies = sincos_frequencies(vectors.shape[-1] // 4, torch.float32).to(positions)
-        angles = (positions.unsqueeze(2) * frequencies).flatten(1)  # [T, d / heads / 2]
-        even, odd = vectors[..., ::2], vectors[..., 1::2]
-        turned = [even * angles.cos() - odd * angles.sin(), even * angles.sin() + odd * angles.cos()]
-        return torch.stack(turned, dim=-1).flatten(-2).to(vectors.dtype)
+from model.norms import rms_norm
+from model.released import to_reference
 
 
 def randomized(model: nn.Module) -> Any:
@@ -57,8 +28,9 @@ def randomized(model: nn.Module) -> Any:
     return model
 
 
-def modern(block: type[Block]) -> Any:
-    return randomized(tiny(block=partial(block, norm=rms_norm, mlp=SwiGlu, attention=RotaryAttention)))
+def modern(block: type[Block], **changes: Any) -> Any:
+    made = partial(block, norm=rms_norm, mlp=SwiGluMlp, attention=RotarySelfAttention)
+    return randomized(tiny(block=made, **changes))
 
 
 def test_each_block_has_a_name_of_its_own_in_records() -> None:
@@ -93,7 +65,7 @@ def test_recomputation_takes_blocks_that_see_positions(block: type[Block]) -> No
 
 
 def test_rotated_scores_depend_on_the_difference_of_positions_alone() -> None:
-    attention, positions = RotaryAttention(16, 2), grid_positions(4)
+    attention, positions = RotarySelfAttention(16, 2), grid_positions(4)
     query, key = torch.randn(1, 2, 16, 8), torch.randn(1, 2, 16, 8)
     scores = [
         attention.rotate(query, where) @ attention.rotate(key, where).transpose(2, 3)
@@ -101,6 +73,62 @@ def test_rotated_scores_depend_on_the_difference_of_positions_alone() -> None:
     ]
     torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-4)
     assert positions.tolist()[:5] == [[0, 0], [0, 1], [0, 2], [0, 3], [1, 0]]
+
+
+@pytest.mark.parametrize("attention", [RotarySelfAttention, RotaryQKNormSelfAttention])
+def test_rotary_positions_refuse_heads_that_do_not_divide_with_both_numbers(attention: Any) -> None:
+    with pytest.raises(ValueError, match=r"a multiple of 4, but model.width 40 with model.num_heads 4 gives 10; "):
+        tiny(width=40, block=partial(AdaLNZeroBlock, attention=attention))
+
+
+def test_queries_and_keys_are_normalized_before_they_are_rotated() -> None:
+    attention, tokens = RotaryQKRmsNormSelfAttention(16, 2), torch.randn(2, 16, 16)
+    assert {type(part) for part in (attention.norm_query, attention.norm_key)} == {nn.RMSNorm}
+    query, key = attention.normalize(torch.randn(2, 2, 16, 8), torch.randn(2, 2, 16, 8))
+    torch.testing.assert_close(query.square().mean(dim=-1), torch.ones(2, 2, 16), rtol=1e-4, atol=1e-4)
+    turned = attention.rotate(key, grid_positions(4))
+    torch.testing.assert_close(turned.norm(dim=-1), key.norm(dim=-1))  # a rotation keeps what the norm made
+    mixed = attention(tokens, grid_positions(4))
+    nn.init.constant_(attention.qkv.weight[:32], 0)  # same queries and keys for all tokens: positions alone decide
+    assert (attention(tokens, grid_positions(4)) - mixed).abs().max() > 1e-4
+
+
+def test_swiglus_hidden_width_is_two_thirds_and_it_has_a_gelu_mlps_weights() -> None:
+    hidden = {width: SwiGluMlp(width, 4.0).output.in_features for width in (48, 1024, 1152)}
+    assert hidden == {48: 128, 1024: 2730, 1152: 3072}
+    weights = [sum(p.numel() for p in mlp(1152, 4.0).parameters() if p.ndim == 2) for mlp in (GeluMlp, SwiGluMlp)]
+    assert weights[0] == weights[1]
+
+
+def test_the_position_table_may_be_learned_or_left_out() -> None:
+    x_t, t, condition = inputs()
+    learned = randomized(tiny(position_table="learned"))
+    learned(x_t, t, condition).square().mean().backward()
+    assert learned.position_embedding.grad.abs().sum() > 0
+    assert learned.state_dict()["position_embedding"].shape == (16, 48)
+    for parts, blind in (({}, True), ({"attention": RotarySelfAttention}, False)):
+        model = randomized(tiny(position_table="none", block=partial(AdaLNZeroBlock, **parts)))
+        assert "position_embedding" not in model.state_dict()
+        rolled = model(x_t.roll(4, dims=3), t, condition)
+        same = torch.allclose(rolled, model(x_t, t, condition).roll(4, dims=3), atol=1e-4)
+        assert same == blind  # without any positions, tokens are a set
+    assert num_parameters(tiny(position_table="none")) == num_parameters(tiny()) - 16 * 48
+    assert num_parameters(tiny(position_table="learned")) == num_parameters(tiny())
+    for table in ("learned", "none"):
+        with pytest.raises(ValueError, match=f"model.position_table {table}; keep it in our format"):
+            to_reference(tiny(position_table=table))
+    with pytest.raises(ValueError, match="is 'rotary', but it must be one of fixed, learned, none"):
+        tiny(position_table="rotary")
+
+
+@pytest.mark.parametrize("table", ["fixed", "learned", "none"])
+def test_tokens_between_blocks_are_float32_under_autocast_whatever_the_position_table(table: str) -> None:
+    model, seen = modern(AdaLNZeroBlock, position_table=table), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, tokens, output: seen.extend([tokens[0].dtype, output.dtype]))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(*inputs())
+    assert set(seen) == {torch.float32}
 
 
 class Words(ConditionEmbedding):

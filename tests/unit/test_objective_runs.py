@@ -21,13 +21,20 @@ SMALL += ["train/logger=none", "train/ema=shorter_run", "runtime=cpu", "optimize
 EULER = ["diffusion/sampler=euler", "sampler.steps=2"]
 HEUN = ["diffusion/sampler=edm_heun", "sampler.steps=3"]
 LOGIT_NORMAL = ["diffusion=flow", "diffusion/times=logit_normal", *EULER]
+MODERN = [
+    "model/block=adaln_zero_unshifted",
+    "model/norm=rms",
+    "model/mlp=swiglu",
+    "model/attention=rotary_qk_rms_norm",
+]
 RUNS = {
     "v, min-SNR": ["diffusion/prediction=v", "diffusion/weighting=min_snr", "sampler.steps=2"],
     "logit-normal": [*LOGIT_NORMAL, "diffusion.direction_weight=1", "diffusion.shift=resolution"],
     "VP, score": ["diffusion=flow", "diffusion/path=vp", "diffusion/prediction=score", *EULER],
     "EDM": ["diffusion=edm", *HEUN],
+    "modern parts": ["diffusion=flow", *EULER, *MODERN],
 }
-METRICS = {"v, min-SNR": {"mse", "vlb"}, "logit-normal": {"mse", "direction"}, "VP, score": set(), "EDM": set()}
+METRICS = {name: set[str]() for name in RUNS} | {"v, min-SNR": {"mse", "vlb"}, "logit-normal": {"mse", "direction"}}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -106,7 +113,7 @@ def test_settings_that_do_not_fit_are_refused_before_a_run_begins(
 
 
 def test_a_flow_run_of_an_earlier_version_continues(digits: Path, tmp_path: Path, in_process: InProcess) -> None:
-    """Put the section that earlier versions wrote into the folder's config and the checkpoint."""
+    """Put the sections that earlier versions wrote into the folder's config and the checkpoint."""
     words = [*SMALL, f"data.shards={digits}", "diffusion=flow", *EULER]
     in_process("train", *words, "run_dir=whole", "total_steps=20")
     in_process("train", *words, "run_dir=run", "total_steps=10")
@@ -114,8 +121,10 @@ def test_a_flow_run_of_an_earlier_version_continues(digits: Path, tmp_path: Path
     folder_config, state_file = tmp_path / "run/config.yaml", tmp_path / "run/checkpoints/step_00000010/state.json"
     config = yaml.safe_load(folder_config.read_text())
     assert config["diffusion"] != earlier
-    folder_config.write_text(yaml.safe_dump(config | {"diffusion": earlier}))
-    resealed(state_file, config=state_of(tmp_path / "run")["config"] | {"diffusion": earlier})
+    assert config["model"].pop("position_table") == "fixed"
+    then = {"diffusion": earlier, "model": config["model"]}
+    folder_config.write_text(yaml.safe_dump(config | then))
+    resealed(state_file, config=state_of(tmp_path / "run")["config"] | then)
     in_process("sample", "checkpoint=run", *EULER, "num_images=2", "out=x", "runtime=cpu")
     in_process("train", *words, "run_dir=run", "total_steps=20", "resume.allow=[total_steps]")
     assert json_lines(tmp_path / "run/metrics.jsonl") == json_lines(tmp_path / "whole/metrics.jsonl")

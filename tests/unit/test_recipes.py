@@ -10,6 +10,7 @@ from test_house import CONF, composed
 
 from diffusion.objective import LatentFacts, Objective
 from diffusion.samplers import Sampler
+from diffusion.time_grids import shifted
 from launch.builders.components import build
 from launch.builders.objectives import settled
 
@@ -24,23 +25,48 @@ def test_a_recipe_has_a_sampler_that_fits_its_objective_and_the_cost_that_it_say
     objective: Objective = build(settled(config["diffusion"], LatentFacts(4096, 0.8)))
     sampler: Sampler = build(config["sampler"])
     sampler.require(objective)
-    words = [f"{key}={config[key]}" for key in ("total_steps", "batch_size")]
+    header = (CONF / f"experiment/recipes/{name}.yaml").read_text(encoding="utf-8")
+    (command,) = re.findall(r"`ditscale plan\s(.+?)`", header.replace("\n# ", " "))
+    words = [word for word in command.split() if word.split("=")[0] not in ("total_steps", "batch_size")]
+    words += [f"{key}={config[key]}" for key in ("total_steps", "batch_size")]
     words += [f"model.{key}={config['model'][key]}" for key in ("width", "depth", "num_heads", "patch_size")]
     plan: dict[str, Any] = json.loads(in_process("plan", *words, "format=json"))
-    header = (CONF / f"experiment/recipes/{name}.yaml").read_text(encoding="utf-8")
     (exaflops,) = re.findall(r"\(([\d,]+) EFLOPs", header)
     assert int(exaflops.replace(",", "")) == round(plan["training_exaflops"])
     (hours,) = re.findall(r"about (\d+) hours of training", header)
     assert int(hours) == round(plan["training_hours"])
+    for part in ("shards_gb", "features_gb"):
+        if "features_gb" in plan:
+            assert f"{plan[part]:.0f} GB" in header
     assert all(word in header for word in ("Expected", "FID-50K", "Not run here", "Hardware and time"))
 
 
 def test_recipes_train_what_their_programs_train() -> None:
-    sit, edm = (composed("train", f"experiment=recipes/{name}") for name in ("sit_xl2", "edm_xl2"))
+    sit, edm, repa = (composed("train", f"experiment=recipes/{name}") for name in ("sit_xl2", "edm_xl2", "repa_xl2"))
     assert (sit["total_steps"], sit["batch_size"], sit["class_dropout"]) == (7_000_000, 256, 0.1)
     assert (sit["diffusion"]["path"]["_target_"], sit["sampler"]["steps"]) == ("diffusion.paths.LinearPath", 250)
     assert (sit["sampler"]["last_step"], sit["sampler"]["last_size"]) == ("mean", 0.04)
     assert (edm["total_steps"], edm["batch_size"], edm["diffusion"]["sigma_data"]) == (2_000_000, 1024, 0.5)
     times = edm["diffusion"]["times"]
     assert (times["location"], times["scale"]) == (-1.2, 1.2)
-    assert sit["optimizer"]["lr"] == edm["optimizer"]["lr"] == 1e-4
+    alignment = repa["alignment"]
+    assert (repa["total_steps"], repa["data"]["flip"], repa["max_grad_norm"]) == (4_000_000, False, 1.0)
+    assert (alignment["block"], alignment["hidden"], alignment["coefficient"]) == (8, 2048, 0.5)
+    assert sit["optimizer"]["lr"] == edm["optimizer"]["lr"] == repa["optimizer"]["lr"] == 1e-4
+
+
+def test_lightningdits_recipe_has_its_parts_times_guidance_and_shift() -> None:
+    found = composed("train", "experiment=recipes/lightningdit_xl1")
+    model, diffusion = found["model"], found["diffusion"]
+    assert [model[key] for key in ("width", "depth", "num_heads")] == [1152, 28, 16]
+    assert [model[key] for key in ("patch_size", "channels", "latent_size")] == [1, 32, 16]
+    parts = {name: model["block"][name]["_target_"].rsplit(".", 1)[1] for name in ("norm", "mlp", "attention")}
+    assert parts == {"norm": "rms_norm", "mlp": "SwiGluMlp", "attention": "RotarySelfAttention"}
+    assert diffusion["times"] == {"_target_": "diffusion.times.LogitNormalTimes", "location": 0.0, "scale": 1.0}
+    assert (diffusion["direction_weight"], found["data"]["normalize"], found["batch_size"]) == (1.0, True, 1024)
+    assert (found["optimizer"]["lr"], found["optimizer"]["betas"]) == (2e-4, [0.9, 0.95])
+    sampler, guidance = found["sampler"], found["guidance"]
+    assert (sampler["_target_"], sampler["steps"]) == ("diffusion.ode_samplers.Euler", 250)
+    for t in (0.1, 0.5, 0.9):  # its times run from noise to data: t' = 0.3 t / (1 - 0.7 t)
+        assert 1 - shifted(1 - t, sampler["shift"]) == pytest.approx(0.3 * t / (1 - 0.7 * t))
+    assert (guidance["scale"], guidance["channels"], guidance["t_max"]) == (10.0, 3, pytest.approx(1 - 0.11))

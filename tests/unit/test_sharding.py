@@ -7,9 +7,11 @@ import pytest
 import torch
 from test_model import BLOCKS, SIZES
 
-from model.attention import QKNormSelfAttention, SelfAttention
-from model.blocks import Block
+from model.attention import QKNormSelfAttention, RotaryQKRmsNormSelfAttention, SelfAttention
+from model.blocks import AdaLNZeroBlock, Block
 from model.dit import DiT, DiTConfig
+from model.mlp import SwiGluMlp
+from model.norms import rms_norm
 from runtime.sharding import EXCEPTIONS, SHARDED, Axes, axes_of, sharding_of
 
 
@@ -18,6 +20,26 @@ def shape_only(block: type[Block], size: str, qk_norm: bool) -> DiT:
     attention = QKNormSelfAttention if qk_norm else SelfAttention
     with torch.device("meta"):
         return DiT(DiTConfig(32, 4, 2, width, depth, num_heads, 1000, partial(block, attention=attention)))
+
+
+def modern_shape(size: str, channels: int = 32) -> DiT:
+    """Return a network of all modern parts, with patches of one value."""
+    depth, width, num_heads = SIZES[size]
+    block = partial(AdaLNZeroBlock, attention=RotaryQKRmsNormSelfAttention, norm=rms_norm, mlp=SwiGluMlp)
+    with torch.device("meta"):
+        config = DiTConfig(16, channels, 1, width, depth, num_heads, 1000, block, 1, position_table="learned")
+        return DiT(config)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_parameter_of_a_modern_dit_divides_by_128(size: str) -> None:
+    model = modern_shape(size)
+    found = sharding_of(model, 128)
+    assert found.keys() == dict(model.named_parameters()).keys()
+    whole = sum(p.numel() for name, p in model.named_parameters() if SHARDED not in found[name])
+    assert whole / sum(p.numel() for p in model.parameters()) < 0.01
+    of_swiglu = {axes for name, axes in found.items() if name.endswith("gate_and_value.weight")}
+    assert of_swiglu == {(None, SHARDED) if size == "L" else (SHARDED, None)}  # L has 2 * 2730 rows
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -35,9 +57,10 @@ def test_every_parameter_of_a_dit_divides_by_128(block: type[Block], size: str, 
 _ATTENTION = r"attention\.(qkv|projection)|cross_attention\.(query|key_value|projection)"
 OF_A_DIT: tuple[tuple[str, Axes], ...] = (
     (r"patch_embedding\.weight", (SHARDED, None)),
+    (r"position_embedding", (None, SHARDED)),
     (r"timestep_embedding\.(input|output)\.weight", (SHARDED, None)),
     (r"label_embedding\.weight", (None, SHARDED)),
-    (rf"blocks\.\d+\.({_ATTENTION}|mlp\.(hidden|output)|modulation)\.weight", (SHARDED, None)),
+    (rf"blocks\.\d+\.({_ATTENTION}|mlp\.(hidden|gate_and_value|output)|modulation)\.weight", (SHARDED, None)),
     (r"final_layer\.modulation\.weight", (SHARDED, None)),
     (r"final_layer\.decoder\.weight", (None, SHARDED)),
     (r"(blocks\.\d+|blocks\.\d+\.attention|final_layer)\.norm\w*\.weight", (None,)),
@@ -48,13 +71,15 @@ OF_A_DIT: tuple[tuple[str, Axes], ...] = (
 @pytest.mark.parametrize("num_shards", [1, 4, 8, 128])
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_dit_is_sharded_by_the_table_whatever_else_divides(block: type[Block], num_shards: int) -> None:
-    for name, axes in sharding_of(shape_only(block, "S", True), num_shards).items():
+    models = [shape_only(block, "S", True), *([modern_shape("S")] if block is AdaLNZeroBlock else [])]
+    for name, axes in (pair for model in models for pair in sharding_of(model, num_shards).items()):
         (expected,) = (axes for pattern, axes in OF_A_DIT if re.fullmatch(pattern, name))
         assert axes == expected, name
 
 
 def test_every_exception_is_needed() -> None:
     names = {name for block in BLOCKS for name, _ in shape_only(block, "S", True).named_parameters()}
+    names |= {name for name, _ in modern_shape("S").named_parameters()}
     for pattern, _ in EXCEPTIONS:
         assert any(re.fullmatch(pattern, name) for name in names), pattern
 
