@@ -7,6 +7,7 @@ NEWEST := .venv-newest/bin
 TIMES := .test-times
 DEMO := runs/demo
 STUDY := runs/digits-study
+OBJECTIVES := runs/digits-objectives
 # Small models on a CPU are fastest with one thread each and the models in parallel.
 export OMP_NUM_THREADS ?= 1
 # Tests start many processes, which would compile each module anew.
@@ -15,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 TEST_WORKERS ?= 3
 BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
 
-.PHONY: demo study test test-newest test-gpu browser lint format bench soak aot clean
+.PHONY: demo study objectives test test-newest test-gpu browser lint format bench soak aot clean
 
 $(STAMP): setup.cfg constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -35,6 +36,21 @@ study: $(STAMP)
 	$(BIN)/ditscale evaluate -m runtime=cpu sampler.steps=5,10,40 evaluation.num_images=500 \
 		checkpoint=$$(ls -d $(STUDY)/*adaln_zero* | paste -sd,)
 	$(BIN)/ditscale report sweep=$(STUDY) runtime=cpu sampler.steps=20
+
+# Seven objectives with one network, three seeds, at 4 to 100 network calls, and their report (docs/objectives.md). The runs
+# themselves measure at 50 calls.
+EVALUATE_RUNS := $(BIN)/ditscale evaluate -m hydra/launcher=processes hydra.launcher.n_jobs=-1 runtime=cpu \
+	evaluation.num_images=1000
+objectives: $(STAMP)
+	$(BIN)/ditscale encode data=digits
+	$(BIN)/ditscale train -m experiment=demo/objectives
+	$(EVALUATE_RUNS) diffusion/sampler=ddim sampler.steps=4,10,25,100 \
+		checkpoint=$$(ls -d $(OBJECTIVES)/noise-* $(OBJECTIVES)/v-* $(OBJECTIVES)/min_snr-* | paste -sd,)
+	$(EVALUATE_RUNS) diffusion/sampler=edm_heun sampler.steps=3,5,13,25,50 \
+		checkpoint=$$(ls -d $(OBJECTIVES)/edm-* | paste -sd,)
+	$(EVALUATE_RUNS) diffusion/sampler=euler sampler.steps=4,10,25,100 \
+		checkpoint=$$(ls -d $(OBJECTIVES)/flow* $(OBJECTIVES)/edm-* | paste -sd,)
+	$(BIN)/ditscale report sweep=$(OBJECTIVES) runtime=cpu sampler.steps=20
 
 # Lint runs beside the tests. Says at the end where the time went, also where something failed.
 test: $(STAMP) browser
@@ -103,4 +119,4 @@ aot: $(STAMP) $(AOT_STAMP)
 
 # Runs and shards of the demo go; other runs and shards are yours to delete.
 clean:
-	rm -rf .venv .venv-aot .venv-newest runs/demo runs/digits-study shards/digits .mypy_cache .ruff_cache .pytest_cache $(TIMES) .hypothesis *.egg-info
+	rm -rf .venv .venv-aot .venv-newest $(DEMO) $(STUDY) $(OBJECTIVES) shards/digits .mypy_cache .ruff_cache .pytest_cache $(TIMES) .hypothesis *.egg-info

@@ -158,8 +158,8 @@ def _text(report: Report) -> str:
         lines.append(
             f"Slope in log-log {fit.slope:.2f} (95%: {low:.2f} to {high:.2f}), correlation {fit.correlation:.2f}"
         )
-    lines += [f"No figure {number}: {reason}" for number, reason in sorted(report.missing.items())]
-    drawn = ", ".join(str(number) for number in sorted(report.pictures))
+    lines += [f"No figure {number}: {reason}" for number, reason in report.missing.items()]
+    drawn = ", ".join(str(number) for number in report.pictures)
     lines.append(
         f"{report.page} with figures {drawn}; the figures as PNG and SVG, and {report.table.name}, are next to it"
     )

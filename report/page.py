@@ -28,7 +28,7 @@ _MOST_BYTES_OF_CONFIG, _MOST_BYTES_OF_GRID = 2**20, 2**26
 class Shown:
     """A figure on the page, or the reason why it is missing."""
 
-    number: int
+    number: int | str  # the paper's, or a name of ours
     title: str
     content: bytes | None
     reason: str | None
@@ -61,7 +61,7 @@ def page_of(study: Study, figures: list[Shown], runs: list[dict[str, Any]]) -> s
         rows=_filled([_row(row) for row in study.rows]),
         every=[_evaluation(record) for record in every],
         fit_text=_fit_text(study.fit(), study),
-        protocol={key: _text(study.protocol[key]) for key in SHOWN_KEYS if key in study.protocol},
+        protocol={key: _texts(study, key) for key in SHOWN_KEYS if key in study.protocol},
         runs=runs,
         beside_paper=any(paper.points_of(record) for record in study.chosen.values()),
     )
@@ -69,8 +69,8 @@ def page_of(study: Study, figures: list[Shown], runs: list[dict[str, Any]]) -> s
 
 def _row(row: Record) -> dict[str, Any]:
     """Return a row of the first table, with readable column names; metrics come before costs."""
-    hidden = {*COLUMNS, "fid"} - {"recognized_fraction"}
-    shown = {"run": row["run"], "model": model_name(row), "block": row.get("block")}
+    hidden = {*COLUMNS, "objective", "fid"} - {"recognized_fraction"}
+    shown = {"run": row["run"], "objective": row.get("objective"), "model": model_name(row), "block": row.get("block")}
     shown |= {"Gflops (GMACs)": row["gmacs"], "FID" if "fid" in row else "frechet distance": row["frechet_distance"]}
     shown |= {key.replace("_", " "): value for key, value in row.items() if key not in hidden}
     shown |= {"family": row["family"], "parameters": row["parameters"], "training GMACs": row["training_gmacs"]}
@@ -142,6 +142,11 @@ def _text(value: Any) -> str:
         rest = ", ".join(f"{key} {item}" for key, item in value.items() if key != "name")
         return f"{value['name']} ({rest})" if rest else str(value["name"])
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _texts(study: Study, key: str) -> str:
+    """Return a fact of the chosen records as short text: one, or where samplers differ, each."""
+    return "; ".join(dict.fromkeys(_text(record[key]) for record in study.chosen.values() if key in record))
 
 
 def _number(value: Any) -> str:

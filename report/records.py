@@ -139,6 +139,12 @@ def num_sampling_steps(record: Mapping[str, Any]) -> int | None:
     return int(steps) if _STEPS.fullmatch(steps) else None
 
 
+def num_calls(record: Mapping[str, Any]) -> float | None:
+    """Return how often sampling called the network for an image, guidance included, or None if that is unknown."""
+    cost = record["sampling_gmacs"]
+    return None if cost is None else round(cost / record["gmacs"], 3)
+
+
 def _sampling_gmacs_of_earlier(record: Mapping[str, Any]) -> float | None:
     """Return the sampling cost of a line of an earlier version, which did not record it, or None if unknown.
 

@@ -6,6 +6,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy as np
 from report import paper
 from report.fit import PowerLaw, fit_power_law
 from report.models import Kind, kind_of, model_name
-from report.records import Record, num_sampling_steps, read_records
+from report.objectives import main_objective, objectives_of
+from report.records import Record, num_calls, num_sampling_steps, read_records
 from train.runfolder import RunFolder
 
 # The facts that all points of one figure share.
@@ -103,8 +105,10 @@ class Study:
         absent = [key for key in SHAPE if not any(key in record for record in every)]
         columns = [*COLUMNS[:-2], *(["fid"] if self.is_fid else []), *COLUMNS[-2:], *more]
         columns = [column for column in columns if column not in absent]
+        if self.has_several_objectives:
+            columns.insert(1, "objective")
         rows = [
-            {column: name if column == "run" else record.get(column) for column in columns}
+            {column: {**record, "run": name, "objective": self.objectives[name]}.get(column) for column in columns}
             for name, record in self.chosen.items()
         ]
         return sorted(rows, key=lambda row: row["gmacs"])
@@ -113,6 +117,21 @@ class Study:
     def protocol(self) -> Record:
         """Return a chosen record, which has the protocol of all of them."""
         return next(iter(self.chosen.values()))
+
+    @cached_property
+    def objectives(self) -> dict[str, str]:
+        """Return the name of each run's objective."""
+        return objectives_of(self.records)
+
+    @property
+    def has_several_objectives(self) -> bool:
+        """Return whether runs differ in their objective. Then their samplers may differ too."""
+        return len(set(self.objectives.values())) > 1
+
+    @cached_property
+    def main_objective(self) -> str:
+        """Return the objective of the scaling figures: that of most runs, with preference for the paper's."""
+        return main_objective(self.records)
 
     @property
     def is_fid(self) -> bool:
@@ -130,14 +149,21 @@ class Study:
 
     @property
     def main_kind(self) -> Kind:
-        """Return the kind of model of the scaling figures: that of most runs, with preference for the paper's block."""
-        kinds = [kind_of(record) for record in self.chosen.values()]
+        """Return the kind of model of the scaling figures: that of most runs, with preference for the paper's block.
+
+        Runs of other objectives do not count.
+        """
+        kinds = [kind_of(record) for name, record in self.chosen.items() if self.is_main(name)]
         return max(kinds, key=lambda kind: (kinds.count(kind), kind.block == paper.MAIN_BLOCK))
 
+    def is_main(self, name: str) -> bool:
+        """Return whether a run has the main objective."""
+        return self.objectives[name] == self.main_objective
+
     def scaling(self) -> dict[str, Record]:
-        """Return the chosen records of the main kind, by increasing gmacs."""
+        """Return the chosen records of the main kind and objective, by increasing gmacs."""
         main = self.main_kind
-        found = {name: record for name, record in self.chosen.items() if kind_of(record) == main}
+        found = {name: r for name, r in self.chosen.items() if kind_of(r) == main and self.is_main(name)}
         return dict(sorted(found.items(), key=lambda item: item[1]["gmacs"]))
 
     def fit(self, key: str = "frechet_distance") -> PowerLaw | None:
@@ -172,7 +198,7 @@ class Study:
         """
         families: defaultdict[str, dict[tuple[str, int], Record]] = defaultdict(dict)
         for name, records in self.records.items():
-            for record in records:
+            for record in records if self.is_main(name) else ():
                 if (steps := num_sampling_steps(record)) is not None and record["sampling_gmacs"] is not None:
                     family = protocol_of(record, "", ("sampler",)) + json.dumps(record["sampler"]["name"])
                     families[family][name, steps] = record
@@ -185,8 +211,9 @@ def read_study(sweep: Path, only: Sequence[str] | None = None) -> Study:
     """Return the study of the runs in ``sweep``, or of those named in ``only``.
 
     If all runs share several protocols and steps, the latest training step is used; among several protocols, that with
-    evaluations at the most steps, so that curves over training show it; among equals, the newest. Raises ValueError
-    where there is no run, no evaluation, or no shared protocol.
+    evaluations at the most steps, so that curves over training show it; among equals, the newest. Runs of several
+    objectives may each have a sampler of their own, with the same number of network calls. Raises ValueError where
+    there is no run, no evaluation, or no shared protocol.
     """
     if not sweep.is_dir():
         raise ValueError(f"There is no sweep folder {sweep}; give the folder that holds the runs.")
@@ -239,10 +266,11 @@ def _of_shared_protocol(by_run: dict[str, list[Record]], sweep: Path) -> dict[st
             f"There are 0 evaluated runs in {sweep}: no evaluations.jsonl has a distance; run `ditscale evaluate "
             "checkpoint=RUN` first, or train to a step that evaluate_every divides."
         )
-    ways = [
-        {protocol_of(record): record for record in records} for records in by_run.values()
-    ]  # the last record of equal ones
+    ways = [{protocol_of(r): r for r in records} for records in by_run.values()]  # the last record of equal ones
     shared = set(ways[0]).intersection(*ways)
+    if not shared and len(set(objectives_of(by_run).values())) > 1:
+        ways = [{_protocol_at_calls(r): r for r in records} for records in by_run.values()]
+        shared = set(ways[0]).intersection(*ways)
     if not shared:
         raise ValueError(_why_no_curve(by_run))
     first = next(iter(by_run.values()))
@@ -263,6 +291,12 @@ def protocol_of(record: Mapping[str, Any], metric: str = "", but: Sequence[str] 
     return json.dumps([settings, *(record[key] for key in PROTOCOL_KEYS if key not in but)], sort_keys=True)
 
 
+def _protocol_at_calls(record: Record) -> str:
+    """Return a record's protocol with the number of network calls in the sampler's place, if that is known."""
+    calls = num_calls(record)
+    return protocol_of(record) if calls is None else f"{protocol_of(record, but=('sampler',))} {calls}"
+
+
 def number_of(record: Mapping[str, Any], key: str) -> float | None:
     """Return a measured number, or None if it was not measured."""
     value = record.get(key)
@@ -272,16 +306,19 @@ def number_of(record: Mapping[str, Any], key: str) -> float | None:
 def _why_no_curve(by_run: dict[str, list[Record]]) -> str:
     """Return a sentence with the first run that shares no protocol with those before it, and a fact that differs."""
     first, *names = by_run
-    shared = {protocol_of(record): record for record in by_run[first]}
+    several = len(set(objectives_of(by_run).values())) > 1
+    protocol = _protocol_at_calls if several else protocol_of
+    shared = {protocol(record): record for record in by_run[first]}
     for name in names:
-        ways = {protocol_of(record): record for record in by_run[name]}
+        ways = {protocol(record): record for record in by_run[name]}
         if not shared.keys() & ways.keys():
             pairs = itertools.product(shared.values(), ways.values())
             one, other = min(pairs, key=lambda pair: len(_differing(*pair)))
-            key = _differing(one, other)[0]
+            key = next((key for key in _differing(one, other) if not several or key != "sampler"), "sampler")
+            way = "at one number of network calls" if several and key == "sampler" else "the same way"
             return (
                 f"{first} and {name} cannot share a curve: {key} is {json.dumps(one[key])} in one and "
-                f"{json.dumps(other[key])} in the other; evaluate both the same way with `ditscale evaluate`."
+                f"{json.dumps(other[key])} in the other; evaluate both {way} with `ditscale evaluate`."
             )
         shared = {way: record for way, record in shared.items() if way in ways}
     raise AssertionError("all of them share a protocol")

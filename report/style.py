@@ -42,6 +42,18 @@ SETTINGS: Any = {
 _COLORS = ("#e3a72f", "#3aa17e", "#3b7dd8", "#6a3d9a", "#b23a48", "#4d4d4d")
 _MARKERS = {2: "o", 4: "s", 8: "^"}
 _BLOCK_COLORS = {"adaLN-Zero": "#6a3d9a", "adaLN": "#3b7dd8", "cross-attention": "#3aa17e", "in-context": "#e3a72f"}
+# Color and marker of objectives: colors that differ for color-blind readers (Okabe and Ito), without the yellow.
+OBJECTIVE_STYLES = (
+    ("#000000", "o"),
+    ("#0072b2", "s"),
+    ("#56b4e9", "^"),
+    ("#009e73", "D"),
+    ("#e69f00", "v"),
+    ("#d55e00", "P"),
+    ("#cc79a7", "X"),
+    ("#7a7a7a", "*"),
+)
+SAMPLER_LINES = ("-", "--", ":", "-.")
 GRAY = "#8a8f98"
 GFLOPS = "Gflops of a forward pass (giga multiply-adds)"
 
@@ -137,12 +149,12 @@ def steps_axis(axes: Axes) -> None:
     )
 
 
-def log_x(axes: Axes) -> None:
-    """Make the horizontal axis logarithmic, with plain numbers at 1, 2 and 5 if it shows little more than a decade."""
+def log_x(axes: Axes, widest: float = 30) -> None:
+    """Make the horizontal axis logarithmic, with plain numbers at 1, 2 and 5 up to a range of ``widest`` times."""
     axes.set_xscale("log")
     axes.xaxis.set_minor_formatter(NullFormatter())
     low, high = axes.get_xlim()
-    if high < 30 * low:
+    if high < widest * low:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 

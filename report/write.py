@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from core.atomic import make_folder, require_no_folder, write_bytes
+from report import over_calls
 from report.figures import FIGURES, NoDataError, SampleGrid, figure_7
 from report.page import Shown, page_of, runs_of
 from report.study import Study
@@ -26,8 +27,8 @@ class Report:
     study: Study
     page: Path
     table: Path
-    pictures: dict[int, Path]  # PNGs by the number of the paper's figure; an .svg lies next to each
-    missing: dict[int, str]  # the reason for each figure that was not drawn
+    pictures: dict[int | str, Path]  # PNGs by the paper's number, or a name of ours; an .svg lies next to each
+    missing: dict[int | str, str]  # the reason for each figure that was not drawn
 
 
 def write_report(study: Study, out: Path, samples: SampleGrid | str = NO_SAMPLES) -> Report:
@@ -37,13 +38,15 @@ def write_report(study: Study, out: Path, samples: SampleGrid | str = NO_SAMPLES
     Figures of an earlier report that these runs do not support any more are deleted.
     """
     runs = runs_of(study)  # first, since it is fast and fails on damaged files
-    pictures: dict[int, Path] = {}
-    missing: dict[int, str] = {}
+    pictures: dict[int | str, Path] = {}
+    missing: dict[int | str, str] = {}
     shown: list[Shown] = []
     files: dict[Path, bytes | None] = {}  # written once all are complete; None deletes a file
+    if not study.has_several_objectives:
+        files |= dict.fromkeys(_paths(out, over_calls.NAME))
     with styled():
         for number, title, draw, note in _drawers(study, samples):
-            paths = [out / f"figure_{number}.{kind}" for kind in ("png", "svg")]
+            paths = _paths(out, number)
             try:
                 figure = draw()
             except NoDataError as reason:
@@ -62,6 +65,10 @@ def write_report(study: Study, out: Path, samples: SampleGrid | str = NO_SAMPLES
     return Report(study, page, table, pictures, missing)
 
 
+def _paths(out: Path, number: int | str) -> list[Path]:
+    return [out / f"figure_{number}.{kind}" for kind in ("png", "svg")]
+
+
 def _write(out: Path, files: Mapping[Path, bytes | None]) -> None:
     """Write all files, and delete those without content. Raises ValueError, before any is written, where one cannot."""
     make_folder(out)
@@ -74,19 +81,22 @@ def _write(out: Path, files: Mapping[Path, bytes | None]) -> None:
             write_bytes(path, content)
 
 
-def _drawers(study: Study, samples: SampleGrid | str) -> list[tuple[int, str, Any, str]]:
-    """Return number, title, drawing function and note of each figure."""
+def _drawers(study: Study, samples: SampleGrid | str) -> list[tuple[int | str, str, Any, str]]:
+    """Return number, title, drawing function and note of each figure: the paper's, and then ours, which have names."""
 
     def draw_samples() -> Figure:
         if isinstance(samples, str):
             raise NoDataError(samples)
         return figure_7(samples, study)
 
-    drawers: list[tuple[int, str, Any, str]] = [
+    drawers: list[tuple[int | str, str, Any, str]] = [
         (figure.number, figure.title, lambda draw=figure.draw: draw(study), figure.note(study)) for figure in FIGURES
     ]
     drawers.append((7, "The same noise and label through all models", draw_samples, ""))
-    return sorted(drawers, key=lambda drawer: drawer[0])
+    if study.has_several_objectives:
+        name, title, note = over_calls.NAME, over_calls.TITLE, over_calls.NOTE
+        drawers.append((name, title, lambda: over_calls.figure_over_calls(study), note))
+    return sorted(drawers, key=lambda drawer: (isinstance(drawer[0], str), drawer[0]))
 
 
 def csv_of(rows: Sequence[Mapping[str, Any]]) -> bytes:
