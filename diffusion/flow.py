@@ -17,6 +17,7 @@ from diffusion.times import MovedTimes, UniformTimes, draws_levels
 from diffusion.weightings import Unweighted, Weighting
 
 _LINEAR, _VELOCITY, _UNWEIGHTED, _UNIFORM = LinearPath(), PredictVelocity(), Unweighted(), UniformTimes()
+_LEAST_NORM = 0.01  # of a velocity in units of the true one's, for the direction term
 _BASE_DIMENSION = 4096  # of a latent of 32x32x4, for which the shift by resolution is 1
 
 
@@ -116,9 +117,20 @@ class Flow(ContinuousObjective):
             return {LOSS: loss}
         found = self.parameterization.velocity(output, x_t, coefficients)
         true = _VELOCITY.target(batch.x_0, batch.noise, coefficients)
-        direction = mean_per_sample(1 - torch.nn.functional.cosine_similarity(found, true, dim=1))
+        direction = mean_per_sample(1 - _cosine(found, true))
         return {LOSS: loss + self.direction_weight * direction, "mse": loss, "direction": direction}
 
     def level(self, t: Tensor) -> Tensor:
         """Return t."""
         return t
+
+
+def _cosine(found: Tensor, true: Tensor) -> Tensor:
+    """Return the cosine over the channels of two velocities [B, c, h, w]: [B, h, w].
+
+    The found one's norm counts as at least a part of the true one's. A network begins with an output of 0, where the
+    gradient of the cosine is infinite: one such step would spoil Adam's second moments for thousands of steps.
+    """
+    length = torch.linalg.vector_norm(true, dim=1).clamp(min=1e-8)
+    norm = torch.maximum(torch.linalg.vector_norm(found, dim=1), _LEAST_NORM * length)
+    return (found * true).sum(dim=1) / (norm * length)

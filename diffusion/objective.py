@@ -25,7 +25,7 @@ class Prediction(NamedTuple):
 
 
 class LatentFacts(NamedTuple):
-    """What settings of an objective may follow from: facts on the latents that a run trains on."""
+    """Facts on the latents that a run trains on, from which settings of an objective may follow."""
 
     dimension: int  # c h w
     std: float  # of all values of x_0 together, as the network sees them

@@ -1,12 +1,19 @@
 """Normalize the latents of an autoencoder per channel, to mean 0 and standard deviation 1."""
 
 from collections.abc import Sequence
-from typing import ClassVar, Self
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from model.autoencoder import Autoencoder
+
+
+class Statistics(NamedTuple):
+    """The mean and the standard deviation of unscaled latents, by channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 class NormalizedAutoencoder:
@@ -31,7 +38,7 @@ class NormalizedAutoencoder:
                     f"data.latent_std is {value} in channel {channel}, by which latents cannot be divided; set "
                     "data.normalize=false."
                 )
-        self._inner = inner
+        self._inner, self.statistics = inner, Statistics(tuple(mean), tuple(std))
         self.name, self.revision, self.precision = inner.name, inner.revision, inner.precision
         self.downscale, self.channels, self.image_channels = inner.downscale, inner.channels, inner.image_channels
         self.scale, self.shift = inner.scale, inner.shift
@@ -56,6 +63,11 @@ class NormalizedAutoencoder:
         """Decode normalized latents [B, c, h, w] to images [B, C, H, W] float32, nominally in [-1, 1]."""
         latent = latent.float()
         return self._inner.decode(latent * self._std.to(latent) + self._mean.to(latent))
+
+
+def statistics_of(autoencoder: Autoencoder) -> Statistics | None:
+    """Return the statistics by which an autoencoder's latents are normalized, or None."""
+    return autoencoder.statistics if isinstance(autoencoder, NormalizedAutoencoder) else None
 
 
 def _per_channel(values: float | Sequence[float]) -> Tensor:

@@ -23,6 +23,7 @@ from diffusion.flow import Flow
 from diffusion.guidance import Guided
 from diffusion.objective import Objective
 from diffusion.ode_samplers import require_readable
+from diffusion.process import GaussianDiffusion
 from diffusion.samplers import Sampler
 from evaluation.evaluate import Evaluator, MeasurementProtocol
 from evaluation.features.extractor import FeatureExtractor
@@ -101,12 +102,14 @@ def require_outputs(model: Network, objective: Objective, of: str) -> None:
     if objective.outputs_per_channel * channels == model.out_channels:
         return
     learned = model.out_channels == 2 * channels
-    follow = "diffusion/variance=learned_range" if learned else "diffusion/variance=fixed_large or fixed_small"
+    follow = "set diffusion/variance=learned_range" if learned else "set diffusion/variance=fixed_large or fixed_small"
     if isinstance(objective, Flow):
-        follow = f"diffusion.outputs_per_channel={model.out_channels // channels}"
+        follow = f"set diffusion.outputs_per_channel={model.out_channels // channels}"
+    elif not isinstance(objective, GaussianDiffusion):
+        follow = f"give weights that were trained with diffusion={objective.name}"
     raise ValueError(
         f"The objective needs {objective.outputs_per_channel * channels} output channels, but {of} has "
-        f"{model.out_channels}; set {follow}."
+        f"{model.out_channels}; {follow}."
     )
 
 
@@ -180,7 +183,7 @@ def build_generator(
     section = dict(config.guidance)
     others = {}
     if "guide" in section:
-        others["guide"] = runtime.place(load_guide(section.pop("guide"), objective)).eval()
+        others["guide"] = runtime.place(load_guide(section.pop("guide"), objective, autoencoder)).eval()
     guided: Guided = build(section)(
         model, null=conditions.null, latent_channels=spec.channels, objective=objective, **others
     )

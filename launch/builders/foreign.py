@@ -20,7 +20,7 @@ from launch.builders.diffusers_folder import WEIGHTS, is_diffusers_folder, read_
 from launch.builders.foreign_process import notes_on_process
 from launch.builders.hub import fetch_from_hub, may_be_hub_name
 from launch.builders.normalization import normalized
-from launch.builders.sit import program_of, require_direction, require_sits_objective
+from launch.builders.sit import program_of, require_direction, require_dits_objective, require_sits_objective
 from launch.builders.weight_files import read_weight_file
 from launch.builders.weight_tables import EMA, choose_table
 from launch.command.settings import EvaluateSettings, SampleSettings
@@ -113,6 +113,7 @@ def load_foreign(config: SampleSettings | EvaluateSettings, runtime: Devices) ->
     model = network.model
     objective: Objective = build(config.diffusion)
     require_program(network, objective)
+    require_dits_objective(where, network.program, objective)
     require_outputs(model, objective, of=where)
     said = describe(model)
     _require_null_class(said, where, config)

@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from diffusion.objective import Objective
+from diffusion.process import GaussianDiffusion
 from launch.builders.components import build_saved
+from launch.builders.normalization import saved_normalization
 from launch.builders.runs import pinned_sources, read_checkpoint
 from launch.builders.saved_configs import component
+from model.autoencoder import Autoencoder
 from model.network import Network
+from model.normalized import Statistics, statistics_of
 from model.training_head import without_head
 from train import posthoc
 from train.checkpoint import fill, read_state_file, read_tensors
@@ -41,17 +45,44 @@ def load_model(where: str, weights: str, objective: Objective, setting: str) -> 
     return read_checkpoint(where, load)
 
 
-def load_guide(where: str, objective: Objective) -> Network:
-    """Return the network by which another is guided, which must predict the same quantity. Raises as `load_model`."""
+def load_guide(where: str, objective: Objective, autoencoder: Autoencoder) -> Network:
+    """Return the network by which another, of latents of ``autoencoder``, is guided. Raises as `load_model`.
+
+    Raises ValueError too where the guide predicts another quantity, or one of latents that are normalized otherwise.
+    """
     network = load_model(where, "ema", objective, "guidance.guide")
-    theirs, ours = read_checkpoint(where, objective_at).facts(), objective.facts()
+    of_guide = read_checkpoint(where, objective_at)
+    theirs, ours = of_guide.facts(), objective.facts()
     for key in _MEANING:
         if theirs.get(key) != ours.get(key):
             raise ValueError(
                 f"guidance.guide {where} was trained with the {key} {theirs.get(key)} of an objective, but the guided "
                 f"network with {ours.get(key)}, so their outputs cannot be combined; guide by a model of the same one."
             )
+    if _betas_of(of_guide) != _betas_of(objective):
+        raise ValueError(
+            f"guidance.guide {where} was trained with another diffusion/schedule than the guided network, so their "
+            "outputs cannot be combined; guide by a model of the same one."
+        )
+    if read_checkpoint(where, _statistics_at) != statistics_of(autoencoder):
+        raise ValueError(
+            f"guidance.guide {where} was trained with other data.normalize, data.latent_mean or data.latent_std than "
+            "the guided network, so their outputs cannot be combined; guide by a model of the same latents."
+        )
     return network
+
+
+def _betas_of(objective: Objective) -> list[float]:
+    """Return the betas of a Gaussian process; none for other objectives."""
+    return objective.tables.betas.tolist() if isinstance(objective, GaussianDiffusion) else []
+
+
+def _statistics_at(path: Path) -> Statistics | None:
+    said_by = str(path / STATE_FILE)
+    saved = saved_normalization(read_state_file(path)["config"], said_by)
+    if not saved.normalize or saved.latent_mean is None or saved.latent_std is None:
+        return None
+    return Statistics(tuple(saved.latent_mean), tuple(saved.latent_std))
 
 
 def objective_at(path: Path) -> Objective:

@@ -10,6 +10,7 @@ from typing import Any
 
 from diffusion.flow import Flow
 from diffusion.objective import Objective
+from diffusion.process import GaussianDiffusion
 
 SIT, DIT = "SiT", "DiT"
 SITS_ARGUMENTS = ("path_type", "prediction")  # that its trainer saves and that decide what its network predicts
@@ -44,6 +45,15 @@ def require_direction(where: str, program: str | None, objective: Objective) -> 
         raise ValueError(
             f"{where} has weights of DiT, whose time runs from data to noise, but the objective's network sees the "
             "opposite, as SiT's does; set diffusion=gaussian."
+        )
+
+
+def require_dits_objective(where: str, program: str | None, objective: Objective) -> None:
+    """Raise ValueError where weights of DiT would be used as they are under another objective than DiT's."""
+    if program == DIT and not isinstance(objective, GaussianDiffusion):
+        raise ValueError(
+            f"{where} has weights of DiT, whose objective is diffusion=gaussian, but this job's is "
+            f"diffusion={objective.name}; set diffusion=gaussian."
         )
 
 

@@ -21,7 +21,7 @@ from core.closest import closest
 from core.garbage import uncollected
 from core.rooms import ROOT
 from launch import STARTED_BY
-from launch.command.check import check_known, check_targets
+from launch.command.check import check_finite, check_known, check_targets
 from launch.command.memory import less_memory
 from launch.command.mode import read_mode_where_it_is_set
 from launch.command.parallel import started_by_torchrun, stop_without
@@ -154,6 +154,7 @@ class _Task:
         if self._settle is not None:
             self._settle(config, list(HydraConfig.get().overrides.task))
         plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True, enum_to_str=True)  # type: ignore[assignment]
+        check_finite(plain)
         with uncollected():  # imports the components
             check_targets(plain)
         settings = SETTINGS[self.job].of(plain)

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -24,6 +25,18 @@ def check_known(config: DictConfig, path: str = "") -> None:
             raise ValueError(f"There is no setting '{path}{key}'{closest(key, names)}")
         if not OmegaConf.is_missing(config, key) and isinstance(config[key], DictConfig):
             check_known(config[key], f"{path}{key}.")
+
+
+def check_finite(node: Any, path: str = "") -> None:
+    """Raise ValueError for an infinite number or none (NaN), which the JSON of checkpoints and records has not."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            check_finite(value, f"{path}.{key}".lstrip("."))
+    elif isinstance(node, list):
+        for value in node:
+            check_finite(value, path)
+    elif isinstance(node, float) and not math.isfinite(node):
+        raise ValueError(f"{path} is {node}, but a setting must be a finite number; give another, or leave it out.")
 
 
 def check_targets(node: Any, path: str = "") -> None:
@@ -61,7 +74,10 @@ def check_parameters(config: Mapping[str, Any], path: str) -> None:
         if key.startswith("_"):
             continue
         if key not in parameters and not takes_any:
-            raise ValueError(f"{name} has no setting {path}{key}{closest(key, parameters)}")
+            hint = closest(key, parameters)
+            if hint == ".":
+                hint = f"; leave it out, or give '~{path}{key}' where an experiment sets it."
+            raise ValueError(f"{name} has no setting {path}{key}{hint}")
         if isinstance(value, str | int | float | bool | list) and key in hints:
             check_type(f"{path}{key}", value, hints[key])
 

@@ -99,12 +99,27 @@ def test_a_guide_that_predicts_another_quantity_is_refused(tmp_path: Path, in_pr
     words = ["train", *TINY_RUN, f"data.shards={digits}", "runtime=cpu", "total_steps=10"]
     in_process(*words, "run_dir=noise")
     in_process(*words, "run_dir=v", "diffusion/prediction=v")
+    in_process(*words, "run_dir=cosine", "diffusion/schedule=cosine")
     in_process(*words, "run_dir=flow", "diffusion=flow", "diffusion/sampler=euler", "diffusion.outputs_per_channel=2")
     sample = ["sample", "runtime=cpu", "num_images=2", "sampler.steps=2", "diffusion/guidance=autoguidance", "out=x"]
     for guide, words_of_fact in (
-        ("v", "prediction v of an objective, but"),
-        ("flow", "name flow of an objective, but"),
+        ("v", "the prediction v of an objective, but"),
+        ("cosine", "another diffusion/schedule than the guided network"),
+        ("flow", "the name flow of an objective, but"),
     ):
         shown = in_process(*sample, "checkpoint=noise", f"guidance.guide={guide}", expect=2)
-        assert f"guidance.guide {guide} was trained with the {words_of_fact}" in shown
+        assert f"guidance.guide {guide} was trained with {words_of_fact}" in shown
     in_process(*sample, "checkpoint=noise", "guidance.guide=noise")
+
+
+def test_a_guide_of_latents_that_are_normalized_otherwise_is_refused(
+    tmp_path: Path, in_process: InProcess, digits: Path
+) -> None:
+    words = ["train", *TINY_RUN, f"data.shards={digits}", "runtime=cpu", "total_steps=10"]
+    in_process(*words, "run_dir=plain")
+    in_process(*words, "run_dir=normal", "data.normalize=true")
+    sample = ["sample", "runtime=cpu", "num_images=2", "sampler.steps=2", "diffusion/guidance=autoguidance", "out=x"]
+    for checkpoint, guide in (("plain", "normal"), ("normal", "plain")):
+        shown = in_process(*sample, f"checkpoint={checkpoint}", f"guidance.guide={guide}", expect=2)
+        assert f"guidance.guide {guide} was trained with other data.normalize, data.latent_mean or data.lat" in shown
+    in_process(*sample, "checkpoint=normal", "guidance.guide=normal")

@@ -342,6 +342,18 @@ def test_the_direction_term_is_one_minus_the_cosine_of_velocities_over_channels(
     )
 
 
+def test_the_direction_term_has_a_moderate_gradient_where_training_begins() -> None:
+    """Compare with the gradient of the squared error at an output of 0, which the last layer begins with."""
+    t, (x_0, noise) = torch.rand(6), torch.randn(2, 6, 4, 5, 5)
+    output = torch.zeros(6, 4, 5, 5, requires_grad=True)
+    losses = Flow(direction_weight=1.0).losses(output, Batch(x_0, noise, t, {}), x_0)
+    main, direction = (
+        torch.autograd.grad(losses[name].sum(), output, retain_graph=True)[0] for name in ("mse", "direction")
+    )
+    assert 0 < direction.norm() < 100 * main.norm()
+    assert torch.nn.functional.cosine_similarity(main, direction, dim=1).min() > 0.999
+
+
 def test_a_network_of_the_released_sit_program_is_read_by_our_time() -> None:
     """Check that it sees 1 - t, that the half that nothing reads is left out, and that only a velocity is negated."""
     output, t = torch.randn(2, 8, 4, 4), torch.tensor([0.2, 0.7])

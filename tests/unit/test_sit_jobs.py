@@ -28,6 +28,7 @@ from model.released import to_reference
 
 SAMPLE = ["sample", "runtime=cpu", "num_images=3", "data.autoencoder.channels=4", HEADS, "out=x"]
 HEUN = ["diffusion=sit", "diffusion/sampler=heun_ode", "sampler.steps=3"]
+EDM_HALF = "diffusion.sigma_data=0.5"
 SIT = Flow(reversed_time=True, outputs_per_channel=2)
 GAUSSIAN = GaussianDiffusion(LinearSchedule(), LearnedRangeVariance())
 TRAINED = argparse.Namespace(model="SiT-XL/2", path_type="Linear", prediction="velocity", num_classes=7)
@@ -153,6 +154,9 @@ def test_dits_weights_are_refused_as_sits_where_the_file_says_it(
     assert f"{name} has weights of DiT, whose time runs from data to noise, but the objective's network sees" in shown
     shown = in_process("export", f"checkpoint={name}", "to=sit", "out=no", HEADS, expect=2)
     assert "has weights of DiT, whose time runs the other way" in shown
+    for words in (["diffusion=flow", *HEUN[1:]], ["diffusion=edm", "diffusion/sampler=edm_heun", EDM_HALF]):
+        shown = in_process(*SAMPLE, *words, f"checkpoint={name}", expect=2)
+        assert f"{name} has weights of DiT, whose objective is diffusion=gaussian, but this job's is" in shown
 
 
 def test_a_path_or_prediction_that_the_file_contradicts_is_refused(tmp_path: Path, in_process: InProcess) -> None:
@@ -171,6 +175,10 @@ def test_networks_with_one_output_per_channel_name_the_setting(tmp_path: Path, i
     shown = in_process(*SAMPLE, *HEUN, "checkpoint=x.pt", expect=2)
     assert "The objective needs 8 output channels, but x.pt has 4; set diffusion.outputs_per_channel=1" in shown
     in_process(*SAMPLE, *HEUN, "checkpoint=x.pt", "diffusion.outputs_per_channel=1")
+    saved(tmp_path / "y.pt", to_reference(tiny(outputs_per_channel=2)))
+    words = ["diffusion=edm", "diffusion/sampler=edm_heun", EDM_HALF]
+    shown = in_process(*SAMPLE, *words, "checkpoint=y.pt", expect=2)
+    assert "needs 4 output channels, but y.pt has 8; give weights that were trained with diffusion=edm." in shown
 
 
 def test_an_adaptive_sampler_samples_and_is_measured_and_is_refused_where_it_cannot_decide_its_steps(
