@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY_RUN, ditscale, json_lines, warm
+from small_teacher import encode_with_teacher, small_teacher
 from warm_jobs import TRAINING
 from warm_python import TRAINING as PYTHON_TRAINING
 from warm_python import run_with_little_room
@@ -89,9 +90,11 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(whole: Path, wor
     assert not list((run / "checkpoints").glob(".*"))
 
 
-def test_a_flow_with_logit_normal_times_is_killed_and_ends_with_the_same_bits(digits: Path, tmp_path: Path) -> None:
+def test_a_flow_with_logit_normal_times_and_repa_is_killed_and_ends_with_the_same_bits(tmp_path: Path) -> None:
+    encode_with_teacher(tmp_path / "shards", small_teacher(tmp_path / "dinov2"))
     flow = ["diffusion=flow", "diffusion/times=logit_normal", "diffusion/sampler=euler", "sampler.steps=2"]
-    often = ["total_steps=60", "log_every=4", "checkpoint_every=6", f"data.shards={digits}", "run_dir=run"]
+    flow += ["model.patch_size=4", "train/alignment=repa", "alignment.block=1", "alignment.hidden=16", "batch_size=8"]
+    often = ["total_steps=60", "log_every=4", "checkpoint_every=6", f"data.shards={tmp_path}/shards", "run_dir=run"]
     end, ends = "checkpoints/step_00000060", []
     for kills in (0, 1):
         folder = tmp_path / str(kills)
