@@ -42,6 +42,7 @@ def make(
     flip: bool = True,
     threads: int = 1,
     streams: Callable[[int], Streams] = Philox,
+    target_steps: float | None = None,
 ) -> TrainingBatches:
     return TrainingBatches(
         shards,
@@ -57,6 +58,7 @@ def make(
         world=world,
         threads=threads,
         streams=streams,
+        target_steps=target_steps,
     )
 
 

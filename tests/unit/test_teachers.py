@@ -14,17 +14,13 @@ from conftest import InProcess, PatternSource, encode_pattern, resealed, silent_
 from PIL import Image
 from small_dinov2 import write_small_dinov2
 from small_teacher import DIM, TOKENS, encode_with_teacher, small_teacher
+from test_batches import make
 
 from core.batch import FEATURES, WEIGHT
-from data.batches import TrainingBatches
-from data.conditions import ClassLabels
 from data.manifest import Manifest, TeacherSpec
-from data.order import GlobalOrder
 from data.shards import MappedShards
 from data.teachers import DINOv2Teacher
 from data.verify import verify
-from diffusion.times import UniformSteps
-from model.autoencoder import IdentityAutoencoder
 
 
 @pytest.fixture(scope="module")
@@ -150,26 +146,9 @@ def test_features_that_are_not_the_manifests_are_named(
             MappedShards(copy).gather(np.array([0]), np.array([False]))
 
 
-def make(shards: MappedShards, target_steps: float | None, rank: int = 0, world: int = 1) -> TrainingBatches:
-    return TrainingBatches(
-        shards,
-        GlobalOrder(0, shards.counts),
-        IdentityAutoencoder(1),
-        ClassLabels(5),
-        seed=0,
-        batch_size=12,
-        times=UniformSteps(1000),
-        class_dropout=0.1,
-        flip=True,
-        rank=rank,
-        world=world,
-        target_steps=target_steps,
-    )
-
-
 def test_a_batch_has_the_features_of_the_orientation_that_each_sample_has(encoded: Path) -> None:
     shards = MappedShards(encoded)
-    batch, plain = make(shards, 3).batch(2), make(shards, None).batch(2)
+    batch, plain = make(shards, target_steps=3).batch(2), make(shards).batch(2)
     assert plain.targets == {}
     assert torch.equal(batch.x_0, plain.x_0)
     assert torch.equal(batch.targets[WEIGHT], torch.ones(12))
@@ -184,13 +163,13 @@ def test_a_batch_has_the_features_of_the_orientation_that_each_sample_has(encode
             found.append(flip)
     assert len(found) == 12
     assert set(found) == {False, True}
-    parts = [make(shards, 3, rank, 2).batch(2) for rank in range(2)]
+    parts = [make(shards, rank, 2, target_steps=3).batch(2) for rank in range(2)]
     for name, value in batch.targets.items():
         assert torch.equal(torch.cat([part.targets[name] for part in parts]), value)
 
 
 def test_after_the_last_step_with_targets_batches_have_their_shape_and_no_weight(encoded: Path) -> None:
-    late = make(MappedShards(encoded), 3).batch(3)
+    late = make(MappedShards(encoded), target_steps=3).batch(3)
     assert late.targets[FEATURES].shape == (12, TOKENS, DIM)
     assert not late.targets[FEATURES].any()
     assert not late.targets[WEIGHT].any()
