@@ -20,6 +20,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, NoReturn
 
+from core.garbage import uncollected
+
 # The modules that every job imports.
 JOBS = [f"launch.{job}" for job in ("encode", "verify", "train", "sample", "evaluate", "reference", "export", "report")]
 TRAINING = [*JOBS, "runtime.accelerate", "torch._dynamo"]
@@ -162,10 +164,9 @@ def end(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    gc.disable()  # importing takes a quarter less time so
-    for name in sys.argv[1:]:
-        importlib.import_module(name)
-    gc.enable()
+    with uncollected():
+        for name in sys.argv[1:]:
+            importlib.import_module(name)
     gc.collect()
     gc.freeze()  # or a collection in a fork copies every page of what was imported
     become(serve())

@@ -27,6 +27,8 @@ from typing import IO, Any, NoReturn
 
 from warm_jobs import JOBS
 
+from core.garbage import uncollected
+
 WITH_XLA = ("torch_xla", "torch_xla.core.xla_model", "runtime.xla", *JOBS)  # torch_xla must be imported first
 # What XLA's CPU backend may leave out: compiling takes a third of the time, and the programs train the same run.
 FAST_COMPILE = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"}
@@ -256,8 +258,7 @@ def _import(modules: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    gc.disable()  # importing takes a quarter less time so
-    _import(sys.argv[1:])
-    gc.enable()
+    with uncollected():
+        _import(sys.argv[1:])
     gc.freeze()  # or a collection in a fork copies every page of what was imported
     _become(*_serve())
