@@ -1,4 +1,4 @@
-"""Convert weights from and to other programs, bit for bit: SiT (willisma/SiT) here, LightningDiT and ADM in files of their own.
+"""Convert weights from and to other programs, bit for bit: SiT (willisma/SiT) here, others in files of their own.
 
 SiT's network is the released DiT under the same names, so its weights have the same form. They differ in their meaning,
 which the objective states (`diffusion.sit`): SiT's network sees t in [0, 1], where 0 is noise and 1 is data, and of its

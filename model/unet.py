@@ -98,8 +98,8 @@ class UNetConfig:
     def _require_heads(self) -> None:
         if (self.head_dim is None) == (self.num_heads is None):
             raise ValueError(
-                f"model.head_dim is {self.head_dim} and model.num_heads is {self.num_heads}, but exactly one of them is "
-                "needed; set the other to null."
+                f"model.head_dim is {self.head_dim} and model.num_heads is {self.num_heads}, but exactly one of them "
+                "is needed; set the other to null."
             )
         name = "head_dim" if self.num_heads is None else "num_heads"
         attending = [self.level_channels[level] for level in self.attending_levels] + [self.level_channels[-1]]
