@@ -25,6 +25,7 @@ LABELS = "label_emb.weight"
 _FIRST, _LAST = "input_blocks.0.0.weight", "out.2.weight"
 _COARSEST = 8  # side of the coarsest level of all published networks
 _HEAD_DIM = 64  # of the published networks, but for those with 4 heads
+_GROUPS = 32  # of guided-diffusion's group norms
 _UPSCALE = 4  # of both published upsamplers
 _MOST_BLOCKS = 1000
 _PARTS = ("to_q", "to_k", "to_v")  # of an attention's one matrix
@@ -92,6 +93,11 @@ def to_adm(network: Network, new_attention_order: bool = False) -> dict[str, Ten
         raise ValueError(
             f"guided-diffusion has only ADM's U-Net, but the model is of class {type(network).__name__}; keep it in "
             "our format."
+        )
+    if network.config.num_groups != _GROUPS:
+        raise ValueError(
+            f"guided-diffusion has group norms of {_GROUPS} groups, but the model has model.num_groups "
+            f"{network.config.num_groups}; keep it in our format."
         )
     state, blocks, theirs = network.state_dict(), _blocks(network.config), dict[str, Tensor]()
     for name, value in state.items():

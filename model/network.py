@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
+_SHAPES_OF_A_UNIT = 8  # most shapes of its inputs for which a unit is compiled, which is PyTorch's default
+
 
 class Network(nn.Module):
     """A denoiser of latents. It has no schedule and no guidance, and never drops the condition."""
@@ -120,6 +122,18 @@ def checkpoint_units(network: Network, checkpoint: Callable[..., Any]) -> None:
     for unit in network.units():
         # One function takes every unit as an argument, so that it is compiled once for all of them.
         unit.forward = MethodType(forward, unit)
+
+
+def compile_each_unit(network: Network) -> None:
+    """Compile the network unit by unit. Units of one class and shape share a compilation."""
+    import torch._dynamo.config as limits  # imported late: PyTorch's compiler takes a second
+
+    units = network.units()
+    # By default, a function that was compiled for 8 shapes runs uncompiled for others. A U-Net's units have more.
+    limits.recompile_limit = max(limits.recompile_limit, _SHAPES_OF_A_UNIT * len(units))
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, _SHAPES_OF_A_UNIT * len(units))
+    for unit in units:
+        unit.compile()
 
 
 def _forward_with_names(unit: nn.Module, arguments: Sequence[Any], named: Mapping[str, Any]) -> Any:

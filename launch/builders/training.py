@@ -153,8 +153,8 @@ def _new_state(run: PreparedRun, starts_anew: bool) -> TrainState:
 def _require_null_class(model: Network, class_dropout: float) -> None:
     if class_dropout > 0 and not model.has_null_class:
         raise ValueError(
-            f"class_dropout is {class_dropout:g}, but the network's label table has {model.num_classes} rows for as many "
-            "classes and none for dropped labels; set class_dropout=0, or model.null_class=true."
+            f"class_dropout is {class_dropout:g}, but the network's label table has {model.num_classes} rows for as "
+            "many classes and none for dropped labels; set class_dropout=0, or model.null_class=true."
         )
 
 
