@@ -43,6 +43,8 @@ PROJECTOR = (
 )
 
 _NOMINAL = LatentFacts(4096, 1.0)  # costs do not depend on them
+# The paper's latents and classes, where neither the data nor the network's own config says others.
+_USUAL = {"latent_size": 32, "channels": 4, "num_classes": 1000}
 
 
 def plan_job(config: PlanSettings, progress: ProgressBar) -> None:
@@ -140,7 +142,10 @@ def _assumptions(config: PlanSettings) -> str:
 
 
 def settle_by_data(config: DictConfig, words: list[str]) -> None:
-    """Take sizes and counts from the shards that the command line gives, or else from the data config it gives."""
+    """Take sizes and counts from the shards that the command line gives, or else from the data config it gives.
+
+    What neither says is the network's own, such as images of 256 px for ADM, or else the paper's.
+    """
     keys = {key_of(word) for word in words}
     if "data.shards" in keys:
         manifest = Manifest.load(config.data.shards)
@@ -160,9 +165,10 @@ def settle_by_data(config: DictConfig, words: list[str]) -> None:
     if config.get("teacher") is not None and "data.shards" not in keys:
         shape = target_of(config.teacher).planned(config.teacher.pretrained, config.teacher.image_size)
         found |= {"feature_tokens": shape.tokens, "feature_dim": shape.dim}
-    for key, value in found.items():
+    absent = {f"model.{name}": usual for name, usual in _USUAL.items() if config.model.get(name) is None}
+    for key, value in (absent | found).items():
         if key not in keys:
-            OmegaConf.update(config, key, value)
+            OmegaConf.update(config, key, value, force_add=key in absent)  # a network's config need not list them
 
 
 def planned_latents(section: DictConfig) -> tuple[int, int]:

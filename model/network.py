@@ -68,6 +68,11 @@ class Network(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def has_null_class(self) -> bool:
+        """Return whether the condition can be dropped: there is a null class for it, or there is no condition."""
+        return True
+
     def tables(self) -> Sequence[Tensor]:
         """Return the fixed tables that the paper counts as parameters."""
         return ()
@@ -84,9 +89,15 @@ def checkpoint_units(network: Network, checkpoint: Callable[..., Any]) -> None:
     are trees of tensors and other values.
     """
 
-    def forward(unit: nn.Module, *arguments: Any) -> Any:
+    def forward(unit: nn.Module, *arguments: Any, **named: Any) -> Any:
+        if named:
+            return checkpoint(_forward_with_names, unit, arguments, named)
         return checkpoint(type(unit).forward, unit, *arguments)
 
     for unit in network.units():
         # One function takes every unit as an argument, so that it is compiled once for all of them.
         unit.forward = MethodType(forward, unit)
+
+
+def _forward_with_names(unit: nn.Module, arguments: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    return type(unit).forward(unit, *arguments, **named)
