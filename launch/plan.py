@@ -42,9 +42,9 @@ PROJECTOR = (
     ("its params M", "projector_parameters_millions", "12.1f"),
 )
 
+# Of the paper's networks, where neither a model's own config nor data=... or data.shards=... define them.
+_USUAL = {"model.latent_size": 32, "model.channels": 4, "model.num_classes": 1000}
 _NOMINAL = LatentFacts(4096, 1.0)  # costs do not depend on them
-# The paper's latents and classes, where neither the data nor the network's own config says others.
-_USUAL = {"latent_size": 32, "channels": 4, "num_classes": 1000}
 
 
 def plan_job(config: PlanSettings, progress: ProgressBar) -> None:
@@ -144,7 +144,8 @@ def _assumptions(config: PlanSettings) -> str:
 def settle_by_data(config: DictConfig, words: list[str]) -> None:
     """Take sizes and counts from the shards that the command line gives, or else from the data config it gives.
 
-    What neither says is the network's own, such as images of 256 px for ADM, or else the paper's.
+    Sizes that the model's own config has take precedence over those of a data config. Raises ValueError where they
+    differ from those of shards, with which the model cannot be trained.
     """
     keys = {key_of(word) for word in words}
     if "data.shards" in keys:
@@ -165,10 +166,15 @@ def settle_by_data(config: DictConfig, words: list[str]) -> None:
     if config.get("teacher") is not None and "data.shards" not in keys:
         shape = target_of(config.teacher).planned(config.teacher.pretrained, config.teacher.image_size)
         found |= {"feature_tokens": shape.tokens, "feature_dim": shape.dim}
-    absent = {f"model.{name}": usual for name, usual in _USUAL.items() if config.model.get(name) is None}
-    for key, value in (absent | found).items():
-        if key not in keys:
-            OmegaConf.update(config, key, value, force_add=key in absent)  # a network's config need not list them
+    for key, value in (_USUAL | found).items():
+        own = OmegaConf.select(config, key) if key in _USUAL else None
+        if own is None and key not in keys:
+            OmegaConf.update(config, key, value, force_add=key in _USUAL)
+        elif own not in (None, value) and key not in keys and "data.shards" in keys:
+            raise ValueError(
+                f"{key} is {own}, but the shards have {value}; choose another model, or point data.shards to other "
+                "shards."
+            )
 
 
 def planned_latents(section: DictConfig) -> tuple[int, int]:

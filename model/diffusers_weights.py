@@ -15,12 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from model.dit import DiT, DiTConfig
+from model.dit import FIXED_WITHIN, DiT, DiTConfig
 from model.network import Network
-from model.released import describe, require_depth, require_released_architecture, require_tensors, shapes_only
+from model.released import require_depth, require_released_architecture, require_tensors, shapes_only
 
 ANCHOR = "pos_embed.proj.weight"  # the tensor that identifies a state dict with diffusers' names
-FIXED_WITHIN = 2.0**-8  # most that averaging, or bfloat16, changes a fixed position embedding
 NULL_CLASS = 1000  # in `DiTPipeline`, whatever the number of classes
 _EMBEDDINGS = {  # ours -> diffusers', where every block has a copy
     "timestep_embedding.input": "timestep_embedder.linear_1",
@@ -162,17 +161,14 @@ def _scheduler_settings(betas: Sequence[float] | None) -> dict[str, Any]:
 
 def notes_on_pipeline(network: Network) -> list[str]:
     """Return sentences on how the pipeline differs from this program for these weights."""
-    said, notes = describe(network), []
-    if said.frequency_shift == 0:
+    model, notes = _require_there(network), []
+    if model.config.frequency_shift == 0:
         notes.append("diffusers' DiT spaces the timestep's frequencies differently, so its outputs differ slightly.")
-    if said.position_drift > 0:
+    if (drift := model.position_drift()) > 0:
+        notes.append(f"diffusers' DiT uses the fixed position embedding, not this one, which differs by {drift:.2g}.")
+    if model.num_classes != NULL_CLASS:
         notes.append(
-            f"diffusers' DiT uses the fixed position embedding, not this one, which differs by "
-            f"{said.position_drift:.2g}."
-        )
-    if said.num_classes != NULL_CLASS:
-        notes.append(
-            f"DiTPipeline uses class {NULL_CLASS} as the null class, which is {said.num_classes} here: give "
+            f"DiTPipeline uses class {NULL_CLASS} as the null class, which is {model.num_classes} here: give "
             "it guidance_scale=1."
         )
     return notes

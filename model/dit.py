@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ _MOST = {
     "num_classes": 2**24,
 }
 _MOST_POSITIONS = 2**30  # numbers in the position embedding
+ROUNDING = 1e-6  # most that two ways of computing the fixed position embedding differ
+FIXED_WITHIN = 2.0**-8  # most that averaging, or bfloat16, changes a fixed position embedding
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ class DiT(Network):
 
     config_class = DiTConfig
     config: DiTConfig
+    # No weight depends on the latent's size, since the position embedding of a run is the fixed one.
+    same_settings = ("channels", "patch_size", "width", "depth", "num_heads", "frequency_shift")
     position_embedding: Tensor | None  # [T, d], if there is a table
     positions: Tensor | None  # [T, 2], if blocks use them
 
@@ -131,6 +135,7 @@ class DiT(Network):
         self.timestep_embedding = TimestepEmbedding(width, config.frequency_shift)
         embedding = config.condition_embedding()
         self._embedding_name = embedding.name
+        self.label_table = f"{embedding.name}.weight" if isinstance(embedding, LabelEmbedding) else None
         self.add_module(embedding.name, embedding)
         self._add_position_table()
         self.blocks = nn.ModuleList([config.block(width, config.num_heads) for _ in range(config.depth)])
@@ -161,6 +166,28 @@ class DiT(Network):
         """Return whether the condition can be dropped: the label table has a row for it, or there is no table."""
         labels = self.embedding
         return not isinstance(labels, LabelEmbedding) or labels.has_null_class
+
+    def notes_on_weights(self) -> Sequence[str]:
+        """Return a clause where the position embedding is not the fixed one."""
+        if (drift := self.position_drift()) <= ROUNDING:
+            return ()
+        return (f"its position embedding differs from the fixed one by up to {drift:.2g}; its own is used.",)
+
+    def require_start(self, found: Self, where: str) -> Sequence[str]:
+        """Return notes on replacing the position embedding by the fixed one. Raises ValueError where it was trained."""
+        if (drift := found.position_drift()) > FIXED_WITHIN:
+            raise ValueError(
+                f"init_from {where} has a trained position embedding, which differs by up to {drift:.3g} from the "
+                "fixed one of a run; start from weights with a fixed one."
+            )
+        if found.config.latent_size != self.config.latent_size:
+            return (
+                f"{where} has latents of side {found.config.latent_size} and this run of {self.config.latent_size}: "
+                "all weights are taken over, and the position embedding is the fixed one of this run's grid.",
+            )
+        if drift > ROUNDING:
+            return (f"{where}: this run replaces its position embedding by the fixed one (difference {drift:.2g}).",)
+        return ()
 
     def position_drift(self) -> float:
         """Return the largest difference between a fixed position embedding and the sine-cosine one; 0 for others."""

@@ -17,6 +17,8 @@ class Network(nn.Module):
     config_class: ClassVar[type]  # of ``config``
     latent_shape: tuple[int, int, int]  # (c, h, w)
     out_channels: int  # of its output
+    label_table: str | None = None  # name of the weight with a row for each class and, usually, one for the null class
+    same_settings: ClassVar[tuple[str, ...]] = ()  # settings without whose agreement weights have another meaning
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -68,17 +70,33 @@ class Network(nn.Module):
         """
         raise NotImplementedError
 
-    @property
-    def has_null_class(self) -> bool:
-        """Return whether the condition can be dropped: there is a null class for it, or there is no condition."""
-        return True
-
     def tables(self) -> Sequence[Tensor]:
         """Return the fixed tables that the paper counts as parameters."""
         return ()
 
     def notes(self) -> Sequence[str]:
         """Return warnings about the network's shape, one sentence each."""
+        return ()
+
+    @property
+    def num_classes(self) -> int:
+        """Return the number of classes that it embeds, without the null class; 0 for an unconditional network."""
+        return int(self.config.num_classes)
+
+    @property
+    def has_null_class(self) -> bool:
+        """Return whether the condition can be dropped. Weights of other programs may have no row for that."""
+        return True
+
+    def notes_on_weights(self) -> Sequence[str]:
+        """Return a clause on each way in which its weights, of another program, differ from those trained here."""
+        return ()
+
+    def require_start(self, found: Self, where: str) -> Sequence[str]:
+        """Return sentences on the parts of ``found``, which was read from ``where``, that a run does not start with.
+
+        Raises ValueError where the weights would have another meaning in this network, although their shapes agree.
+        """
         return ()
 
 

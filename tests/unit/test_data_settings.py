@@ -96,9 +96,9 @@ class Halved(IdentityAutoencoder):
 def test_a_plan_takes_the_latent_size_from_the_autoencoders_class() -> None:
     autoencoder = {"_target_": f"{__name__}.Halved", "channels": 3}
     data = {"image_size": 16, "flip": False, "autoencoder": autoencoder}
-    config = OmegaConf.create({"data": data, "model": {"latent_size": 32, "channels": 4}, "flip": True})
+    config = OmegaConf.create({"data": data, "model": {"latent_size": None, "channels": None}, "flip": True})
     settle_by_data(config, ["data=mine"])
-    assert config.model == {"latent_size": 8, "channels": 3}
+    assert config.model == {"latent_size": 8, "channels": 3, "num_classes": 1000}
     assert not config.flip
 
 
