@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor, nn
 
 from model.flops import weightless
-from model.unet import UNet, UNetConfig, empty_on_default_device, labels_of
+from model.unet import UNet, UNetConfig, double_by_copies, empty_on_default_device, labels_of
 
 LOW_RESOLUTION = "low_resolution"  # part of an upsampler's condition
 
@@ -71,7 +72,7 @@ class ADM(UNet):
 
 
 def _unet_of(config: ADMConfig) -> UNet2DModel:
-    attends = [level in config.attending_levels for level in range(len(config.multipliers))]
+    attends = [level in config.attending_levels for level in range(config.levels)]
     unet = UNet2DModel(
         in_channels=config.channels * (1 if config.upscale == 1 else 2),
         out_channels=config.out_channels,
@@ -82,12 +83,16 @@ def _unet_of(config: ADMConfig) -> UNet2DModel:
         downsample_type="resnet",
         upsample_type="resnet",
         resnet_time_scale_shift="scale_shift",
-        attention_head_dim=config.head_dim,
+        attention_head_dim=1,  # the heads are set below
         norm_num_groups=config.num_groups,
         attn_norm_num_groups=config.num_groups,  # without it, the attention in the middle has no norm
         time_embedding_dim=4 * config.width,
         num_class_embeds=config.num_classes + config.null_class if config.num_classes else None,
     )
+    double_by_copies(unet)
+    for module in unet.modules():
+        if isinstance(module, Attention):
+            module.heads = config.heads_of(module.query_dim)
     # Diffusers' features of the timestep are as many as the first level's channels; ADM's are as many as the width.
     unet.time_proj = Timesteps(config.width, flip_sin_to_cos=True, downscale_freq_shift=0)
     unet.time_embedding = TimestepEmbedding(config.width, 4 * config.width)

@@ -6,12 +6,13 @@ A level has residual blocks of one number of channels; each level but the first 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from model.network import Network
@@ -41,7 +42,8 @@ class UNetConfig:
     multipliers: tuple[float, ...]  # of the width, for each level
     layers: int  # residual blocks of a level on the way down; the way up has one more
     attention_at: tuple[int, ...]  # the levels with attention, by the factor that they are downsampled by
-    head_dim: int | None = None  # channels of an attention head; None: one head
+    head_dim: int | None = None  # channels of an attention head; else num_heads is given
+    num_heads: int | None = None  # of each attention
     num_groups: int = 32  # of the group norms
     outputs_per_channel: int = 2  # of the network, for each channel of the latent; the objective determines it
 
@@ -50,10 +52,10 @@ class UNetConfig:
         object.__setattr__(self, "attention_at", tuple(self.attention_at))
         self._require_numbers()
         self._require_levels()
-        if self.latent_size % (factor := 2 ** (len(self.multipliers) - 1)):
+        if self.latent_size % (factor := 2 ** (self.levels - 1)):
             raise ValueError(
                 f"The latent size is {self.latent_size}, which is not a multiple of {factor}, the factor that a U-Net "
-                f"of {len(self.multipliers)} levels downsamples by; choose another size, or fewer model.multipliers."
+                f"of {self.levels} levels downsamples by; choose another size, or fewer model.multipliers."
             )
         for channels in self.level_channels:
             if channels % self.num_groups:
@@ -61,18 +63,12 @@ class UNetConfig:
                     f"model.num_groups {self.num_groups} does not divide the {channels} channels of a level; choose a "
                     f"divisor of {math.gcd(*self.level_channels)}."
                 )
-        attending = [self.level_channels[level] for level in self.attending_levels]
-        for channels in (*attending, self.level_channels[-1]):
-            if self.head_dim is not None and channels % self.head_dim:
-                raise ValueError(
-                    f"model.head_dim {self.head_dim} does not divide the {channels} channels of a level with "
-                    f"attention; choose a divisor of {math.gcd(*attending, self.level_channels[-1])}."
-                )
+        self._require_heads()
 
     def _require_numbers(self) -> None:
         numbers = {name: (getattr(self, name), most) for name, most in _MOST.items()}
-        if self.head_dim is not None:
-            numbers["head_dim"] = (self.head_dim, _MOST_CHANNELS)
+        heads = {"head_dim": self.head_dim, "num_heads": self.num_heads}
+        numbers |= {name: (value, _MOST_CHANNELS) for name, value in heads.items() if value is not None}
         for name, (value, most) in numbers.items():
             least = 0 if name == "num_classes" else 1
             if not isinstance(value, int) or not least <= value <= most:
@@ -91,13 +87,40 @@ class UNetConfig:
                     f"model.width {self.width} times {multiplier} of model.multipliers is {channels:g}, but the number "
                     f"of a level's channels must be a whole number from 1 to {_MOST_CHANNELS}."
                 )
-        factors = [2**level for level in range(len(self.multipliers))]
+        factors = [2**level for level in range(self.levels)]
         for factor in self.attention_at:
             if factor not in factors:
                 raise ValueError(
                     f"model.attention_at has {factor!r}, but the levels of this network are downsampled by "
                     f"{', '.join(map(str, factors))}; choose among these."
                 )
+
+    def _require_heads(self) -> None:
+        if (self.head_dim is None) == (self.num_heads is None):
+            raise ValueError(
+                f"model.head_dim is {self.head_dim} and model.num_heads is {self.num_heads}, but exactly one of them "
+                "is needed; set the other to null."
+            )
+        name = "head_dim" if self.num_heads is None else "num_heads"
+        attending = [self.level_channels[level] for level in self.attending_levels] + [self.level_channels[-1]]
+        for channels in attending:
+            if channels % getattr(self, name):
+                raise ValueError(
+                    f"model.{name} {getattr(self, name)} does not divide the {channels} channels of a level with "
+                    f"attention; choose a divisor of {math.gcd(*attending)}."
+                )
+
+    def heads_of(self, channels: int) -> int:
+        """Return the number of heads of an attention over so many channels."""
+        if self.num_heads is not None:
+            return self.num_heads
+        assert self.head_dim is not None
+        return channels // self.head_dim
+
+    @property
+    def levels(self) -> int:
+        """Return the number of levels."""
+        return len(self.multipliers)
 
     @property
     def level_channels(self) -> tuple[int, ...]:
@@ -107,7 +130,7 @@ class UNetConfig:
     @property
     def attending_levels(self) -> list[int]:
         """Return the levels with attention, from 0. The middle of the network, at the last level, always has it."""
-        return [level for level in range(len(self.multipliers)) if 2**level in self.attention_at]
+        return [level for level in range(self.levels) if 2**level in self.attention_at]
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -137,7 +160,7 @@ class UNet(Network):
 
     def facts(self) -> dict[str, int | str]:
         """Return the family, the width, the number of levels, and both as the size."""
-        width, levels = self.config.width, len(self.config.multipliers)
+        width, levels = self.config.width, self.config.levels
         return {"family": self.family, "size": f"{width} channels, {levels} levels", "width": width, "levels": levels}
 
     def initialize(self, seed: int) -> None:
@@ -174,6 +197,24 @@ class UNet(Network):
 def empty_on_default_device(module: nn.Module) -> nn.Module:
     """Give a module on the meta device memory on the default device, which may be the meta device, without values."""
     return module.to_empty(device=torch.get_default_device())
+
+
+def double_by_copies(module: nn.Module) -> None:
+    """Let all upsampling layers in a module copy each value to four places instead of interpolating.
+
+    The outputs are the same, but XLA computes the gradient of an interpolation on the host.
+    """
+    for layer in module.modules():
+        if isinstance(layer, Upsample2D):
+            layer.interpolate = False
+            layer.register_forward_pre_hook(_doubled)
+
+
+def _doubled(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the inputs of a layer, the first of which, [B, C, h, w], is now [B, C, 2h, 2w]."""
+    batch, channels, height, width = inputs[0].shape
+    image = inputs[0][:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2)
+    return image.reshape(batch, channels, 2 * height, 2 * width), *inputs[1:]
 
 
 def labels_of(condition: Mapping[str, Tensor], config: UNetConfig) -> Tensor | None:
