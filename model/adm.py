@@ -1,7 +1,7 @@
 """Define ADM, the U-Net of Dhariwal and Nichol (arXiv 2105.05233), by diffusers' UNet2DModel."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -37,16 +37,22 @@ class ADM(UNet):
     config_class = ADMConfig
     config: ADMConfig
     family = "ADM"
+    same_settings = (*UNet.same_settings, "upscale")
 
     def __init__(self, config: ADMConfig) -> None:
         super().__init__(config)
         self.unet = empty_on_default_device(weightless(lambda: _unet_of(config)))
+        self.label_table = "unet.class_embedding.weight" if config.num_classes else None
         self.initialize(0)
 
     @property
     def has_null_class(self) -> bool:
         """Return whether the condition can be dropped: the label table has a row for it, or there is no table."""
         return self.config.null_class or not self.config.num_classes
+
+    def config_for_classes(self, num_classes: int, null_class: bool) -> ADMConfig:
+        """Return the config of the same network for other classes, with or without a null class."""
+        return replace(self.config, num_classes=num_classes, null_class=null_class)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         """Return the prediction that the objective asks for: [B, outputs_per_channel c, h, w].

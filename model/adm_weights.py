@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from model.adm import ADM, ADMConfig
 
 ANCHOR = "time_embed.0.weight"  # the tensor that identifies a state dict with guided-diffusion's names
-_LABELS, _FIRST, _LAST = "label_emb.weight", "input_blocks.0.0.weight", "out.2.weight"
+LABELS = "label_emb.weight"
+_FIRST, _LAST = "input_blocks.0.0.weight", "out.2.weight"
 _COARSEST = 8  # side of the coarsest level of all published networks
 _HEAD_DIM = 64  # of the published networks, but for those with 4 heads
 _UPSCALE = 4  # of both published upsamplers
@@ -168,7 +169,12 @@ def _shape_of(state: Mapping[str, Tensor], num_classes: int | None, upscale: int
     steps = len({found[1] for name in state if (found := re.match(r"output_blocks\.(\d{1,4})\.", name))})
     ends = [step for step in range(min(steps, _MOST_BLOCKS)) if _upsamples(state, step)]
     levels = len(ends) + 1
-    if width < 1 or steps < 1 or steps % levels or steps > _MOST_BLOCKS:
+    if steps == 0:
+        raise ValueError(
+            "These are not an ADM's weights: there are no output_blocks, as in guided-diffusion's classifiers of noisy "
+            "images, which this program does not have."
+        )
+    if width < 1 or steps % levels or steps > _MOST_BLOCKS:
         raise ValueError(
             f"These are not an ADM's weights: {steps} blocks of the way up are not the same number for each of "
             f"{levels} levels."
@@ -178,7 +184,7 @@ def _shape_of(state: Mapping[str, Tensor], num_classes: int | None, upscale: int
         _dimensions(state, f"output_blocks.{step}.0.out_layers.3.weight", 4)[0] for step in range(0, steps, each)
     ]
     attends = [f"output_blocks.{step}.1.qkv.weight" in state for step in range(0, steps, each)]
-    rows = _dimensions(state, _LABELS, 2)[0] if _LABELS in state else 0
+    rows = _dimensions(state, LABELS, 2)[0] if LABELS in state else 0
     factor = upscale or (_UPSCALE if inputs == 2 * 3 else 1)
     channels = inputs // (1 if factor == 1 else 2)
     return {

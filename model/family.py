@@ -17,6 +17,7 @@ class Facts:
     num_heads: int | None = None
     num_classes: int | None = None
     frequency_shift: int | None = None
+    new_attention_order: bool | None = None
     like: Network | None = None  # of the run that starts with the weights: a hint where the file says nothing
     trained_classes: object = None  # number of classes that the file's trainer saved, not checked
 

@@ -5,6 +5,7 @@ keys of its section in ``conf/`` are the fields of that class.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MethodType
 from typing import Any, ClassVar, Self
 
@@ -87,6 +88,10 @@ class Network(nn.Module):
     def has_null_class(self) -> bool:
         """Return whether the condition can be dropped. Weights of other programs may have no row for that."""
         return True
+
+    def config_for_classes(self, num_classes: int, null_class: bool) -> Any:
+        """Return the config of the same network for other classes. ``null_class`` counts where the config says it."""
+        return replace(self.config, num_classes=num_classes)
 
     def notes_on_weights(self) -> Sequence[str]:
         """Return a clause on each way in which its weights, of another program, differ from those trained here."""

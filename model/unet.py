@@ -149,6 +149,10 @@ class UNet(Network):
     config: UNetConfig
     unet: nn.Module
     family: ClassVar[str]
+    same_settings: ClassVar[tuple[str, ...]] = (
+        *("channels", "width", "multipliers", "layers", "attention_at"),
+        *("head_dim", "num_heads", "num_groups"),
+    )
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)

@@ -20,6 +20,7 @@ EXCEPTIONS: tuple[Rule, ...] = (
     (r"label_embedding\.weight", (None, SHARDED)),  # [classes + 1, d]
     (r"final_layer\.decoder\.weight", (None, SHARDED)),  # [2 c p p, d]
     (r"position_embedding", (None, SHARDED)),  # [T, d], where it is learned
+    (r"blocks\.\d+\.modulation_table", (None, SHARDED)),  # [6, d], where blocks share a modulation
 )
 
 

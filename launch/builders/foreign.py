@@ -145,6 +145,8 @@ def _read_file(path: Path, weights: str, facts: Facts) -> ForeignNetwork:
         network, reading = family.read(table.tensors, replace(facts, trained_classes=file.arguments.get("num_classes")))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    if is_certain and family is not RELEASED_DIT:
+        notes.append(f"{path}: its weights are of the family {family.name}.")
     notes += [f"{path}: {note}" for note in reading]
     return ForeignNetwork(str(path), path, network, tuple(notes), file.arguments, family, is_certain)
 

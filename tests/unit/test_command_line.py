@@ -171,7 +171,8 @@ def test_a_shell_completes_jobs_settings_and_choices(tmp_path: Path) -> None:
 
     assert completed("ditscale tr") == ["train"]
     assert completed("ditscale train keep_checkpoint_") == ["keep_checkpoint_every="]
-    assert completed("ditscale train model/block=ada") == ["adaln", "adaln_zero", "adaln_zero_unshifted"]
+    adaptive = ["adaln", "adaln_unshifted", "adaln_zero", "adaln_zero_shared", "adaln_zero_unshifted"]
+    assert completed("ditscale train model/block=ada") == adaptive
     assert "model/size=" not in completed("ditscale plan x")
 
 
