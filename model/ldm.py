@@ -1,7 +1,7 @@
 """Define LDM, the U-Net of latent diffusion (Rombach et al. 2022), by diffusers' UNet2DConditionModel."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -41,16 +41,7 @@ class LDM(UNet):
     config: LDMConfig
     family = "LDM"
     label_table = "label_embedding.weight"
-    same_settings = (
-        "channels",
-        "width",
-        "multipliers",
-        "layers",
-        "attention_at",
-        "head_dim",
-        "num_groups",
-        "context_dim",
-    )
+    same_settings = (*UNet.same_settings, "context_dim")
 
     def __init__(self, config: LDMConfig) -> None:
         super().__init__(config)
@@ -62,6 +53,10 @@ class LDM(UNet):
     def has_null_class(self) -> bool:
         """Return whether the condition can be dropped: the label table has a row for it, or there are no labels."""
         return self.config.null_class or not self.config.num_classes
+
+    def config_for_classes(self, num_classes: int, null_class: bool) -> LDMConfig:
+        """Return the config of the same network for other classes, with or without a null class."""
+        return replace(self.config, num_classes=num_classes, null_class=null_class)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         """Return the prediction that the objective asks for: [B, outputs_per_channel c, h, w].

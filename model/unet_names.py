@@ -58,7 +58,7 @@ def levels_of(state: Mapping[str, Tensor], attention: str, upsampling: str, netw
         if any(f"output_blocks.{step}.{place}.{upsampling}" in state for place in (1, 2))
     ]
     levels = len(ends) + 1
-    if width < 1 or steps < 1 or steps % levels or steps > _MOST_BLOCKS:
+    if width < 1 or steps == 0 or steps % levels or steps > _MOST_BLOCKS:
         raise ValueError(
             f"These are not {network}'s weights: {steps} blocks of the way up are not the same number for each of "
             f"{levels} levels."

@@ -17,7 +17,6 @@ from launch.command.app import CONF
 from model.convert import from_ldm, to_ldm
 from model.flops import multiply_adds, num_parameters, weightless
 from model.ldm import LDM, LDMConfig
-from model.ldm_weights import LABELS
 
 GOLDEN = Path(__file__).parent.parent / "golden/ldm_unet_tiny.npz"
 SMALL: dict[str, Any] = {
