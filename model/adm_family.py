@@ -4,9 +4,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from model.adm_weights import ANCHOR, LABELS, from_adm, to_adm
+from model.adm_weights import LABELS, from_adm, to_adm
 from model.family import Facts, Family, Reading
 from model.network import Network
+from model.unet_names import ANCHOR
 
 
 class GuidedDiffusion(Family):

@@ -6,7 +6,6 @@ the older order, which all of them have but 64x64_diffusion.pt, rows are grouped
 in the newer order they are grouped by query, key and value first.
 """
 
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,40 +15,22 @@ from torch import Tensor
 from model.flops import weightless
 from model.network import Network
 from model.released import require_tensors
+from model.unet_names import BLOCK, OUTSIDE, RESIDUAL, blocks_of, dimensions_of, levels_of
 
 if TYPE_CHECKING:
     from model.adm import ADM, ADMConfig
 
-ANCHOR = "time_embed.0.weight"  # the tensor that identifies a state dict with guided-diffusion's names
+_NAME = "an ADM"
 LABELS = "label_emb.weight"
 _FIRST, _LAST = "input_blocks.0.0.weight", "out.2.weight"
 _COARSEST = 8  # side of the coarsest level of all published networks
 _HEAD_DIM = 64  # of the published networks, but for those with 4 heads
 _GROUPS = 32  # of guided-diffusion's group norms
 _UPSCALE = 4  # of both published upsamplers
-_MOST_BLOCKS = 1000
 _PARTS = ("to_q", "to_k", "to_v")  # of an attention's one matrix
 # Our name of a layer -> theirs, outside of blocks and in a block.
-_OUTSIDE = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "class_embedding": "label_emb",
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-_INSIDE = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-    "group_norm": "norm",
-    "to_out.0": "proj_out",
-    **dict.fromkeys(_PARTS, "qkv"),
-}
-_BLOCK = re.compile(r"(.+\.(?:resnets|attentions|downsamplers|upsamplers)\.\d+)\.(.+)")
+_OUTSIDE = {**OUTSIDE, "class_embedding": "label_emb"}
+_INSIDE = {**RESIDUAL, "group_norm": "norm", "to_out.0": "proj_out", **dict.fromkeys(_PARTS, "qkv")}
 
 
 def from_adm(
@@ -78,8 +59,8 @@ def from_adm(
         expected = weightless(lambda: ADM(config))
     except ValueError as error:
         raise ValueError(f"These are not an ADM's weights: {error}") from error
-    require_tensors(state_dict, {name: tuple(value.shape) for name, value in to_adm(expected).items()}, "an ADM")
-    model, blocks = ADM(config), _blocks(config)
+    require_tensors(state_dict, {name: tuple(value.shape) for name, value in to_adm(expected).items()}, _NAME)
+    model, blocks = ADM(config), blocks_of(config)
     ours = {name: _ours(state_dict, name, blocks, config, new_attention_order) for name in model.state_dict()}
     model.load_state_dict(ours)
     return model
@@ -99,7 +80,7 @@ def to_adm(network: Network, new_attention_order: bool = False) -> dict[str, Ten
             f"guided-diffusion has group norms of {_GROUPS} groups, but the model has model.num_groups "
             f"{network.config.num_groups}; keep it in our format."
         )
-    state, blocks, theirs = network.state_dict(), _blocks(network.config), dict[str, Tensor]()
+    state, blocks, theirs = network.state_dict(), blocks_of(network.config), dict[str, Tensor]()
     for name, value in state.items():
         their_name = _their_name(name, blocks)
         if _part(name) == _PARTS[0]:
@@ -137,86 +118,28 @@ def _their_name(name: str, blocks: Mapping[str, str]) -> str:
     path, _, kind = name.removeprefix("unet.").rpartition(".")
     if path in _OUTSIDE:
         return f"{_OUTSIDE[path]}.{kind}"
-    found = _BLOCK.fullmatch(path)
+    found = BLOCK.fullmatch(path)
     assert found is not None, name
     return f"{blocks[found[1]]}.{_INSIDE[found[2]]}.{kind}"
 
 
-def _blocks(config: "ADMConfig") -> dict[str, str]:
-    """Return guided-diffusion's name of each residual block and attention, by ours.
-
-    It numbers all steps of the way down and of the way up, each of which is a list: a residual block, an attention
-    where the level has it, and on the way up an upsampling block at the end of a level. A downsampling block is a step.
-    """
-    found, levels = {"mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1"}, config.levels
-    found["mid_block.resnets.1"] = "middle_block.2"
-    step = 1
-    for level in range(levels):
-        for layer in range(config.layers):
-            found[f"down_blocks.{level}.resnets.{layer}"] = f"input_blocks.{step}.0"
-            found[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{step}.1"
-            step += 1
-        found[f"down_blocks.{level}.downsamplers.0"] = f"input_blocks.{step}.0"
-        step += 1
-    step = 0
-    for way, level in enumerate(reversed(range(levels))):
-        for layer in range(config.layers + 1):
-            found[f"up_blocks.{way}.resnets.{layer}"] = f"output_blocks.{step}.0"
-            found[f"up_blocks.{way}.attentions.{layer}"] = f"output_blocks.{step}.1"
-            step += 1
-        last = 2 if level in config.attending_levels else 1
-        found[f"up_blocks.{way}.upsamplers.0"] = f"output_blocks.{step - 1}.{last}"
-    return found
-
-
 def _shape_of(state: Mapping[str, Tensor], num_classes: int | None, upscale: int | None) -> dict[str, Any]:
     """Return the arguments of `ADMConfig` that the weights determine, but for the heads."""
-    width, inputs = _dimensions(state, ANCHOR, 2)[1], _dimensions(state, _FIRST, 4)[1]
-    steps = len({found[1] for name in state if (found := re.match(r"output_blocks\.(\d{1,4})\.", name))})
-    ends = [step for step in range(min(steps, _MOST_BLOCKS)) if _upsamples(state, step)]
-    levels = len(ends) + 1
-    if steps == 0:
+    inputs = dimensions_of(state, _FIRST, 4, _NAME)[1]
+    if not any(name.startswith("output_blocks.") for name in state):
         raise ValueError(
             "These are not an ADM's weights: there are no output_blocks, as in guided-diffusion's classifiers of noisy "
             "images, which this program does not have."
         )
-    if width < 1 or steps % levels or steps > _MOST_BLOCKS:
-        raise ValueError(
-            f"These are not an ADM's weights: {steps} blocks of the way up are not the same number for each of "
-            f"{levels} levels."
-        )
-    each = steps // levels  # blocks of a level on the way up, from the coarsest level
-    outputs = [
-        _dimensions(state, f"output_blocks.{step}.0.out_layers.3.weight", 4)[0] for step in range(0, steps, each)
-    ]
-    attends = [f"output_blocks.{step}.1.qkv.weight" in state for step in range(0, steps, each)]
-    rows = _dimensions(state, LABELS, 2)[0] if LABELS in state else 0
+    levels = levels_of(state, "qkv.weight", "in_layers.2.weight", _NAME)
+    rows = dimensions_of(state, LABELS, 2, _NAME)[0] if LABELS in state else 0
     factor = upscale or (_UPSCALE if inputs == 2 * 3 else 1)
     channels = inputs // (1 if factor == 1 else 2)
     return {
+        **levels._asdict(),
         "channels": channels,
         "num_classes": rows if num_classes is None else num_classes,
         "null_class": num_classes is not None and num_classes == rows - 1,
-        "width": width,
-        "multipliers": tuple(count / width for count in reversed(outputs)),
-        "layers": each - 1,
-        "attention_at": tuple(2**level for level, here in enumerate(reversed(attends)) if here),
-        "outputs_per_channel": _dimensions(state, _LAST, 4)[0] // max(channels, 1),
+        "outputs_per_channel": dimensions_of(state, _LAST, 4, _NAME)[0] // max(channels, 1),
         "upscale": factor,
     }
-
-
-def _upsamples(state: Mapping[str, Tensor], step: int) -> bool:
-    """Return whether a step of the way up ends with a second residual block, which upsamples."""
-    return any(f"output_blocks.{step}.{place}.in_layers.2.weight" in state for place in (1, 2))
-
-
-def _dimensions(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
-    if name not in state:
-        raise ValueError(f"These are not an ADM's weights: {name} is missing.")
-    if state[name].dim() != dimensions:
-        raise ValueError(
-            f"These are not an ADM's weights: {name} is {tuple(state[name].shape)}, but it must have {dimensions} "
-            "dimensions."
-        )
-    return tuple(state[name].shape)

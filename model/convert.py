@@ -11,16 +11,19 @@ from torch import Tensor
 
 from model.adm_weights import from_adm, to_adm
 from model.dit import DiT
+from model.ldm_weights import from_ldm, to_ldm
 from model.lightningdit import from_lightningdit, to_lightningdit
 from model.network import Network
 from model.released import from_reference, to_reference
 
 __all__ = [
     "from_adm",
+    "from_ldm",
     "from_lightningdit",
     "from_sit",
     "require_sits_frequencies",
     "to_adm",
+    "to_ldm",
     "to_lightningdit",
     "to_sit",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor
 from model.adm_family import GuidedDiffusion
 from model.dit_families import LightningDiT, ReleasedDiT, SiT
 from model.family import Facts, Family
+from model.ldm_family import LatentDiffusion
 from model.network import Network
 
 RELEASED_DIT = ReleasedDiT()  # of diffusers' folders too
@@ -20,6 +21,7 @@ FAMILIES: tuple[Family, ...] = (
     SiT(),
     LightningDiT(),
     GuidedDiffusion(),
+    LatentDiffusion(),
 )  # the first that recognizes a table has it
 
 
@@ -60,7 +62,7 @@ def require_fit(family: Family, network: Network) -> None:
 
 def require_settings(family: Family, facts: Facts) -> None:
     """Raise ValueError for a given setting of ``foreign`` that the files of the family state themselves."""
-    for name in ("num_heads", "num_classes", "frequency_shift", "new_attention_order"):
+    for name in ("num_heads", "head_dim", "num_classes", "frequency_shift", "new_attention_order"):
         if getattr(facts, name) is not None and name not in family.settings:
             having = ", ".join(other.name for other in FAMILIES if name in other.settings)
             raise ValueError(
