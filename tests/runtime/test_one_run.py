@@ -123,7 +123,7 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return ((one - other).norm() / other.norm()).item()
 
 
-# A key norm's bias, which softmax cancels, and the queries and keys of an LDM's attention to one token, whose weight is 1.
+# A key norm's bias, which softmax cancels; queries and keys of an LDM's attention to one token, whose weight is 1.
 WITHOUT_GRADIENT = re.compile(r"optimizer/.+(norm_key\.bias|attn2\.to_[qk]\.weight|blocks\.0\.norm2\.\w+)/exp_avg.*")
 
 
