@@ -172,6 +172,7 @@ class SampleSettings(Settings):
     weights: str = "ema"  # model, an average, width_W of a run with power averages, or a table of a foreign file
     num_images: int = positive(80)
     labels: list[Any] | None = None  # class numbers or names, repeated up to num_images; null: all classes in turn
+    low_resolution: str | None = None  # .npz of the images that an upsampler enlarges, as this job writes them
     batch_size: int = positive(64)  # images per process at once; does not change any image
     seed: int = 0
     out: str | None = None  # path of the .png and .npz, without extension; null: in the run's samples/
