@@ -35,7 +35,7 @@ class Source:
 
     model: Network
     notes: tuple[str, ...] = ()
-    autoencoder: Any = None  # diffusers' AutoencoderKL
+    autoencoder: Any = None  # diffusers' network
     class_names: tuple[str, ...] = ()
     stated: Mapping[str, Any] = field(default_factory=dict)  # arguments by which a file states its family
     betas: tuple[float, ...] | None = None  # None: the paper's
@@ -101,7 +101,7 @@ def _source_at(path: Path, weights: str, target: Family | None) -> Source:
 
 
 def _autoencoder(section: dict[str, Any], spec: LatentSpec, normalizes: bool) -> tuple[Any, list[str]]:
-    """Return the AutoencoderKL of a checkpoint with the scale that its pipeline needs, or why there is none."""
+    """Return diffusers' autoencoder of a checkpoint with the scale that its pipeline needs, or why there is none."""
     if not hasattr(target_of(section), "for_pipeline"):
         return None, ["its latents are images, for which a DiTPipeline has no decoder: open it with vae=None."]
     without = "so the folder has no autoencoder: give yours as DiTPipeline.from_pretrained(FOLDER, vae=...)."

@@ -158,8 +158,7 @@ def settle_by_data(config: DictConfig, words: list[str]) -> None:
             found |= {"feature_tokens": manifest.teacher.tokens, "feature_dim": manifest.teacher.dim}
     elif "data" in keys:
         section = config.data.autoencoder  # a plan does not read its weights
-        kind = target_of(section)
-        downscale, channels = kind.usual_latents or (kind.downscale, section.channels)
+        downscale, channels = planned_latents(section)
         found = {"flip": config.data.flip}
         found |= {"model.latent_size": config.data.image_size // downscale, "model.channels": channels}
     else:
@@ -176,6 +175,18 @@ def settle_by_data(config: DictConfig, words: list[str]) -> None:
                 f"{key} is {own}, but the shards have {value}; choose another model, or point data.shards to other "
                 "shards."
             )
+
+
+def planned_latents(section: DictConfig) -> tuple[int, int]:
+    """Return (downscale, channels) of an autoencoder without reading its weights. Raises ValueError if unknown."""
+    kind, downscale, channels = target_of(section), section.get("downscale"), section.get("channels")
+    if downscale is None or channels is None:
+        usual = kind.usual_latents or (getattr(kind, "downscale", None), channels)
+        downscale, channels = (usual[0] if downscale is None else downscale, usual[1] if channels is None else channels)
+    for name, value in (("downscale", downscale), ("channels", channels)):
+        if value is None:
+            raise ValueError(f"A plan does not read the weights of data.autoencoder; give data.autoencoder.{name}.")
+    return downscale, channels
 
 
 def _width(layout: str) -> int:

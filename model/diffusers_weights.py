@@ -103,8 +103,8 @@ def to_diffusers(
 ) -> None:
     """Write a folder that ``DiTPipeline.from_pretrained`` opens.
 
-    Without an ``autoencoder`` (diffusers' ``AutoencoderKL``) that call needs ``vae=None``, and the pipeline denoises
-    but does not decode. ``betas`` are those of the process that the weights were trained with; None: the paper's.
+    Without an ``autoencoder`` (of diffusers, such as ``AutoencoderKL``) that call needs ``vae=None``, and the pipeline
+    denoises but does not decode. ``betas`` are those of the process of the weights; None: the paper's.
 
     In diffusers, a model with ``frequency_shift`` 1 has the same outputs, and one with 0 has slightly different ones
     (see above). The pipeline's guidance uses class 1000 as the null class, which is right for 1,000 classes only.
@@ -135,7 +135,7 @@ def to_diffusers(
     parts = {
         "transformer": ["diffusers", "DiTTransformer2DModel"],
         "scheduler": ["diffusers", "DDIMScheduler"],
-        "vae": [None, None] if autoencoder is None else ["diffusers", "AutoencoderKL"],
+        "vae": [None, None] if autoencoder is None else ["diffusers", type(autoencoder).__name__],
     }
     names = {"id2label": dict(enumerate(class_names))} if class_names else {}
     _write_config(Path(folder) / "model_index.json", "DiTPipeline", {**names, **parts})

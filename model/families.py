@@ -9,12 +9,20 @@ from typing import Any
 
 from torch import Tensor
 
+from model.adm_family import GuidedDiffusion
 from model.dit_families import LightningDiT, ReleasedDiT, SiT
 from model.family import Facts, Family
+from model.ldm_family import LatentDiffusion
 from model.network import Network
 
 RELEASED_DIT = ReleasedDiT()  # of diffusers' folders too
-FAMILIES: tuple[Family, ...] = (RELEASED_DIT, SiT(), LightningDiT())  # the first that recognizes a table has it
+FAMILIES: tuple[Family, ...] = (
+    RELEASED_DIT,
+    SiT(),
+    LightningDiT(),
+    GuidedDiffusion(),
+    LatentDiffusion(),
+)  # the first that recognizes a table has it
 
 
 def written_for(program: str) -> Family | None:
@@ -54,7 +62,7 @@ def require_fit(family: Family, network: Network) -> None:
 
 def require_settings(family: Family, facts: Facts) -> None:
     """Raise ValueError for a given setting of ``foreign`` that the files of the family state themselves."""
-    for name in ("num_heads", "num_classes", "frequency_shift"):
+    for name in ("num_heads", "head_dim", "num_classes", "frequency_shift", "new_attention_order"):
         if getattr(facts, name) is not None and name not in family.settings:
             having = ", ".join(other.name for other in FAMILIES if name in other.settings)
             raise ValueError(

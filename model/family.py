@@ -15,8 +15,10 @@ class Facts:
 
     family: str | None = None
     num_heads: int | None = None
+    head_dim: int | None = None
     num_classes: int | None = None
     frequency_shift: int | None = None
+    new_attention_order: bool | None = None
     like: Network | None = None  # of the run that starts with the weights: a hint where the file says nothing
     trained_classes: object = None  # number of classes that the file's trainer saved, not checked
 

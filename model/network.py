@@ -5,10 +5,13 @@ keys of its section in ``conf/`` are the fields of that class.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MethodType
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
+
+_SHAPES_OF_A_UNIT = 8  # most shapes of its inputs for which a unit is compiled, which is PyTorch's default
 
 
 class Network(nn.Module):
@@ -88,6 +91,10 @@ class Network(nn.Module):
         """Return whether the condition can be dropped. Weights of other programs may have no row for that."""
         return True
 
+    def config_for_classes(self, num_classes: int, null_class: bool) -> Any:
+        """Return the config of the same network for other classes. ``null_class`` counts where the config says it."""
+        return replace(self.config, num_classes=num_classes)
+
     def notes_on_weights(self) -> Sequence[str]:
         """Return a clause on each way in which its weights, of another program, differ from those trained here."""
         return ()
@@ -107,9 +114,27 @@ def checkpoint_units(network: Network, checkpoint: Callable[..., Any]) -> None:
     are trees of tensors and other values.
     """
 
-    def forward(unit: nn.Module, *arguments: Any) -> Any:
+    def forward(unit: nn.Module, *arguments: Any, **named: Any) -> Any:
+        if named:
+            return checkpoint(_forward_with_names, unit, arguments, named)
         return checkpoint(type(unit).forward, unit, *arguments)
 
     for unit in network.units():
         # One function takes every unit as an argument, so that it is compiled once for all of them.
         unit.forward = MethodType(forward, unit)
+
+
+def compile_each_unit(network: Network) -> None:
+    """Compile the network unit by unit. Units of one class and shape share a compilation."""
+    import torch._dynamo.config as limits  # imported late: PyTorch's compiler takes a second
+
+    units = network.units()
+    # By default, a function that was compiled for 8 shapes runs uncompiled for others. A U-Net's units have more.
+    limits.recompile_limit = max(limits.recompile_limit, _SHAPES_OF_A_UNIT * len(units))
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, _SHAPES_OF_A_UNIT * len(units))
+    for unit in units:
+        unit.compile()
+
+
+def _forward_with_names(unit: nn.Module, arguments: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    return type(unit).forward(unit, *arguments, **named)

@@ -118,7 +118,9 @@ def require_released_architecture(network: Network) -> DiT:
     return model
 
 
-def require_tensors(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+def require_tensors(
+    state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], network: str = "a DiT"
+) -> None:
     """Raise ValueError where names or shapes of tensors differ from the expected ones, naming the first three."""
     problems = [f"{name} is missing" for name in expected if name not in state]
     problems += [f"{name} is unknown" for name in state if name not in expected]
@@ -128,7 +130,7 @@ def require_tensors(state: Mapping[str, Tensor], expected: Mapping[str, tuple[in
         if name in state and tuple(state[name].shape) != shape
     ]
     if problems:
-        raise ValueError(f"These are not a DiT's weights: {'; '.join(problems[:3])} ({len(problems)} in all).")
+        raise ValueError(f"These are not {network}'s weights: {'; '.join(problems[:3])} ({len(problems)} in all).")
 
 
 def require_depth(state: Mapping[str, Tensor], pattern: str) -> int:

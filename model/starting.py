@@ -1,6 +1,5 @@
 """Load the weights that a network starts with: check that the shapes agree, and renew what cannot be taken over."""
 
-from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -33,9 +32,9 @@ def take_over(network: Network, found: Network, where: str) -> list[str]:
     return notes
 
 
-def replace_label_table(network: N, num_classes: int) -> N:
+def replace_label_table(network: N, num_classes: int, null_class: bool = True) -> N:
     """Return the same network for another number of classes; only its label table is new, drawn from seed 0."""
-    renewed = type(network)(replace(network.config, num_classes=num_classes))
+    renewed = type(network)(network.config_for_classes(num_classes, null_class))
     kept = {name: value for name, value in network.state_dict().items() if name != network.label_table}
     renewed.load_state_dict(kept, strict=False)
     for ours, theirs in zip(renewed.tables(), network.tables(), strict=True):
@@ -46,9 +45,14 @@ def replace_label_table(network: N, num_classes: int) -> N:
 @torch.no_grad()
 def add_null_class(network: N) -> N:
     """Return the same network with a new row for the null class, drawn from seed 0, after its classes' rows."""
-    completed = replace_label_table(network, network.num_classes)
-    _labels(completed)[:-1] = _labels(network)
-    return completed
+    return _with_the_same_classes(network, True)
+
+
+@torch.no_grad()
+def _with_the_same_classes(network: N, null_class: bool) -> N:
+    changed, rows = replace_label_table(network, network.num_classes, null_class), network.num_classes
+    _labels(changed)[:rows] = _labels(network)[:rows]
+    return changed
 
 
 def _labels(network: Network) -> Tensor:
@@ -70,11 +74,13 @@ def _with_labels_of(network: Network, found: N, where: str) -> tuple[N, list[str
             f"{where} has {found.num_classes} classes and this run {network.num_classes}: the label table starts "
             "anew, all other weights are taken over."
         )
-        return replace_label_table(found, network.num_classes), [note]
-    if not found.has_null_class:
-        note = f"{where} has no null class: its row of the label table starts anew, all others are taken over."
-        return add_null_class(found), [note]
-    return found, []
+        return replace_label_table(found, network.num_classes, network.has_null_class), [note]
+    if found.has_null_class == network.has_null_class:
+        return found, []
+    note = f"{where} has no null class: its row of the label table starts anew, all others are taken over."
+    if found.has_null_class:
+        note = f"{where} has a null class and this run has none: its row of the label table is not taken over."
+    return _with_the_same_classes(found, network.has_null_class), [note]
 
 
 def _require_tensors(network: Network, weights: dict[str, Tensor], where: str) -> None:

@@ -134,6 +134,7 @@ def _new_state(run: PreparedRun, starts_anew: bool) -> TrainState:
     config, objective = run.config, run.objective
     model: Network = build(config.model, outputs_per_channel=objective.outputs_per_channel)
     require_condition(model, run.conditions)
+    _require_null_class(model, config.class_dropout)
     model.initialize(config.seed)
     if starts_anew and config.init_from is not None:
         for note in load_starting_weights(model, config.init_from, objective):
@@ -147,6 +148,14 @@ def _new_state(run: PreparedRun, starts_anew: bool) -> TrainState:
     with uncollected():  # PyTorch's optimizers import its compiler
         optimizer = build(config.optimizer)(model.parameters())
     return TrainState(model, ema, optimizer, config.batch_size, config.total_steps)
+
+
+def _require_null_class(model: Network, class_dropout: float) -> None:
+    if class_dropout > 0 and not model.has_null_class:
+        raise ValueError(
+            f"class_dropout is {class_dropout:g}, but the network's label table has {model.num_classes} rows for as "
+            "many classes and none for dropped labels; set class_dropout=0, or model.null_class=true."
+        )
 
 
 def load_starting_weights(model: Network, where: str, objective: Objective) -> list[str]:
