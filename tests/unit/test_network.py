@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_model import BLOCKS, inputs, tiny
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 from launch.builders.components import build
@@ -121,6 +122,16 @@ def test_shared_modulation_is_one_regression_for_all_blocks_and_a_table_a_block(
     regression = 6 * width**2 + 6 * width
     assert num_parameters(apart) - num_parameters(shared) == regression - 2 * 6 * width
     assert multiply_adds(apart) - multiply_adds(shared) == 6 * width**2
+
+
+def test_blocks_that_share_a_modulation_share_a_compilation_without_breaks() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    model, plain = (randomized(tiny(block=AdaLNZeroSharedBlock)) for _ in range(2))
+    for unit in model.units():
+        unit.compile(backend=counter, fullgraph=True)
+    torch.testing.assert_close(model(*inputs()), plain(*inputs()), rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 1
 
 
 def test_the_position_table_may_be_learned_or_left_out() -> None:
