@@ -69,8 +69,8 @@ def read_weight_file(path: Path) -> WeightFile:
         raise DamagedFileError(_unlike_weights(path, head, size))
     if not isinstance(content, dict):
         raise ValueError(
-            f"{path} has no table of weights, but a {type(content).__name__}; give a .pt file of a released program, or "
-            "a .safetensors file."
+            f"{path} has no table of weights, but a {type(content).__name__}; give a .pt file of a released program, "
+            "or a .safetensors file."
         )
     said = content.get("args")
     arguments = vars(said) if isinstance(said, argparse.Namespace) else said

@@ -204,3 +204,17 @@ def test_weights_of_each_class_of_networks_are_refused_by_the_others_with_both_n
                 continue
             with pytest.raises(ValueError, match=rf"weights of the family {family}, but run has .* {ours}; give to="):
                 require_written(program, network, "run")
+
+
+def test_a_hostile_file_is_refused_in_one_sentence_whatever_family_it_claims(tmp_path: Path) -> None:
+    for configuration in CONFIGURATIONS:
+        given = weights(configuration)
+        for name in (FAMILIES[0].anchor, "pos_embed", "blocks.0.adaLN_modulation.1.bias", "feat_rope.freqs_cos"):
+            if name not in given:
+                continue
+            for value in (torch.tensor(1.0), torch.zeros(0), torch.zeros(2, 2, 2, 2, 2)):
+                path = str(saved(tmp_path / "h.pt", {"ema": {**given, name: value}, "args": {"model": [1]}}))
+                with pytest.raises(ValueError, match=r"h\.pt: (These are not a DiT's weights|foreign)"):
+                    read_foreign(path, "ema", Facts(num_heads=HEADS))
+    content = {"ema": released_weights(), "args": {"num_classes": torch.zeros(3), "model": None}}
+    assert read_foreign(str(saved(tmp_path / "h.pt", content)), "ema", Facts(num_heads=HEADS)).model.num_classes == 10
