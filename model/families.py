@@ -73,7 +73,7 @@ def require_fit(family: Family, network: Network) -> None:
 
 def require_settings(family: Family, facts: Facts) -> None:
     """Raise ValueError for a given setting of ``foreign`` that the files of the family state themselves."""
-    for name in ("num_heads", "head_dim", "num_classes", "frequency_shift", "new_attention_order"):
+    for name in ("num_heads", "head_dim", "latent_size", "num_classes", "frequency_shift", "new_attention_order"):
         if getattr(facts, name) is not None and name not in family.settings:
             having = ", ".join(other.name for other in FAMILIES if name in other.settings)
             raise ValueError(

@@ -46,6 +46,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "skipping": {"skip_over": SKIP_OVER},
     # Units two levels deep, whose arguments are trees.
     "deep": {"block": "Deep", "average": "power", "objective": "flow"},
+    "ldm": {"block": "LDM"},
 }
 # All cases of one line run in one process, or in one pair of processes. A case costs the compilation of its step:
 # each covers several recipes, modes and settings that no other has together.
@@ -62,6 +63,7 @@ ACCELERATE_2 = [
     case("accelerate-2-fsdp", "in_context", "accelerate", settings={"mode": "fsdp"}, activation_checkpointing=True),
     case("accelerate-2-deep", "deep", "accelerate"),
     case("accelerate-2-fsdp-deep", "deep", "accelerate", settings={"mode": "fsdp"}, activation_checkpointing=True),
+    case("accelerate-2-fsdp-ldm", "ldm", "accelerate", settings={"mode": "fsdp"}, activation_checkpointing=True),
     case("accelerate-2-fsdp-micro", "warm_up", "accelerate", settings={"mode": "fsdp", "micro_batches": 2}),
 ]
 XLA_1 = [
@@ -74,6 +76,7 @@ XLA_4 = [
     xla("xla-4-fsdp", "skipping", 4, "fsdp"),
     xla("xla-4-deep", "deep", 4),
     xla("xla-4-fsdp-deep", "deep", 4, "fsdp", activation_checkpointing=True),
+    xla("xla-4-fsdp-ldm", "ldm", 4, "fsdp", activation_checkpointing=True),
 ]
 XLA_8 = [
     xla("xla-8", "cross_attention", 8, activation_checkpointing=True),
@@ -120,9 +123,13 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return ((one - other).norm() / other.norm()).item()
 
 
+# A key norm's bias, which softmax cancels, and the queries and keys of an LDM's attention to one token, whose weight is 1.
+WITHOUT_GRADIENT = re.compile(r"optimizer/.+(norm_key\.bias|attn2\.to_[qk]\.weight|blocks\.0\.norm2\.\w+)/exp_avg.*")
+
+
 def has_meaning(name: str) -> bool:
-    """Return False for the moments of a key norm's bias: softmax cancels the bias, so its gradient is only rounding."""
-    return not (name.startswith("optimizer/") and "norm_key.bias/exp_avg" in name)
+    """Return False for the moments of parameters whose gradient is only rounding."""
+    return WITHOUT_GRADIENT.fullmatch(name) is None
 
 
 EXACT = [*ACCELERATE_1, *ACCELERATE_2, *XLA]
