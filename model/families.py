@@ -30,6 +30,17 @@ def written_for(program: str) -> Family | None:
     return next((family for family in FAMILIES if family.program == program), None)
 
 
+def require_written(program: str, network: Network, where: str) -> None:
+    """Raise ValueError where a network would be written for the program of another family, naming both."""
+    target = written_for(program) or RELEASED_DIT
+    if not target.fits(network):
+        fitting = [f"to={family.program}" for family in FAMILIES if family.fits(network)]
+        raise ValueError(
+            f"to={program} writes weights of the family {target.name}, but {where} has a network of the family "
+            f"{network.facts()['family']}; {'give ' + ' or '.join(fitting) if fitting else 'keep it in our format'}."
+        )
+
+
 def family_of(state: Mapping[str, Tensor], asked: str | None, hint: Family | None) -> tuple[Family, bool]:
     """Return the family of a table of weights, and whether it is certain, since DiT's and SiT's have the same names.
 
