@@ -22,7 +22,7 @@ from launch.builders.saved_networks import model_at, objective_at
 from launch.command.settings import ExportSettings
 from launch.jobs import start
 from model.diffusers_weights import notes_on_pipeline, to_diffusers
-from model.families import RELEASED_DIT, written_for
+from model.families import RELEASED_DIT, require_written, written_for
 from model.family import Facts, Family
 from model.network import Network
 from train.checkpoint import read_state_file
@@ -49,6 +49,7 @@ def export_job(config: ExportSettings, progress: ProgressBar) -> None:
     family = written_for(config.to)
     source = _foreign_source(config, family) if is_foreign(where) else _our_source(where, config.weights, family)
     model, notes = source.model, list(source.notes)
+    require_written(config.to, model, where)
     if family is None:
         with atomic_folder(out) as aside:
             to_diffusers(model, aside, source.autoencoder, source.class_names, source.betas)
@@ -81,7 +82,9 @@ def _source_at(path: Path, weights: str, target: Family | None) -> Source:
     model, objective = model_at(path, weights), objective_at(path)
     if target is not None and target.reversed_time:
         return Source(model, stated=arguments_for(target, objective))
-    require_export(str(path), "SiT", objective.reversed_time, target or RELEASED_DIT)
+    family = str(model.facts()["family"])
+    name = "SiT" if family == RELEASED_DIT.name and objective.reversed_time else family
+    require_export(str(path), name, objective.reversed_time, target or RELEASED_DIT)
     if target is not None:
         return Source(model)
     state, said_by = read_state_file(path), str(path / STATE_FILE)

@@ -29,7 +29,7 @@ JOBS = {
         "compute the statistics of real images that generated ones are compared with",
         "launch.builders.data_settings:settle_by_shards",
     ),
-    "export": Job("write a checkpoint's weights in the format of the released code or of diffusers"),
+    "export": Job("write a checkpoint's weights for another program, such as the released code or diffusers"),
     "plan": Job(
         "compute what a model or a sweep costs: Gflops, parameters, memory, hours, disk", "launch.plan:settle_by_data"
     ),

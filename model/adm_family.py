@@ -16,7 +16,7 @@ class GuidedDiffusion(Family):
     name = "ADM"
     program = "adm"
     anchor = ANCHOR
-    settings = ("num_heads", "num_classes", "new_attention_order")
+    settings = ("num_heads", "latent_size", "num_classes", "new_attention_order")
 
     def recognises(self, state: Mapping[str, Tensor]) -> bool:
         """Return whether the timestep's embedding has its name, and no block is a transformer as in LDM."""
@@ -31,7 +31,7 @@ class GuidedDiffusion(Family):
         network = from_adm(
             state,
             new_order,
-            latent_size=None if run is None else run.latent_size,
+            latent_size=run.latent_size if facts.latent_size is None and run is not None else facts.latent_size,
             head_dim=None if run is None or heads is not None else run.head_dim,
             num_heads=heads,
             num_classes=_classes_of(state, facts),

@@ -104,8 +104,7 @@ def classes_of(rows: int, facts: Facts) -> tuple[int, tuple[str, ...]]:
             ways = " or ".join(map(str, possible))
             raise ValueError(f"foreign.num_classes is {facts.num_classes}, but {both}; set it to {ways}.")
         return facts.num_classes, ()
-    if facts.trained_classes in possible:
-        assert isinstance(facts.trained_classes, int)
+    if isinstance(facts.trained_classes, int) and facts.trained_classes in possible:
         return facts.trained_classes, ()
     if rows == 1:
         return 1, ("its label table has 1 row: one class, and no null class.",)

@@ -30,6 +30,17 @@ def written_for(program: str) -> Family | None:
     return next((family for family in FAMILIES if family.program == program), None)
 
 
+def require_written(program: str, network: Network, where: str) -> None:
+    """Raise ValueError where a network would be written for the program of another family, naming both."""
+    target = written_for(program) or RELEASED_DIT
+    if not target.fits(network):
+        fitting = [f"to={family.program}" for family in FAMILIES if family.fits(network)]
+        raise ValueError(
+            f"to={program} writes weights of the family {target.name}, but {where} has a network of the family "
+            f"{network.facts()['family']}; {'give ' + ' or '.join(fitting) if fitting else 'keep it in our format'}."
+        )
+
+
 def family_of(state: Mapping[str, Tensor], asked: str | None, hint: Family | None) -> tuple[Family, bool]:
     """Return the family of a table of weights, and whether it is certain, since DiT's and SiT's have the same names.
 
@@ -62,7 +73,7 @@ def require_fit(family: Family, network: Network) -> None:
 
 def require_settings(family: Family, facts: Facts) -> None:
     """Raise ValueError for a given setting of ``foreign`` that the files of the family state themselves."""
-    for name in ("num_heads", "head_dim", "num_classes", "frequency_shift", "new_attention_order"):
+    for name in ("num_heads", "head_dim", "latent_size", "num_classes", "frequency_shift", "new_attention_order"):
         if getattr(facts, name) is not None and name not in family.settings:
             having = ", ".join(other.name for other in FAMILIES if name in other.settings)
             raise ValueError(

@@ -16,6 +16,7 @@ class Facts:
     family: str | None = None
     num_heads: int | None = None
     head_dim: int | None = None
+    latent_size: int | None = None
     num_classes: int | None = None
     frequency_shift: int | None = None
     new_attention_order: bool | None = None

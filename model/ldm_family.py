@@ -19,7 +19,7 @@ class LatentDiffusion(Family):
     program = "ldm"
     anchor = ANCHOR
     objective = "diffusion=ldm"
-    settings = ("num_heads", "head_dim", "num_classes")
+    settings = ("num_heads", "head_dim", "latent_size", "num_classes")
 
     def restored(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the tensors of a checkpoint with one prefix for the weights and one for their averages."""
@@ -45,7 +45,7 @@ class LatentDiffusion(Family):
                     "LDM-8's; give foreign.num_heads, or foreign.head_dim, the channels of a head."
                 )
         num_classes, notes = classes_of(label_rows(state), facts)
-        size = None if run is None else run.latent_size
+        size = run.latent_size if facts.latent_size is None and run is not None else facts.latent_size
         return Reading(from_ldm(state, num_heads, head_dim, num_classes, size), notes)
 
     def fits(self, network: Network) -> bool:

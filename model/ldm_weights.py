@@ -24,6 +24,7 @@ _UNET, _AVERAGES = "model.diffusion_model.", "model_ema.diffusion_model."
 _FIRST, _LAST = "input_blocks.0.0.weight", "out.2.weight"
 _COARSEST = 8  # side of the coarsest level of both published networks
 _HEAD_DIM = 32  # of LDM-8
+_GROUPS = 32  # of its group norms
 _PUBLISHED = {  # width and multipliers of LDM-4 and LDM-8 -> their heads
     (192, (1, 2, 3, 5)): {"num_heads": 1, "head_dim": None},
     (256, (1, 2, 4)): {"num_heads": None, "head_dim": _HEAD_DIM},
@@ -70,13 +71,18 @@ def from_ldm(
 
 
 def to_ldm(network: Network) -> dict[str, Tensor]:
-    """Return the weights under the names of a checkpoint. Raises ValueError for a network that is not an LDM."""
+    """Return the weights under the names of a checkpoint. Raises ValueError for a network that it does not have."""
     from model.ldm import LDM
 
     if not isinstance(network, LDM):
         raise ValueError(
             f"Latent diffusion's program has only LDM's U-Net, but the model is of class {type(network).__name__}; "
             "keep it in our format."
+        )
+    if network.config.num_groups != _GROUPS:
+        raise ValueError(
+            f"Latent diffusion's program has {_GROUPS} groups in each norm, but the model has model.num_groups "
+            f"{network.config.num_groups}; keep it in our format."
         )
     state = network.state_dict()
     found = {theirs: state[name].detach().clone() for name, theirs in _names(network).items()}

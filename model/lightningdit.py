@@ -67,12 +67,13 @@ class _Parts:
     def of_state(cls, state: Mapping[str, Tensor]) -> "_Parts":
         """Return the options that the names and shapes of LightningDiT's weights show."""
         modulation = state.get("blocks.0.adaLN_modulation.1.bias")
+        width = next(iter(state[ANCHOR].shape), 0)  # of a scalar there is none; a later check of shapes refuses it
         return cls(
             rms_norm="blocks.0.norm1.weight" in state,
             swiglu="blocks.0.mlp.w12.weight" in state,
             rotary=_TABLES[0] in state,
             qk_norm="blocks.0.attn.q_norm.weight" in state,
-            unshifted=modulation is not None and modulation.numel() == 4 * state[ANCHOR].shape[0],
+            unshifted=modulation is not None and modulation.numel() == 4 * width,
         )
 
     @classmethod

@@ -40,7 +40,8 @@ _HEADS_OF_WIDTH = {384: 6, 768: 12, 1024: 16, 1152: 16}  # S, B, L, XL
 def _dit(network: Network) -> DiT:
     if not isinstance(network, DiT):
         raise ValueError(
-            f"Other programs have only DiT, but the model is of class {type(network).__name__}; keep it in our format."
+            f"The released programs have only DiT, but the model is of class {type(network).__name__}; keep it in our "
+            "format."
         )
     return network
 
@@ -101,17 +102,17 @@ def require_released_architecture(network: Network) -> DiT:
     """Return the network as a DiT. Raises ValueError where other programs do not have its architecture."""
     model = _dit(network)
     if not isinstance(model.embedding, LabelEmbedding):
-        raise ValueError("Other programs have only networks with labels; keep this one in our format.")
+        raise ValueError("The released DiT has only networks with labels; keep this one in our format.")
     first = model.block_list[0]
     if type(first) is not AdaLNZeroBlock or type(first.attention) is not SelfAttention:
         raise ValueError(
-            f"Other programs have only adaLN-Zero blocks with plain attention, but the model has "
+            f"The released DiT has only adaLN-Zero blocks with plain attention, but the model has "
             f"{type(first).__name__} with {type(getattr(first, 'attention', None)).__name__}; keep it in our format."
         )
     for name, part, plain in (("norm", first.norm_mlp, nn.LayerNorm), ("MLP", first.mlp, GeluMlp)):
         if type(part) is not plain:
             raise ValueError(
-                f"Other programs have only the {name} {plain.__name__}, but the model has "
+                f"The released DiT has only the {name} {plain.__name__}, but the model has "
                 f"{type(part).__name__}; keep it in our format."
             )
     positions_of(model)
@@ -147,7 +148,7 @@ def positions_of(model: DiT) -> Tensor:
     table = model.position_embedding
     if table is None or model.config.position_table != "fixed":
         raise ValueError(
-            "Other programs have only the fixed position table, but the model has model.position_table "
+            "Released programs have only the fixed position table, but the model has model.position_table "
             f"{model.config.position_table}; keep it in our format."
         )
     return table

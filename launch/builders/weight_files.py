@@ -69,8 +69,8 @@ def read_weight_file(path: Path) -> WeightFile:
         raise DamagedFileError(_unlike_weights(path, head, size))
     if not isinstance(content, dict):
         raise ValueError(
-            f"{path} has no table of weights, but a {type(content).__name__}; give a .pt file of the released code, or "
-            "a .safetensors file."
+            f"{path} has no table of weights, but a {type(content).__name__}; give a .pt file of a released program, "
+            "or a .safetensors file."
         )
     said = content.get("args")
     arguments = vars(said) if isinstance(said, argparse.Namespace) else said
@@ -181,8 +181,8 @@ def _unlike_weights(path: Path, head: bytes, size: int) -> str:
     if len(head) < len(_ZIP) or _ZIP.startswith(head):
         return f"{path} is cut short: it has {size} bytes; copy or download it again."
     return (
-        f"{path} is neither a PyTorch nor a safetensors file: it begins with {head[:16]!r}; give a .pt file of the "
-        "released code, a .safetensors file, or a diffusers folder."
+        f"{path} is neither a PyTorch nor a safetensors file: it begins with {head[:16]!r}; give a .pt file of a "
+        "released program, a .safetensors file, or a diffusers folder."
     )
 
 

@@ -47,6 +47,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # Units two levels deep, whose arguments are trees.
     "deep": {"block": "Deep", "average": "power", "objective": "flow"},
     "adm": {"block": "ADM"},
+    "ldm": {"block": "LDM"},
 }
 # All cases of one line run in one process, or in one pair of processes. A case costs the compilation of its step:
 # each covers several recipes, modes and settings that no other has together.
@@ -65,6 +66,7 @@ ACCELERATE_2 = [
     case("accelerate-2-fsdp-deep", "deep", "accelerate", settings={"mode": "fsdp"}, activation_checkpointing=True),
     case("accelerate-2-adm", "adm", "accelerate"),
     case("accelerate-2-fsdp-adm", "adm", "accelerate", settings={"mode": "fsdp"}, activation_checkpointing=True),
+    case("accelerate-2-fsdp-ldm", "ldm", "accelerate", settings={"mode": "fsdp"}, activation_checkpointing=True),
     case("accelerate-2-fsdp-micro", "warm_up", "accelerate", settings={"mode": "fsdp", "micro_batches": 2}),
 ]
 XLA_1 = [
@@ -79,6 +81,7 @@ XLA_4 = [
     xla("xla-4-fsdp-deep", "deep", 4, "fsdp", activation_checkpointing=True),
     xla("xla-4-adm", "adm", 4),
     xla("xla-4-fsdp-adm", "adm", 4, "fsdp", activation_checkpointing=True),
+    xla("xla-4-fsdp-ldm", "ldm", 4, "fsdp", activation_checkpointing=True),
 ]
 XLA_8 = [
     xla("xla-8", "cross_attention", 8, activation_checkpointing=True),
@@ -125,10 +128,15 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return ((one - other).norm() / other.norm()).item()
 
 
+# The biases of keys, which softmax cancels; queries and keys of an LDM's attention to one token, whose weight is 1.
+WITHOUT_GRADIENT = re.compile(
+    r"optimizer/.+((norm_key|to_k)\.bias|attn2\.to_[qk]\.weight|blocks\.0\.norm2\.\w+)/exp_avg.*"
+)
+
+
 def has_meaning(name: str) -> bool:
-    """Return False for the moments of a key's bias: softmax cancels the bias, so its gradient is only rounding."""
-    of_keys = ("norm_key.bias/exp_avg", "to_k.bias/exp_avg")
-    return not (name.startswith("optimizer/") and any(part in name for part in of_keys))
+    """Return False for the moments of parameters whose gradient is only rounding."""
+    return WITHOUT_GRADIENT.fullmatch(name) is None
 
 
 EXACT = [*ACCELERATE_1, *ACCELERATE_2, *XLA]

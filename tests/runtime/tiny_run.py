@@ -58,7 +58,7 @@ class Case:
 
     name: str
     runtime: str  # plain, or a file of conf/runtime
-    block: str = "AdaLNZeroBlock"  # of a DiT; Deep, ADM: other networks
+    block: str = "AdaLNZeroBlock"  # of a DiT; Deep, ADM, LDM: other networks
     objective: str = "gaussian"  # or flow, edm
     depth: int = 1  # of a DiT
     qk_norm: bool = False
@@ -82,6 +82,8 @@ class Case:
             return DeepNetwork(DeepConfig())
         if self.block == "ADM":
             return perturbed(adm())
+        if self.block == "LDM":
+            return perturbed(ldm())
         attention = QKNormSelfAttention if self.qk_norm else SelfAttention
         block = functools.partial(getattr(blocks, self.block), attention=attention)
         if self.modern:
@@ -146,6 +148,13 @@ def adm() -> Network:
     from model.adm import ADM, ADMConfig  # imported late: diffusers takes seconds
 
     return ADM(ADMConfig(8, 4, NUM_CLASSES, 16, (1, 2), 1, (), num_heads=2, num_groups=4))
+
+
+def ldm() -> Network:
+    """Return an LDM of two levels, with transformers in the middle only."""
+    from model.ldm import LDM, LDMConfig  # imported late: diffusers takes seconds
+
+    return LDM(LDMConfig(8, 4, NUM_CLASSES, 16, (1, 2), 1, (), num_heads=2, num_groups=4, context_dim=8))
 
 
 TIMES: dict[str, Callable[[torch.Generator, tuple[int]], Tensor]] = {

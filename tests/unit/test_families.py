@@ -10,7 +10,9 @@ import pytest
 import torch
 from conftest import TINY_RUN, InProcess, json_lines
 from foreign_files import random_model, released_weights, saved
+from test_adm import released as adm_weights
 from test_foreign_jobs import GAUSSIAN
+from test_ldm import golden_weights as ldm_weights
 from test_lightningdit import CONFIGURATIONS, HEADS, weights
 from test_model import tiny, trained
 from torch import Tensor
@@ -20,9 +22,9 @@ from launch.builders.foreign import read_foreign
 from launch.builders.training import load_starting_weights
 from model.attention import QKNormSelfAttention, RotaryQKRmsNormSelfAttention, RotarySelfAttention
 from model.blocks import AdaLNBlock, AdaLNZeroBlock, AdaLNZeroUnshiftedBlock
-from model.convert import to_lightningdit
+from model.convert import from_adm, from_ldm, to_lightningdit
 from model.dit import DiT, DiTConfig
-from model.families import FAMILIES, family_of
+from model.families import FAMILIES, family_of, require_written
 from model.family import Facts
 from model.mlp import SwiGluMlp
 from model.norms import rms_norm
@@ -178,3 +180,41 @@ def test_what_lightningdit_does_not_have_is_not_written_for_it(tmp_path: Path, i
     plain = read_foreign(str(saved(tmp_path / "p.pt", released_weights())), "ema", Facts(num_heads=4))
     assert (plain.family.name, plain.certain_family) == ("DiT", None)
     assert FAMILIES[0].write(random_model()).keys() == released_weights().keys()
+
+
+def test_weights_of_each_class_of_networks_are_refused_by_the_others_with_both_names(tmp_path: Path) -> None:
+    files = {"DiT": released_weights(), "LightningDiT": weights(CONFIGURATIONS[0]), "ADM": adm_weights()}
+    files["LDM"] = ldm_weights()
+    networks = {"DiT": tiny(), "ADM": from_adm(adm_weights()), "LDM": from_ldm(ldm_weights())}
+    for theirs, state in files.items():
+        path = str(saved(tmp_path / f"{theirs}.pt", state))
+        for ours, network in networks.items():
+            if ours in theirs:
+                continue
+            with pytest.raises(ValueError, match=rf"weights of the family {theirs}, but .* is of the family {ours};"):
+                load_starting_weights(network, path, GAUSSIAN)
+            with pytest.raises(ValueError, match=rf"weights of the family {theirs}, but foreign.family is {ours};"):
+                read_foreign(path, "ema", Facts(family=ours))
+            with pytest.raises(ValueError, match=r"init_from run has weights of the family .*, but this run's network"):
+                take_over(network, next(other for name, other in networks.items() if name != ours), "run")
+    for ours, network in networks.items():
+        for program, family in (("reference", "DiT"), ("lightningdit", "LightningDiT"), ("adm", "ADM"), ("ldm", "LDM")):
+            if ours in family:
+                require_written(program, network, "run")
+                continue
+            with pytest.raises(ValueError, match=rf"weights of the family {family}, but run has .* {ours}; give to="):
+                require_written(program, network, "run")
+
+
+def test_a_hostile_file_is_refused_in_one_sentence_whatever_family_it_claims(tmp_path: Path) -> None:
+    for configuration in CONFIGURATIONS:
+        given = weights(configuration)
+        for name in (FAMILIES[0].anchor, "pos_embed", "blocks.0.adaLN_modulation.1.bias", "feat_rope.freqs_cos"):
+            if name not in given:
+                continue
+            for value in (torch.tensor(1.0), torch.zeros(0), torch.zeros(2, 2, 2, 2, 2)):
+                path = str(saved(tmp_path / "h.pt", {"ema": {**given, name: value}, "args": {"model": [1]}}))
+                with pytest.raises(ValueError, match=r"h\.pt: (These are not a DiT's weights|foreign)"):
+                    read_foreign(path, "ema", Facts(num_heads=HEADS))
+    content = {"ema": released_weights(), "args": {"num_classes": torch.zeros(3), "model": None}}
+    assert read_foreign(str(saved(tmp_path / "h.pt", content)), "ema", Facts(num_heads=HEADS)).model.num_classes == 10

@@ -1,6 +1,8 @@
 """LDM has the published sizes and costs, refuses shapes that do not fit, and computes what CompVis' program does."""
 
+import re
 from collections.abc import Callable
+from functools import partial, partialmethod
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,16 @@ import pytest
 import torch
 import yaml
 from conftest import InProcess
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from launch.builders.components import build
 from launch.command.app import CONF
 from model.convert import from_ldm, to_ldm
 from model.flops import multiply_adds, num_parameters, weightless
 from model.ldm import LDM, LDMConfig
+from model.network import checkpoint_units, compile_each_unit
+from runtime.sharding import SHARDED, Axes, sharding_of
 
 GOLDEN = Path(__file__).parent.parent / "golden/ldm_unet_tiny.npz"
 SMALL: dict[str, Any] = {
@@ -177,8 +182,58 @@ def test_weights_that_do_not_fit_are_named(change: Callable[[dict[str, Tensor]],
         from_ldm(weights)
 
 
-def test_another_network_is_not_written_as_an_ldm() -> None:
+def test_a_network_that_the_program_does_not_have_is_not_written_for_it() -> None:
     from test_model import tiny
 
     with pytest.raises(ValueError, match="has only LDM's U-Net, but the model is of class DiT"):
         to_ldm(tiny())
+    with pytest.raises(ValueError, match=r"has 32 groups in each norm, but the model has model.num_groups 4; keep"):
+        to_ldm(LDM(LDMConfig(**SMALL)))
+
+
+# The axes of every parameter of an LDM, wherever it is sharded.
+OF_AN_LDM: tuple[tuple[str, Axes], ...] = (
+    (r"label_embedding\.weight", (None, SHARDED)),
+    (r"unet\.time_embedding\.linear_[12]\.weight", (SHARDED, None)),
+    (r"unet\..+\.(time_emb_proj|to_[qkv]|to_out\.0|proj|net\.2)\.weight", (SHARDED, None)),
+    (r"unet\.(conv_in|.+\.(conv[12]?|conv_shortcut|proj_in|proj_out))\.weight", (SHARDED, None, None, None)),
+    (r"unet\.conv_out\.weight", (None, SHARDED, None, None)),  # [c, C, 3, 3]
+    (r"unet\.(.+\.)?(norm[123]?|conv_norm_out)\.weight", (None,)),
+    (r"unet\..+\.bias", (None,)),
+)
+
+
+@pytest.mark.parametrize("name", ["ldm4", "ldm8"])
+def test_every_parameter_is_sharded_by_the_table(name: str) -> None:
+    network = published(name)
+    for num_shards in (8, 64):
+        found = sharding_of(network, num_shards)
+        assert found.keys() == dict(network.named_parameters()).keys()
+        for parameter, axes in found.items():
+            (expected,) = (axes for pattern, axes in OF_AN_LDM if re.fullmatch(pattern, parameter))
+            assert axes == expected, parameter
+
+
+def test_units_compile_without_breaks_and_equal_ones_share_a_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):
+        monkeypatch.setattr(torch._dynamo.config, limit, getattr(torch._dynamo.config, limit))
+    network = from_ldm(golden_weights())
+    inputs = golden()["x"], golden()["t"], {"label": golden()["y"]}
+    with torch.no_grad():
+        torch._dynamo.utils.counters.clear()
+        monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager", fullgraph=True))
+        compile_each_unit(network)
+        torch.testing.assert_close(network(*inputs), golden()["out"], rtol=0, atol=1e-5)
+    assert 1 < torch._dynamo.utils.counters["stats"]["unique_graphs"] < len(network.units())
+
+
+def test_recomputation_gives_the_same_gradients() -> None:
+    network, again = from_ldm(golden_weights()), from_ldm(golden_weights())
+    checkpoint_units(again, partial(checkpoint, use_reentrant=False))
+    inputs = golden()["x"], golden()["t"], {"label": golden()["y"]}
+    for one in (network, again):
+        one(*inputs).square().mean().backward()
+    for ours, theirs in zip(network.parameters(), again.parameters(), strict=True):
+        assert ours.grad is not None
+        assert torch.equal(ours.grad, theirs.grad)

@@ -29,7 +29,8 @@ def test_a_recipe_has_a_sampler_that_fits_its_objective_and_the_cost_that_it_say
     (command,) = re.findall(r"`ditscale plan\s(.+?)`", header.replace("\n# ", " "))
     words = [word for word in command.split() if word.split("=")[0] not in ("total_steps", "batch_size")]
     words += [f"{key}={config[key]}" for key in ("total_steps", "batch_size")]
-    words += [f"model.{key}={config['model'][key]}" for key in ("width", "depth", "num_heads", "patch_size")]
+    of_shape = [key for key in ("width", "depth", "num_heads", "patch_size") if key in config["model"]]
+    words += [f"model.{key}={config['model'][key]}" for key in of_shape]
     plan: dict[str, Any] = json.loads(in_process("plan", *words, "format=json"))
     (exaflops,) = re.findall(r"\(([\d,]+) EFLOPs", header)
     assert int(exaflops.replace(",", "")) == round(plan["training_exaflops"])
@@ -70,3 +71,15 @@ def test_lightningdits_recipe_has_its_parts_times_guidance_and_shift() -> None:
     for t in (0.1, 0.5, 0.9):  # its times run from noise to data: t' = 0.3 t / (1 - 0.7 t)
         assert 1 - shifted(1 - t, sampler["shift"]) == pytest.approx(0.3 * t / (1 - 0.7 * t))
     assert (guidance["scale"], guidance["channels"], guidance["t_max"]) == (10.0, 3, pytest.approx(1 - 0.11))
+
+
+def test_ldms_recipe_has_its_latents_betas_variance_and_sampler() -> None:
+    found = composed("train", "experiment=recipes/ldm4")
+    model, diffusion = found["model"], found["diffusion"]
+    assert [model[key] for key in ("_target_", "latent_size", "channels")] == ["model.ldm.LDM", 64, 3]
+    assert found["data"]["autoencoder"]["_target_"] == "model.autoencoder_latents.VQAutoencoder"
+    betas = {"_target_": "diffusion.schedules.ScaledLinearSchedule", "beta_start": 0.0015, "beta_end": 0.0195}
+    assert diffusion["schedule"] == betas | {"num_steps": 1000}
+    assert diffusion["variance"]["_target_"] == "diffusion.variances.FixedSmallVariance"
+    assert (found["total_steps"], found["batch_size"], found["optimizer"]["lr"]) == (178_000, 1200, 1e-4)
+    assert (found["sampler"]["_target_"], found["sampler"]["steps"]) == ("diffusion.samplers.DDIM", 250)
