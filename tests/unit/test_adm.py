@@ -142,6 +142,18 @@ def test_weights_that_do_not_fit_are_refused_by_the_names_of_their_tensors() -> 
         from_adm(weights, num_heads=5)
 
 
+def test_hostile_shapes_are_refused_in_one_sentence() -> None:
+    names = ("time_embed.0.weight", "label_emb.weight", "input_blocks.0.0.weight", "out.2.weight")
+    names += ("output_blocks.0.0.out_layers.3.weight", "output_blocks.0.1.qkv.weight", "middle_block.1.qkv.weight")
+    for name in names:
+        for shape in ((), (0,), (7,), (0, 0), (3, 1), (0, 0, 0, 0), (1, 1, 1, 1), (1,) * 6):
+            with pytest.raises(ValueError, match=r"\A[^\n]+\Z"):
+                from_adm({**released(), name: torch.zeros(shape)})
+    many = {f"output_blocks.{step}.1.in_layers.2.weight": torch.zeros(1) for step in range(5000)}
+    with pytest.raises(ValueError, match=r"blocks of the way up"):
+        from_adm({**released(), **many})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
