@@ -85,6 +85,8 @@ def read_low_resolution(path: Path, spec: LatentSpec, factor: int) -> GivenImage
             f"low_resolution={path} has images, but the upsampler is of latents of side {spec.latent_size} for images "
             f"of {spec.image_size} px; only upsamplers of pixels can be sampled."
         )
+    if not path.exists():
+        raise ValueError(f"There is no file {path} with images to enlarge; give one that `ditscale sample` wrote.")
     arrays, side = headers_of(path), spec.latent_size // factor
     if "arr_0" not in arrays:
         raise ValueError(f"{path} has no images arr_0; give a file that `ditscale sample` wrote.")

@@ -1,6 +1,7 @@
 """ADM has the paper's size and cost, computes what OpenAI's program computes, and trains as every network does."""
 
 import functools
+from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,10 @@ def test_the_pair_of_figure_2_costs_what_the_paper_says_and_plan_takes_each_netw
 ) -> None:
     costs = [multiply_adds(adm_of(name)) / 1e9 for name in ("adm64", "adm_upsampler")]
     assert round(sum(costs), 2) == 741.32
-    shown = in_process("plan", "model=adm64")
+    shown = in_process("plan", "model=adm64", "model.width=64", "model.layers=1")
+    small = weightless(lambda: ADM(replace(adm_of("adm64").config, width=64, layers=1)))
     assert "latents 64x64x3" in shown
-    assert "109.678     295.9 " in shown
+    assert f"{multiply_adds(small) / 1e9:14.3f}  {num_parameters(small) / 1e6:8.1f} " in shown
 
 
 def test_outputs_are_those_of_guided_diffusion() -> None:
@@ -325,12 +327,7 @@ def test_an_upsampler_trains_on_means_of_the_images_and_enlarges_those_of_anothe
     assert source.null(condition)["low_resolution"] is condition["low_resolution"]
 
     words = [*SMALL, *UPSAMPLER, "model.upscale=4", f"data.shards={digits}"]
-    in_process("train", *words, "run_dir=whole", "total_steps=4")
     in_process("train", *words, "run_dir=run", "total_steps=2")
-    in_process("train", *words, "run_dir=run", "total_steps=4", "resume.allow=[total_steps]")
-    last = "checkpoints/step_00000004/model.safetensors"
-    assert (tmp_path / "run" / last).read_bytes() == (tmp_path / "whole" / last).read_bytes()
-
     small = np.random.default_rng(0).integers(0, 256, (3, 2, 2, 1), np.uint8)
     np.savez(tmp_path / "small.npz", arr_0=small, arr_1=np.array([7, 8, 9]))
     given = ["sample", "checkpoint=run", "weights=model", "sampler.steps=2", "num_images=4", "runtime=cpu"]
@@ -343,7 +340,7 @@ def test_an_upsampler_trains_on_means_of_the_images_and_enlarges_those_of_anothe
         ([], "is an upsampler; give the images that it enlarges as low_resolution=FILE.npz"),
         (["low_resolution=large.npz"], "has images (1, 8, 8, 1) of uint8, but the upsampler takes [N, 2, 2, 1]"),
         (["low_resolution=labels.npz"], "has 3 images, but its labels arr_1 are (1,) of int64"),
-        (["low_resolution=absent.npz"], "absent.npz"),
+        (["low_resolution=absent.npz"], "There is no file absent.npz"),
     ):
         assert message in in_process(*given, *more, "out=y", expect=2)
     assert "which needs images to enlarge" in in_process("evaluate", "checkpoint=run", *FEW, expect=2)
