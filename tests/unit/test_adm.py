@@ -218,11 +218,9 @@ def test_units_of_many_shapes_all_compile_without_breaks_and_equal_ones_share_a_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch._dynamo.reset()
-    for limit in ("recompile_limit", "accumulated_recompile_limit"):
-        monkeypatch.setattr(torch._dynamo.config, limit, getattr(torch._dynamo.config, limit))
     model = tiny()
     inputs = torch.randn(2, 1, 8, 8), torch.tensor([0, 5]), {"label": torch.tensor([1, 10])}
-    with torch.no_grad():
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
         expected = model(*inputs)
         torch._dynamo.utils.counters.clear()
         monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager", fullgraph=True))
