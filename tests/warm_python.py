@@ -32,7 +32,7 @@ from core.garbage import uncollected
 WITH_XLA = ("torch_xla", "torch_xla.core.xla_model", "runtime.xla", *JOBS)  # torch_xla must be imported first
 # What XLA's CPU backend may leave out: compiling takes a third of the time, and the programs train the same run.
 FAST_COMPILE = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"}
-TRAINING = (*JOBS, "runtime.accelerate", "torch._dynamo", "model.autoencoder_kl")
+TRAINING = (*JOBS, "runtime.accelerate", "torch._dynamo", "diffusers.models.autoencoders.autoencoder_kl")
 
 
 LITTLE_ROOM = """

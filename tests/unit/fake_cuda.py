@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PatternSource, image_encoding
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 from test_training import FACTS, batch_of, everything, new_state, step_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -48,6 +48,7 @@ from model import blocks
 from model.attention import QKNormSelfAttention
 from model.autoencoder import IdentityAutoencoder
 from model.autoencoder_kl import DiffusersAutoencoder
+from model.autoencoder_latents import VQAutoencoder
 from model.dit import DiT, DiTConfig
 from model.network import checkpoint_units
 from runtime.accelerate import AccelerateRuntime
@@ -326,6 +327,23 @@ def test_an_autoencoder_encodes_and_decodes_on_the_gpu(tmp_path: Path, watch: Wa
     assert (image.device, image.dtype, image.shape) == (CUDA, torch.float32, (2, 3, 8, 8))
     assert ("aten.convolution.default" in watch.dtypes.get(torch.bfloat16, set())) == (precision == "bf16")
     assert torch.float64 not in watch.dtypes
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_latents_are_quantized_on_the_gpu_in_float32_without_waiting(
+    tmp_path: Path, watch: Watch, precision: Any
+) -> None:
+    with unset_fake_temporarily():
+        VQModel(block_out_channels=(8,), norm_num_groups=4, num_vq_embeddings=16).save_pretrained(tmp_path)
+        autoencoder = VQAutoencoder("small", str(tmp_path), 0.5, precision=precision)
+    autoencoder.to(CUDA)
+    watch.waits.clear()
+    watch.dtypes.clear()
+    image = autoencoder.decode(torch.ones(2, 3, 8, 8).to(CUDA))
+    assert (image.device, image.dtype, image.shape) == (CUDA, torch.float32, (2, 3, 8, 8))
+    assert [wait for wait in watch.waits if not wait.startswith("cpu to cuda")] == []  # the input, scale and shift
+    assert "aten.argmin.default" in watch.dtypes[torch.int64]
+    assert "aten.mm.default" in watch.dtypes[torch.float32]
 
 
 def test_inception_is_float32_on_the_gpu_though_autocast_is_on_outside(watch: Watch) -> None:

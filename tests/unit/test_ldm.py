@@ -20,6 +20,7 @@ from launch.command.app import CONF
 from model.convert import from_ldm, to_ldm
 from model.flops import multiply_adds, num_parameters, weightless
 from model.ldm import LDM, LDMConfig
+from model.ldm_weights import LABELS
 from model.network import checkpoint_units, compile_each_unit
 from runtime.sharding import SHARDED, Axes, sharding_of
 
@@ -172,6 +173,9 @@ UNET = "model.diffusion_model."
             lambda weights: weights.update({f"{UNET}out.2.weight": torch.ones(7)}),
             r"out.2.weight is \(7,\), but it must",
         ),
+        (lambda weights: weights.update({LABELS: torch.ones(6, 20)}), r"to_k.weight is \(32, 24\), not \(32, 20\)"),
+        (lambda weights: weights.update({LABELS: torch.ones(())}), r"embedding.weight is \(\), but it must have 2 dim"),
+        (lambda weights: weights.update({f"{UNET}time_embed.0.weight": torch.ones(128, 0)}), "blocks of the way up"),
         (lambda weights: [weights.pop(name) for name in list(weights) if "output" in name], "0 blocks of the way up"),
     ],
 )
