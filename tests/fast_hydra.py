@@ -5,12 +5,23 @@ for each file, which only interpolated defaults look at. `tests/unit/test_house.
 """
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
+import hydra
 from hydra._internal import defaults_list
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
+
+from launch.command.app import CONF
+from launch.command.settings import register
+
+# What a job cannot be composed without.
+NEEDED = {"train": ["shape_name=x"], "plan": ["shape_name=x"], "report": ["sweep=x"], "reference": ["out=x"]}
+NEEDED |= {job: ["checkpoint=x"] for job in ("sample", "evaluate")}
+NEEDED["export"] = ["checkpoint=x", "to=reference", "out=x"]
 
 _load_config = ConfigRepository.load_config
 _create_interpolation_map = defaults_list._create_interpolation_map
@@ -24,6 +35,22 @@ def install() -> None:
     ConfigRepository.load_config = _once  # type: ignore[method-assign]
     ConfigLoaderImpl._compose_config_from_defaults_list = _merged_once  # type: ignore[method-assign]
     defaults_list._create_interpolation_map = _where_it_is_used
+
+
+def composed(job: str, *overrides: str) -> DictConfig:
+    """Return a job's config as Hydra composes it."""
+    register()
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name=job):
+        return hydra.compose(config_name=job, overrides=[*NEEDED.get(job, []), *overrides])
+
+
+def prepare(jobs: Iterable[str]) -> None:
+    """Read what these jobs read, before the process forks them."""
+    install()
+    for job in jobs:
+        composed(job)
+    GlobalHydra.instance().clear()
 
 
 def remove() -> None:
