@@ -91,10 +91,15 @@ def require_own_scale(autoencoder: Any, words: Iterable[str]) -> None:
         if own is not None and ours != own and f"data.autoencoder.{name}" not in given:
             file_key = {"scale": "scaling_factor", "shift": "shift_factor"}[name]
             raise ValueError(
-                f"The autoencoder {autoencoder.name} says {file_key} {own:g} in its config.json, but "
-                f"data.autoencoder.{name} is {ours} by default; give data.autoencoder.{name}={own:g}, or "
-                f"data.autoencoder.{name}={ours} to keep it."
+                f"The autoencoder {autoencoder.name} says {file_key} {_shown(own)} in its config.json, but "
+                f"data.autoencoder.{name} is {_shown(ours)} by default; give data.autoencoder.{name}={_shown(own)}, or "
+                f"data.autoencoder.{name}={_shown(ours)} to keep it."
             )
+
+
+def _shown(value: float | list[float]) -> str:
+    """Return a number, or one per channel, as the command line takes it."""
+    return f"[{','.join(map(repr, value))}]" if isinstance(value, list) else f"{value:g}"
 
 
 if __name__ == "__main__":

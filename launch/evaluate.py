@@ -38,7 +38,7 @@ from launch.builders.foreign import is_foreign, load_foreign
 from launch.builders.runs import checkpoint_hash, read_checkpoint
 from launch.command.settings import EvaluateSettings
 from launch.jobs import start
-from model.network import Network
+from model.network import Network, compile_each_unit
 from runtime.protocol import Devices
 from train.checkpoint import code_version, read_state_file
 from train.lines import append_record
@@ -156,8 +156,7 @@ def compile_units(model: Network, device: torch.device) -> None:
             f"compile=true needs a C++ compiler, but there is no {compiler}; install one, {other} by the variable "
             "CXX, or leave compile out."
         )
-    for unit in model.units():
-        unit.compile()
+    compile_each_unit(model)
 
 
 class EvaluationChunks:

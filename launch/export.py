@@ -1,7 +1,7 @@
 """``ditscale export``: write a checkpoint's weights in the format of another program."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,18 @@ from core.records import validate
 from data.manifest import LatentSpec
 from diffusion.process import require_gaussian
 from launch.builders.components import build, target_of
-from launch.builders.foreign import Facts, is_foreign, notes_on_positions, read_foreign
+from launch.builders.directions import SITS_ARGUMENTS, arguments_for, require_export
+from launch.builders.foreign import is_foreign, notes_on_weights, read_foreign
 from launch.builders.normalization import saved_normalization
 from launch.builders.runs import read_checkpoint
 from launch.builders.saved_configs import component
 from launch.builders.saved_networks import model_at, objective_at
-from launch.builders.sit import SIT, SITS_ARGUMENTS, require_export, sits_arguments
-from launch.command.settings import ExportSettings, Program
+from launch.command.settings import ExportSettings
 from launch.jobs import start
-from model.convert import to_sit
 from model.diffusers_weights import notes_on_pipeline, to_diffusers
+from model.families import RELEASED_DIT, written_for
+from model.family import Facts, Family
 from model.network import Network
-from model.released import notes_on_reference, to_reference
 from train.checkpoint import read_state_file
 from train.stores import STATE_FILE
 
@@ -35,56 +35,54 @@ class Source:
 
     model: Network
     notes: tuple[str, ...] = ()
-    autoencoder: Any = None  # diffusers' AutoencoderKL
+    autoencoder: Any = None  # diffusers' network
     class_names: tuple[str, ...] = ()
-    sit: Mapping[str, Any] | None = None  # arguments that a file for SiT's program states; None: it is not SiT's
+    stated: Mapping[str, Any] = field(default_factory=dict)  # arguments by which a file states its family
     betas: tuple[float, ...] | None = None  # None: the paper's
 
 
 def export_job(config: ExportSettings, progress: ProgressBar) -> None:
-    """Write ``out``: a ``.pt`` file with the names of the released DiT or SiT, or a folder that diffusers loads."""
-    where, out, for_diffusers = config.checkpoint, Path(config.out), config.to is Program.diffusers
+    """Write ``out``: a ``.pt`` file of another program, or a folder that diffusers loads."""
+    where, out = config.checkpoint, Path(config.out)
     if out.exists():
         raise ValueError(f"{out} exists already; give another out, or remove it.")
-    source = _foreign_source(config) if is_foreign(where) else _our_source(where, config.weights, config.to)
+    family = written_for(config.to)
+    source = _foreign_source(config, family) if is_foreign(where) else _our_source(where, config.weights, family)
     model, notes = source.model, list(source.notes)
-    if for_diffusers:
+    if family is None:
         with atomic_folder(out) as aside:
             to_diffusers(model, aside, source.autoencoder, source.class_names, source.betas)
         notes += notes_on_pipeline(model)
-    elif config.to is Program.sit:
-        with atomic_file(out) as file:
-            torch.save({"ema": to_sit(model), "args": dict(source.sit or {})}, file)
     else:
         with atomic_file(out) as file:
-            torch.save(to_reference(model), file)
-        notes += notes_on_reference(model)
+            torch.save(family.content(model, source.stated), file)
+        notes += family.notes_on_writing(model)
     print(f"{config.weights} weights of {where} for {config.to}: {out}")
     for note in notes:
         print(f"note: {note}")
 
 
-def _foreign_source(config: ExportSettings) -> Source:
+def _foreign_source(config: ExportSettings, target: Family | None) -> Source:
     network = read_foreign(config.checkpoint, config.weights, Facts(**config.foreign.plain()))
-    require_export(config.checkpoint, network.program, for_sit=config.to is Program.sit)
-    own = [] if config.to is Program.diffusers else notes_on_positions(network.model, config.checkpoint)
-    said = {
-        "model": SIT,
-        **{key: network.arguments[key] for key in SITS_ARGUMENTS if isinstance(network.arguments.get(key), str)},
-    }
-    return Source(network.model, (*network.notes, *own), class_names=network.class_names, sit=said)
+    if (found := network.certain_family) is not None:
+        require_export(config.checkpoint, found.name, found.reversed_time, target or RELEASED_DIT)
+    own = [] if target is None else notes_on_weights(network.model, config.checkpoint)
+    stated = {key: network.arguments[key] for key in SITS_ARGUMENTS if isinstance(network.arguments.get(key), str)}
+    if target is not None:
+        stated["model"] = target.name
+    return Source(network.model, (*network.notes, *own), class_names=network.class_names, stated=stated)
 
 
-def _our_source(where: str, weights: str, to: Program) -> Source:
-    return read_checkpoint(where, lambda path: _source_at(path, weights, to))
+def _our_source(where: str, weights: str, target: Family | None) -> Source:
+    return read_checkpoint(where, lambda path: _source_at(path, weights, target))
 
 
-def _source_at(path: Path, weights: str, to: Program) -> Source:
+def _source_at(path: Path, weights: str, target: Family | None) -> Source:
     model, objective = model_at(path, weights), objective_at(path)
-    if to is Program.sit:
-        return Source(model, sit=sits_arguments(objective))
-    require_export(str(path), SIT if objective.reversed_time else None, for_sit=False)
-    if to is Program.reference:
+    if target is not None and target.reversed_time:
+        return Source(model, stated=arguments_for(target, objective))
+    require_export(str(path), "SiT", objective.reversed_time, target or RELEASED_DIT)
+    if target is not None:
         return Source(model)
     state, said_by = read_state_file(path), str(path / STATE_FILE)
     spec = validate(LatentSpec, state["spec"], said_by)
@@ -103,7 +101,7 @@ def _source_at(path: Path, weights: str, to: Program) -> Source:
 
 
 def _autoencoder(section: dict[str, Any], spec: LatentSpec, normalizes: bool) -> tuple[Any, list[str]]:
-    """Return the AutoencoderKL of a checkpoint with the scale that its pipeline needs, or why there is none."""
+    """Return diffusers' autoencoder of a checkpoint with the scale that its pipeline needs, or why there is none."""
     if not hasattr(target_of(section), "for_pipeline"):
         return None, ["its latents are images, for which a DiTPipeline has no decoder: open it with vae=None."]
     without = "so the folder has no autoencoder: give yours as DiTPipeline.from_pretrained(FOLDER, vae=...)."

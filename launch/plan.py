@@ -42,6 +42,8 @@ PROJECTOR = (
     ("its params M", "projector_parameters_millions", "12.1f"),
 )
 
+# Of the paper's networks, where neither a model's own config nor data=... or data.shards=... define them.
+_USUAL = {"model.latent_size": 32, "model.channels": 4, "model.num_classes": 1000}
 _NOMINAL = LatentFacts(4096, 1.0)  # costs do not depend on them
 
 
@@ -140,7 +142,11 @@ def _assumptions(config: PlanSettings) -> str:
 
 
 def settle_by_data(config: DictConfig, words: list[str]) -> None:
-    """Take sizes and counts from the shards that the command line gives, or else from the data config it gives."""
+    """Take sizes and counts from the shards that the command line gives, or else from the data config it gives.
+
+    Sizes that the model's own config has take precedence over those of a data config. Raises ValueError where they
+    differ from those of shards, with which the model cannot be trained.
+    """
     keys = {key_of(word) for word in words}
     if "data.shards" in keys:
         manifest = Manifest.load(config.data.shards)
@@ -152,8 +158,7 @@ def settle_by_data(config: DictConfig, words: list[str]) -> None:
             found |= {"feature_tokens": manifest.teacher.tokens, "feature_dim": manifest.teacher.dim}
     elif "data" in keys:
         section = config.data.autoencoder  # a plan does not read its weights
-        kind = target_of(section)
-        downscale, channels = kind.usual_latents or (kind.downscale, section.channels)
+        downscale, channels = planned_latents(section)
         found = {"flip": config.data.flip}
         found |= {"model.latent_size": config.data.image_size // downscale, "model.channels": channels}
     else:
@@ -161,9 +166,27 @@ def settle_by_data(config: DictConfig, words: list[str]) -> None:
     if config.get("teacher") is not None and "data.shards" not in keys:
         shape = target_of(config.teacher).planned(config.teacher.pretrained, config.teacher.image_size)
         found |= {"feature_tokens": shape.tokens, "feature_dim": shape.dim}
-    for key, value in found.items():
-        if key not in keys:
-            OmegaConf.update(config, key, value)
+    for key, value in (_USUAL | found).items():
+        own = OmegaConf.select(config, key) if key in _USUAL else None
+        if own is None and key not in keys:
+            OmegaConf.update(config, key, value, force_add=key in _USUAL)
+        elif own not in (None, value) and key not in keys and "data.shards" in keys:
+            raise ValueError(
+                f"{key} is {own}, but the shards have {value}; choose another model, or point data.shards to other "
+                "shards."
+            )
+
+
+def planned_latents(section: DictConfig) -> tuple[int, int]:
+    """Return (downscale, channels) of an autoencoder without reading its weights. Raises ValueError if unknown."""
+    kind, downscale, channels = target_of(section), section.get("downscale"), section.get("channels")
+    if downscale is None or channels is None:
+        usual = kind.usual_latents or (getattr(kind, "downscale", None), channels)
+        downscale, channels = (usual[0] if downscale is None else downscale, usual[1] if channels is None else channels)
+    for name, value in (("downscale", downscale), ("channels", channels)):
+        if value is None:
+            raise ValueError(f"A plan does not read the weights of data.autoencoder; give data.autoencoder.{name}.")
+    return downscale, channels
 
 
 def _width(layout: str) -> int:

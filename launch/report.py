@@ -67,7 +67,7 @@ def update_group(sweep: Path, group: str, logger: Mapping[str, Any]) -> None:
             return
         with _group_logger(logger, group, sweep / "report", {"sweep": str(sweep)}) as of_group:
             _log_curve(of_group, study)
-            if len(study.scaling()) > 1:
+            if len(study.scaling()) > 1 or len(study.kinds()) > 1:
                 picture = sweep / "report" / "figure_8.png"
                 with styled():
                     write_bytes(picture, content_of(figure_8(study), "png"))
@@ -151,8 +151,10 @@ def _text(report: Report) -> str:
         lines.append(f"Not evaluated, so not in the curve: {', '.join(study.unevaluated)}")
     if study.held_back is not None:
         lines.append(study.held_back)
-    if (fit := study.fit()) is not None:
-        lines.append(f"For the {fit.count} {study.main_kind.models}:")
+    for kind in study.kinds():
+        if (fit := study.fit(kind=kind)) is None:
+            continue
+        lines.append(f"For the {fit.count} {kind.models}:")
         lines.append(f"Spearman rank correlation of Gflops and distance: {fit.rank_correlation:.2f}")
         low, high = fit.slope_interval
         lines.append(

@@ -14,7 +14,8 @@ class Autoencoder(Protocol):
     number, or one per channel. ``name``, ``revision`` and ``precision`` (of the network: fp32 or bf16) identify it.
     """
 
-    # (downscale, channels), for use without the weights; None: the class has `downscale`, its settings `channels`.
+    # (downscale, channels), for use without the weights where the settings do not have both; None: the class has
+    # `downscale`, its settings `channels`.
     usual_latents: ClassVar[tuple[int, int] | None]
     name: str
     revision: str

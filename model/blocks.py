@@ -1,4 +1,4 @@
-"""Define the paper's four transformer blocks, and a variant, behind one interface; ``model/block=...`` selects one.
+"""Define the paper's four transformer blocks, and variants, behind one interface; ``model/block=...`` selects one.
 
 A factory ``(width, num_heads) -> Block`` builds a block, which builds its norms, attention and MLP by factories too:
 a new norm works with every block. A new block is a class here, a YAML in ``conf/model/block`` and a test. Blocks
@@ -49,6 +49,19 @@ class ConditionFirst(Assembly):
         return sequence[:, embedded.tokens.shape[1] :]
 
 
+class SharedModulation(nn.Linear):
+    """Regresses the condition's vector to modulations once, for all blocks of a network: [B, d] -> [B, k d]."""
+
+    def forward(self, vector: Tensor) -> Tensor:
+        """Return the modulations [B, k d] of the condition's vector [B, d]."""
+        return super().forward(nn.functional.silu(vector))
+
+    def initialize(self) -> None:
+        """Zero it: untrained blocks do not see their condition."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
 class Block(nn.Module):
     """Maps a sequence of tokens and a condition to a sequence of the same length."""
 
@@ -63,6 +76,10 @@ class Block(nn.Module):
     def final_layer(self, width: int, patch_values: int) -> FinalLayer:
         """Return a new layer that decodes the output of blocks of this kind."""
         return FinalLayer(width, patch_values)
+
+    def shared_modulation(self, width: int) -> SharedModulation | None:
+        """Return a new module whose result all blocks of the network get as ``embedded.modulation``, or None."""
+        return None
 
     def initialize(self) -> None:
         """Set the weights that differ from xavier-uniform linears with zero biases."""
@@ -154,6 +171,9 @@ class AdaLNBlock(_TransformerBlock):
         mlp: MlpFactory = GeluMlp,
     ) -> None:
         super().__init__(width, num_heads, mlp_ratio, attention, norm, mlp)
+        self._add_modulation(width)
+
+    def _add_modulation(self, width: int) -> None:
         self.modulation = nn.Linear(width, self.num_modulations * width)
 
     def initialize(self) -> None:
@@ -171,6 +191,19 @@ class AdaLNBlock(_TransformerBlock):
         shift_a, scale_a, shift_m, scale_m = self.modulations(embedded)
         tokens = tokens + self.attention(modulate(self.norm_attention(tokens), shift_a, scale_a), positions)
         return tokens + self.mlp(modulate(self.norm_mlp(tokens), shift_m, scale_m))
+
+
+class AdaLNUnshiftedBlock(AdaLNBlock):
+    """The adaLN block without a shift: the scale of both norms is regressed."""
+
+    name = "adaLN-unshifted"
+    num_modulations = 2
+
+    def forward(self, tokens: Tensor, embedded: Embedded, positions: Tensor | None = None) -> Tensor:
+        """Return the new tokens: [B, T, d] -> [B, T, d]."""
+        scale_a, scale_m = self.modulations(embedded)
+        tokens = tokens + self.attention(scaled(self.norm_attention(tokens), scale_a), positions)
+        return tokens + self.mlp(scaled(self.norm_mlp(tokens), scale_m))
 
 
 class AdaLNZeroBlock(AdaLNBlock):
@@ -200,3 +233,30 @@ class AdaLNZeroUnshiftedBlock(AdaLNZeroBlock):
         mixed = self.attention(scaled(self.norm_attention(tokens), scale_a), positions)
         tokens = tokens + gate_a.unsqueeze(1) * mixed
         return tokens + gate_m.unsqueeze(1) * self.mlp(scaled(self.norm_mlp(tokens), scale_m))
+
+
+class AdaLNZeroSharedBlock(AdaLNZeroBlock):
+    """The adaLN-Zero block whose modulations are regressed once for all blocks, plus a learned table [6, d] of its own.
+
+    PixArt-alpha (Chen et al. 2023, arXiv 2310.00426, section 2.3) calls it adaLN-single. Here the label is part of the
+    condition, the tables begin at zero, as adaLN-Zero's modulations do, and the final layer is that of adaLN-Zero.
+    """
+
+    name = "adaLN-Zero-shared"
+
+    def _add_modulation(self, width: int) -> None:
+        self.modulation_table = nn.Parameter(torch.zeros(self.num_modulations, width))
+
+    def shared_modulation(self, width: int) -> SharedModulation:
+        """Return a new module that regresses the modulations of all blocks."""
+        return SharedModulation(width, self.num_modulations * width)
+
+    def initialize(self) -> None:
+        """Zero the table: with the shared modulation at zero, an untrained block is the identity."""
+        nn.init.zeros_(self.modulation_table)
+
+    def modulations(self, embedded: Embedded) -> tuple[Tensor, ...]:
+        """Return ``num_modulations`` tensors [B, d]."""
+        assert embedded.modulation is not None, "the network computes the modulation that its blocks share"
+        shared = embedded.modulation.unflatten(1, (self.num_modulations, -1))
+        return (shared + self.modulation_table).unbind(1)

@@ -1,4 +1,4 @@
-"""Convert weights from and to other programs, bit for bit: SiT (willisma/SiT) here, LightningDiT in a file of its own.
+"""Convert weights from and to other programs, bit for bit: SiT (willisma/SiT) here, others in files of their own.
 
 SiT's network is the released DiT under the same names, so its weights have the same form. They differ in their meaning,
 which the objective states (`diffusion.sit`): SiT's network sees t in [0, 1], where 0 is noise and 1 is data, and of its
@@ -9,12 +9,24 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from model.adm_weights import from_adm, to_adm
 from model.dit import DiT
+from model.ldm_weights import from_ldm, to_ldm
 from model.lightningdit import from_lightningdit, to_lightningdit
 from model.network import Network
 from model.released import from_reference, to_reference
 
-__all__ = ["from_lightningdit", "from_sit", "require_sits_frequencies", "to_lightningdit", "to_sit"]
+__all__ = [
+    "from_adm",
+    "from_ldm",
+    "from_lightningdit",
+    "from_sit",
+    "require_sits_frequencies",
+    "to_adm",
+    "to_ldm",
+    "to_lightningdit",
+    "to_sit",
+]
 
 
 def from_sit(state_dict: Mapping[str, Tensor], num_heads: int | None = None, num_classes: int | None = None) -> DiT:

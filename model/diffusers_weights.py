@@ -15,12 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from model.dit import DiT, DiTConfig
+from model.dit import FIXED_WITHIN, DiT, DiTConfig
 from model.network import Network
-from model.released import describe, require_depth, require_released_architecture, require_tensors, shapes_only
+from model.released import require_depth, require_released_architecture, require_tensors, shapes_only
 
 ANCHOR = "pos_embed.proj.weight"  # the tensor that identifies a state dict with diffusers' names
-FIXED_WITHIN = 2.0**-8  # most that averaging, or bfloat16, changes a fixed position embedding
 NULL_CLASS = 1000  # in `DiTPipeline`, whatever the number of classes
 _EMBEDDINGS = {  # ours -> diffusers', where every block has a copy
     "timestep_embedding.input": "timestep_embedder.linear_1",
@@ -104,8 +103,8 @@ def to_diffusers(
 ) -> None:
     """Write a folder that ``DiTPipeline.from_pretrained`` opens.
 
-    Without an ``autoencoder`` (diffusers' ``AutoencoderKL``) that call needs ``vae=None``, and the pipeline denoises
-    but does not decode. ``betas`` are those of the process that the weights were trained with; None: the paper's.
+    Without an ``autoencoder`` (of diffusers, such as ``AutoencoderKL``) that call needs ``vae=None``, and the pipeline
+    denoises but does not decode. ``betas`` are those of the process of the weights; None: the paper's.
 
     In diffusers, a model with ``frequency_shift`` 1 has the same outputs, and one with 0 has slightly different ones
     (see above). The pipeline's guidance uses class 1000 as the null class, which is right for 1,000 classes only.
@@ -136,7 +135,7 @@ def to_diffusers(
     parts = {
         "transformer": ["diffusers", "DiTTransformer2DModel"],
         "scheduler": ["diffusers", "DDIMScheduler"],
-        "vae": [None, None] if autoencoder is None else ["diffusers", "AutoencoderKL"],
+        "vae": [None, None] if autoencoder is None else ["diffusers", type(autoencoder).__name__],
     }
     names = {"id2label": dict(enumerate(class_names))} if class_names else {}
     _write_config(Path(folder) / "model_index.json", "DiTPipeline", {**names, **parts})
@@ -162,17 +161,14 @@ def _scheduler_settings(betas: Sequence[float] | None) -> dict[str, Any]:
 
 def notes_on_pipeline(network: Network) -> list[str]:
     """Return sentences on how the pipeline differs from this program for these weights."""
-    said, notes = describe(network), []
-    if said.frequency_shift == 0:
+    model, notes = _require_there(network), []
+    if model.config.frequency_shift == 0:
         notes.append("diffusers' DiT spaces the timestep's frequencies differently, so its outputs differ slightly.")
-    if said.position_drift > 0:
+    if (drift := model.position_drift()) > 0:
+        notes.append(f"diffusers' DiT uses the fixed position embedding, not this one, which differs by {drift:.2g}.")
+    if model.num_classes != NULL_CLASS:
         notes.append(
-            f"diffusers' DiT uses the fixed position embedding, not this one, which differs by "
-            f"{said.position_drift:.2g}."
-        )
-    if said.num_classes != NULL_CLASS:
-        notes.append(
-            f"DiTPipeline uses class {NULL_CLASS} as the null class, which is {said.num_classes} here: give "
+            f"DiTPipeline uses class {NULL_CLASS} as the null class, which is {model.num_classes} here: give "
             "it guidance_scale=1."
         )
     return notes

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from model.embeddings import (
     position_embedding_2d,
 )
 from model.network import Network
+from model.parts import family_name, parts_of
 
 BlockFactory = Callable[[int, int], Block]  # (width, num_heads) -> block
 EmbeddingFactory = Callable[..., ConditionEmbedding]  # (num_classes=, width=) -> embedding
@@ -36,6 +37,8 @@ _MOST = {
     "num_classes": 2**24,
 }
 _MOST_POSITIONS = 2**30  # numbers in the position embedding
+ROUNDING = 1e-6  # most that two ways of computing the fixed position embedding differ
+FIXED_WITHIN = 2.0**-8  # most that averaging, or bfloat16, changes a fixed position embedding
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,8 @@ class DiT(Network):
 
     config_class = DiTConfig
     config: DiTConfig
+    # No weight depends on the latent's size, but for a learned position table.
+    same_settings = ("channels", "patch_size", "width", "depth", "num_heads", "frequency_shift", "position_table")
     position_embedding: Tensor | None  # [T, d], if there is a table
     positions: Tensor | None  # [T, 2], if blocks use them
 
@@ -131,11 +136,14 @@ class DiT(Network):
         self.timestep_embedding = TimestepEmbedding(width, config.frequency_shift)
         embedding = config.condition_embedding()
         self._embedding_name = embedding.name
+        self.label_table = f"{embedding.name}.weight" if isinstance(embedding, LabelEmbedding) else None
         self.add_module(embedding.name, embedding)
         self._add_position_table()
         self.blocks = nn.ModuleList([config.block(width, config.num_heads) for _ in range(config.depth)])
         first = self.block_list[0]
+        self.shared_modulation = first.shared_modulation(width)
         self._block_name, self._assembly = first.name, first.assembly()
+        self._parts = parts_of(first)
         positions = grid_positions(grid) if first.sees_positions else None
         self.register_buffer("positions", positions, persistent=False)
         self.final_layer = first.final_layer(width, config.out_channels * config.patch_size**2)
@@ -162,6 +170,48 @@ class DiT(Network):
         labels = self.embedding
         return not isinstance(labels, LabelEmbedding) or labels.has_null_class
 
+    def notes_on_weights(self) -> Sequence[str]:
+        """Return a clause where the position embedding is not the fixed one."""
+        if (drift := self.position_drift()) <= ROUNDING:
+            return ()
+        return (f"its position embedding differs from the fixed one by up to {drift:.2g}; its own is used.",)
+
+    def require_start(self, found: Self, where: str) -> Sequence[str]:
+        """Return notes on replacing the position embedding by the fixed one.
+
+        Raises ValueError where it was trained, or is for another grid, and for weights of other blocks.
+        """
+        self._require_blocks(found, where)
+        sizes = found.config.latent_size, self.config.latent_size
+        if sizes[0] != sizes[1] and self.config.position_table == "learned":
+            raise ValueError(
+                f"init_from {where} has a learned position table for latents of side {sizes[0]}, but model.latent_size "
+                f"is {sizes[1]}; start from weights of that size."
+            )
+        if (drift := found.position_drift()) > FIXED_WITHIN:
+            raise ValueError(
+                f"init_from {where} has a trained position embedding, which differs by up to {drift:.3g} from the "
+                "fixed one of a run; start from weights with a fixed one."
+            )
+        if sizes[0] != sizes[1]:
+            return (
+                f"{where} has latents of side {sizes[0]} and this run of {sizes[1]}: all weights are taken over, and "
+                "the positions are those of this run's grid.",
+            )
+        if drift > ROUNDING:
+            return (f"{where}: this run replaces its position embedding by the fixed one (difference {drift:.2g}).",)
+        return ()
+
+    def _require_blocks(self, found: Self, where: str) -> None:
+        """Raise ValueError where other blocks would compute another function of weights that may have equal shapes."""
+        theirs, ours = ((family_name(dit._parts, "fixed"), dit._block_name) for dit in (found, self))
+        if theirs != ours:
+            raise ValueError(
+                f"init_from {where} has other blocks than model.block: its weights are of the family {theirs[0]} with "
+                f"{theirs[1]} blocks, but this run's network is of {ours[0]} with {ours[1]} blocks; choose the parts "
+                "of the weights."
+            )
+
     def position_drift(self) -> float:
         """Return the largest difference between a fixed position embedding and the sine-cosine one; 0 for others."""
         if self.position_embedding is None or self.config.position_table != "fixed":
@@ -182,7 +232,7 @@ class DiT(Network):
         """Return the family, patch size, width, depth and the name of the blocks."""
         config = self.config
         return {
-            "family": "DiT",
+            "family": family_name(self._parts, config.position_table),
             "patch_size": config.patch_size,
             "width": config.width,
             "depth": config.depth,
@@ -220,6 +270,8 @@ class DiT(Network):
             nn.init.normal_(table, std=0.02, generator=generator)
         if isinstance(self.position_embedding, nn.Parameter):
             nn.init.normal_(self.position_embedding, std=0.02, generator=generator)
+        if self.shared_modulation is not None:
+            self.shared_modulation.initialize()
         for block in self.block_list:
             block.initialize()
         self.final_layer.initialize()
@@ -251,6 +303,8 @@ class DiT(Network):
         if self.config.residual == "bf16" and torch.is_autocast_enabled(tokens.device.type):
             tokens = tokens.bfloat16()
         embedded = self.embedding.embed(self.timestep_embedding(t), condition)
+        if self.shared_modulation is not None:
+            embedded = embedded._replace(modulation=self.shared_modulation(embedded.vector))
         sequence = self._assembly.enter(tokens, embedded)
         positions = None if self.positions is None else self._assembly.places(self.positions, embedded)
         for number, block in enumerate(self.blocks, start=1):

@@ -85,6 +85,7 @@ class Embedded(NamedTuple):
     vector: Tensor  # [B, d], for adaptive norms
     tokens: Tensor  # [B, M, d], the same as a sequence, for in-context and cross-attention blocks; M is not fixed
     mask: Tensor | None  # [B, M] bool, False where there is no token; None: there is one everywhere
+    modulation: Tensor | None = None  # [B, k d], computed once for all blocks where they share it
 
 
 class ConditionEmbedding(nn.Module):

@@ -105,13 +105,20 @@ class _Parts:
         )
 
 
-def from_lightningdit(state_dict: Mapping[str, Tensor], num_heads: int | None = None) -> DiT:
+def has_its_parts(state: Mapping[str, Tensor]) -> bool:
+    """Return whether weights, which have the released names, have a part that the released DiT does not have."""
+    return any(asdict(_Parts.of_state(state)).values())
+
+
+def from_lightningdit(
+    state_dict: Mapping[str, Tensor], num_heads: int | None = None, num_classes: int | None = None
+) -> DiT:
     """Return a DiT with LightningDiT's weights; its shape and its parts are inferred from them.
 
-    ``num_heads`` as in `from_reference`. Raises ValueError naming the first three tensors that do not fit, and for
-    rotary tables other than those of whole rows and columns.
+    ``num_heads`` and ``num_classes`` as in `from_reference`. Raises ValueError naming the first three tensors that
+    do not fit, and for rotary tables other than those of whole rows and columns.
     """
-    arguments = shape_of(state_dict, num_heads, None) | {"block": _Parts.of_state(state_dict).block}
+    arguments = shape_of(state_dict, num_heads, num_classes) | {"block": _Parts.of_state(state_dict).block}
     rows = label_rows(state_dict)
     expected = to_lightningdit(with_rows(shapes_only(arguments), rows))
     require_tensors(state_dict, {name: tuple(value.shape) for name, value in expected.items()})

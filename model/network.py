@@ -5,10 +5,13 @@ keys of its section in ``conf/`` are the fields of that class.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MethodType
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
+
+_SHAPES_OF_A_UNIT = 8  # most shapes of its inputs for which a unit is compiled, which is PyTorch's default
 
 
 class Network(nn.Module):
@@ -17,6 +20,8 @@ class Network(nn.Module):
     config_class: ClassVar[type]  # of ``config``
     latent_shape: tuple[int, int, int]  # (c, h, w)
     out_channels: int  # of its output
+    label_table: str | None = None  # name of the weight with a row for each class and, usually, one for the null class
+    same_settings: ClassVar[tuple[str, ...]] = ()  # settings without whose agreement weights have another meaning
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -76,6 +81,31 @@ class Network(nn.Module):
         """Return warnings about the network's shape, one sentence each."""
         return ()
 
+    @property
+    def num_classes(self) -> int:
+        """Return the number of classes that it embeds, without the null class; 0 for an unconditional network."""
+        return int(self.config.num_classes)
+
+    @property
+    def has_null_class(self) -> bool:
+        """Return whether the condition can be dropped. Weights of other programs may have no row for that."""
+        return True
+
+    def config_for_classes(self, num_classes: int, null_class: bool) -> Any:
+        """Return the config of the same network for other classes. ``null_class`` counts where the config says it."""
+        return replace(self.config, num_classes=num_classes)
+
+    def notes_on_weights(self) -> Sequence[str]:
+        """Return a clause on each way in which its weights, of another program, differ from those trained here."""
+        return ()
+
+    def require_start(self, found: Self, where: str) -> Sequence[str]:
+        """Return sentences on the parts of ``found``, which was read from ``where``, that a run does not start with.
+
+        Raises ValueError where the weights would have another meaning in this network, although their shapes agree.
+        """
+        return ()
+
 
 def checkpoint_units(network: Network, checkpoint: Callable[..., Any]) -> None:
     """Keep only units' inputs for the backward pass, which recomputes the rest: less memory, a third more compute.
@@ -84,9 +114,27 @@ def checkpoint_units(network: Network, checkpoint: Callable[..., Any]) -> None:
     are trees of tensors and other values.
     """
 
-    def forward(unit: nn.Module, *arguments: Any) -> Any:
+    def forward(unit: nn.Module, *arguments: Any, **named: Any) -> Any:
+        if named:
+            return checkpoint(_forward_with_names, unit, arguments, named)
         return checkpoint(type(unit).forward, unit, *arguments)
 
     for unit in network.units():
         # One function takes every unit as an argument, so that it is compiled once for all of them.
         unit.forward = MethodType(forward, unit)
+
+
+def compile_each_unit(network: Network) -> None:
+    """Compile the network unit by unit. Units of one class and shape share a compilation."""
+    import torch._dynamo.config as limits  # imported late: PyTorch's compiler takes a second
+
+    units = network.units()
+    # By default, a function that was compiled for 8 shapes runs uncompiled for others. A U-Net's units have more.
+    limits.recompile_limit = max(limits.recompile_limit, _SHAPES_OF_A_UNIT * len(units))
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, _SHAPES_OF_A_UNIT * len(units))
+    for unit in units:
+        unit.compile()
+
+
+def _forward_with_names(unit: nn.Module, arguments: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    return type(unit).forward(unit, *arguments, **named)

@@ -7,10 +7,8 @@ averages it into the EMA, where it drifts by rounding, so networks compute with 
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from model.attention import SelfAttention
@@ -22,7 +20,6 @@ from model.mlp import GeluMlp
 from model.network import Network
 
 ANCHOR = "x_embedder.proj.weight"  # the tensor that identifies a state dict with the released names
-ROUNDING = 1e-6  # most that two ways of computing the fixed position embedding differ
 _LABELS = "y_embedder.embedding_table.weight"
 # Released name -> ours, for all tensors except the two that have another shape (see `to_reference`).
 _RENAMED = (
@@ -40,38 +37,12 @@ _RENAMED = (
 _HEADS_OF_WIDTH = {384: 6, 768: 12, 1024: 16, 1152: 16}  # S, B, L, XL
 
 
-@dataclass(frozen=True)
-class Description:
-    """The facts that determine how this program and others read and use the weights."""
-
-    num_heads: int
-    num_classes: int
-    has_null_class: bool
-    frequency_shift: int
-    position_drift: float  # largest difference between the position embedding and the fixed one
-
-
-def describe(network: Network) -> Description:
-    """Describe a network for other programs. Raises ValueError where it is not a DiT."""
-    model, config = _dit(network), _dit(network).config
-    return Description(
-        config.num_heads, config.num_classes, model.has_null_class, config.frequency_shift, model.position_drift()
-    )
-
-
 def _dit(network: Network) -> DiT:
     if not isinstance(network, DiT):
         raise ValueError(
             f"Other programs have only DiT, but the model is of class {type(network).__name__}; keep it in our format."
         )
     return network
-
-
-def notes_on_reference(network: Network) -> list[str]:
-    """Return sentences on how the released code differs from this program for these weights."""
-    if describe(network).frequency_shift == 0:
-        return []
-    return ["the released code spaces the timestep's frequencies differently, so its outputs differ slightly."]
 
 
 def from_reference(
@@ -147,7 +118,9 @@ def require_released_architecture(network: Network) -> DiT:
     return model
 
 
-def require_tensors(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+def require_tensors(
+    state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], network: str = "a DiT"
+) -> None:
     """Raise ValueError where names or shapes of tensors differ from the expected ones, naming the first three."""
     problems = [f"{name} is missing" for name in expected if name not in state]
     problems += [f"{name} is unknown" for name in state if name not in expected]
@@ -157,7 +130,7 @@ def require_tensors(state: Mapping[str, Tensor], expected: Mapping[str, tuple[in
         if name in state and tuple(state[name].shape) != shape
     ]
     if problems:
-        raise ValueError(f"These are not a DiT's weights: {'; '.join(problems[:3])} ({len(problems)} in all).")
+        raise ValueError(f"These are not {network}'s weights: {'; '.join(problems[:3])} ({len(problems)} in all).")
 
 
 def require_depth(state: Mapping[str, Tensor], pattern: str) -> int:
@@ -167,24 +140,6 @@ def require_depth(state: Mapping[str, Tensor], pattern: str) -> int:
         absent = min(set(range(len(numbers) + 1)) - numbers)
         raise ValueError(f"These are not a DiT's weights: there are {len(numbers)} blocks, but no block {absent}.")
     return len(numbers)
-
-
-def replace_label_table(model: DiT, num_classes: int) -> DiT:
-    """Return the same network for another number of classes; only its label table is new, drawn from seed 0."""
-    renewed = DiT(replace(model.config, num_classes=num_classes))
-    kept = {name: value for name, value in model.state_dict().items() if not name.startswith("label_embedding.")}
-    renewed.load_state_dict(kept, strict=False)
-    if model.config.position_table == "fixed":
-        set_positions(renewed, positions_of(model))
-    return renewed
-
-
-@torch.no_grad()
-def add_null_class(model: DiT) -> DiT:
-    """Return the same network with a new row for the null class, drawn from seed 0, after its classes' rows."""
-    completed = replace_label_table(model, model.config.num_classes)
-    _labels(completed).weight[:-1] = _labels(model).weight
-    return completed
 
 
 def positions_of(model: DiT) -> Tensor:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from report import paper
 from report.bubbles import Bubble, draw_bubbles, draw_systems
+from report.curves import DISTANCE, NoDataError, curves_of, draw_curves, legend_of_curves, scaling_of
 from report.fit import CONFIDENCE
 from report.models import kind_of, model_name, patch_name, patch_order, size_name
 from report.study import MEASURES, Measure, Record, Study, distance_name, number_of
@@ -19,7 +20,7 @@ from report.style import (
     GFLOPS,
     GRAY,
     Palette,
-    kind_color,
+    kind_colors,
     label_axes,
     legend_of_sizes,
     literal,
@@ -32,12 +33,7 @@ from report.style import (
     steps_axis,
 )
 
-DISTANCE = "frechet_distance"
 SampleGrid = tuple[list[str], NDArray[np.uint8]]  # names of runs, images [runs, columns, H, W, C]
-
-
-class NoDataError(Exception):
-    """The runs do not have the data for a figure; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +48,20 @@ class PaperFigure:
 
 def figure_2(study: Study) -> Figure:
     """Draw distance against Gflops as bubbles with area by Gflops; on the right our best model and other systems."""
-    records = _scaling(study, 2)
+    curves = curves_of(study)
+    records = scaling_of(study, 2) if len(curves) == 1 else [record for curve in curves for record in curve.records]
     best = _best_beside_table_2(study)
     figure = new_figure(11 if best else 6.4, 4.4)
     left, *right = figure.subplots(1, 2 if best else 1, squeeze=False)[0]
     palette = Palette([*records, *([best] if best else [])])
-    models = [Bubble(model_name(r), r["gmacs"], r[DISTANCE], palette(r)) for r in records]
+    models = [
+        Bubble(model_name(r), r["gmacs"], r[DISTANCE], palette(r) if len(curves) == 1 else curve.color)
+        for curve in curves
+        for r in curve.records
+    ]
     draw_bubbles(left, models, study.distance_name)
+    if len(curves) > 1:
+        legend_of_curves(left, curves)
     left.set_title(f"Each model after {_moment(study)}; area by Gflops")
     if best:
         draw_systems(right[0], best, palette(best))
@@ -87,14 +90,15 @@ def figure_5(study: Study) -> Figure:
     panels = {model: names for model, names in by_model.items() if len({kind_of(study.chosen[n]) for n in names}) > 1}
     if not panels:
         raise NoDataError("no size and patch size has runs of two block types; sweep model/block.")
+    colors = kind_colors([kind_of(study.chosen[name]) for names in panels.values() for name in names])
     figure, grid = new_grid(len(panels), columns=3)
     for axes, (model, names) in zip(grid, panels.items(), strict=False):
         for name in names:
             records, kind = curves[name], kind_of(study.chosen[name])
             label = once(axes, literal(kind.name))
-            axes.plot(_steps(records), _values(records), "o-", color=kind_color(kind), label=label, alpha=0.9)
+            axes.plot(_steps(records), _values(records), "o-", color=colors[kind], label=label, alpha=0.9)
         for name in names:
-            _rings_over_training(axes, curves[name], kind_color(kind_of(study.chosen[name])))
+            _rings_over_training(axes, curves[name], colors[kind_of(study.chosen[name])])
         axes.set_title(model)
         steps_axis(axes)
         axes.legend()
@@ -177,8 +181,9 @@ def figure_7(samples: SampleGrid, study: Study) -> Figure:
 
 
 def figure_8(study: Study) -> Figure:
-    """Draw distance against Gflops on logarithmic axes, with the fit."""
-    records = _scaling(study, 2)
+    """Draw distance against Gflops on logarithmic axes, with the fit, or with each family's where there are several."""
+    curves = curves_of(study)
+    records = scaling_of(study, 2) if len(curves) == 1 else [record for curve in curves for record in curve.records]
     figure = new_figure(6.8, 4.6)
     axes, palette = figure.subplots(), Palette(records)
     if paper.shares_figure_8(study.protocol):
@@ -187,7 +192,10 @@ def figure_8(study: Study) -> Figure:
             if point.model not in map(model_name, records):
                 place = (point.gmacs, point.fid)
                 axes.annotate(point.model, place, (7, 4), textcoords="offset points", fontsize=7.5, color=GRAY)
-    _points_and_fit(axes, study, DISTANCE, palette, names=True)
+    if len(curves) == 1:
+        _points_and_fit(axes, study, DISTANCE, palette, names=True)
+    else:
+        draw_curves(axes, curves)
     floor = study.protocol["frechet_distance_of_real_resample"]
     if floor is not None and floor > min(_values(records)) / 4:  # a lower line would squeeze the curve
         axes.axhline(floor, linestyle=":", color=GRAY, linewidth=1.2)
@@ -205,6 +213,7 @@ def figure_8(study: Study) -> Figure:
     label_axes(axes, GFLOPS, study.distance_name)
     fit = study.fit()
     held = f": slope {fit.slope:.2f}, correlation {fit.correlation:.2f}" if fit else ""
+    held = held if len(curves) == 1 else ", by family"
     axes.set_title(f"{literal(study.distance_name.split(' on ')[0])} against Gflops{held}")
     return figure
 
@@ -273,7 +282,7 @@ def figure_12(study: Study) -> Figure:
             "the runs hold no metric besides the distance; measure with "
             "evaluation.metrics=[fid,sfid,inception_score,precision_recall] (or [frechet,precision_recall])."
         )
-    records = _scaling(study, 2)
+    records = scaling_of(study, 2)
     palette = Palette(records)
     figure = new_figure(8.4, 2.7 * len(found) + 0.3)
     grid = figure.subplots(len(found), 2, squeeze=False, sharey="row")
@@ -318,13 +327,6 @@ def _rings_over_training(axes: Axes, curve: Sequence[Record], color: str) -> Non
     """Draw the paper's points up to the last step of our curve, since later ones would squeeze the curves."""
     points = [p for p in paper.points_of(curve[-1]) if p.step <= curve[-1]["step"]]
     _rings(axes, [(point.step, point.fid) for point in points], color)
-
-
-def _scaling(study: Study, at_least: int) -> list[Record]:
-    records = list(study.scaling().values())
-    if len(records) < at_least:
-        raise NoDataError(f"there are {len(records)} models of one kind, but a curve needs {at_least}; train more.")
-    return records
 
 
 def _points_and_fit(axes: Axes, study: Study, key: str, palette: Palette, names: bool) -> None:

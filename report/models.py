@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from report.paper import SIZES
+from report.paper import PAPERS_FAMILY, SIZES
 
 
 class Kind(NamedTuple):
@@ -14,13 +14,16 @@ class Kind(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Return a short name: that of the blocks, or else of the family."""
+        """Return a short name: that of the paper's blocks, or else of the family, with its blocks where it has any."""
+        if self.block and self.family != PAPERS_FAMILY:
+            return f"{self.family}, {self.block}"
         return self.block or self.family
 
     @property
     def models(self) -> str:
         """Return the words for several models of this kind, such as "models with adaLN-Zero blocks"."""
-        return f"models with {self.block} blocks" if self.block else f"models of the family {self.family}"
+        of_family = "" if self.family == PAPERS_FAMILY else f" of the family {self.family}"
+        return f"models{of_family} with {self.block} blocks" if self.block else f"models{of_family}"
 
 
 def kind_of(record: Mapping[str, Any]) -> Kind:

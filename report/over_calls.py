@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from report.figures import DISTANCE, NoDataError
+from report.curves import DISTANCE, NoDataError
 from report.models import kind_of, model_name
 from report.objectives import key_of, names_of
 from report.records import num_calls

@@ -14,7 +14,7 @@ from PIL import Image
 from core.reading import DamagedFileError, read_regular
 from report import paper
 from report.fit import PowerLaw
-from report.models import model_name
+from report.models import Kind, model_name
 from report.study import COLUMNS, PROTOCOL_KEYS, Record, Study
 from train.runfolder import RunFolder
 
@@ -60,7 +60,7 @@ def page_of(study: Study, figures: list[Shown], runs: list[dict[str, Any]]) -> s
         figures=figures,
         rows=_filled([_row(row) for row in study.rows]),
         every=[_evaluation(record) for record in every],
-        fit_text=_fit_text(study.fit(), study),
+        fit_texts=[_fit_text(study.fit(kind=kind), kind) for kind in study.kinds()],
         protocol={key: _texts(study, key) for key in SHOWN_KEYS if key in study.protocol},
         runs=runs,
         beside_paper=any(paper.points_of(record) for record in study.chosen.values()),
@@ -119,13 +119,13 @@ def _read_png(path: Path) -> bytes:
     return content
 
 
-def _fit_text(fit: PowerLaw | None, study: Study) -> str:
+def _fit_text(fit: PowerLaw | None, kind: Kind) -> str:
     if fit is None:
-        return "There is no fit: it needs at least 3 models with different Gflops."
+        return f"There is no fit of the {kind.models}: it needs at least 3 models with different Gflops."
     low, high = fit.slope_interval
     return (
         f"log10(distance) = {fit.intercept:.3f} + {fit.slope:.3f} log10(Gflops) through the {fit.count} "
-        f"{study.main_kind.models}; 95% confidence interval of the slope {low:.3f} to {high:.3f}. "
+        f"{kind.models}; 95% confidence interval of the slope {low:.3f} to {high:.3f}. "
         f"Correlation {fit.correlation:.2f} of both logarithms, {fit.semilog_correlation:.2f} of log Gflops and the "
         f"distance (the paper's FID: -0.93), {fit.rank_correlation:.2f} of ranks. The band assumes that the "
         "models deviate independently, and does not include the noise between seeds."

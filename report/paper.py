@@ -12,6 +12,7 @@ from evaluation.features.inception import SHA256 as INCEPTION_SHA256
 # (width, depth) of table 1.
 SIZES = {(384, 12): "S", (768, 12): "B", (1024, 24): "L", (1152, 28): "XL"}
 BATCH_SIZE = 256
+PAPERS_FAMILY = "DiT"  # of networks, in records
 MAIN_BLOCK = "adaLN-Zero"  # of figures 2 and 6 to 10
 SWEEP_STEPS = 400_000  # of all twelve models and four blocks
 
@@ -113,7 +114,7 @@ def is_guided(record: Mapping[str, Any]) -> bool:
 
 def points_of(record: Mapping[str, Any]) -> list[Point]:
     """Return table 4's points of the record's model and block; none if it was measured differently."""
-    if not shares_table_4(record):
+    if not shares_table_4(record) or record["family"] != PAPERS_FAMILY:
         return []
     return [point for point in TABLE_4 if (point.model, point.block) == (_model(record), record.get("block"))]
 
@@ -121,7 +122,7 @@ def points_of(record: Mapping[str, Any]) -> list[Point]:
 def sampling_points_of(record: Mapping[str, Any]) -> list[SamplingPoint]:
     """Return figure 10's points of the record's model; none if it was measured differently, apart from the steps."""
     fits = _is_adms_fid(record, 10_000) and _is_of_the_sweep(record) and record["step"] == SWEEP_STEPS
-    if not fits or record.get("block") != MAIN_BLOCK:
+    if not fits or (record["family"], record.get("block")) != (PAPERS_FAMILY, MAIN_BLOCK):
         return []
     return [point for point in FIGURE_10 if point.model == _model(record)]
 

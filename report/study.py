@@ -149,31 +149,43 @@ class Study:
 
     @property
     def main_kind(self) -> Kind:
-        """Return the kind of model of the scaling figures: that of most runs, with preference for the paper's block.
+        """Return the kind of model of the scaling figures: that of most runs, with preference for the paper's.
 
         Runs of other objectives do not count.
         """
-        kinds = [kind_of(record) for name, record in self.chosen.items() if self.is_main(name)]
-        return max(kinds, key=lambda kind: (kinds.count(kind), kind.block == paper.MAIN_BLOCK))
+        return _most_frequent([kind_of(record) for name, record in self.chosen.items() if self.is_main(name)])
+
+    def kinds(self) -> list[Kind]:
+        """Return the kind of each family's curve: the main one first, then of each other family that of most runs."""
+        main, by_family = self.main_kind, defaultdict(list)
+        for record in self.chosen.values():
+            by_family[record["family"]].append(kind_of(record))
+        return [main, *(_most_frequent(kinds) for name, kinds in sorted(by_family.items()) if name != main.family)]
+
+    def objective_of(self, kind: Kind) -> str:
+        """Return the objective of the curve of a kind: the main one where the kind has it, else that of most runs."""
+        found = [self.objectives[name] for name, record in self.chosen.items() if kind_of(record) == kind]
+        return self.main_objective if self.main_objective in found else max(found, key=found.count)
 
     def is_main(self, name: str) -> bool:
         """Return whether a run has the main objective."""
         return self.objectives[name] == self.main_objective
 
-    def scaling(self) -> dict[str, Record]:
-        """Return the chosen records of the main kind and objective, by increasing gmacs."""
-        main = self.main_kind
-        found = {name: r for name, r in self.chosen.items() if kind_of(r) == main and self.is_main(name)}
+    def scaling(self, kind: Kind | None = None) -> dict[str, Record]:
+        """Return the chosen records of a kind, by default the main one, with its objective, by increasing gmacs."""
+        kind = kind or self.main_kind
+        objective = self.objective_of(kind)
+        found = {n: r for n, r in self.chosen.items() if kind_of(r) == kind and self.objectives[n] == objective}
         return dict(sorted(found.items(), key=lambda item: item[1]["gmacs"]))
 
-    def fit(self, key: str = "frechet_distance") -> PowerLaw | None:
-        """Return the fit through the models of the main kind, against gmacs.
+    def fit(self, key: str = "frechet_distance", kind: Kind | None = None) -> PowerLaw | None:
+        """Return the fit through the models of a kind, by default the main one, against gmacs.
 
         Several runs of one model, such as several seeds, are one point, their geometric mean: as separate points they
         would make the band too narrow.
         """
         values: defaultdict[tuple[str, float], list[float]] = defaultdict(list)
-        for record in self.scaling().values():
+        for record in self.scaling(kind).values():
             if (value := number_of(record, key)) is not None:
                 values[model_name(record), record["gmacs"]].append(value)
         if any(min(of_model) <= 0 for of_model in values.values()):
@@ -205,6 +217,15 @@ class Study:
         swept = {family: _with_several(points) for family, points in families.items()}
         best = max(swept.values(), key=lambda curves: (sum(map(len, curves.values())), _newest(curves)), default={})
         return best
+
+
+def _most_frequent(kinds: Sequence[Kind]) -> Kind:
+    """Return the kind that most have, with preference for the paper's block and family."""
+
+    def preference(kind: Kind) -> tuple[int, bool, bool]:
+        return kinds.count(kind), kind.block == paper.MAIN_BLOCK, kind.family == paper.PAPERS_FAMILY
+
+    return max(kinds, key=preference)
 
 
 def read_study(sweep: Path, only: Sequence[str] | None = None) -> Study:

@@ -53,6 +53,8 @@ OBJECTIVE_STYLES = (
     ("#cc79a7", "X"),
     ("#7a7a7a", "*"),
 )
+# Of families of networks, the paper's DiT first: colors of Okabe and Ito.
+FAMILY_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7a7a7a")
 SAMPLER_LINES = ("-", "--", ":", "-.")
 GRAY = "#8a8f98"
 GFLOPS = "Gflops of a forward pass (giga multiply-adds)"
@@ -80,9 +82,11 @@ def marker(record: Mapping[str, Any]) -> str:
     return _MARKERS.get(record.get("patch_size", 0), "D")
 
 
-def kind_color(kind: Kind) -> str:
-    """Return the color of a kind of model: that of its block type."""
-    return _BLOCK_COLORS.get(kind.name, GRAY)
+def kind_colors(kinds: Iterable[Kind]) -> dict[Kind, str]:
+    """Return the color of each kind of model: that of its block type, or else one that no other of them has."""
+    others = sorted({kind for kind in kinds if kind.name not in _BLOCK_COLORS}, key=lambda kind: kind.name)
+    free = {kind: FAMILY_COLORS[1 + i % (len(FAMILY_COLORS) - 1)] for i, kind in enumerate(others)}
+    return {kind: _BLOCK_COLORS.get(kind.name) or free[kind] for kind in kinds}
 
 
 def new_figure(width: float, height: float) -> matplotlib.figure.Figure:

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from core.atomic import make_folder, require_no_folder, write_bytes
 from report import over_calls
-from report.figures import FIGURES, NoDataError, SampleGrid, figure_7
+from report.curves import NoDataError
+from report.figures import FIGURES, SampleGrid, figure_7
 from report.page import Shown, page_of, runs_of
 from report.study import Study
 from report.style import content_of, styled

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from core.batch import Batch, mapped, micro_batches_of, require_divisible
-from model.network import Network
+from model.network import Network, compile_each_unit
 from runtime.accelerate_devices import AccelerateDevices
 from runtime.kernels import missing_for_kernels
 from runtime.protocol import Metrics, Precision, Step, by_name
@@ -165,8 +165,8 @@ def _units(module: nn.Module) -> Sequence[nn.Module]:
 def _compile_regions(model: nn.Module) -> None:
     """Compile unit by unit: all units of one class and shape share one compilation."""
     torch._dynamo.config.optimize_ddp = False  # it would split blocks at the boundaries of gradient buckets
-    for unit in _units(model):
-        unit.compile()
+    if isinstance(model, Network):
+        compile_each_unit(model)
 
 
 def _fuse(optimizer: torch.optim.Optimizer) -> None:

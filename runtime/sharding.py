@@ -1,9 +1,9 @@
 """Choose the dimension along which each parameter is sharded: one rule for matrices, and a table of exceptions.
 
-A matrix, or a tensor of more dimensions, is sharded along its first dimension that the number of devices divides. In a
-DiT that is a multiple of the model's width (in all of the paper's sizes a multiple of 128), but for SwiGLU's hidden
-width, whose rows may not divide; then its columns do. Vectors stay whole: they are small, and each sharded one costs a
-collective.
+A matrix is sharded along its first dimension that the number of devices divides. In a DiT that is a multiple of the
+model's width (in all of the paper's sizes a multiple of 128), but for SwiGLU's hidden width, whose rows may not divide;
+then its columns do. A convolution falls back in the same way from its outputs to its inputs, and stays whole where the
+devices divide neither. Vectors stay whole: they are small, and each sharded one costs a collective.
 """
 
 import re
@@ -18,8 +18,10 @@ Rule = tuple[str, Axes]  # pattern of a full parameter name, its axes
 # Matrices whose number of rows is not a multiple of the model's width, though the devices may happen to divide it.
 EXCEPTIONS: tuple[Rule, ...] = (
     (r"label_embedding\.weight", (None, SHARDED)),  # [classes + 1, d]
+    (r"unet\.class_embedding\.weight", (None, SHARDED)),  # the same of a U-Net
     (r"final_layer\.decoder\.weight", (None, SHARDED)),  # [2 c p p, d]
     (r"position_embedding", (None, SHARDED)),  # [T, d], where it is learned
+    (r"blocks\.\d+\.modulation_table", (None, SHARDED)),  # [6, d], where blocks share a modulation
 )
 
 
@@ -41,7 +43,10 @@ def axes_of(name: str, shape: Sequence[int], num_shards: int, exceptions: Sequen
         assert len(axes) == len(shape), (name, axes, tuple(shape))
         dimension = axes.index(SHARDED)
     else:
-        dimension = next((number for number, size in enumerate(shape) if size % num_shards == 0), 0)
+        outputs_and_inputs = enumerate(shape[:2])
+        dimension = next((number for number, size in outputs_and_inputs if size % num_shards == 0), 0)
+    if len(shape) > 2 and shape[dimension] % num_shards:
+        return (None,) * len(shape)
     if shape[dimension] % num_shards:
         raise ValueError(
             f"{name} has {shape[dimension]} rows to shard, which is not a multiple of {num_shards} devices; set "

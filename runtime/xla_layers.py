@@ -67,10 +67,15 @@ class _Spread(torch.autograd.Function):
 
 
 def trace_friendly(model: nn.Module) -> None:
-    """Replace layer norms by elementary operations: XLA makes them batch norms, which not all backends partition."""
+    """Replace norms by elementary operations.
+
+    XLA makes layer norms batch norms, which not all backends partition, and computes group norms on the host.
+    """
     for part in model.modules():
         if isinstance(part, nn.LayerNorm):
             part.forward = partial(_layer_norm, part)  # type: ignore[method-assign]
+        if isinstance(part, nn.GroupNorm):
+            part.forward = partial(_group_norm, part)  # type: ignore[method-assign]
 
 
 def _layer_norm(norm: nn.LayerNorm, vectors: Tensor) -> Tensor:
@@ -79,3 +84,12 @@ def _layer_norm(norm: nn.LayerNorm, vectors: Tensor) -> Tensor:
     centered = vectors - vectors.mean(dim=-1, keepdim=True)
     normalized = centered * torch.rsqrt(centered.square().mean(dim=-1, keepdim=True) + norm.eps)
     return normalized if norm.weight is None else normalized * norm.weight + norm.bias
+
+
+def _group_norm(norm: nn.GroupNorm, images: Tensor) -> Tensor:
+    """Return ``norm(images)``, [B, C, ...], over groups of channels and all places, in float32 as under autocast."""
+    groups = images.float().unflatten(1, (norm.num_groups, -1)).flatten(2)
+    centered = groups - groups.mean(dim=2, keepdim=True)
+    normalized = centered * torch.rsqrt(centered.square().mean(dim=2, keepdim=True) + norm.eps)
+    shape = (1, -1, *(1,) * (images.dim() - 2))
+    return normalized.view(images.shape) * norm.weight.view(shape) + norm.bias.view(shape)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -43,5 +43,55 @@ def make_autoencoder(folder: Path, channels: int = 4, seed: int = 0) -> Path:
         latent_channels=channels,
         norm_num_groups=4,
         layers_per_block=1,
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_vq(folder: Path, norm_type: str = "group", scale: float = 0.18215) -> Path:
+    """Write a diffusers ``VQModel`` with random weights, factor 2, 3 channels and 32 codes."""
+    torch.manual_seed(0)
+    network = VQModel(
+        block_out_channels=(32, 32) if norm_type == "spatial" else (8, 16),  # normalizing by codes needs groups of 32
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        num_vq_embeddings=32,
+        norm_num_groups=4,
+        norm_type=norm_type,
+        scaling_factor=scale,
+    )
+    network.quantize.embedding.weight.data.normal_(std=0.5)
+    network.save_pretrained(folder)
+    return folder
+
+
+def make_dc(folder: Path, channels: int = 32, scale: float = 0.5) -> Path:
+    """Write a diffusers ``AutoencoderDC`` with random weights and factor 32."""
+    torch.manual_seed(0)
+    stages = {
+        f"{part}_{name}": value
+        for part in ("encoder", "decoder")
+        for name, value in (
+            ("block_types", ("ResBlock",) * 5 + ("EfficientViTBlock",)),
+            ("block_out_channels", (8, 8, 8, 16, 16, 32)),
+            ("layers_per_block", (1,) * 6),
+            ("qkv_multiscales", ((),) * 5 + ((5,),)),
+        )
+    }
+    AutoencoderDC(latent_channels=channels, attention_head_dim=4, scaling_factor=scale, **stages).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def make_tiny(folder: Path) -> Path:
+    """Write a diffusers ``AutoencoderTiny`` with random weights, 16 channels and factor 4."""
+    torch.manual_seed(0)
+    widths, blocks = (8, 8, 8), (1, 1, 1)
+    AutoencoderTiny(
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        num_encoder_blocks=blocks,
+        num_decoder_blocks=blocks,
+        latent_channels=16,
     ).save_pretrained(folder)
     return folder

@@ -7,40 +7,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from core.remote import is_remote
-from data.conditions import ClassLabels
+from data.conditions import ClassLabels, Unconditional
 from data.images import ExactSize, Preparation
 from data.plan import latent_spec
 from diffusion.objective import Objective
 from launch.builders.build import LoadedCheckpoint, require_outputs
 from launch.builders.components import build, target_of
 from launch.builders.diffusers_folder import WEIGHTS, is_diffusers_folder, read_class_names, read_diffusers_folder
+from launch.builders.directions import require_direction, require_its_objective, require_sits_objective
 from launch.builders.foreign_process import notes_on_process
 from launch.builders.hub import fetch_from_hub, may_be_hub_name
 from launch.builders.normalization import normalized
-from launch.builders.sit import program_of, require_direction, require_dits_objective, require_sits_objective
 from launch.builders.weight_files import read_weight_file
 from launch.builders.weight_tables import EMA, choose_table
 from launch.command.settings import EvaluateSettings, SampleSettings
 from model.autoencoder import Autoencoder
+from model.dit_families import frequency_shift_of
+from model.families import RELEASED_DIT, family_of, require_fit, require_settings, stated
+from model.family import Facts, Family
 from model.network import Network
-from model.released import ANCHOR, ROUNDING, Description, describe, from_reference, label_rows
 from runtime.protocol import Devices
 
 _SUFFIXES = {".pt", ".pth", ".ckpt", ".bin", ".safetensors"}
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Settings that the files of other programs may not state. None: the file's own, or the usual value."""
-
-    num_heads: int | None = None
-    num_classes: int | None = None
-    frequency_shift: int | None = None
-    likely_heads: int | None = None  # hint from the run that starts with the weights, where the file says nothing
-    likely_classes: int | None = None  # likewise
 
 
 @dataclass(frozen=True)
@@ -52,12 +41,14 @@ class ForeignNetwork:
     model: Network
     notes: tuple[str, ...]
     arguments: Mapping[str, Any]  # those that its trainer saved
+    family: Family
+    family_is_certain: bool  # False: the tensors' names are also those of another family
     class_names: tuple[str, ...] = ()
 
     @property
-    def program(self) -> str | None:
-        """Return the program that the weights are of, where the file says it."""
-        return program_of(self.path, self.arguments)
+    def certain_family(self) -> Family | None:
+        """Return the family of the weights, where the file tells it."""
+        return self.family if self.family_is_certain else None
 
 
 def is_foreign(where: str) -> bool:
@@ -93,17 +84,15 @@ def read_foreign(where: str, weights: str, facts: Facts) -> ForeignNetwork:
     return replace(network, where=where, notes=(*network.notes, *notes))
 
 
-def require_program(network: ForeignNetwork, objective: Objective) -> None:
-    """Raise ValueError where the file says that its network is of another program than the objective."""
-    require_direction(network.where, network.program, objective)
+def require_family(network: ForeignNetwork, objective: Objective) -> None:
+    """Raise ValueError where the file says that its network is of another family than the objective is for."""
+    require_direction(network.where, network.certain_family, objective)
     require_sits_objective(network.where, network.arguments, objective)
 
 
-def notes_on_positions(model: Network, where: str) -> list[str]:
-    """Return a note for jobs that use the network, where a file's position embedding is not the fixed one."""
-    if (drift := describe(model).position_drift) <= ROUNDING:
-        return []
-    return [f"{where}: its position embedding differs from the fixed one by up to {drift:.2g}; its own is used."]
+def notes_on_weights(model: Network, where: str) -> list[str]:
+    """Return notes for jobs that use the network itself, where it differs from those trained here."""
+    return [f"{where}: {note}" for note in model.notes_on_weights()]
 
 
 def load_foreign(config: SampleSettings | EvaluateSettings, runtime: Devices) -> LoadedCheckpoint:
@@ -112,11 +101,10 @@ def load_foreign(config: SampleSettings | EvaluateSettings, runtime: Devices) ->
     network = read_foreign(where, config.weights, Facts(**settings.plain()))
     model = network.model
     objective: Objective = build(config.diffusion)
-    require_program(network, objective)
-    require_dits_objective(where, network.program, objective)
+    require_family(network, objective)
+    require_its_objective(where, network.certain_family, objective)
     require_outputs(model, objective, of=where)
-    said = describe(model)
-    _require_null_class(said, where, config)
+    _require_null_class(model, where, config)
     autoencoder: Autoencoder = build(config.data.autoencoder)
     channels, latent_size, _ = model.latent_shape
     if autoencoder.channels != channels:
@@ -126,7 +114,7 @@ def load_foreign(config: SampleSettings | EvaluateSettings, runtime: Devices) ->
         )
     of_process = notes_on_process(network.path, network.arguments, objective)
     if runtime.is_main:
-        for note in (*network.notes, *notes_on_positions(model, where), *of_process):
+        for note in (*network.notes, *notes_on_weights(model, where), *of_process):
             print(f"note: {note}", file=sys.stderr)
     preparation = Preparation(latent_size * autoencoder.downscale, ExactSize())
     autoencoder = normalized(autoencoder, config.data, "the config")
@@ -135,12 +123,12 @@ def load_foreign(config: SampleSettings | EvaluateSettings, runtime: Devices) ->
         run_dir=Path(where).resolve().parent if Path(where).exists() else Path(),  # never the hub's cache
         step=0,
         images_seen=0,
-        spec=latent_spec(Path(where).name, said.num_classes, autoencoder, preparation, flip=False),
-        conditions=ClassLabels(said.num_classes),
+        spec=latent_spec(Path(where).name, model.num_classes, autoencoder, preparation, flip=False),
+        conditions=ClassLabels(model.num_classes) if model.num_classes else Unconditional(),
         model=runtime.place(model).eval(),
         objective=runtime.place(objective),
         autoencoder=autoencoder.to(runtime.device),
-        class_dropout=0.1 if said.has_null_class else 0.0,  # the rate of both trainers
+        class_dropout=0.1 if model.has_null_class else 0.0,  # the rate of both trainers
         training_seed=0,
         class_names=network.class_names,
     )
@@ -152,61 +140,47 @@ def _read_file(path: Path, weights: str, facts: Facts) -> ForeignNetwork:
     file = read_weight_file(path)
     table, notes = choose_table(file, path, weights)
     try:
-        num_classes, reading = _classes(label_rows(table.tensors), facts, file.arguments.get("num_classes"), path)
-        heads = facts.num_heads if facts.num_heads is not None else _likely_heads(table.tensors, facts)
-        model = from_reference(table.tensors, heads, num_classes, facts.frequency_shift or 0)
+        family, is_certain = family_of(table.tensors, facts.family, stated(file.arguments, path.name))
+        _require_facts(family, facts)
+        network, reading = family.read(table.tensors, replace(facts, trained_classes=file.arguments.get("num_classes")))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return ForeignNetwork(str(path), path, model, (*notes, *reading), file.arguments)
+    if is_certain and family is not RELEASED_DIT:
+        notes.append(f"{path}: its weights are of the family {family.name}.")
+    notes += [f"{path}: {note}" for note in reading]
+    return ForeignNetwork(str(path), path, network, tuple(notes), file.arguments, family, is_certain)
 
 
 def _read_folder(path: Path, weights: str, facts: Facts) -> ForeignNetwork:
     if weights != EMA:
         raise ValueError(f"{path} is a diffusers folder with one table of weights, not {weights!r}; leave weights out.")
-    shift = 1 if facts.frequency_shift is None else facts.frequency_shift
-    model, notes = read_diffusers_folder(path, shift)
-    description = describe(model)
+    family = RELEASED_DIT
+    if facts.family not in (None, family.name):
+        raise ValueError(
+            f"{path} has weights of the family {family.name}, but foreign.family is {facts.family}; leave it out."
+        )
+    try:
+        _require_facts(family, facts)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    model, notes = read_diffusers_folder(path, frequency_shift_of(facts, usual=1))
     for name in ("num_heads", "num_classes"):
-        said, found = getattr(facts, name), getattr(description, name)
+        said, found = getattr(facts, name), getattr(model.config, name)
         if said is not None and said != found:
             raise ValueError(f"foreign.{name} is {said}, but the config of {path} says {found}; leave it out.")
-    return ForeignNetwork(str(path), path, model, tuple(notes), {}, read_class_names(path, description.num_classes))
+    names = read_class_names(path, model.num_classes)
+    return ForeignNetwork(str(path), path, model, tuple(notes), {}, family, True, names)
 
 
-def _classes(rows: int, facts: Facts, trained: object, path: Path) -> tuple[int, list[str]]:
-    """Return the number of classes of a label table, and a sentence where its number of rows is ambiguous.
-
-    A trainer without label dropout has no row for the null class.
-    """
-    both = f"its label table has {rows} rows: "
-    both += f"{rows - 1} classes and the null class, or {rows} classes of a trainer without label dropout"
-    possible = (rows - 1, rows) if rows > 1 else (1,)
-    if facts.num_classes is not None:
-        if facts.num_classes not in possible:
-            ways = " or ".join(map(str, possible))
-            raise ValueError(f"foreign.num_classes is {facts.num_classes}, but {both}; set it to {ways}.")
-        return facts.num_classes, []
-    if trained in possible:
-        assert isinstance(trained, int)
-        return trained, []
-    if rows == 1:
-        return 1, [f"{path}: its label table has 1 row: one class, and no null class."]
-    if facts.likely_classes == rows:
-        return rows, [f"{path}: {both}; the second is taken, since this run has {rows} classes."]
-    if facts.likely_classes is not None:  # where the run has other classes, its label table is initialized anew
-        return rows - 1, []
-    return rows - 1, [f"{path}: {both}; the first is taken, and foreign.num_classes={rows} takes the second."]
+def _require_facts(family: Family, facts: Facts) -> None:
+    require_settings(family, facts)
+    if facts.like is not None:
+        require_fit(family, facts.like)
 
 
-def _likely_heads(tensors: Mapping[str, Tensor], facts: Facts) -> int | None:
-    """Return the run's number of heads, or 1 where it cannot fit the width, which a later check of shapes reports."""
-    width = next(iter(tensors[ANCHOR].shape), 0)
-    return 1 if facts.likely_heads and width % facts.likely_heads else facts.likely_heads
-
-
-def _require_null_class(said: Description, where: str, config: SampleSettings | EvaluateSettings) -> None:
-    if not said.has_null_class and target_of(config.guidance).needs_null:
+def _require_null_class(model: Network, where: str, config: SampleSettings | EvaluateSettings) -> None:
+    if not model.has_null_class and target_of(config.guidance).needs_null:
         raise ValueError(
-            f"{where} has no null class (its label table has {said.num_classes} rows for as many classes), "
+            f"{where} has no null class (its label table has {model.num_classes} rows for as many classes), "
             "which guidance needs; use diffusion/guidance=none."
         )

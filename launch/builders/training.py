@@ -25,7 +25,7 @@ from launch.builders.build import (
 from launch.builders.components import build
 from launch.builders.data_settings import require_shards
 from launch.builders.facts import facts_of_process
-from launch.builders.foreign import Facts, is_foreign, read_foreign, require_program
+from launch.builders.foreign import is_foreign, read_foreign, require_family
 from launch.builders.normalization import normalized, with_statistics
 from launch.builders.objectives import latent_facts, settled
 from launch.builders.saved_networks import load_model
@@ -33,8 +33,8 @@ from launch.command.check import check_readers
 from launch.command.machine import batch_threads, usable_cores
 from launch.command.settings import Generator, TrainSettings
 from model.autoencoder import Autoencoder
+from model.family import Facts
 from model.network import Network, checkpoint_units
-from model.released import describe
 from model.starting import take_over
 from runtime.protocol import Runtime, Step
 from train.alignment import REPA
@@ -134,6 +134,7 @@ def _new_state(run: PreparedRun, starts_anew: bool) -> TrainState:
     config, objective = run.config, run.objective
     model: Network = build(config.model, outputs_per_channel=objective.outputs_per_channel)
     require_condition(model, run.conditions)
+    _require_null_class(model, config.class_dropout)
     model.initialize(config.seed)
     if starts_anew and config.init_from is not None:
         for note in load_starting_weights(model, config.init_from, objective):
@@ -149,6 +150,14 @@ def _new_state(run: PreparedRun, starts_anew: bool) -> TrainState:
     return TrainState(model, ema, optimizer, config.batch_size, config.total_steps)
 
 
+def _require_null_class(model: Network, class_dropout: float) -> None:
+    if class_dropout > 0 and not model.has_null_class:
+        raise ValueError(
+            f"class_dropout is {class_dropout:g}, but the network's label table has {model.num_classes} rows for as "
+            "many classes and none for dropped labels; set class_dropout=0, or model.null_class=true."
+        )
+
+
 def load_starting_weights(model: Network, where: str, objective: Objective) -> list[str]:
     """Fill ``model`` by ``init_from``: with weights of another program, or with the EMA of a run or checkpoint of ours.
 
@@ -156,10 +165,8 @@ def load_starting_weights(model: Network, where: str, objective: Objective) -> l
     naming both shapes where shapes differ, and for weights whose time runs the other way than the objective's.
     """
     if is_foreign(where):
-        run = describe(model)
-        facts = Facts(frequency_shift=run.frequency_shift, likely_heads=run.num_heads, likely_classes=run.num_classes)
-        network = read_foreign(where, "ema", facts)
-        require_program(network, objective)
+        network = read_foreign(where, "ema", Facts(like=model))
+        require_family(network, objective)
         found, notes = network.model, list(network.notes)
     else:
         found, notes = load_model(where, "ema", objective, "init_from"), []

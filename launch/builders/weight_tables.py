@@ -9,20 +9,21 @@ from torch import Tensor
 
 from launch.builders.weight_files import WeightFile
 from model.diffusers_weights import ANCHOR as DIFFUSERS_ANCHOR
-from model.released import ANCHOR
+from model.families import FAMILIES
 
 EMA = "ema"
 # Parts of a tensor's name that a wrapper adds: DistributedDataParallel and AveragedModel, torch.compile, FSDP,
-# activation checkpointing. No tensor of a DiT has such a part of its own.
+# activation checkpointing. No tensor of a network has such a part of its own.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _COUNTERS = {"n_averaged"}  # of torch's AveragedModel: the number of updates
 _OURS = "patch_embedding.weight"
+_ANCHORS = tuple(dict.fromkeys(family.anchor for family in FAMILIES))
 _DEEPEST = 3  # levels of nested mappings that are searched
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class Table(NamedTuple):
-    """A table of tensors under the released names, without the prefixes of its wrappers."""
+    """A table of tensors under the names of some program, without the prefixes of its wrappers."""
 
     name: str  # where it was found, such as "ema"; "" where the file itself is the table
     tensors: dict[str, Tensor]
@@ -82,8 +83,15 @@ def _tables(content: Mapping[Any, Any], place: str, depth: int) -> Iterator[Tabl
 
 
 def _tables_of(tensors: dict[str, Tensor], place: str) -> Iterator[Table]:
-    """Split the tensors of one mapping by their prefixes before the released names, such as ``ema.`` and ``model.``."""
-    prefixes = [name.removesuffix(ANCHOR) for name in tensors if name == ANCHOR or name.endswith(f".{ANCHOR}")]
+    """Split the tensors of one mapping by the prefixes before programs' names, such as ``ema.`` and ``model.``."""
+    for family in FAMILIES:
+        tensors = dict(family.restored(tensors))
+    prefixes = [
+        name.removesuffix(anchor)
+        for name in tensors
+        for anchor in _ANCHORS
+        if name == anchor or name.endswith(f".{anchor}")
+    ]
     prefixes.sort(key=len, reverse=True)  # a longer prefix takes its tensors first
     mine: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
     rest = []
@@ -119,8 +127,15 @@ def _no_table(path: Path, content: Mapping[Any, Any]) -> str:
         return f"{path} has diffusers' names, which need a config.json; give the folder that holds both."
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return (
-        f"{path} has no table of weights of a DiT: nothing in it is named {ANCHOR} (it has {shown or 'nothing'}); "
-        "give a .pt file of the released code, or a diffusers folder."
+        f"{path} has no table of weights: nothing in it is named {_anchors()} (it has {shown or 'nothing'}); give a "
+        ".pt file of one of these programs, or a diffusers folder."
+    )
+
+
+def _anchors() -> str:
+    """Return the tensors by which tables are found, each with its families."""
+    return " or ".join(
+        f"{anchor} ({', '.join(family.name for family in FAMILIES if family.anchor == anchor)})" for anchor in _ANCHORS
     )
 
 

@@ -1,6 +1,7 @@
 """Run a job under Hydra, and report a user's mistake as one sentence with exit code 2."""
 
 import errno
+import itertools
 import os
 import re
 import sys
@@ -258,23 +259,53 @@ def _explain_override(job: str, message: str) -> str:
     is_of_another = parent in groups and (CONF / key).is_dir()  # a group that another option of the parent has
     if "override" in found.group() and (key in groups or is_of_another):
         return f"The option of {parent}=... has no {key}; leave {key} out."
+    settings = _settings_with_choices(job, key, settings, groups)
+    section, _, leaf = key.rpartition(".")
+    there = [name.rpartition(".")[2] for name in settings if section and name.rpartition(".")[0] == section]
+    if there and closest(leaf, there) == ".":
+        return f"`ditscale {job}` has no setting {key!r}; {section} has {', '.join(there)}."
     return f"`ditscale {job}` has no setting {key!r}{closest(key, [*settings, *groups])}"
 
 
-def default_config(job: str) -> DictConfig:
-    """Return a job's config as composed without any override, with Hydra's own section."""
+def _settings_with_choices(job: str, key: str, settings: list[str], groups: list[str]) -> list[str]:
+    """Return the names of the settings that the command line's choices of options have.
+
+    Of a sweep over options, those of the first option without ``key`` count.
+    """
+    words = [word for word in sys.argv[1:] if key_of(word) in groups or key_of(word) == "hydra.searchpath"]
+    options: list[list[str]] = []
+    for word in words:
+        name, _, value = word.partition("=")
+        swept = key_of(word) == key.partition(".")[0]
+        options.append([f"{name}={one}" for one in value.split(",")] if swept else [word])
+    for chosen in itertools.product(*options):
+        try:
+            found = _names_of_settings(default_config(job, chosen))
+        except (HydraException, OmegaConfBaseException):
+            continue
+        if key not in found:
+            return found
+    return settings
+
+
+def default_config(job: str, choices: Sequence[str] = ()) -> DictConfig:
+    """Return a job's config as composed without any override but ``choices``, with Hydra's own section."""
     register()
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name=job):
-        return hydra.compose(config_name=job, return_hydra_config=True)
+        return hydra.compose(config_name=job, overrides=list(choices), return_hydra_config=True)
 
 
 def valid_names(job: str) -> tuple[list[str], list[str]]:
     """Return the names of every setting and every config group of a job's default config."""
     config = default_config(job)
     groups = [str(group) for group in config.hydra.runtime.choices if not str(group).startswith("hydra/")]
+    return _names_of_settings(config), groups
+
+
+def _names_of_settings(config: DictConfig) -> list[str]:
     keys = _dotted_keys(OmegaConf.to_container(config))
-    return [key for key in keys if not key.startswith("hydra")], groups
+    return [key for key in keys if not key.startswith("hydra") and "._" not in key]
 
 
 def _dotted_keys(node: Any, prefix: str = "") -> list[str]:

@@ -77,6 +77,9 @@ def check_parameters(config: Mapping[str, Any], path: str) -> None:
             hint = closest(key, parameters)
             if hint == ".":
                 hint = f"; leave it out, or give '~{path}{key}' where an experiment sets it."
+                given = [p.name for p in parameters.values() if p.default is p.empty and "_partial_" in config]
+                own = ", ".join(parameter for parameter in parameters if parameter not in given)
+                name = f"{name}, which has {f'the settings {own}' if own else 'no settings'},"
             raise ValueError(f"{name} has no setting {path}{key}{hint}")
         if isinstance(value, str | int | float | bool | list) and key in hints:
             check_type(f"{path}{key}", value, hints[key])

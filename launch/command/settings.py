@@ -137,9 +137,12 @@ class VerifySettings(EncodeSettings):
 class ForeignSettings(Settings):
     """Settings that the files of other programs do not state; null: the usual value."""
 
-    num_heads: int | None = None  # for a released .pt file whose width is not one of the paper's
+    family: str | None = None  # such as DiT, SiT, LDM; null: by the tensors' names, and the trainer's arguments
+    num_heads: int | None = None  # for a DiT whose width is not one of the paper's; ADM: for 4 heads; LDM
+    head_dim: int | None = None  # channels of a head, in place of num_heads; LDM only
     num_classes: int | None = None  # needed where the label table's last row may be a class or the null class
     frequency_shift: int | None = None  # null: 1 for a diffusers folder, as diffusers computes; else 0, as published
+    new_attention_order: bool | None = None  # ADM: order of queries, keys, values; null: the older, as published
 
 
 @dataclass
@@ -206,6 +209,9 @@ class Program(StrEnum):
     reference = "reference"
     diffusers = "diffusers"
     sit = "sit"
+    lightningdit = "lightningdit"
+    adm = "adm"
+    ldm = "ldm"
 
 
 @dataclass
@@ -216,7 +222,7 @@ class ExportSettings(Settings):
     checkpoint: str = MUST_BE_GIVEN
     weights: str = "ema"  # model, an average, width_W of a run with power averages, or a table of a foreign file
     to: Program = MUST_BE_GIVEN
-    out: str = MUST_BE_GIVEN  # a .pt file for reference and sit, a folder for diffusers
+    out: str = MUST_BE_GIVEN  # a .pt file for reference, sit and lightningdit, a folder for diffusers
 
 
 class Format(StrEnum):

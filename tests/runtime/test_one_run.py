@@ -36,7 +36,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     "adaln": {"block": "AdaLNBlock", "depth": 2, "modern": True, "aligned_steps": 8},
     "cross_attention": {"block": "CrossAttentionBlock"},
     "in_context": {"block": "InContextBlock", "qk_norm": True, "depth": 2, "aligned_steps": 8},
-    "warm_up": {"learning_rates": WARM_UP, "max_grad_norm": 0.35, "objective": "edm"},
+    "warm_up": {
+        "learning_rates": WARM_UP,
+        "max_grad_norm": 0.35,
+        "objective": "edm",
+        "block": "AdaLNZeroSharedBlock",
+        "depth": 2,
+    },
     "skipping": {"skip_over": SKIP_OVER},
     # Units two levels deep, whose arguments are trees.
     "deep": {"block": "Deep", "average": "power", "objective": "flow"},

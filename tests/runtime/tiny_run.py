@@ -58,7 +58,7 @@ class Case:
 
     name: str
     runtime: str  # plain, or a file of conf/runtime
-    block: str = "AdaLNZeroBlock"  # of a DiT; Deep: another network
+    block: str = "AdaLNZeroBlock"  # of a DiT; Deep, ADM: other networks
     objective: str = "gaussian"  # or flow, edm
     depth: int = 1  # of a DiT
     qk_norm: bool = False
@@ -80,6 +80,8 @@ class Case:
         """Return a model with small random weights everywhere, since parts of a fresh DiT are zero."""
         if self.block == "Deep":
             return DeepNetwork(DeepConfig())
+        if self.block == "ADM":
+            return perturbed(adm())
         attention = QKNormSelfAttention if self.qk_norm else SelfAttention
         block = functools.partial(getattr(blocks, self.block), attention=attention)
         if self.modern:
@@ -89,10 +91,7 @@ class Case:
         outputs = diffusion(self.objective).outputs_per_channel
         table = "learned" if self.modern else "fixed"
         made = DiT(DiTConfig(8, 4, 2, **shape, block=block, outputs_per_channel=outputs, position_table=table))  # type: ignore[arg-type]
-        generator = torch.Generator().manual_seed(5)
-        for parameter in made.parameters():
-            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
-        return made
+        return perturbed(made)
 
     def with_head(self, model: Network) -> Network:
         """Return the model with REPA's projector after its first block, where the case has one."""
@@ -132,6 +131,21 @@ class Case:
             return {}
         features = torch.randn(self.batch_size, 16, FEATURE_DIM, generator=generator).half()
         return {FEATURES: features, WEIGHT: torch.full((self.batch_size,), float(step < self.aligned_steps))}
+
+
+def perturbed(model: Network) -> Network:
+    """Return the model with small random numbers added to its weights."""
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def adm() -> Network:
+    """Return an ADM of two levels, with attention in the middle only."""
+    from model.adm import ADM, ADMConfig  # imported late: diffusers takes seconds
+
+    return ADM(ADMConfig(8, 4, NUM_CLASSES, 16, (1, 2), 1, (), num_heads=2, num_groups=4))
 
 
 TIMES: dict[str, Callable[[torch.Generator, tuple[int]], Tensor]] = {

@@ -41,6 +41,18 @@ def fails(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.C
         (["train", "experiment=demo/studdy"], "no 'demo/studdy' in experiment; did you mean 'demo/study'?"),
         (["train", "experiment=scaling"], "The options are: demo, demo/blocks, demo/objective/edm, "),
         (["plan", "experiment=demo"], "`ditscale plan` has no setting 'experiment'."),
+        (
+            ["train", "model.block.shift=3"],
+            "no setting 'model.block.shift'; model.block has mlp_ratio, attention,",
+        ),
+        (
+            ["plan", "+model.block.drop=3"],
+            "the settings mlp_ratio, attention, norm, mlp, has no setting model.bl",
+        ),
+        (
+            ["train", "model.rotary=true"],
+            "'model.rotary'; model has depth, width, num_heads, block, patch_size",
+        ),
         (["train", "+model.widht=3"], "model.dit.DiT has no setting model.widht; did you mean 'width'?"),
         (["train", "total_steps=abc"], "total_steps is 'abc', but it must be of type integer"),
         (["train", "model.width=abc"], "model.width is 'abc', but input should be a valid integer"),

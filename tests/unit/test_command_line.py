@@ -171,16 +171,21 @@ def test_a_shell_completes_jobs_settings_and_choices(tmp_path: Path) -> None:
 
     assert completed("ditscale tr") == ["train"]
     assert completed("ditscale train keep_checkpoint_") == ["keep_checkpoint_every="]
-    assert completed("ditscale train model/block=ada") == ["adaln", "adaln_zero", "adaln_zero_unshifted"]
+    adaptive = ["adaln", "adaln_unshifted", "adaln_zero", "adaln_zero_shared", "adaln_zero_unshifted"]
+    assert completed("ditscale train model/block=ada") == adaptive
     assert "model/size=" not in completed("ditscale plan x")
 
 
 def test_a_part_that_the_chosen_network_has_not_is_refused_by_its_name(tmp_path: Path, in_process: InProcess) -> None:
     (tmp_path / "model").mkdir()
-    (tmp_path / "model/other.yaml").write_text("_target_: model.other.Other\n")
+    (tmp_path / "model/other.yaml").write_text("_target_: model.other.Other\nlayers: 3\n")
     words = [f"hydra.searchpath=[file://{tmp_path}]", "model=other", "shape_name=x", "model/size=digits_s"]
     shown = in_process("train", *words, expect=2)
     assert "The option of model=... has no model/size; leave model/size out." in shown
+    for model in ("other", "dit,other"):
+        more = ["-m"] if "," in model else []
+        shown = in_process("plan", *more, words[0], f"model={model}", "model.patch_size=2", expect=2)
+        assert "has no setting 'model.patch_size'; model has layers." in shown
 
 
 @pytest.mark.parametrize("experiments", ["demo/blocks,demo/scaling", "demo,paper/scaling"])

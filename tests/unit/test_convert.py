@@ -18,7 +18,8 @@ from model.attention import QKNormSelfAttention
 from model.blocks import AdaLNBlock, AdaLNZeroBlock
 from model.diffusers_weights import to_diffusers
 from model.dit import DiT
-from model.released import add_null_class, from_reference, replace_label_table, to_reference
+from model.released import from_reference, to_reference
+from model.starting import add_null_class, replace_label_table
 
 GAUSSIAN = GaussianDiffusion(LinearSchedule(), LearnedRangeVariance())
 

@@ -96,10 +96,34 @@ class Halved(IdentityAutoencoder):
 def test_a_plan_takes_the_latent_size_from_the_autoencoders_class() -> None:
     autoencoder = {"_target_": f"{__name__}.Halved", "channels": 3}
     data = {"image_size": 16, "flip": False, "autoencoder": autoencoder}
-    config = OmegaConf.create({"data": data, "model": {"latent_size": 32, "channels": 4}, "flip": True})
+    config = OmegaConf.create({"data": data, "model": {"latent_size": None, "channels": None}, "flip": True})
     settle_by_data(config, ["data=mine"])
-    assert config.model == {"latent_size": 8, "channels": 3}
+    assert config.model == {"latent_size": 8, "channels": 3, "num_classes": 1000}
     assert not config.flip
+
+
+def test_a_plan_takes_what_a_models_own_config_says_and_refuses_shards_of_another_size(encoded: Path) -> None:
+    own = {"latent_size": 16, "channels": 32, "num_classes": None}
+    autoencoder = {"_target_": f"{__name__}.Halved", "channels": 3}
+    data = {"image_size": 16, "flip": False, "autoencoder": autoencoder, "name": "x", "shards": encoded / "shards/mine"}
+
+    def settled(*words: str) -> dict[str, object]:
+        config = OmegaConf.create({"data": data, "model": own, "flip": True, "num_samples": 1})
+        settle_by_data(config, list(words))
+        return dict(config.model)
+
+    for words in ([], ["data=mine"]):
+        assert settled(*words) == {**own, "num_classes": 1000}
+    assert settled("data.shards=x", "model.latent_size=8", "model.channels=3")["num_classes"] == 2
+    with pytest.raises(ValueError, match=r"model.latent_size is 16, but the shards have 8; choose another model"):
+        settled("data.shards=x")
+
+
+def test_a_plan_of_lightningdit_needs_no_size_of_its_latents_whatever_its_size(in_process: InProcess) -> None:
+    shown = in_process("plan", "-m", "format=json", "model=lightningdit_xl1", "model/size=s,b", "diffusion=flow")
+    rows = [json.loads(line) for line in shown.splitlines() if line.startswith("{")]
+    assert [round(row["gmacs"], 3) for row in rows] == [6.057, 23.008]
+    assert [round(row["parameters_millions"], 1) for row in rows] == [33.0, 130.6]
 
 
 def test_an_evaluation_of_ones_own_data_takes_them_from_the_checkpoint(encoded: Path, in_process: InProcess) -> None:

@@ -8,8 +8,9 @@ import pytest
 from foreign_files import assert_same_weights, change_json, random_model, released_weights, saved
 from safetensors.torch import load_file, save_file
 
-from launch.builders.foreign import Facts, is_foreign, read_foreign
+from launch.builders.foreign import is_foreign, read_foreign
 from model.diffusers_weights import to_diffusers
+from model.family import Facts
 
 
 @pytest.fixture

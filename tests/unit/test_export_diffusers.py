@@ -27,7 +27,7 @@ from launch.command.app import CONF
 from model.autoencoder_kl import DiffusersAutoencoder
 from model.diffusers_weights import to_diffusers
 from model.dit import DiT
-from model.released import replace_label_table
+from model.starting import replace_label_table
 
 PROCESS = GaussianDiffusion(LinearSchedule(), LearnedRangeVariance())
 AUTOENCODER = {"block_out_channels": (8,), "norm_num_groups": 4, "latent_channels": 4, "sample_size": 8}

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from launch.builders.foreign import Facts, ForeignNetwork, read_foreign
+from launch.builders.foreign import ForeignNetwork, read_foreign
+from model.family import Facts
 from model.released import from_reference, to_reference
 
 GOLDEN = released_weights()
@@ -231,7 +232,8 @@ def test_files_of_other_kinds_are_named_by_what_they_are(tmp_path: Path) -> None
     saved(path, [GOLDEN])
     assert f"{path} has no table of weights, but a list" in refusal(path)
     saved(path, {"model": {"conv.weight": torch.ones(3)}, "step": 1})
-    assert f"{path} has no table of weights of a DiT: nothing in it is named x_embedder.proj.weight" in refusal(path)
+    found = refusal(path)
+    assert f"{path} has no table of weights: nothing in it is named x_embedder.proj.weight (DiT, SiT, Light" in found
     saved(path, from_reference(GOLDEN, num_heads=4).state_dict())
     assert f"{path} is part of a checkpoint of this program; give the folder that contains it" in refusal(path)
 

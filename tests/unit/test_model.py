@@ -14,7 +14,9 @@ from model.attention import QKNormSelfAttention
 from model.autoencoder import IdentityAutoencoder
 from model.blocks import (
     AdaLNBlock,
+    AdaLNUnshiftedBlock,
     AdaLNZeroBlock,
+    AdaLNZeroSharedBlock,
     AdaLNZeroUnshiftedBlock,
     Block,
     CrossAttentionBlock,
@@ -43,7 +45,15 @@ PAPER = [
     ("XL", 4, 29.05, 675),
     ("XL", 2, 118.64, 675),
 ]
-BLOCKS = [InContextBlock, CrossAttentionBlock, AdaLNBlock, AdaLNZeroBlock, AdaLNZeroUnshiftedBlock]
+BLOCKS = [
+    InContextBlock,
+    CrossAttentionBlock,
+    AdaLNBlock,
+    AdaLNZeroBlock,
+    AdaLNZeroUnshiftedBlock,
+    AdaLNZeroSharedBlock,
+    AdaLNUnshiftedBlock,
+]
 
 
 def tiny(**changes: Any) -> DiT:
@@ -110,7 +120,7 @@ def test_untrained_output_is_exactly_zero(block: type[Block]) -> None:
 
 def test_untrained_blocks_with_gates_are_the_identity_and_no_others_are() -> None:
     tokens, condition = torch.randn(2, 16, 48), torch.randn(2, 2, 48)
-    embedded = Embedded(condition.sum(dim=1), condition, None)
+    embedded = Embedded(condition.sum(dim=1), condition, None, modulation=torch.zeros(2, 6 * 48))
     for block in BLOCKS:
         same = torch.equal(tiny(block=block).blocks[0](tokens, embedded), tokens)
         assert same == issubclass(block, AdaLNZeroBlock)  # whose gates are zero

@@ -12,7 +12,14 @@ from torch.utils.checkpoint import checkpoint
 
 from launch.builders.components import build
 from model.attention import CrossAttention, RotaryQKNormSelfAttention, RotaryQKRmsNormSelfAttention, RotarySelfAttention
-from model.blocks import AdaLNZeroBlock, Block, ConditionFirst, CrossAttentionBlock, InContextBlock
+from model.blocks import (
+    AdaLNZeroBlock,
+    AdaLNZeroSharedBlock,
+    Block,
+    ConditionFirst,
+    CrossAttentionBlock,
+    InContextBlock,
+)
 from model.embeddings import ConditionEmbedding, Embedded, grid_positions
 from model.flops import multiply_adds, num_parameters, weightless
 from model.mlp import GeluMlp, SwiGluMlp
@@ -77,8 +84,9 @@ def test_rotated_scores_depend_on_the_difference_of_positions_alone() -> None:
 
 @pytest.mark.parametrize("attention", [RotarySelfAttention, RotaryQKNormSelfAttention])
 def test_rotary_positions_refuse_heads_that_do_not_divide_with_both_numbers(attention: Any) -> None:
-    with pytest.raises(ValueError, match=r"a multiple of 4, but model.width 40 with model.num_heads 4 gives 10; "):
-        tiny(width=40, block=partial(AdaLNZeroBlock, attention=attention))
+    for width, head in ((40, 10), (36, 9)):
+        with pytest.raises(ValueError, match=rf"of 4, but model.width {width} with model.num_heads 4 gives {head}; "):
+            tiny(width=width, block=partial(AdaLNZeroBlock, attention=attention))
 
 
 def test_queries_and_keys_are_normalized_before_they_are_rotated() -> None:
@@ -98,6 +106,21 @@ def test_swiglus_hidden_width_is_two_thirds_and_it_has_a_gelu_mlps_weights() -> 
     assert hidden == {48: 128, 1024: 2730, 1152: 3072}
     weights = [sum(p.numel() for p in mlp(1152, 4.0).parameters() if p.ndim == 2) for mlp in (GeluMlp, SwiGluMlp)]
     assert weights[0] == weights[1]
+
+
+def test_shared_modulation_is_one_regression_for_all_blocks_and_a_table_a_block() -> None:
+    shared, x, width = randomized(tiny(block=AdaLNZeroSharedBlock)), inputs(), 48
+    apart = tiny(block=AdaLNZeroBlock)
+    weights = {name: value for name, value in shared.state_dict().items() if "modulation_table" not in name}
+    weight, bias = (weights.pop(f"shared_modulation.{leaf}") for leaf in ("weight", "bias"))
+    for number, block in enumerate(shared.blocks):
+        weights[f"blocks.{number}.modulation.weight"] = weight
+        weights[f"blocks.{number}.modulation.bias"] = bias + block.modulation_table.flatten()
+    apart.load_state_dict(weights)
+    torch.testing.assert_close(shared(*x), apart(*x), rtol=1e-5, atol=1e-5)
+    regression = 6 * width**2 + 6 * width
+    assert num_parameters(apart) - num_parameters(shared) == regression - 2 * 6 * width
+    assert multiply_adds(apart) - multiply_adds(shared) == 6 * width**2
 
 
 def test_the_position_table_may_be_learned_or_left_out() -> None:

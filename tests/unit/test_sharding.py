@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from test_adm import ADMS, adm_of
 from test_model import BLOCKS, SIZES
 
 from model.attention import QKNormSelfAttention, RotaryQKRmsNormSelfAttention, SelfAttention
@@ -53,6 +54,29 @@ def test_every_parameter_of_a_dit_divides_by_128(block: type[Block], size: str, 
     assert spread / sum(p.numel() for p in model.parameters()) > 0.99
 
 
+# The axes of every parameter of an ADM.
+OF_AN_ADM: tuple[tuple[str, Axes], ...] = (
+    (r"unet\.time_embedding\.linear_[12]\.weight", (SHARDED, None)),
+    (r"unet\.class_embedding\.weight", (None, SHARDED)),
+    (r"unet\..+\.(time_emb_proj|to_[qkv]|to_out\.0)\.weight", (SHARDED, None)),
+    (r"unet\.(conv_in|.+\.conv[12]|.+\.conv_shortcut)\.weight", (SHARDED, None, None, None)),
+    (r"unet\.conv_out\.weight", (None, SHARDED, None, None)),  # [6, C, 3, 3]
+    (r"unet\.(.+\.)?(norm[12]|group_norm|conv_norm_out)\.weight", (None,)),
+    (r"unet\..+\.bias", (None,)),
+)
+
+
+@pytest.mark.parametrize("num_shards", [4, 8, 64])
+@pytest.mark.parametrize("name", ADMS)
+def test_every_parameter_of_an_adm_is_sharded_by_the_table(name: str, num_shards: int) -> None:
+    model = adm_of(name)
+    found = sharding_of(model, num_shards)
+    assert found.keys() == dict(model.named_parameters()).keys()
+    for parameter, axes in found.items():
+        (expected,) = (axes for pattern, axes in OF_AN_ADM if re.fullmatch(pattern, parameter))
+        assert axes == expected, parameter
+
+
 # The axes of every parameter of a DiT, in one table: what the rule and its exceptions must come to.
 _ATTENTION = r"attention\.(qkv|projection)|cross_attention\.(query|key_value|projection)"
 OF_A_DIT: tuple[tuple[str, Axes], ...] = (
@@ -61,7 +85,8 @@ OF_A_DIT: tuple[tuple[str, Axes], ...] = (
     (r"timestep_embedding\.(input|output)\.weight", (SHARDED, None)),
     (r"label_embedding\.weight", (None, SHARDED)),
     (rf"blocks\.\d+\.({_ATTENTION}|mlp\.(hidden|gate_and_value|output)|modulation)\.weight", (SHARDED, None)),
-    (r"final_layer\.modulation\.weight", (SHARDED, None)),
+    (r"(final_layer\.|shared_)modulation\.weight", (SHARDED, None)),
+    (r"blocks\.\d+\.modulation_table", (None, SHARDED)),
     (r"final_layer\.decoder\.weight", (None, SHARDED)),
     (r"(blocks\.\d+|blocks\.\d+\.attention|final_layer)\.norm\w*\.weight", (None,)),
     (r".+\.bias", (None,)),
@@ -79,7 +104,8 @@ def test_a_dit_is_sharded_by_the_table_whatever_else_divides(block: type[Block],
 
 def test_every_exception_is_needed() -> None:
     names = {name for block in BLOCKS for name, _ in shape_only(block, "S", True).named_parameters()}
-    names |= {name for name, _ in modern_shape("S").named_parameters()}
+    for model in (modern_shape("S"), adm_of("adm_digits")):
+        names |= {name for name, _ in model.named_parameters()}
     for pattern, _ in EXCEPTIONS:
         assert any(re.fullmatch(pattern, name) for name in names), pattern
 
@@ -87,6 +113,8 @@ def test_every_exception_is_needed() -> None:
 def test_matrices_of_any_network_are_sharded_along_the_first_dimension_that_divides() -> None:
     assert axes_of("down.0.1.convolution.weight", (64, 4, 3, 3), 8) == (SHARDED, None, None, None)
     assert axes_of("out.weight", (4, 64, 3, 3), 8) == (None, SHARDED, None, None)
+    assert axes_of("first.weight", (4, 3, 3, 3), 8) == (None, None, None, None)  # a convolution is small or divides
+    assert axes_of("first.weight", (4, 4, 3, 3), 3) == (None, None, None, None)  # no kernel is cut
     assert axes_of("scale", (64,), 8) == (None,)
     assert axes_of("temperature", (), 8) == ()
 

@@ -1,0 +1,66 @@
+"""The family of weights of CompVis' latent diffusion with classes, whose network is LDM."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from model.dit_families import classes_of
+from model.family import Facts, Family, Reading
+from model.ldm_weights import from_ldm, has_known_heads, is_ldms, label_rows, restored, to_ldm
+from model.network import Network
+from model.unet_names import ANCHOR
+
+
+class LatentDiffusion(Family):
+    """Weights of LDM, of CompVis' latent diffusion."""
+
+    name = "LDM"
+    program = "ldm"
+    anchor = ANCHOR
+    objective = "diffusion=ldm"
+    settings = ("num_heads", "head_dim", "num_classes")
+
+    def restored(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the tensors of a checkpoint with one prefix for the weights and one for their averages."""
+        return restored(tensors)
+
+    def recognises(self, state: Mapping[str, Tensor]) -> bool:
+        """Return whether the timestep's embedding has its name, and there are transformers or a table of labels."""
+        return ANCHOR in state and is_ldms(state)
+
+    def read(self, state: Mapping[str, Tensor], facts: Facts) -> Reading:
+        """Return the network; see `from_ldm`. A run that starts with the weights has the latents' size and the heads.
+
+        Raises ValueError too where neither the run, a setting nor the shape of a published network tells the heads.
+        """
+        run = facts.like.config if facts.like is not None and self.fits(facts.like) else None
+        num_heads, head_dim = facts.num_heads, facts.head_dim
+        if num_heads is None and head_dim is None:
+            if run is not None:
+                num_heads, head_dim = run.num_heads, run.head_dim
+            elif not has_known_heads(state):
+                raise ValueError(
+                    "these weights do not contain their number of heads, and their shape is neither LDM-4's nor "
+                    "LDM-8's; give foreign.num_heads, or foreign.head_dim, the channels of a head."
+                )
+        num_classes, notes = classes_of(label_rows(state), facts)
+        size = None if run is None else run.latent_size
+        return Reading(from_ldm(state, num_heads, head_dim, num_classes, size), notes)
+
+    def fits(self, network: Network) -> bool:
+        """Return whether the network is an LDM."""
+        return network.facts()["family"] == self.name
+
+    def write(self, network: Network) -> dict[str, Tensor]:
+        """Return the weights under the names of a checkpoint of latent diffusion."""
+        return to_ldm(network)
+
+    def content(self, network: Network, stated: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the content of a checkpoint: its ``state_dict`` alone."""
+        return {"state_dict": self.write(network)}
+
+    def notes_on_writing(self, network: Network) -> list[str]:
+        """Return a sentence on the label table, which the program's config has to state."""
+        rows = network.config.num_classes + network.config.null_class if network.config.num_classes else 1
+        return [f"latent diffusion needs cond_stage_config.params.n_classes {rows} for these weights."]

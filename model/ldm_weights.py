@@ -1,0 +1,158 @@
+"""Convert weights from and to latent diffusion's program (CompVis/latent-diffusion), bit for bit.
+
+A checkpoint has the U-Net under ``model.diffusion_model.``, its averages under ``model_ema.`` in names without dots,
+and the table of labels under ``cond_stage_model.embedding.weight``; the autoencoder and the rest are not used. The
+weights do not say the number of heads or the size of the latents. These are arguments.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from model.flops import weightless
+from model.network import Network
+from model.released import require_tensors
+from model.unet_names import BLOCK, OUTSIDE, RESIDUAL, blocks_of, dimensions_of, levels_of
+
+if TYPE_CHECKING:
+    from model.ldm import LDM
+
+_NAME = "an LDM"
+LABELS = "cond_stage_model.embedding.weight"
+_UNET, _AVERAGES = "model.diffusion_model.", "model_ema.diffusion_model."
+_FIRST, _LAST = "input_blocks.0.0.weight", "out.2.weight"
+_COARSEST = 8  # side of the coarsest level of both published networks
+_HEAD_DIM = 32  # of LDM-8
+_PUBLISHED = {  # width and multipliers of LDM-4 and LDM-8 -> their heads
+    (192, (1, 2, 3, 5)): {"num_heads": 1, "head_dim": None},
+    (256, (1, 2, 4)): {"num_heads": None, "head_dim": _HEAD_DIM},
+}
+# Our name of a layer in a block -> theirs, by the kind of block, where they differ.
+_INSIDE = {"resnets": RESIDUAL, "downsamplers": {"conv": "op"}}
+
+
+def from_ldm(
+    state_dict: Mapping[str, Tensor],
+    num_heads: int | None = None,
+    head_dim: int | None = None,
+    num_classes: int | None = None,
+    latent_size: int | None = None,
+) -> "LDM":
+    """Return an LDM with the weights of a checkpoint's ``state_dict``, whose averages and autoencoder are not read.
+
+    Its shape is inferred where it can be. None means, for ``num_heads`` and ``head_dim``: those of a published network
+    of this shape, else heads of 32 channels, or of half the width where that is smaller; for ``num_classes``: one for
+    each row of the label table but the last, which is the null class; for ``latent_size``: 8 at the coarsest level.
+    Raises ValueError naming the first three tensors that are missing, unknown or of another shape.
+    """
+    from model.ldm import LDM, LDMConfig  # imported late, since diffusers takes seconds
+
+    state = _table(state_dict)
+    shape = _shape_of(state, num_classes)
+    shape["latent_size"] = latent_size or _COARSEST * 2 ** (len(shape["multipliers"]) - 1)
+    if num_heads is None and head_dim is None:
+        usual = {"num_heads": None, "head_dim": max(1, min(_HEAD_DIM, shape["width"] // 2))}
+        shape |= _PUBLISHED.get((shape["width"], shape["multipliers"]), usual)
+    else:
+        shape |= {"num_heads": num_heads, "head_dim": head_dim}
+    try:
+        config = LDMConfig(**shape)
+        expected = weightless(lambda: LDM(config))
+    except ValueError as error:
+        raise ValueError(f"These are not an LDM's weights: {error}") from error
+    names = _names(expected)
+    shapes = {names[name]: tuple(value.shape) for name, value in expected.state_dict().items()}
+    require_tensors(state, shapes, _NAME)
+    model = LDM(config)
+    model.load_state_dict({name: state[theirs] for name, theirs in names.items()})
+    return model
+
+
+def to_ldm(network: Network) -> dict[str, Tensor]:
+    """Return the weights under the names of a checkpoint. Raises ValueError for a network that is not an LDM."""
+    from model.ldm import LDM
+
+    if not isinstance(network, LDM):
+        raise ValueError(
+            f"Latent diffusion's program has only LDM's U-Net, but the model is of class {type(network).__name__}; "
+            "keep it in our format."
+        )
+    state = network.state_dict()
+    found = {theirs: state[name].detach().clone() for name, theirs in _names(network).items()}
+    return {name if name == LABELS else f"{_UNET}{name}": value for name, value in found.items()}
+
+
+def restored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors so that the names of each whole table begin with one prefix.
+
+    Averages get the dots of their names back, and both the weights and the averages get the table of labels.
+    """
+    found, labels = dict(tensors), tensors.get(LABELS)
+    names = [name.removeprefix(_UNET) for name in tensors if name.startswith(_UNET)]
+    for name in names:
+        plain = f"model_ema.{f'diffusion_model.{name}'.replace('.', '')}"
+        if plain in found:
+            found[f"{_AVERAGES}{name}"] = found.pop(plain)
+    if names and labels is not None:
+        del found[LABELS]
+        prefixes = [prefix for prefix in (_UNET, _AVERAGES) if any(name.startswith(prefix) for name in found)]
+        found |= {f"{prefix}{LABELS}": labels for prefix in prefixes}
+    return found
+
+
+def is_ldms(state: Mapping[str, Tensor]) -> bool:
+    """Return whether a table without its prefix has LDM's transformers and its table of labels."""
+    return LABELS in state or any(".transformer_blocks.0." in name for name in state)
+
+
+def has_known_heads(state: Mapping[str, Tensor]) -> bool:
+    """Return whether the weights have the shape of a published network, whose number of heads is known."""
+    levels = levels_of(state, "proj_in.weight", "conv.weight", _NAME)
+    return (levels.width, levels.multipliers) in _PUBLISHED
+
+
+def label_rows(state: Mapping[str, Tensor]) -> int:
+    """Return the number of rows of the label table."""
+    return dimensions_of(state, LABELS, 2, _NAME)[0]
+
+
+def _table(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the U-Net and the table of labels of a checkpoint, without the prefix."""
+    if not any(name.startswith(_UNET) for name in state_dict):
+        return dict(state_dict)
+    table = {name.removeprefix(_UNET): value for name, value in state_dict.items() if name.startswith(_UNET)}
+    return table | ({LABELS: state_dict[LABELS]} if LABELS in state_dict else {})
+
+
+def _names(network: "LDM") -> dict[str, str]:
+    """Return the name that each of our tensors has in the program, without the prefix of the U-Net."""
+    blocks = blocks_of(network.config)
+    return {name: _their_name(name, blocks) for name in network.state_dict()}
+
+
+def _their_name(name: str, blocks: Mapping[str, str]) -> str:
+    if name.startswith("label_embedding."):
+        return LABELS
+    path, _, kind = name.removeprefix("unet.").rpartition(".")
+    if path in OUTSIDE:
+        return f"{OUTSIDE[path]}.{kind}"
+    found = BLOCK.fullmatch(path)
+    assert found is not None, name
+    renamed = _INSIDE.get(found[1].split(".")[-2], {})
+    return f"{blocks[found[1]]}.{renamed.get(found[2], found[2])}.{kind}"
+
+
+def _shape_of(state: Mapping[str, Tensor], num_classes: int | None) -> dict[str, Any]:
+    """Return the arguments of `LDMConfig` that the weights determine, but for the heads."""
+    rows, context_dim = dimensions_of(state, LABELS, 2, _NAME)
+    channels = dimensions_of(state, _FIRST, 4, _NAME)[1]
+    classes = max(rows - 1, 1) if num_classes is None else num_classes
+    return {
+        **levels_of(state, "proj_in.weight", "conv.weight", _NAME)._asdict(),
+        "channels": channels,
+        "num_classes": classes,
+        "null_class": classes == rows - 1,
+        "context_dim": context_dim,
+        "outputs_per_channel": dimensions_of(state, _LAST, 4, _NAME)[0] // max(channels, 1),
+    }
