@@ -174,7 +174,7 @@ def test_a_residual_stream_in_bf16_is_of_bf16_under_autocast_alone(block: type[B
     assert set(seen) == {torch.bfloat16}
     error, usual_error = ((output.float() - exact).norm() / exact.norm() for output in (found, usual))
     assert 0 < error < 4 * usual_error < 0.2
-    with pytest.raises(ValueError, match="model.residual is 'fp16', but it must be one of fp32, bf16"):
+    with pytest.raises(ValueError, match=r"model\.residual is 'fp16', but it must be one of fp32, bf16"):
         tiny(residual="fp16")
 
 
