@@ -93,12 +93,16 @@ class TrainingBatches:
             self._empty_features(len(rows)) if with_features else None,
         )
         self._fill(part)
+        x_0 = torch.from_numpy(part.latents)
         condition = self.conditions.of_samples(self.shards.labels_of(rows))
         return Batch(
-            x_0=torch.from_numpy(part.latents),
+            x_0=x_0,
             noise=torch.from_numpy(part.noise),
             t=torch.from_numpy(choices.t),
-            condition=with_dropped(self.conditions, condition, choices.dropped),
+            condition={
+                **with_dropped(self.conditions, condition, choices.dropped),
+                **self.conditions.of_latents(x_0),
+            },
             targets={} if self.target_steps is None else self._targets(part),
         )
 

@@ -27,6 +27,10 @@ class ConditionSource(Protocol):
         """Return the condition of samples with these labels [B]."""
         ...
 
+    def of_latents(self, x_0: Tensor) -> Condition:
+        """Return the parts of the condition that follow from the samples' latents [B, c, h, w], and are not dropped."""
+        ...
+
     def null(self, condition: Condition) -> Condition:
         """Return the null condition, with as many rows and on the same device."""
         ...
@@ -65,6 +69,10 @@ class ClassLabels:
     def of_samples(self, labels: NDArray[np.int64]) -> Condition:
         """Return the labels themselves."""
         return {"label": torch.from_numpy(labels)}
+
+    def of_latents(self, x_0: Tensor) -> Condition:
+        """Return nothing."""
+        return {}
 
     def null(self, condition: Condition) -> Condition:
         """Return the null class."""
@@ -125,6 +133,10 @@ class Unconditional:
         pass
 
     def of_samples(self, labels: NDArray[np.int64]) -> Condition:
+        """Return nothing."""
+        return {}
+
+    def of_latents(self, x_0: Tensor) -> Condition:
         """Return nothing."""
         return {}
 

@@ -16,6 +16,7 @@ from core.closest import closest
 from core.progress import ProgressBar
 from core.reading import DamagedFileError
 from core.records import canonical_hash
+from data.low_resolution import LowResolution
 from data.manifest import Manifest
 from data.settings import DataSettings
 from data.shards import MappedShards
@@ -60,6 +61,11 @@ def evaluate_job(config: EvaluateSettings, progress: ProgressBar) -> None:
     runtime: Devices = build(config.runtime, precision=config.precision.value)
     runtime.require_same(facts_of_process(config.plain()))
     checkpoint, records = _checkpoint(config, runtime)
+    if isinstance(checkpoint.conditions, LowResolution):
+        raise ValueError(
+            f"{checkpoint.path} is an upsampler, which needs images to enlarge and cannot be evaluated; sample from it "
+            "by `ditscale sample low_resolution=FILE.npz`."
+        )
     data = config.data
     source = data.name if is_foreign(config.checkpoint) else checkpoint.spec.source
     if (data.name, data.image_size) != (source, checkpoint.spec.image_size):

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from core.batch import Condition
 from core.npz import write_npz
 from core.progress import ProgressBar
+from data.low_resolution import LowResolution, read_low_resolution
 from evaluation.grid import save_grid
 from launch.builders.build import LoadedCheckpoint
 from launch.builders.components import build, target_of
@@ -30,11 +32,7 @@ def sample_job(config: SampleSettings, progress: ProgressBar) -> None:
     else:
         checkpoint = LoadedCheckpoint.load(config.checkpoint, config.weights, runtime)
     count, conditions = config.num_images, checkpoint.conditions
-    if config.labels is None:
-        condition = conditions.in_turn(count)
-    else:
-        names, knows_null = checkpoint.class_names, checkpoint.class_dropout > 0
-        condition = conditions.asked_for(config.labels, count, names, knows_null, str(checkpoint.path))
+    condition = _condition(config, checkpoint)
     if checkpoint.note is not None and runtime.is_main:
         print(f"note: {checkpoint.note}", file=sys.stderr)
     generator = checkpoint.generator(config, config.seed, runtime)
@@ -56,6 +54,24 @@ def sample_job(config: SampleSettings, progress: ProgressBar) -> None:
     save_grid(out.with_name(out.name + ".png"), shown, columns)
     which = f" ({config.weights} weights)" if checkpoint.step else ""
     print(f"{count} images of {checkpoint.path}{which}: {out}.npz and {out}.png")
+
+
+def _condition(config: SampleSettings, checkpoint: LoadedCheckpoint) -> Condition:
+    """Return the conditions of the images: classes in turn, or those asked for, and images that are enlarged."""
+    conditions, count, labels = checkpoint.conditions, config.num_images, config.labels
+    is_upsampler = isinstance(conditions, LowResolution)
+    if is_upsampler != (config.low_resolution is not None):
+        what = "an upsampler; give the images that it enlarges as" if is_upsampler else "not an upsampler; leave out"
+        raise ValueError(f"{checkpoint.path} is {what} low_resolution=FILE.npz.")
+    enlarged: Condition = {}
+    if isinstance(conditions, LowResolution) and config.low_resolution is not None:
+        given = read_low_resolution(Path(config.low_resolution), checkpoint.spec, conditions.factor)
+        enlarged = conditions.of_images(given.images[np.arange(count) % len(given.images)])
+        labels = given.labels if labels is None and conditions.num_classes else labels
+    if labels is None:
+        return {**conditions.in_turn(count), **enlarged}
+    names, knows_null = checkpoint.class_names, checkpoint.class_dropout > 0
+    return {**conditions.asked_for(labels, count, names, knows_null, str(checkpoint.path)), **enlarged}
 
 
 def _name(config: SampleSettings, checkpoint: LoadedCheckpoint) -> str:

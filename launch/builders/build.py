@@ -115,14 +115,20 @@ def require_outputs(model: Network, objective: Objective, of: str) -> None:
 
 def require_condition(model: Network, conditions: ConditionSource) -> None:
     """Raise ValueError where the network embeds other parts of a condition than its source makes."""
-    _, _, embedded = model.example_inputs(1)
-    made = conditions.in_turn(1)
+    x_t, _, embedded = model.example_inputs(1)
+    made = {**conditions.in_turn(1), **conditions.of_latents(x_t)}
     if embedded.keys() != made.keys():
         theirs, ours = (", ".join(sorted(parts)) or "nothing" for parts in (embedded, made))
         raise ValueError(
             f"The network {type(model).__name__} embeds {theirs}, but conditions of data/condition have {ours}; choose "
-            "the model/embedding of this condition, or another data/condition."
+            "the model/embedding of this condition, or another data/condition (low_resolution for an upsampler)."
         )
+    for name, value in embedded.items():
+        if value.shape[1:] != made[name].shape[1:]:
+            raise ValueError(
+                f"The network {type(model).__name__} embeds {name} of shape {tuple(value.shape[1:])}, but "
+                f"data/condition makes {tuple(made[name].shape[1:])}; set condition.factor to model.upscale."
+            )
 
 
 def model_facts(

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from core.remote import is_remote
-from data.conditions import ClassLabels, Unconditional
+from data.conditions import ClassLabels, ConditionSource, Unconditional
 from data.images import ExactSize, Preparation
+from data.low_resolution import LOW_RESOLUTION, LowResolution
 from data.plan import latent_spec
 from diffusion.objective import Objective
 from launch.builders.build import LoadedCheckpoint, require_outputs
@@ -124,7 +125,7 @@ def load_foreign(config: SampleSettings | EvaluateSettings, runtime: Devices) ->
         step=0,
         images_seen=0,
         spec=latent_spec(Path(where).name, model.num_classes, autoencoder, preparation, flip=False),
-        conditions=ClassLabels(model.num_classes) if model.num_classes else Unconditional(),
+        conditions=_conditions_of(model),
         model=runtime.place(model).eval(),
         objective=runtime.place(objective),
         autoencoder=autoencoder.to(runtime.device),
@@ -132,6 +133,13 @@ def load_foreign(config: SampleSettings | EvaluateSettings, runtime: Devices) ->
         training_seed=0,
         class_names=network.class_names,
     )
+
+
+def _conditions_of(model: Network) -> ConditionSource:
+    x_t, _, embedded = model.example_inputs(1)
+    if LOW_RESOLUTION in embedded:
+        return LowResolution(model.num_classes, x_t.shape[-1] // embedded[LOW_RESOLUTION].shape[-1])
+    return ClassLabels(model.num_classes) if model.num_classes else Unconditional()
 
 
 def _read_file(path: Path, weights: str, facts: Facts) -> ForeignNetwork:

@@ -11,6 +11,7 @@ from core.garbage import uncollected
 from core.philox32 import Philox32
 from data.batches import TrainingBatches
 from data.conditions import ConditionSource
+from data.low_resolution import LowResolution
 from data.manifest import LatentSpec, Manifest
 from data.shards import MappedShards
 from diffusion.objective import Objective
@@ -114,6 +115,7 @@ def prepare_run(config: TrainSettings, manifest: Manifest) -> PreparedRun:
     autoencoder, spec = expected_spec(config.data, manifest)
     require_shards(manifest, spec, config.data.shards)
     conditions = condition_source(config.condition, spec)
+    _require_samples_to_enlarge(conditions, config)
     config = replace(
         config, model=fill_model(config.model, spec, conditions), data=with_statistics(config.data, manifest)
     )
@@ -148,6 +150,14 @@ def _new_state(run: PreparedRun, starts_anew: bool) -> TrainState:
     with uncollected():  # PyTorch's optimizers import its compiler
         optimizer = build(config.optimizer)(model.parameters())
     return TrainState(model, ema, optimizer, config.batch_size, config.total_steps)
+
+
+def _require_samples_to_enlarge(conditions: ConditionSource, config: TrainSettings) -> None:
+    if isinstance(conditions, LowResolution) and (config.sample_every, config.evaluate_every) != (None, None):
+        raise ValueError(
+            "data/condition=low_resolution takes small images from the training samples, so this run cannot generate "
+            "any; set sample_every=null and evaluate_every=null, and use `ditscale sample low_resolution=FILE.npz`."
+        )
 
 
 def _require_null_class(model: Network, class_dropout: float) -> None:

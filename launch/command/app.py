@@ -36,6 +36,7 @@ HELP = ("--help", "-h")
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
 CONF = ROOT / "conf"
+_CLASSIFIER_GUIDANCE = re.compile(r"(noisy_)?classifier(_guidance|_guided)?|adm_g")
 JobFunction = Callable[..., None]  # (settings, progress)
 Settle = Callable[[DictConfig, list[str]], None]  # (config before interpolations are resolved, command-line words)
 
@@ -229,6 +230,11 @@ def _explain_choice(missing: str, options: Sequence[str]) -> str:
     Hydra lists a single folder, but experiments lie in subfolders, so they are listed here.
     """
     group, _, name = missing.rpartition("/")
+    if group == "diffusion/guidance" and _CLASSIFIER_GUIDANCE.fullmatch(name):
+        return (
+            f"diffusion/guidance={name} would need a classifier of noisy images, as ADM-G does, which is out of this "
+            f"program's scope. The options are: {', '.join(options)}."
+        )
     if missing.startswith("experiment/"):
         group, name = "experiment", missing.removeprefix("experiment/")
         options = sorted(str(path.relative_to(CONF / group).with_suffix("")) for path in (CONF / group).rglob("*.yaml"))

@@ -46,6 +46,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "skipping": {"skip_over": SKIP_OVER},
     # Units two levels deep, whose arguments are trees.
     "deep": {"block": "Deep", "average": "power", "objective": "flow"},
+    "adm": {"block": "ADM"},
     "ldm": {"block": "LDM"},
 }
 # All cases of one line run in one process, or in one pair of processes. A case costs the compilation of its step:
@@ -63,6 +64,8 @@ ACCELERATE_2 = [
     case("accelerate-2-fsdp", "in_context", "accelerate", settings={"mode": "fsdp"}, activation_checkpointing=True),
     case("accelerate-2-deep", "deep", "accelerate"),
     case("accelerate-2-fsdp-deep", "deep", "accelerate", settings={"mode": "fsdp"}, activation_checkpointing=True),
+    case("accelerate-2-adm", "adm", "accelerate"),
+    case("accelerate-2-fsdp-adm", "adm", "accelerate", settings={"mode": "fsdp"}, activation_checkpointing=True),
     case("accelerate-2-fsdp-ldm", "ldm", "accelerate", settings={"mode": "fsdp"}, activation_checkpointing=True),
     case("accelerate-2-fsdp-micro", "warm_up", "accelerate", settings={"mode": "fsdp", "micro_batches": 2}),
 ]
@@ -76,6 +79,8 @@ XLA_4 = [
     xla("xla-4-fsdp", "skipping", 4, "fsdp"),
     xla("xla-4-deep", "deep", 4),
     xla("xla-4-fsdp-deep", "deep", 4, "fsdp", activation_checkpointing=True),
+    xla("xla-4-adm", "adm", 4),
+    xla("xla-4-fsdp-adm", "adm", 4, "fsdp", activation_checkpointing=True),
     xla("xla-4-fsdp-ldm", "ldm", 4, "fsdp", activation_checkpointing=True),
 ]
 XLA_8 = [
@@ -123,8 +128,10 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return ((one - other).norm() / other.norm()).item()
 
 
-# A key norm's bias, which softmax cancels, and the queries and keys of an LDM's attention to one token, whose weight is 1.
-WITHOUT_GRADIENT = re.compile(r"optimizer/.+(norm_key\.bias|attn2\.to_[qk]\.weight|blocks\.0\.norm2\.\w+)/exp_avg.*")
+# The biases of keys, which softmax cancels; queries and keys of an LDM's attention to one token, whose weight is 1.
+WITHOUT_GRADIENT = re.compile(
+    r"optimizer/.+((norm_key|to_k)\.bias|attn2\.to_[qk]\.weight|blocks\.0\.norm2\.\w+)/exp_avg.*"
+)
 
 
 def has_meaning(name: str) -> bool:

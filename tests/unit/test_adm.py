@@ -1,6 +1,7 @@
 """ADM has the paper's size and cost, computes what OpenAI's program computes, and trains as every network does."""
 
 import functools
+from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from conftest import InProcess, json_lines
 from foreign_files import saved
 from torch import Tensor, nn
 
+from data.low_resolution import LowResolution
 from launch.builders.components import build
 from launch.builders.foreign import read_foreign
 from launch.command.app import CONF
@@ -86,9 +88,10 @@ def test_the_pair_of_figure_2_costs_what_the_paper_says_and_plan_takes_each_netw
 ) -> None:
     costs = [multiply_adds(adm_of(name)) / 1e9 for name in ("adm64", "adm_upsampler")]
     assert round(sum(costs), 2) == 741.32
-    shown = in_process("plan", "model=adm64")
+    shown = in_process("plan", "model=adm64", "model.width=64", "model.layers=1")
+    small = weightless(lambda: ADM(replace(adm_of("adm64").config, width=64, layers=1)))
     assert "latents 64x64x3" in shown
-    assert "109.678     295.9 " in shown
+    assert f"{multiply_adds(small) / 1e9:14.3f}  {num_parameters(small) / 1e6:8.1f} " in shown
 
 
 def test_outputs_are_those_of_guided_diffusion() -> None:
@@ -137,6 +140,18 @@ def test_weights_that_do_not_fit_are_refused_by_the_names_of_their_tensors() -> 
         to_adm(tiny())
     with pytest.raises(ValueError, match=r"model.num_heads 5 does not divide the 64 channels"):
         from_adm(weights, num_heads=5)
+
+
+def test_hostile_shapes_are_refused_in_one_sentence() -> None:
+    names = ("time_embed.0.weight", "label_emb.weight", "input_blocks.0.0.weight", "out.2.weight")
+    names += ("output_blocks.0.0.out_layers.3.weight", "output_blocks.0.1.qkv.weight", "middle_block.1.qkv.weight")
+    for name in names:
+        for shape in ((), (0,), (7,), (0, 0), (3, 1), (0, 0, 0, 0), (1, 1, 1, 1), (1,) * 6):
+            with pytest.raises(ValueError, match=r"\A[^\n]+\Z"):
+                from_adm({**released(), name: torch.zeros(shape)})
+    many = {f"output_blocks.{step}.1.in_layers.2.weight": torch.zeros(1) for step in range(5000)}
+    with pytest.raises(ValueError, match=r"blocks of the way up"):
+        from_adm({**released(), **many})
 
 
 @pytest.mark.parametrize(
@@ -203,11 +218,9 @@ def test_units_of_many_shapes_all_compile_without_breaks_and_equal_ones_share_a_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch._dynamo.reset()
-    for limit in ("recompile_limit", "accumulated_recompile_limit"):
-        monkeypatch.setattr(torch._dynamo.config, limit, getattr(torch._dynamo.config, limit))
     model = tiny()
     inputs = torch.randn(2, 1, 8, 8), torch.tensor([0, 5]), {"label": torch.tensor([1, 10])}
-    with torch.no_grad():
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
         expected = model(*inputs)
         torch._dynamo.utils.counters.clear()
         monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager", fullgraph=True))
@@ -262,6 +275,7 @@ def test_openais_files_are_read_with_the_facts_that_they_do_not_state(tmp_path: 
 SMALL = ["model=adm_digits", "batch_size=8", "log_every=2", "checkpoint_every=2", "sample_every=null"]
 SMALL += ["evaluate_every=null", "train/logger=none", "train/ema=shorter_run", "runtime=cpu", "precision=fp32"]
 SMALL += ["model.width=16", "model.num_groups=4"]
+UPSAMPLER = ["data/condition=low_resolution"]
 FEW = ["evaluation.num_images=20", "evaluation.features.epochs=1", "sampler.steps=2", "runtime=cpu"]
 
 
@@ -294,7 +308,13 @@ def test_jobs_train_resume_sweep_sample_and_evaluate_an_adm_and_openais_file(
     [
         (["model.null_class=false"], "the network's label table has 10 rows for as many classes and none for dropped"),
         (["model.multipliers=[1,1,1,1,1]"], "The latent size is 8, which is not a multiple of 16"),
-        (["model.upscale=4"], "embeds label, low_resolution"),
+        (["model.upscale=4"], "embeds label, low_resolution, but conditions of data/condition have label; choose"),
+        (
+            ["model.upscale=2", *UPSAMPLER],
+            "(1, 4, 4), but data/condition makes (1, 2, 2)",
+        ),
+        (["model.upscale=4", *UPSAMPLER, "sample_every=2"], "set sample_every=null and evaluate_every=null"),
+        (["diffusion/guidance=classifier"], "would need a classifier of noisy images, as ADM-G does, which is out of"),
         (["+model.depth=3"], "model.adm.ADM has no setting model.depth"),
     ],
 )
@@ -304,6 +324,46 @@ def test_runs_that_cannot_be_trained_are_refused(
     shown = in_process("train", *SMALL, *words, f"data.shards={digits}", "total_steps=2", "run_dir=run", expect=2)
     assert message in shown
     assert not (tmp_path / "run").exists()
+
+
+def test_an_upsampler_trains_on_means_of_the_images_and_enlarges_those_of_another_network(
+    digits: Path, tmp_path: Path, in_process: InProcess
+) -> None:
+    source = LowResolution(10, 4)
+    pixels = torch.arange(64.0).view(1, 1, 8, 8)
+    assert source.of_latents(pixels)["low_resolution"].tolist() == [[[[13.5, 17.5], [45.5, 49.5]]]]
+    condition = {"label": torch.tensor([3]), **source.of_latents(pixels)}
+    assert source.null(condition)["label"].tolist() == [10]
+    assert source.null(condition)["low_resolution"] is condition["low_resolution"]
+
+    words = [*SMALL, *UPSAMPLER, "model.upscale=4", f"data.shards={digits}"]
+    in_process("train", *words, "run_dir=run", "total_steps=2")
+    small = np.random.default_rng(0).integers(0, 256, (3, 2, 2, 1), np.uint8)
+    np.savez(tmp_path / "small.npz", arr_0=small, arr_1=np.array([7, 8, 9]))
+    given = ["sample", "checkpoint=run", "weights=model", "sampler.steps=2", "num_images=4", "runtime=cpu"]
+    in_process(*given, "low_resolution=small.npz", "diffusion/guidance=classifier_free", "out=x")
+    with np.load(tmp_path / "x.npz") as file:
+        assert (file["arr_0"].shape, file["arr_1"].tolist()) == ((4, 8, 8, 1), [7, 8, 9, 7])
+    np.savez(tmp_path / "large.npz", arr_0=np.zeros((1, 8, 8, 1), np.uint8))
+    np.savez(tmp_path / "labels.npz", arr_0=small, arr_1=np.array([7]))
+    for more, message in (
+        ([], "is an upsampler; give the images that it enlarges as low_resolution=FILE.npz"),
+        (["low_resolution=large.npz"], "has images (1, 8, 8, 1) of uint8, but the upsampler takes [N, 2, 2, 1]"),
+        (["low_resolution=labels.npz"], "has 3 images, but its labels arr_1 are (1,) of int64"),
+        (["low_resolution=absent.npz"], "There is no file absent.npz"),
+    ):
+        assert message in in_process(*given, *more, "out=y", expect=2)
+    assert "which needs images to enlarge" in in_process("evaluate", "checkpoint=run", *FEW, expect=2)
+
+
+def test_openais_upsampler_is_sampled_from_its_file(tmp_path: Path, in_process: InProcess) -> None:
+    weights = to_adm(tiny(channels=3, upscale=4, null_class=False, num_groups=32, width=32))
+    saved(tmp_path / "upsampler.pt", weights)
+    np.savez(tmp_path / "small.npz", arr_0=np.zeros((1, 4, 4, 3), np.uint8))  # two levels: images of 16 px
+    given = ["checkpoint=upsampler.pt", "runtime=cpu", "sampler.steps=2", "num_images=2", "out=x"]
+    in_process("sample", *given, "low_resolution=small.npz")
+    with np.load(tmp_path / "x.npz") as file:
+        assert (file["arr_0"].shape, file["arr_1"].tolist()) == ((2, 16, 16, 3), [0, 1])
 
 
 def test_both_u_nets_share_one_base_class() -> None:

@@ -216,11 +216,9 @@ def test_every_parameter_is_sharded_by_the_table(name: str) -> None:
 
 def test_units_compile_without_breaks_and_equal_ones_share_a_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    for limit in ("recompile_limit", "accumulated_recompile_limit"):
-        monkeypatch.setattr(torch._dynamo.config, limit, getattr(torch._dynamo.config, limit))
     network = from_ldm(golden_weights())
     inputs = golden()["x"], golden()["t"], {"label": golden()["y"]}
-    with torch.no_grad():
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
         torch._dynamo.utils.counters.clear()
         monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager", fullgraph=True))
         compile_each_unit(network)
