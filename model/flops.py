@@ -6,6 +6,7 @@ products with scores and values. Biases, residual additions, norms, activations 
 """
 
 from collections.abc import Callable
+from threading import Lock
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -19,6 +20,7 @@ from model.network import Network
 TRAINING_FACTOR = 3
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+_ONE_COUNT = Lock()  # counts of two threads at a time would leave a flag of PyTorch set, and nothing is compiled then
 _counts: WeakKeyDictionary[Network, int] = WeakKeyDictionary()
 
 
@@ -45,7 +47,7 @@ def _counted(network: Network) -> int:
 
 def multiply_adds_of(module: nn.Module, *inputs: Any) -> int:
     """Return the multiply-adds of a module on the meta device for these inputs."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with _ONE_COUNT, FlopCounterMode(display=False) as counter, torch.no_grad():
         module(*inputs)
     return int(counter.get_total_flops()) // 2
 

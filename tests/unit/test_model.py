@@ -1,5 +1,6 @@
 """The network has the paper's numbers and gives the released implementation's outputs."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -243,6 +245,14 @@ def test_multiply_adds_equal_a_counted_forward_pass(block: type[Block], patch_si
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(math_only):
         model(torch.randn(1, 4, 8, 8), torch.tensor([5]), {"label": torch.tensor([1])})
     assert counter.get_total_flops() == 2 * multiply_adds(model)
+
+
+def test_counts_in_several_threads_leave_the_compiler_working() -> None:
+    networks = [tiny() for _ in range(8)]
+    with ThreadPoolExecutor(8) as threads:
+        counts = set(threads.map(multiply_adds, networks))
+    assert len(counts) == 1
+    assert not is_in_torch_dispatch_mode()  # PyTorch compiles nothing where it is
 
 
 def test_training_compute_is_three_forward_passes_an_image() -> None:
