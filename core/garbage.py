@@ -4,6 +4,8 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_frozen = False  # in this process or the one that forked it; gc.get_freeze_count() would visit every object
+
 
 @contextmanager
 def uncollected() -> Iterator[None]:
@@ -11,12 +13,14 @@ def uncollected() -> Iterator[None]:
 
     Use it around work that imports much or makes objects that stay, and that is short.
     """
+    global _frozen
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if gc.get_freeze_count() == 0:
+        if not _frozen:
             gc.freeze()  # else the next collection would visit everything imported
+            _frozen = True
         if was_enabled:
             gc.enable()

@@ -16,7 +16,7 @@ class GuidedDiffusion(Family):
     name = "ADM"
     program = "adm"
     anchor = ANCHOR
-    settings = ("num_heads", "latent_size", "num_classes", "new_attention_order")
+    settings = ("num_heads", "head_dim", "latent_size", "num_classes", "new_attention_order")
 
     def recognises(self, state: Mapping[str, Tensor]) -> bool:
         """Return whether the timestep's embedding has its name, and no block is a transformer as in LDM."""
@@ -25,14 +25,14 @@ class GuidedDiffusion(Family):
     def read(self, state: Mapping[str, Tensor], facts: Facts) -> Reading:
         """Return the network; see `from_adm`. A run that starts with the weights has the image size and the heads."""
         run = facts.like.config if facts.like is not None and self.fits(facts.like) else None
-        new_order, heads = bool(facts.new_attention_order), facts.num_heads
-        if heads is None and run is not None:
-            heads = run.num_heads
+        new_order, heads, head_dim = bool(facts.new_attention_order), facts.num_heads, facts.head_dim
+        if heads is None and head_dim is None and run is not None:
+            heads, head_dim = run.num_heads, run.head_dim
         network = from_adm(
             state,
             new_order,
             latent_size=run.latent_size if facts.latent_size is None and run is not None else facts.latent_size,
-            head_dim=None if run is None or heads is not None else run.head_dim,
+            head_dim=head_dim,
             num_heads=heads,
             num_classes=_classes_of(state, facts),
             upscale=None if run is None or run.upscale == 1 else run.upscale,
@@ -43,7 +43,7 @@ class GuidedDiffusion(Family):
                 "queries, keys and values are read in the older order, that of all published files but "
                 "64x64_diffusion.pt, for which foreign.new_attention_order=true is needed."
             )
-        if heads is None:
+        if heads is None and head_dim is None:
             notes.append(
                 f"its attention is read with heads of {network.config.head_dim} channels; 128x128_diffusion.pt and "
                 "64_256_upsampler.pt need foreign.num_heads=4."

@@ -259,4 +259,4 @@ class AdaLNZeroSharedBlock(AdaLNZeroBlock):
         """Return ``num_modulations`` tensors [B, d]."""
         assert embedded.modulation is not None, "the network computes the modulation that its blocks share"
         shared = embedded.modulation.unflatten(1, (self.num_modulations, -1))
-        return (shared + self.modulation_table).unbind(1)
+        return (shared + self.modulation_table.to(shared.dtype)).unbind(1)

@@ -24,6 +24,7 @@ EmbeddingFactory = Callable[..., ConditionEmbedding]  # (num_classes=, width=) -
 PositionTable = Literal[
     "fixed", "learned", "none"
 ]  # added to the tokens: the paper's sines and cosines, a weight, none
+Residual = Literal["fp32", "bf16"]  # of the tokens between blocks under autocast, to which each block adds
 
 
 # Limits far above any real model: a config may come from a file, and a model is built before its weights are checked.
@@ -56,6 +57,7 @@ class DiTConfig:
     frequency_shift: int = 0  # of the timestep's frequencies: 0 as released, 1 as in diffusers
     embedding: EmbeddingFactory | None = None  # for a condition other than labels
     position_table: PositionTable = "fixed"
+    residual: Residual = "fp32"
 
     def __post_init__(self) -> None:
         for name in ("latent_size", "channels", "patch_size", "width", "depth", "num_heads", "num_classes"):
@@ -85,11 +87,9 @@ class DiTConfig:
                 f"model.frequency_shift is {self.frequency_shift}, but it must be 0, as in the released code, or 1, as "
                 "in diffusers."
             )
-        if self.position_table not in get_args(PositionTable):
-            raise ValueError(
-                f"model.position_table is {self.position_table!r}, but it must be one of "
-                f"{', '.join(get_args(PositionTable))}."
-            )
+        for name, values in (("position_table", PositionTable), ("residual", Residual)):
+            if (value := getattr(self, name)) not in get_args(values):
+                raise ValueError(f"model.{name} is {value!r}, but it must be one of {', '.join(get_args(values))}.")
         if self.num_tokens * self.width > _MOST_POSITIONS:
             raise ValueError(
                 f"{self.num_tokens} tokens of model.width {self.width} need {self.num_tokens * self.width} numbers for "
@@ -299,7 +299,9 @@ class DiT(Network):
         self._require_shape(x_t)
         tokens = self.patch_embedding(self._patchify(x_t))
         table = self.position_embedding
-        tokens = tokens.float() if table is None else tokens + table  # float32 between blocks, under autocast too
+        tokens = tokens.float() if table is None else tokens + table  # float32, under autocast too
+        if self.config.residual == "bf16" and torch.is_autocast_enabled(tokens.device.type):
+            tokens = tokens.bfloat16()
         embedded = self.embedding.embed(self.timestep_embedding(t), condition)
         if self.shared_modulation is not None:
             embedded = embedded._replace(modulation=self.shared_modulation(embedded.vector))

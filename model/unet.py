@@ -29,6 +29,7 @@ _MOST = {
 }
 _MOST_LEVELS = 12
 _MOST_CHANNELS = 2**16  # of a level
+_ROUNDING = 1e-6  # of a multiplier that was computed from channels
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class UNetConfig:
             )
         for multiplier in self.multipliers:
             channels = self.width * multiplier
-            if not (1 <= channels <= _MOST_CHANNELS) or channels != int(channels):
+            if not (1 <= channels <= _MOST_CHANNELS) or abs(channels - round(channels)) > _ROUNDING:
                 raise ValueError(
                     f"model.width {self.width} times {multiplier} of model.multipliers is {channels:g}, but the number "
                     f"of a level's channels must be a whole number from 1 to {_MOST_CHANNELS}."
@@ -125,7 +126,7 @@ class UNetConfig:
     @property
     def level_channels(self) -> tuple[int, ...]:
         """Return the number of channels of each level."""
-        return tuple(int(self.width * multiplier) for multiplier in self.multipliers)
+        return tuple(round(self.width * multiplier) for multiplier in self.multipliers)
 
     @property
     def attending_levels(self) -> list[int]:

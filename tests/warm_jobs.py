@@ -24,7 +24,10 @@ from core.garbage import uncollected
 
 # The modules that every job imports.
 JOBS = [f"launch.{job}" for job in ("encode", "verify", "train", "sample", "evaluate", "reference", "export", "report")]
-TRAINING = [*JOBS, "runtime.accelerate", "torch._dynamo"]
+TRAINING = [*JOBS, "runtime.accelerate", "torch._dynamo", "torch._inductor.utils"]
+# What some jobs import for seconds. Not wandb itself: it makes a folder at import, which the first job to end removes.
+TRAINING += ["sklearn.datasets", "pandas", "networkx", "aiohttp", "requests", "rich.console", "matplotlib.pyplot"]
+TRAINING += ["diffusers.models.transformers.dit_transformer_2d", "diffusers.schedulers"]
 
 
 class WarmJobs:
@@ -129,6 +132,14 @@ def listen(request: dict[str, str]) -> None:
         os.close(pipe)
 
 
+def prepare_configs(modules: list[str]) -> None:
+    """Read the configs of those modules that are jobs, once for all forks."""
+    if jobs := [name.removeprefix("launch.") for name in modules if name in JOBS]:
+        import fast_hydra
+
+        fast_hydra.prepare(jobs)
+
+
 def become(job: dict[str, Any]) -> NoReturn:
     """Become the process that a shell would have started; it ends like one, with exit handlers."""
     os.environ.clear()
@@ -167,6 +178,7 @@ if __name__ == "__main__":
     with uncollected():
         for name in sys.argv[1:]:
             importlib.import_module(name)
+        prepare_configs(sys.argv[1:])
     gc.collect()
     gc.freeze()  # or a collection in a fork copies every page of what was imported
     become(serve())

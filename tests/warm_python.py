@@ -25,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from warm_jobs import JOBS
+from warm_jobs import JOBS, prepare_configs
 
 from core.garbage import uncollected
 
@@ -260,5 +260,6 @@ def _import(modules: list[str]) -> None:
 if __name__ == "__main__":
     with uncollected():
         _import(sys.argv[1:])
+        prepare_configs(sys.argv[1:])
     gc.freeze()  # or a collection in a fork copies every page of what was imported
     _become(*_serve())

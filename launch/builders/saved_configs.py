@@ -56,7 +56,7 @@ def as_now(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(model := now.get("model"), Mapping) and isinstance(model.get("learn_sigma"), bool):
         now["model"] = {key: value for key, value in model.items() if key != "learn_sigma"}
     if isinstance(model := now.get("model"), Mapping) and model.get("_target_") == "model.dit.DiT":
-        now["model"] = {"position_table": "fixed", **model}
+        now["model"] = {"position_table": "fixed", "residual": "fp32", **model}
     if isinstance(objective := now.get("diffusion"), Mapping):
         now["diffusion"] = _objective_as_now(objective)
     return now

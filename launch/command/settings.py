@@ -139,7 +139,7 @@ class ForeignSettings(Settings):
 
     family: str | None = None  # such as DiT, SiT, LDM; null: by the tensors' names, and the trainer's arguments
     num_heads: int | None = None  # for a DiT whose width is not one of the paper's; ADM: for 4 heads; LDM
-    head_dim: int | None = None  # channels of a head, in place of num_heads; LDM only
+    head_dim: int | None = None  # channels of a head, in place of num_heads; ADM, LDM
     latent_size: int | None = None  # side of the latents of a U-Net; null: 8 at its coarsest level, as published
     num_classes: int | None = None  # needed where the label table's last row may be a class or the null class
     frequency_shift: int | None = None  # null: 1 for a diffusers folder, as diffusers computes; else 0, as published

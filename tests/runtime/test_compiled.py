@@ -18,7 +18,9 @@ from warm_python import TRAINING, run_warm_python
 
 CXX = os.environ.get("CXX", "g++")  # as torch.compile chooses
 COUNTED = """
+import torch._inductor.config
 from launch import cli
+torch._inductor.config.cpp.simdlen = 0  # as the other test, with which it shares precompiled headers
 cli.main()
 from torch._dynamo.utils import counters
 cached = [counters["inductor"][f"fxgraph_cache_{outcome}"] for outcome in ("hit", "miss", "bypass")]

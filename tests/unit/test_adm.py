@@ -142,6 +142,18 @@ def test_weights_that_do_not_fit_are_refused_by_the_names_of_their_tensors() -> 
         from_adm(weights, num_heads=5)
 
 
+def test_hostile_shapes_are_refused_in_one_sentence() -> None:
+    names = ("time_embed.0.weight", "label_emb.weight", "input_blocks.0.0.weight", "out.2.weight")
+    names += ("output_blocks.0.0.out_layers.3.weight", "output_blocks.0.1.qkv.weight", "middle_block.1.qkv.weight")
+    for name in names:
+        for shape in ((), (0,), (7,), (0, 0), (3, 1), (0, 0, 0, 0), (1, 1, 1, 1), (1,) * 6):
+            with pytest.raises(ValueError, match=r"\A[^\n]+\Z"):
+                from_adm({**released(), name: torch.zeros(shape)})
+    many = {f"output_blocks.{step}.1.in_layers.2.weight": torch.zeros(1) for step in range(5000)}
+    with pytest.raises(ValueError, match=r"blocks of the way up"):
+        from_adm({**released(), **many})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -206,11 +218,9 @@ def test_units_of_many_shapes_all_compile_without_breaks_and_equal_ones_share_a_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch._dynamo.reset()
-    for limit in ("recompile_limit", "accumulated_recompile_limit"):
-        monkeypatch.setattr(torch._dynamo.config, limit, getattr(torch._dynamo.config, limit))
     model = tiny()
     inputs = torch.randn(2, 1, 8, 8), torch.tensor([0, 5]), {"label": torch.tensor([1, 10])}
-    with torch.no_grad():
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
         expected = model(*inputs)
         torch._dynamo.utils.counters.clear()
         monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager", fullgraph=True))

@@ -155,14 +155,38 @@ def test_the_position_table_may_be_learned_or_left_out() -> None:
         tiny(position_table="rotary")
 
 
-@pytest.mark.parametrize("table", ["fixed", "learned", "none"])
-def test_tokens_between_blocks_are_float32_under_autocast_whatever_the_position_table(table: str) -> None:
-    model, seen = modern(AdaLNZeroBlock, position_table=table), []
+def between_blocks(model: Any, seen: list[torch.dtype]) -> None:
     for block in model.blocks:
         block.register_forward_hook(lambda _, tokens, output: seen.extend([tokens[0].dtype, output.dtype]))
+
+
+@pytest.mark.parametrize("table", ["fixed", "learned", "none"])
+def test_tokens_between_blocks_are_float32_under_autocast_whatever_the_position_table(table: str) -> None:
+    model, seen = modern(AdaLNZeroBlock, position_table=table), list[torch.dtype]()
+    between_blocks(model, seen)
     with torch.autocast("cpu", torch.bfloat16):
         model(*inputs())
     assert set(seen) == {torch.float32}
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_residual_stream_in_bf16_is_of_bf16_under_autocast_alone(block: type[Block]) -> None:
+    """It changes the output by rounding: of 8 bits of a mantissa, in each addition of a block."""
+    seen = list[torch.dtype]()
+    plain, rounded = randomized(tiny(block=block)), tiny(block=block, residual="bf16")
+    rounded.load_state_dict(plain.state_dict())
+    between_blocks(rounded, seen)
+    exact = plain(*inputs())
+    assert torch.equal(rounded(*inputs()), exact)
+    assert set(seen) == {torch.float32}
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, usual = rounded(*inputs()), plain(*inputs())
+    assert set(seen) == {torch.bfloat16}
+    error, usual_error = ((output.float() - exact).norm() / exact.norm() for output in (found, usual))
+    assert 0 < error < 4 * usual_error < 0.2
+    with pytest.raises(ValueError, match=r"model\.residual is 'fp16', but it must be one of fp32, bf16"):
+        tiny(residual="fp16")
 
 
 class Words(ConditionEmbedding):

@@ -122,6 +122,7 @@ def test_a_flow_run_of_an_earlier_version_continues(digits: Path, tmp_path: Path
     config = yaml.safe_load(folder_config.read_text())
     assert config["diffusion"] != earlier
     assert config["model"].pop("position_table") == "fixed"
+    assert config["model"].pop("residual") == "fp32"
     then = {"diffusion": earlier, "model": config["model"]}
     folder_config.write_text(yaml.safe_dump(config | then))
     resealed(state_file, config=state_of(tmp_path / "run")["config"] | then)
