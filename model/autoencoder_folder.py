@@ -37,7 +37,7 @@ class FolderAutoencoder:
     def __init__(
         self,
         name: str,
-        pretrained: str,
+        pretrained: str | None,
         scale: Numbers | None = None,
         shift: Numbers | None = None,
         precision: Literal["fp32", "bf16"] = "fp32",
@@ -46,6 +46,11 @@ class FolderAutoencoder:
         downscale: int | None = None,
         channels: int | None = None,
     ) -> None:
+        if pretrained is None:
+            raise ValueError(
+                f"The autoencoder {name} is not published in diffusers' format; give "
+                f"data.autoencoder.pretrained=FOLDER, a folder of diffusers' {self.diffusers_class}."
+            )
         place = pretrained if subfolder is None else f"{pretrained}/{subfolder}"
         self._network, stated = _load(type(self), pretrained, hub_revision, subfolder)
         self._network.requires_grad_(False)

@@ -223,6 +223,8 @@ def test_a_plan_takes_the_latents_of_an_autoencoder_from_its_settings(in_process
     assert found["vq_f8"] == found["sdxl_vae"] == found["taesd"] == found["sd_vae_ema"] == (8, 4)
     assert (found["flux_vae"], found["dc_f32c32"], found["dc_f64c128"]) == ((8, 16), (32, 32), (64, 128))
     assert (found["identity"], found["identity_grey"]) == ((1, 3), (1, 1))
+    shown = in_process("encode", "data=imagenet256", "model/autoencoder=vq_f8", "data.shards=shards", expect=2)
+    assert "ldm-vq-f8 is not published in diffusers' format; give data.autoencoder.pretrained=FOLDER, a folder" in shown
     unknown = ["model/autoencoder=vq_f4", "data.autoencoder.downscale=null"]
     shown = in_process("plan", "data=imagenet256", *unknown, expect=2)
     assert "A plan does not read the weights of data.autoencoder; give data.autoencoder.downscale." in shown
