@@ -39,7 +39,7 @@ def fails(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.C
         (["train", "model/block=adaln_zer"], "no 'adaln_zer' in model/block; did you mean 'adaln_zero'?"),
         (["train", "experiment=dmo"], "did you mean 'demo'?"),
         (["train", "experiment=demo/studdy"], "no 'demo/studdy' in experiment; did you mean 'demo/study'?"),
-        (["train", "experiment=scaling"], "The options are: demo, demo/blocks, demo/objective/edm, "),
+        (["train", "experiment=scaling"], "The options are: demo, demo/blocks, demo/network/"),
         (["plan", "experiment=demo"], "`ditscale plan` has no setting 'experiment'."),
         (
             ["train", "model.block.shift=3"],
