@@ -65,7 +65,6 @@ ACCELERATE_2 = [
     case("accelerate-2-deep", "deep", "accelerate"),
     case("accelerate-2-fsdp-deep", "deep", "accelerate", settings={"mode": "fsdp"}, activation_checkpointing=True),
     case("accelerate-2-adm", "adm", "accelerate"),
-    case("accelerate-2-fsdp-adm", "adm", "accelerate", settings={"mode": "fsdp"}, activation_checkpointing=True),
     case("accelerate-2-fsdp-ldm", "ldm", "accelerate", settings={"mode": "fsdp"}, activation_checkpointing=True),
     case("accelerate-2-fsdp-micro", "warm_up", "accelerate", settings={"mode": "fsdp", "micro_batches": 2}),
 ]
@@ -79,9 +78,8 @@ XLA_4 = [
     xla("xla-4-fsdp", "skipping", 4, "fsdp"),
     xla("xla-4-deep", "deep", 4),
     xla("xla-4-fsdp-deep", "deep", 4, "fsdp", activation_checkpointing=True),
-    xla("xla-4-adm", "adm", 4),
     xla("xla-4-fsdp-adm", "adm", 4, "fsdp", activation_checkpointing=True),
-    xla("xla-4-fsdp-ldm", "ldm", 4, "fsdp", activation_checkpointing=True),
+    xla("xla-4-ldm", "ldm", 4),
 ]
 XLA_8 = [
     xla("xla-8", "cross_attention", 8, activation_checkpointing=True),

@@ -35,7 +35,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ditscale("encode", cwd=folder)
     ditscale("train", "-m", *SWEEP, "model.patch_size=4", cwd=folder, env={"WANDB_MODE": "offline"})
     ditscale("train", "-m", *SWEEP, cwd=folder, env={"WANDB_MODE": "offline"})
-    ditscale("report", "sweep=runs/small", cwd=folder, env={"WANDB_MODE": "offline"})
+    ditscale("report", "sweep=runs/small", "sampler.steps=10", cwd=folder, env={"WANDB_MODE": "offline"})
     return folder
 
 
@@ -232,7 +232,7 @@ def test_bits_per_dimension_do_not_depend_on_the_batch_and_leave_the_curve_alone
     assert (one["likelihood_images"], one["likelihood_steps"]) == (3, 1000)
     assert one["bits_per_dimension"] > 0
     assert "frechet_distance" not in one
-    ditscale("report", "sweep=runs/small", "train/logger=none", cwd=study)
+    ditscale("report", "sweep=runs/small", "train/logger=none", "sampler.steps=10", cwd=study)
     shown = ditscale(*words[:2], "metrics=[nlll]", cwd=study, expect=2)
     assert "There is no metric 'nlll'; did you mean 'nll'?" in shown
 
