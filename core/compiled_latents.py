@@ -26,7 +26,7 @@ def _number(_: Any, bits: Any) -> Any:
 def fill_latents(moments, posterior, deviations, shift, scale, out):  # type: ignore[no-untyped-def]
     """Write (mean + deviation x posterior - shift) x scale to ``out`` [B, c, n], of moments [B, 2c, n] as bits.
 
-    ``out`` may be ``posterior``. Each operation rounds to float32, as it does where PyTorch computes them one by one.
+    ``shift`` and ``scale`` are [1 or c]. ``out`` may be ``posterior``. Each operation rounds to float32, as it does where PyTorch computes them one by one.
     """
     rows, channels, length = posterior.shape
     drawn = np.empty(length, np.float32)
@@ -34,10 +34,11 @@ def fill_latents(moments, posterior, deviations, shift, scale, out):  # type: ig
         for channel in range(channels):
             mean, log_variance = moments[row, channel], moments[row, channels + channel]
             normal, latent = posterior[row, channel], out[row, channel]
+            moved, factor = shift[channel % shift.size], scale[channel % scale.size]
             for place in range(length):  # apart from the arithmetic, which vectorizes
                 drawn[place] = deviations[log_variance[place]]
             for place in range(length):  # to memory of its own: a loop over arrays that overlap does not vectorize
                 number = _number(mean[place])  # type: ignore[call-arg, var-annotated] # the context is numba's
                 sample = number + drawn[place] * normal[place]
-                drawn[place] = (sample - shift[channel]) * scale[channel]
+                drawn[place] = (sample - moved) * factor
             latent[:] = drawn

@@ -1,5 +1,6 @@
 """Draw latents from the moments of a Gaussian posterior: mean + exp(log-variance / 2) x noise, shifted and scaled."""
 
+import math
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -50,14 +51,15 @@ class CompiledLatents(NamedTuple):
 
     def latents(self, moments: Tensor, posterior: Tensor, shift: Tensor, scale: Tensor, out: Tensor) -> Tensor:
         """Return ``out`` with the same as PyTorch's operations."""
-        channels = posterior.shape[1]
-        per_channel = [value.detach().flatten().expand(channels).contiguous().numpy() for value in (shift, scale)]
+        rows, channels, length = *posterior.shape[:2], math.prod(posterior.shape[2:])
+        mean, factor = ((value.detach() if value.requires_grad else value).numpy() for value in (shift, scale))
         self.fill_latents(
-            moments.flatten(2).numpy().view(np.uint16),
-            posterior.flatten(2).numpy(),
+            moments.numpy().view(np.uint16).reshape(rows, 2 * channels, length),
+            posterior.numpy().reshape(rows, channels, length),
             self.deviations,
-            *per_channel,
-            out.flatten(2).numpy(),
+            mean.reshape(-1),
+            factor.reshape(-1),
+            out.numpy().reshape(rows, channels, length),
         )
         return out
 

@@ -137,11 +137,16 @@ class TrainingBatches:
 
     def _fill_chunks(self, part: "_Part") -> None:
         streams = self._new_streams(self.seed)  # threads do not share one
+        sample = self.shards.manifest.spec.sample_shape[1:]
+        chunk = self._buffers.empty((min(CHUNK, len(part.rows)), *sample), np.float16)
+        places = self.shards.places(part.rows, part.flips)  # of the whole share: one call holds the GIL as long as one
+        features = None if part.features is None else self.shards.feature_places(part.rows, part.flips)
         for first in range(0, len(part.rows), CHUNK):
-            positions, rows, flips, latents, noise, features = part.rows_of(slice(first, first + CHUNK))
-            moments = self.shards.gather(rows, flips)
-            if features is not None:
-                self.shards.gather_features(rows, flips, features)
+            here = slice(first, first + CHUNK)
+            positions, latents, noise = part.positions[here], part.latents[here], part.noise[here]
+            moments = self.shards.read(places.of(here), chunk[: len(positions)])
+            if features is not None and part.features is not None:
+                self.shards.read(features.of(here), part.features[here])
             streams.fill(latents.reshape(len(latents), -1), positions, Purpose.POSTERIOR, 0)
             posterior = torch.from_numpy(latents)
             self.autoencoder.draw(torch.from_numpy(moments), posterior, out=posterior)

@@ -26,6 +26,11 @@ class MappedFile(mmap.mmap):
             mapped._descriptor = os.dup(descriptor)
         return mapped
 
+    @property
+    def descriptor(self) -> int:
+        """Return the descriptor by which the file is read, or -1 where the mapping is read."""
+        return -1 if self._descriptor is None else self._descriptor
+
     def copy_to(self, out: NDArray[Any], offset: int) -> int:
         """Fill a contiguous array with the bytes at ``offset``; return their number, smaller where the file was cut."""
         if self._descriptor is not None:
@@ -38,17 +43,22 @@ class MappedFile(mmap.mmap):
             os.close(self._descriptor)
 
 
-def fill_rows(files: Sequence[MappedFile], offsets: NDArray[np.int64], out: NDArray[Any]) -> int:
-    """Fill each row of a contiguous array from one file at one offset, up to the first row where the file was cut.
+def fill_by_descriptor(descriptors: NDArray[np.int32], offsets: NDArray[np.int64], out: NDArray[Any]) -> int:
+    """Fill each row of a contiguous array from one descriptor at one offset, without the GIL; return how many it filled.
 
-    Return the number of rows that were filled.
+    None are filled where a descriptor is negative, or before this compiled function pays.
     """
     assert out.flags.c_contiguous, "a copy would be filled"
-    descriptors = [file._descriptor for file in files]
-    filled = 0
-    if None not in descriptors and (read_rows := FAST_READS.get(len(files))):
-        by_row = out.reshape(len(out), math.prod(out.shape[1:])).view(np.uint8)
-        filled = read_rows(np.array(descriptors, np.int32), offsets, by_row)
+    if len(descriptors) and descriptors.min() >= 0 and (read_rows := FAST_READS.get(len(descriptors))):
+        return read_rows(descriptors, offsets, out.reshape(len(out), math.prod(out.shape[1:])).view(np.uint8))
+    return 0
+
+
+def fill_rows(files: Sequence[MappedFile], offsets: NDArray[np.int64], out: NDArray[Any], filled: int = 0) -> int:
+    """Fill each row of a contiguous array after the first ``filled`` from one file at one offset.
+
+    Return the number of rows that are filled then, which is that before the first row where the file was cut.
+    """
     while filled < len(files) and files[filled].copy_to(out[filled], int(offsets[filled])) == out[filled].nbytes:
         filled += 1
     return filled

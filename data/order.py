@@ -61,8 +61,11 @@ class GlobalOrder:
 
     def rows_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the rows that the given positions visit, [len(positions)] int64."""
-        rows = np.empty_like(positions)
         epochs = positions // self._num_samples
+        if len(epochs) and (first := int(epochs[0])) == int(epochs[-1]) and (epochs == first).all():
+            found: NDArray[np.int64] = self._epoch_rows(first)[positions - first * self._num_samples]
+            return found
+        rows = np.empty_like(positions)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
             rows[chosen] = self._epoch_rows(int(epoch))[positions[chosen] % self._num_samples]

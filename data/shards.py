@@ -1,7 +1,9 @@
 """Map the samples of a folder or URL of shards, and address them by row."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,10 +12,21 @@ from core.npy import LONGEST_HEADER, parse_header
 from core.reading import DamagedFileError, remedied
 from core.remote import DEFAULT_RETRY, Retry, is_remote, join
 from data.cache import Cache
-from data.mapped_file import MappedFile, fill_rows
+from data.mapped_file import MappedFile, fill_by_descriptor, fill_rows
 from data.shard_files import LocalShardFiles, RemoteShardFiles, ShardFiles
 from data.shard_index import index_file, labels_file, read_index, read_source_ids
 from data.shard_tars import features_distance
+
+
+class Places(NamedTuple):
+    """The places of samples in their shards' files."""
+
+    shards: NDArray[np.int64]  # [B]
+    offsets: NDArray[np.int64]  # [B], of the first byte
+
+    def of(self, part: slice) -> "Places":
+        """Return some of the places."""
+        return Places(self.shards[part], self.offsets[part])
 
 
 class MappedShards:
@@ -40,6 +53,7 @@ class MappedShards:
         self._places = np.array(self._layouts, dtype=np.int64)  # [shards, 2]
         self._first_rows = np.cumsum([0, *self.counts])
         self._views: dict[int, MappedFile] = {}
+        self._descriptors = np.full(len(self._layouts), -1, np.int32)  # of each view that is read by position
         self._expected: set[int] = set()
         self._distances: dict[int, int] = {}  # of each mapped shard, from the moments of a sample to its features
 
@@ -72,12 +86,12 @@ class MappedShards:
             return
         expected = list(dict.fromkeys(shards))
         self._expected = set(expected)
-        self._views = {shard: self._views[shard] for shard in expected if shard in self._views}
+        self._keep_views({shard: self._views[shard] for shard in expected if shard in self._views})
         self._files.expect(expected)
 
     def map_rows(self, rows: NDArray[np.int64]) -> bool:
         """Map the shards of local or announced rows; return whether several threads may gather these rows at once."""
-        shards = set((np.searchsorted(self._first_rows, rows, side="right") - 1).tolist())
+        shards = set(self._unmapped(self._shards_of(rows)).tolist())
         if not self._files.keeps_all and not self._expected.issuperset(shards):
             return False
         for shard in shards:
@@ -94,42 +108,70 @@ class MappedShards:
         """Return moments [len(rows), 2c, h, w] float16 of rows, mirrored where ``flips``; write to ``out`` if given."""
         if out is None:
             out = np.empty((len(rows), *self.manifest.spec.sample_shape[1:]), dtype=np.float16)
-        return self._gather(rows, flips, out, behind_moments=False)
+        return self.read(self.places(rows, flips), out)
 
     def gather_features(
         self, rows: NDArray[np.int64], flips: NDArray[np.bool_], out: NDArray[np.float16]
     ) -> NDArray[np.float16]:
         """Write a teacher's features [len(rows), T, D] float16 to ``out``, of mirrored images where ``flips``."""
-        assert self.manifest.teacher is not None, "these shards have no features"
-        return self._gather(rows, flips, out, behind_moments=True)
+        return self.read(self.feature_places(rows, flips), out)
 
-    def _gather(
-        self, rows: NDArray[np.int64], flips: NDArray[np.bool_], out: NDArray[np.float16], behind_moments: bool
-    ) -> NDArray[np.float16]:
+    def places(self, rows: NDArray[np.int64], flips: NDArray[np.bool_]) -> Places:
+        """Return the places of the moments of rows, mirrored where ``flips``."""
         assert self.manifest.spec.flip or not flips.any(), "these shards have no mirrored images"
-        shards = np.searchsorted(self._first_rows, rows, side="right") - 1
+        shards = self._shards_of(rows)
         first, stride = self._places[shards].T
-        offsets = first + (rows - self._first_rows[shards]) * stride + flips * (out.nbytes // max(1, len(out)))
-        # One read per sample takes the same time for a few shards as for thousands.
-        views = [self._view(shard) for shard in shards.tolist()]
-        if behind_moments:
-            offsets = offsets + np.array([self._distances[shard] for shard in shards.tolist()], dtype=np.int64)
-        filled = fill_rows(views, offsets, out)
-        if filled < len(rows):
+        of_one = _num_bytes(self.manifest.spec.sample_shape[1:])
+        return Places(shards, first + (rows - self._first_rows[shards]) * stride + flips * of_one)
+
+    def feature_places(self, rows: NDArray[np.int64], flips: NDArray[np.bool_]) -> Places:
+        """Return the places of a teacher's features of rows, of mirrored images where ``flips``; map their shards."""
+        teacher = self.manifest.teacher
+        assert teacher is not None, "these shards have no features"
+        shards, offsets = self.places(rows, np.zeros_like(flips))
+        numbers = shards.tolist()
+        for shard in numbers:
+            self._view(shard)
+        distances = np.array([self._distances[shard] for shard in numbers], dtype=np.int64)
+        return Places(shards, offsets + distances + flips * _num_bytes((teacher.tokens, teacher.dim)))
+
+    def read(self, places: Places, out: NDArray[np.float16]) -> NDArray[np.float16]:
+        """Write the float16 values at each place to the rows of ``out``, and return it."""
+        shards, offsets = places
+        views = self._views  # which stay open: those that are kept later are another dictionary
+        filled = fill_by_descriptor(self._descriptors[shards], offsets, out)
+        if filled < len(shards):
+            # One read per sample takes the same time for a few shards as for thousands.
+            filled = fill_rows([self._view(shard) for shard in shards.tolist()], offsets, out, filled)
+        del views
+        if filled < len(shards):
             place = join(self.place, self.manifest.shards[shards[filled]].name)
             raise DamagedFileError(f"{place} was cut while this job ran; {self._files.repair}.")
         return out
 
     def close(self) -> None:
         """Release all shards and stop fetching."""
-        self._views = {}
+        self._keep_views({})
         self._files.close()
+
+    def _shards_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.searchsorted(self._first_rows, rows, side="right") - 1
+
+    def _unmapped(self, shards: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return those without a descriptor, which may be mapped all the same."""
+        return shards[self._descriptors[shards] < 0]
+
+    def _keep_views(self, views: dict[int, MappedFile]) -> None:
+        """Release all other views: their descriptors are closed when nothing reads them."""
+        self._descriptors[list(self._views.keys() - views.keys())] = -1
+        self._views = views
 
     def _view(self, shard: int) -> MappedFile:
         if shard not in self._views:
             if shard not in self._expected:
                 self.expect([shard])
             self._views[shard] = self._mapped(shard)
+            self._descriptors[shard] = self._views[shard].descriptor
         return self._views[shard]
 
     def _mapped(self, shard: int) -> MappedFile:
@@ -155,6 +197,11 @@ class MappedShards:
                     )
             self._distances[shard] = distance
         return mapped
+
+
+def _num_bytes(shape: tuple[int, ...]) -> int:
+    """Return the bytes of float16 values."""
+    return 2 * math.prod(shape)
 
 
 def open_shards(place: str, verify_checksums: bool, cache: str, cache_bytes: int) -> MappedShards:
