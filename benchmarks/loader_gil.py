@@ -1,8 +1,8 @@
 """Measure the part of the loader's work that holds Python's global lock (GIL), which threads cannot share.
 
-``python -m benchmarks.loader_gil`` makes training batches on one thread, as `benchmarks.loader` does, and times each call
-of a compiled function, which releases the GIL. It prints one JSON line: for each generator, microseconds of the thread's
-processor time a sample, the whole of it and without these calls, the median and the least of many parts.
+``python -m benchmarks.loader_gil`` makes training batches on one thread, as `benchmarks.loader` does, and times each
+call of a compiled function, which releases the GIL. It prints one JSON line: for each generator, microseconds of the
+thread's processor time a sample, the whole of it and without these calls, the median and the least of many parts.
 """
 
 import json

@@ -6,7 +6,8 @@ the largest power of two that fits a GPU. Images are 256 px. Peak memory is meas
 
 The variants, all at one precision and number of threads, are ``released`` (`benchmarks.released`: eager, TF32 on a GPU,
 ``torch.autocast`` for bf16, AdamW with its defaults, an average updated parameter by parameter, ``loss.item()`` each
-step), and ``eager`` and ``compiled`` (ours, through runtime, step and feed, between log steps). On a CPU the variants,
+step), and ours, through runtime, step and feed, between log steps: ``eager``, ``compiled`` (unit by unit) and ``whole``
+(the network in one graph), each also as ``eager_bf16_residual`` and so on, with ``model.residual=bf16``. On a CPU the variants,
 each in a process of its own, take turns and the medians are compared, since its speed drifts; the process's processor
 time is given too, which other programs on the machine affect little, and which for ours includes the draws of random
 numbers.
@@ -36,7 +37,7 @@ from diffusion.process import GaussianDiffusion
 from diffusion.schedules import LinearSchedule
 from diffusion.times import UniformSteps
 from diffusion.variances import LearnedRangeVariance
-from model.dit import DiT, DiTConfig
+from model.dit import DiT, DiTConfig, Residual
 from model.flops import TRAINING_FACTOR, multiply_adds
 from runtime.accelerate import AccelerateRuntime
 from train.ema import constant
@@ -44,6 +45,8 @@ from train.step import make_step
 
 SIZES = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}
 LATENT, CHANNELS, CLASSES = 32, 4, 1000
+COMPILED = {"eager": False, "compiled": True, "whole": "whole"}  # variant -> runtime.compile
+BF16_RESIDUAL = "_bf16_residual"  # ending of a variant
 RunStep = Callable[[], float]  # runs one step -> seconds that it waited for data
 
 
@@ -55,10 +58,10 @@ class Round(NamedTuple):
     waiting: float
 
 
-def new_model(model: str) -> DiT:
+def new_model(model: str, residual: Residual = "fp32") -> DiT:
     size, patch_size = model.split("/")
     depth, width, num_heads = SIZES[size]
-    network = DiT(DiTConfig(LATENT, CHANNELS, int(patch_size), width, depth, num_heads, CLASSES))
+    network = DiT(DiTConfig(LATENT, CHANNELS, int(patch_size), width, depth, num_heads, CLASSES, residual=residual))
     for parameter in network.parameters():  # a fresh DiT has zeros, which processors multiply as fast as others
         parameter.data.add_(torch.randn(parameter.shape), alpha=0.01)
     return network
@@ -84,10 +87,10 @@ def host_batches(batch_size: int) -> Iterator[Batch]:
         )
 
 
-def ours(model: str, batch_size: int, precision: Any, compiled: bool) -> RunStep:
+def ours(model: str, batch_size: int, precision: Any, compiled: Any, residual: Residual) -> RunStep:
     """Return the project's step under its runtime, between log steps."""
     runtime = AccelerateRuntime(precision, compile=compiled)
-    network, process = new_model(model), runtime.place(diffusion())
+    network, process = new_model(model, residual), runtime.place(diffusion())
     ema = constant(network)
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.0, foreach=True)
     stepping, optimizer = runtime.prepare(network, [ema.module], optimizer)
@@ -139,7 +142,8 @@ def released(model: str, batch_size: int, precision: str) -> RunStep:
 def make(variant: str, model: str, batch_size: int, precision: str) -> RunStep:
     if variant == "released":
         return released(model, batch_size, precision)
-    return ours(model, batch_size, precision, compiled=variant == "compiled")
+    residual: Residual = "bf16" if variant.endswith(BF16_RESIDUAL) else "fp32"
+    return ours(model, batch_size, precision, COMPILED[variant.removesuffix(BF16_RESIDUAL)], residual)
 
 
 def wait_for_device() -> None:

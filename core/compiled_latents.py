@@ -26,7 +26,8 @@ def _number(_: Any, bits: Any) -> Any:
 def fill_latents(moments, posterior, deviations, shift, scale, out):  # type: ignore[no-untyped-def]
     """Write (mean + deviation x posterior - shift) x scale to ``out`` [B, c, n], of moments [B, 2c, n] as bits.
 
-    ``shift`` and ``scale`` are [1 or c]. ``out`` may be ``posterior``. Each operation rounds to float32, as it does where PyTorch computes them one by one.
+    ``shift`` and ``scale`` are [1 or c]. ``out`` may be ``posterior``. Each operation rounds to float32, as it does
+    where PyTorch computes them one by one.
     """
     rows, channels, length = posterior.shape
     drawn = np.empty(length, np.float32)

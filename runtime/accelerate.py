@@ -27,9 +27,10 @@ class AccelerateRuntime(AccelerateDevices):
 
     ``mode`` replicated keeps the whole state on each device (DistributedDataParallel); fsdp shards weights, averages
     and optimizer state over all of them (FSDP2). ``compile`` compiles one unit, which all equal units share; auto does
-    on GPUs, where the compiler that it needs is installed.
+    on GPUs, where the compiler that it needs is installed; whole compiles the network as one graph.
 
-    Raises ValueError as `AccelerateDevices` does, and for fsdp where no processes were launched to shard over.
+    Raises ValueError as `AccelerateDevices` does, for fsdp where no processes were launched to shard over, and for a
+    whole graph under fsdp.
     """
 
     def __init__(
@@ -39,14 +40,19 @@ class AccelerateRuntime(AccelerateDevices):
         num_threads: int | None = None,
         mode: Literal["replicated", "fsdp"] = "replicated",
         micro_batches: int = 1,
-        compile: Literal[True, False, "auto"] = "auto",
+        compile: Literal[True, False, "auto", "whole"] = "auto",
         tf32: bool = True,
         deterministic: bool = False,
         timeout_sec: float = 600.0,
     ) -> None:
         super().__init__(precision, device, num_threads, tf32, deterministic, timeout_sec)
         self._mode, self._micro_batches = mode, micro_batches
-        self._compile = compile if isinstance(compile, bool) else self._compiles_well()
+        self._compile = self._compiles_well() if compile == "auto" else compile
+        if mode == "fsdp" and compile == "whole":
+            raise ValueError(
+                "runtime.compile is whole, but runtime.mode=fsdp gathers the weights of one unit at a time; set "
+                "runtime.compile=true, which compiles unit by unit."
+            )
         if mode == "fsdp" and not is_initialized():
             raise ValueError(
                 "runtime.mode is fsdp, but 0 processes were launched to shard the state over; start with torchrun, or "
@@ -80,7 +86,7 @@ class AccelerateRuntime(AccelerateDevices):
         _fuse(optimizer)
         _hand_over(optimizer, order, by_name, dict(model.named_parameters()))
         if self._compile:
-            _compile_regions(model)
+            _compile(model, whole=self._compile == "whole")
         if self._mode == "fsdp" or self.data_world == 1:
             return model, optimizer
         # Buffers are constants: they need not be sent before each forward pass.
@@ -162,10 +168,12 @@ def _units(module: nn.Module) -> Sequence[nn.Module]:
     return module.units() if isinstance(module, Network) else ()
 
 
-def _compile_regions(model: nn.Module) -> None:
-    """Compile unit by unit: all units of one class and shape share one compilation."""
+def _compile(model: nn.Module, whole: bool) -> None:
+    """Compile the model as one graph, or unit by unit: all units of one class and shape share one compilation."""
     torch._dynamo.config.optimize_ddp = False  # it would split blocks at the boundaries of gradient buckets
-    if isinstance(model, Network):
+    if whole:
+        model.compile()
+    elif isinstance(model, Network):
         compile_each_unit(model)
 
 

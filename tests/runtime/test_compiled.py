@@ -37,15 +37,18 @@ def images(file: str) -> list[str]:
 
 
 def test_one_compilation_serves_all_equal_units_and_gives_the_same_run(tmp_path: Path) -> None:
-    """Units whose activations are kept, and units that are recomputed."""
+    """Units whose activations are kept, units that are recomputed, and a network in one graph."""
     settings = {"compile": True}
     aligned = {"depth": 2, "aligned_steps": 2}  # the last step without REPA
     kept = case("kept", "adaln_zero", "accelerate", settings=settings, **aligned)
     recomputed = case("recomputed", "deep", "accelerate", activation_checkpointing=True, settings=settings)
     plain = [case("plain", "adaln_zero", "plain", **aligned), case("plain-deep", "deep", "plain")]
-    train([{**one, "steps": 3} for one in (*plain, kept, recomputed)], tmp_path)
+    whole = case("whole", "adaln_zero", "accelerate", settings={"compile": "whole"}, **aligned)
+    train([{**one, "steps": 3} for one in (*plain, kept, recomputed, whole)], tmp_path)
     assert_same_run(tmp_path, "kept", "plain")
     assert facts_of(tmp_path, "kept")["of_training"] == {"compilations": 1, "graph_breaks": 0}  # of two blocks
+    assert_same_run(tmp_path, "whole", "plain")
+    assert facts_of(tmp_path, "whole")["of_training"] == {"compilations": 1, "graph_breaks": 0}  # of the network
     assert_same_run(tmp_path, "recomputed", "plain-deep")
     # One for the way down, one for the way up: two units each, of one class but not of one shape.
     assert facts_of(tmp_path, "recomputed")["of_training"] == {"compilations": 2, "graph_breaks": 0}
