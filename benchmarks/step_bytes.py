@@ -2,9 +2,10 @@
 
 ``python -m benchmarks.step_bytes [--models xl/2] [--batch-sizes 256 32]`` prints one JSON line per model. Counted in
 bf16 under autocast are the bytes that operators read and write: one by one (``eager``), with each block as PyTorch's
-compiler fuses it (``units_compiled``), and with the whole network in one graph (``network_compiled``). The compiler's
-count is that for this machine's processor, where it fuses less than for a GPU. Bytes are linear in batch and depth, so
-small networks and one or two images give those of the whole. Optimizer, average and norms are counted per parameter.
+compiler fuses it (``units_compiled``), and with the whole network in one graph (``network_compiled``); each also with
+``model.residual=bf16`` (``..._bf16_residual``). The compiler's count is that for this machine's processor, where it
+fuses less than for a GPU. Bytes are linear in batch and depth, so small networks and one or two images give those of
+the whole. Optimizer, average and norms are counted per parameter.
 
 The estimate for an H100 SXM (its data sheet: 3.35 TB/s, 989 TFLOPS dense bf16) is the time of all matrix products and
 attention at the peak, and of all other bytes at the memory's bandwidth. It is a lower bound, and compares variants.
@@ -24,8 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.commit import current_commit
-from benchmarks.train_step import CHANNELS, CLASSES, LATENT, SIZES
-from model.dit import DiT, DiTConfig
+from benchmarks.train_step import BF16_RESIDUAL, CHANNELS, CLASSES, LATENT, SIZES
+from model.dit import DiT, DiTConfig, Residual
 from model.flops import TRAINING_FACTOR, multiply_adds
 
 H100_BYTES_PER_SEC, H100_FLOPS = 3.35e12, 989e12
@@ -59,9 +60,9 @@ class OperatorBytes(TorchDispatchMode):
         return found
 
 
-def network(size: str, patch_size: int, depth: int) -> DiT:
+def network(size: str, patch_size: int, depth: int, residual: Residual = "fp32") -> DiT:
     _, width, num_heads = SIZES[size]
-    return DiT(DiTConfig(LATENT, CHANNELS, patch_size, width, depth, num_heads, CLASSES))
+    return DiT(DiTConfig(LATENT, CHANNELS, patch_size, width, depth, num_heads, CLASSES, residual=residual))
 
 
 def passes(model: nn.Module, images: int) -> None:
@@ -97,13 +98,20 @@ def of_whole(one: float, two: float, count: int) -> float:
 
 def of_variants(size: str, patch_size: int, images: int) -> dict[str, float]:
     """Return the bytes of everything but matrix products in forward and backward pass, by variant."""
+    bf16 = of_residual(size, patch_size, images, "bf16")
+    return of_residual(size, patch_size, images, "fp32") | {name + BF16_RESIDUAL: count for name, count in bf16.items()}
+
+
+def of_residual(size: str, patch_size: int, images: int, residual: Residual) -> dict[str, float]:
+    """Return the same of the variants with one kind of residual stream."""
     depth = SIZES[size][0]
-    eager = [eager_bytes(network(size, patch_size, d), images) for d in DEPTHS]
+    eager = [eager_bytes(network(size, patch_size, d, residual), images) for d in DEPTHS]
     products, rest = (of_whole(*pair, depth) for pair in zip(*eager, strict=True))
     (product_1, rest_1), (product_2, rest_2) = eager
     outside = 2 * rest_1 - rest_2  # of the eager rest, what is in no block
-    unit = compiled_bytes(network(size, patch_size, 1), images, whole=False)
-    whole = of_whole(*(compiled_bytes(network(size, patch_size, d), images, whole=True) for d in DEPTHS), depth)
+    unit = compiled_bytes(network(size, patch_size, 1, residual), images, whole=False)
+    wholes = [compiled_bytes(network(size, patch_size, d, residual), images, whole=True) for d in DEPTHS]
+    whole = of_whole(*wholes, depth)
     return {
         "eager": rest,
         "units_compiled": outside + depth * (unit - (product_2 - product_1)),

@@ -7,10 +7,10 @@ the largest power of two that fits a GPU. Images are 256 px. Peak memory is meas
 The variants, all at one precision and number of threads, are ``released`` (`benchmarks.released`: eager, TF32 on a GPU,
 ``torch.autocast`` for bf16, AdamW with its defaults, an average updated parameter by parameter, ``loss.item()`` each
 step), and ours, through runtime, step and feed, between log steps: ``eager``, ``compiled`` (unit by unit) and ``whole``
-(the network in one graph), each also as ``eager_bf16_residual`` and so on, with ``model.residual=bf16``. On a CPU the variants,
-each in a process of its own, take turns and the medians are compared, since its speed drifts; the process's processor
-time is given too, which other programs on the machine affect little, and which for ours includes the draws of random
-numbers.
+(the network in one graph), each also as ``eager_bf16_residual`` and so on, with ``model.residual=bf16``. On a CPU the
+variants, each in a process of its own, take turns and the medians are compared, since its speed drifts; the process's
+processor time is given too, which other programs on the machine affect little, and which for ours includes the draws of
+random numbers.
 """
 
 import argparse

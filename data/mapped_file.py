@@ -46,7 +46,7 @@ class MappedFile(mmap.mmap):
 def fill_by_descriptor(descriptors: NDArray[np.int32], offsets: NDArray[np.int64], out: NDArray[Any]) -> int:
     """Fill each row of a contiguous array from one descriptor at one offset, without the GIL.
 
-    Return the number of rows that were filled. None are filled where a descriptor is negative, or before this compiled function pays.
+    Return the number of rows that were filled: 0 where a descriptor is negative, and before a compiled function pays.
     """
     assert out.flags.c_contiguous, "a copy would be filled"
     if len(descriptors) and descriptors.min() >= 0 and (read_rows := FAST_READS.get(len(descriptors))):

@@ -4,11 +4,13 @@ The safetensors library writes to paths only, and holds Python's global lock mea
 asynchronously, and also to object stores. Reading here hashes and copies in one pass over a mapped file.
 """
 
+import ctypes
 import errno
 import json
 import mmap
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,11 +49,24 @@ def write_tensors(file: IO[bytes], tensors: Mapping[str, Tensor]) -> Checksums:
     multiple of 8 bytes, then the tensors, sorted by dtype (wider ones first) and name.
     """
     identity, fast = blake3(), xxh3_128()
-    for piece in _pieces(in_file_order(tensors)):
+    ordered = in_file_order(tensors)
+    _reserve(file, len(_header_of(ordered)) + sum(value.nbytes for value in ordered.values()))
+    for piece in _pieces(ordered):
         identity.update(piece)
         fast.update(piece)
         file.write(piece)
     return Checksums(identity.hexdigest(), fast.hexdigest())
+
+
+def _reserve(file: IO[bytes], num_bytes: int) -> None:
+    """Allocate the blocks of a new file at once, which takes less time than one after the other, where that is known.
+
+    Python's `os.posix_fallocate` writes to each block where a file system cannot allocate; Linux's own call fails.
+    """
+    fallocate = getattr(ctypes.CDLL(None), "fallocate", None)
+    with suppress(OSError, AttributeError):  # a stream to a bucket has no descriptor
+        if fallocate is not None:
+            fallocate(file.fileno(), 0, ctypes.c_int64(0), ctypes.c_int64(num_bytes))
 
 
 def in_file_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
