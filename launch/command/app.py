@@ -243,7 +243,10 @@ def _explain_choice(missing: str, options: Sequence[str]) -> str:
 
 def _explain_value(error: OmegaConfBaseException) -> str:
     if (missing := re.search(r"Missing mandatory value: (\S+)", str(error))) is not None:
-        return f"{missing.group(1)} is missing; give it as {missing.group(1)}=VALUE."
+        # OmegaConf gives the last part of the name, and the whole name of the setting that refers to it or is missing.
+        section = str(getattr(error, "full_key", None) or "").rpartition(".")[0]
+        name = f"{section}.{missing.group(1)}" if section and "." not in missing.group(1) else missing.group(1)
+        return f"{name} is missing; give it as {name}=VALUE."
     key = getattr(error, "full_key", None) or "a setting"
     return f"{key}: {str(error).splitlines()[0]}."
 

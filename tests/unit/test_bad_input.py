@@ -85,6 +85,8 @@ def fails(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.C
         (["encode", "batch_size=0"], "batch_size is 0, but it must be positive"),
         (["encode", "data.image_size=abc"], "data.image_size is 'abc', but it must be of type integer"),
         (["report"], "sweep is missing; give it as sweep=VALUE"),
+        (["encode", "data=folder"], "data.name is missing; give it as data.name=VALUE"),
+        (["train", "experiment=demo", "model=ldm_digits"], "give '~model.depth' where an experiment sets it"),
         (["report", "sweep=nowhere"], "no sweep folder nowhere"),
         (["encode", "data.image_size=16", "data.shards=new"], "is 8x8, but data.image_size is 16"),
         (["train", "runtime.device=cuda"], "PyTorch sees 0 GPUs"),
