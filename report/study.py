@@ -319,7 +319,9 @@ def _protocols(several_objectives: bool, own_decoders: bool) -> list[Callable[[R
     if several_objectives:
         ways.append(_protocol_at_calls)
     if own_decoders:
-        ways += [partial(way, but=("decoder",)) for way in ways]
+        ways.append(partial(protocol_of, but=("decoder",)))
+    if own_decoders and several_objectives:
+        ways.append(partial(_protocol_at_calls, but=("decoder",)))
     return ways
 
 

@@ -273,7 +273,8 @@ def _explain_override(job: str, message: str) -> str:
     there = [name.rpartition(".")[2] for name in settings if section and name.rpartition(".")[0] == section]
     if there and closest(leaf, there) == ".":
         return f"`ditscale {job}` has no setting {key!r}; {section} has {', '.join(there)}."
-    return f"`ditscale {job}` has no setting {key!r}{closest(key, [*settings, *groups])}"
+    others = [name for name in (*settings, *groups) if name != key]
+    return f"`ditscale {job}` has no setting {key!r}{closest(key, others)}"
 
 
 def _settings_with_choices(job: str, key: str, settings: list[str], groups: list[str]) -> list[str]:
