@@ -18,6 +18,7 @@ from core.reading import DamagedFileError, read_regular
 T = TypeVar("T")
 
 SEAL = "record_sha256"
+_adapters: dict[type, TypeAdapter[Any]] = {}
 _LONGEST_PLACE = 100  # characters of a field's name in an error: keys are untrusted too
 
 
@@ -85,13 +86,20 @@ def parse_object(text: bytes | str, name: str) -> dict[str, Any]:
     return content
 
 
+def _adapter_of(kind: type[T]) -> TypeAdapter[T]:
+    """Return pydantic's checker of a type, which takes milliseconds to make."""
+    if kind not in _adapters:
+        _adapters[kind] = TypeAdapter(kind)
+    return _adapters[kind]
+
+
 def validate(kind: type[T], content: Any, name: str) -> T:
     """Return an instance of a typed class (a dataclass or a pydantic model) made from JSON values.
 
     Types are strict: a number in quotes is not a number. Raises DamagedFileError that names the first invalid field.
     """
     try:
-        adapter: TypeAdapter[T] = TypeAdapter(kind)
+        adapter: TypeAdapter[T] = _adapter_of(kind)
         return adapter.validate_json(json.dumps(content), strict=True)  # from JSON a list may become a tuple
     except (ValidationError, RecursionError) as error:
         raise DamagedFileError(f"{name} is damaged: {_first_fault(error)}.") from None
@@ -105,7 +113,7 @@ def check(kind: type[Any], content: Any, name: str) -> None:
     """
     try:
         text = json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
-        TypeAdapter(kind).validate_json(text, strict=True)
+        _adapter_of(kind).validate_json(text, strict=True)
     except (ValidationError, RecursionError) as error:
         raise DamagedFileError(f"{name} is damaged: {_first_fault(error)}.") from None
 

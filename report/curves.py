@@ -86,11 +86,18 @@ def draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
                 markeredgecolor="white",
                 markeredgewidth=0.8,
             )
-            axes.annotate(literal(model_name(record)), place, (7, 4), textcoords="offset points", fontsize=7.5)
+        annotate_names(axes, curve.records)
     axes.margins(x=0.1, y=0.12)
     log_x(axes)
     title = f"dashed: fits, with {CONFIDENCE:.0%} bands" if any(curve.fit for curve in curves) else None
     legend_of_curves(axes, curves, title)
+
+
+def annotate_names(axes: Axes, records: Sequence[Record], key: str = DISTANCE) -> None:
+    """Write each model's name beside its point over Gflops, beside the highest one where it has several seeds."""
+    highest = {(model_name(record), record["gmacs"]): record for record in sorted(records, key=lambda r: r[key])}
+    for (name, gmacs), record in highest.items():
+        axes.annotate(literal(name), (gmacs, record[key]), (7, 4), textcoords="offset points", fontsize=7.5)
 
 
 def legend_of_curves(axes: Axes, curves: Sequence[Curve], title: str | None = None) -> None:

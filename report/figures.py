@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from report import paper
 from report.bubbles import Bubble, draw_bubbles, draw_systems
-from report.curves import DISTANCE, NoDataError, curves_of, draw_curves, legend_of_curves, scaling_of
+from report.curves import DISTANCE, NoDataError, annotate_names, curves_of, draw_curves, legend_of_curves, scaling_of
 from report.fit import CONFIDENCE
 from report.models import kind_of, model_name, patch_name, patch_order, size_name
 from report.study import MEASURES, Measure, Record, Study, distance_name, number_of
@@ -349,10 +349,8 @@ def _points_and_fit(axes: Axes, study: Study, key: str, palette: Palette, names:
             markeredgecolor="white",
             markeredgewidth=0.8,
         )
-        if names:
-            axes.annotate(
-                model_name(record), (record["gmacs"], record[key]), (7, 4), textcoords="offset points", fontsize=7.5
-            )
+    if names:
+        annotate_names(axes, records, key)
     axes.margins(x=0.1, y=0.12)
     log_x(axes)
     if axes.get_legend_handles_labels()[0]:
@@ -371,10 +369,10 @@ def _training_compute(axes: Axes, study: Study, key: str) -> None:
 
 def _held(study: Study, measure: Measure) -> str:
     records = list(study.scaling().values())
-    values = [record[measure.key] for record in records]
-    if len(set(values)) < 3:
+    values, gmacs = [record[measure.key] for record in records], [record["gmacs"] for record in records]
+    if len(set(values)) < 3 or len(set(gmacs)) < 2:
         return ""
-    correlation = np.corrcoef(np.log10([r["gmacs"] for r in records]), values)[0, 1]
+    correlation = np.corrcoef(np.log10(gmacs), values)[0, 1]
     return f"correlation with log Gflops {correlation:.2f}"
 
 

@@ -1,5 +1,6 @@
 """Check a composed config before anything is built."""
 
+import functools
 import inspect
 import json
 import math
@@ -107,11 +108,19 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
         return {}
 
 
+@functools.cache
+def _checker_of(hint: Any) -> TypeAdapter[Any] | None:
+    """Return pydantic's checker of a type, or None for one that it cannot check, such as a Protocol."""
+    try:
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    except (PydanticUserError, SchemaError):
+        return None
+
+
 def check_type(name: str, value: Any, hint: Any) -> None:
     """Raise ValueError, naming ``name``, where a scalar or a list is not of the type ``hint``."""
-    try:
-        adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
-    except (PydanticUserError, SchemaError):  # pydantic cannot check this type, such as a Protocol
+    adapter = _checker_of(hint)
+    if adapter is None:
         return
     try:
         if isinstance(value, list):

@@ -232,13 +232,16 @@ def test_every_parameter_is_sharded_by_the_table(name: str) -> None:
 
 def test_units_compile_without_breaks_and_equal_ones_share_a_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    network = from_ldm(golden_weights())
-    inputs = golden()["x"], golden()["t"], {"label": golden()["y"]}
+    network = LDM(LDMConfig(8, 1, 10, 8, (1, 1), 2, (2,), head_dim=8, num_groups=4, context_dim=8))
+    for parameter in network.parameters():  # a new network predicts zero
+        parameter.data += 0.1
+    inputs = torch.randn(2, 1, 8, 8), torch.tensor([0, 5]), {"label": torch.tensor([1, 10])}
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
+        expected = network(*inputs)
         torch._dynamo.utils.counters.clear()
         monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager", fullgraph=True))
         compile_each_unit(network)
-        torch.testing.assert_close(network(*inputs), golden()["out"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(network(*inputs), expected, rtol=1e-5, atol=1e-5)
     assert 1 < torch._dynamo.utils.counters["stats"]["unique_graphs"] < len(network.units())
 
 

@@ -23,7 +23,7 @@ from model.mlp import SwiGluMlp
 from model.norms import rms_norm
 from report import paper
 from report.curves import curves_of
-from report.figures import figure_2, figure_5, figure_8
+from report.figures import figure_2, figure_5, figure_8, figure_12
 from report.study import PROTOCOL_KEYS, read_study
 from report.style import FAMILY_COLORS
 from report.write import write_report
@@ -92,6 +92,18 @@ def test_each_family_has_a_color_a_legend_and_a_fit_of_its_own(sweep: Path) -> N
     bubbles = figure_2(study).axes[0]
     assert [text.get_text() for text in bubbles.get_legend().get_texts()] == labels
     assert {to_hex(path.get_facecolor()[0]) for path in bubbles.collections} == {curve.color for curve in curves}
+
+
+@pytest.mark.filterwarnings("error")
+def test_seeds_of_one_model_are_named_once_and_correlate_with_nothing(tmp_path: Path) -> None:
+    for seed, distance in enumerate((5.0, 7.0, 6.0)):
+        evaluated(tmp_path, f"seed{seed}", AdaLNZeroBlock, 32, distance, inception_score=distance)
+    study = read_study(tmp_path)
+    axes = figure_8(study).axes[0]
+    (name,) = [text for text in axes.texts if text.get_text() == "d32 n2 p2"]
+    assert name.xy[1] == 7.0  # type: ignore[attr-defined]
+    assert list(dots(axes).values()) == [{5.0, 6.0, 7.0}]
+    figure_12(study)
 
 
 def test_the_page_and_the_table_name_the_families(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
