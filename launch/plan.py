@@ -55,8 +55,9 @@ def plan_job(config: PlanSettings, progress: ProgressBar) -> None:
         print(json.dumps(row))
         return
     columns = [column for column in (*COLUMNS, *STORED_FEATURES, *PROJECTOR) if column[1] in row]
-    if not HydraConfig.get().job.get("num"):  # type: ignore[attr-defined]  # a DictConfig, whatever its annotation
-        print(_assumptions(config))
+    number = HydraConfig.get().job.get("num")  # type: ignore[attr-defined]  # a DictConfig, whatever its annotation
+    if not number:
+        print(_assumptions(config, of_several=number is not None))
         print("  ".join(f"{heading:>{_width(layout)}s}" for heading, _, layout in columns))
     print("  ".join(f"{row[key]:>{layout}}" for _, key, layout in columns))
 
@@ -128,10 +129,12 @@ def _projector_cost(config: PlanSettings, model: Network, features: FeatureShape
     return _HeadCost(multiply_adds_of(projector, tokens), sum(value.numel() for value in projector.parameters()))
 
 
-def _assumptions(config: PlanSettings) -> str:
-    """Return a line with the assumptions that the columns do not show."""
+def _assumptions(config: PlanSettings, of_several: bool) -> str:
+    """Return a line with the assumptions that the columns do not show. Several models may have several latents."""
     model, name = config.model, config.data.name
-    latents = f"{model['latent_size']}x{model['latent_size']}x{model['channels']}"
+    latents = (
+        f"{model['latent_size']}x{model['latent_size']}x{model['channels']}{' in the first row' if of_several else ''}"
+    )
     machine = f"{config.devices} devices of {config.peak_tflops:g} TFLOPs in {config.precision}"
     return (
         f"For {config.num_samples:,} images of {model['num_classes']:,} classes ({name}), latents {latents}, "

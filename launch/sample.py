@@ -83,6 +83,8 @@ def _name(config: SampleSettings, checkpoint: LoadedCheckpoint) -> str:
         parts.append(f"guidance{config.guidance['scale']}")
     if config.labels is not None:
         parts.append("labels" + "_".join(re.sub(r"\W", "", str(label)) for label in config.labels[:10]))
+    if config.low_resolution is not None:
+        parts.append(f"of_{Path(config.low_resolution).stem}")
     return "-".join(parts)
 
 

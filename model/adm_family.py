@@ -43,6 +43,11 @@ class GuidedDiffusion(Family):
                 "queries, keys and values are read in the older order, that of all published files but "
                 "64x64_diffusion.pt, for which foreign.new_attention_order=true is needed."
             )
+        if (classes := network.num_classes) > 1 and facts.num_classes is None and facts.like is None:
+            notes.append(
+                f"its label table has {classes} rows, which are read as {classes} classes, without a null class, as in "
+                f"all published files; foreign.num_classes={classes - 1} takes the last row for the null class."
+            )
         if heads is None and head_dim is None:
             notes.append(
                 f"its attention is read with heads of {network.config.head_dim} channels; 128x128_diffusion.pt and "

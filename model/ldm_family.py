@@ -7,7 +7,7 @@ from torch import Tensor
 
 from model.dit_families import classes_of
 from model.family import Facts, Family, Reading
-from model.ldm_weights import from_ldm, has_known_heads, is_ldms, label_rows, restored, to_ldm
+from model.ldm_weights import from_ldm, has_known_heads, is_ldms, label_rows, restored, to_ldm, usual_classes
 from model.network import Network
 from model.unet_names import ANCHOR
 
@@ -44,7 +44,7 @@ class LatentDiffusion(Family):
                     "these weights do not contain their number of heads, and their shape is neither LDM-4's nor "
                     "LDM-8's; give foreign.num_heads, or foreign.head_dim, the channels of a head."
                 )
-        num_classes, notes = classes_of(label_rows(state), facts)
+        num_classes, notes = _classes_of(label_rows(state), facts)
         size = run.latent_size if facts.latent_size is None and run is not None else facts.latent_size
         return Reading(from_ldm(state, num_heads, head_dim, num_classes, size), notes)
 
@@ -64,3 +64,11 @@ class LatentDiffusion(Family):
         """Return a sentence on the label table, which the program's config has to state."""
         rows = network.config.num_classes + network.config.null_class if network.config.num_classes else 1
         return [f"latent diffusion needs cond_stage_config.params.n_classes {rows} for these weights."]
+
+
+def _classes_of(rows: int, facts: Facts) -> tuple[int, tuple[str, ...]]:
+    """Return the number of classes of a label table, and a sentence where it is assumed; see `usual_classes`."""
+    if facts.num_classes is None and facts.like is None and usual_classes(rows) == rows > 1:
+        note = f"its label table has {rows} rows, which are read as {rows} classes, without a null class, as LDM-8's."
+        return rows, (note,)
+    return classes_of(rows, facts)

@@ -25,6 +25,7 @@ _FIRST, _LAST = "input_blocks.0.0.weight", "out.2.weight"
 _COARSEST = 8  # side of the coarsest level of both published networks
 _HEAD_DIM = 32  # of LDM-8
 _GROUPS = 32  # of its group norms
+_IMAGENETS = 1000  # classes. LDM-8's table has as many rows; LDM-4's has one more, the null class
 _PUBLISHED = {  # width and multipliers of LDM-4 and LDM-8 -> their heads
     (192, (1, 2, 3, 5)): {"num_heads": 1, "head_dim": None},
     (256, (1, 2, 4)): {"num_heads": None, "head_dim": _HEAD_DIM},
@@ -43,8 +44,8 @@ def from_ldm(
     """Return an LDM with the weights of a checkpoint's ``state_dict``, whose averages and autoencoder are not read.
 
     Its shape is inferred where it can be. None means, for ``num_heads`` and ``head_dim``: those of a published network
-    of this shape, else heads of 32 channels, or of half the width where that is smaller; for ``num_classes``: one for
-    each row of the label table but the last, which is the null class; for ``latent_size``: 8 at the coarsest level.
+    of this shape, else heads of 32 channels, or of half the width where that is smaller; for ``num_classes``: see
+    `usual_classes`; for ``latent_size``: 8 at the coarsest level.
     Raises ValueError naming the first three tensors that are missing, unknown or of another shape.
     """
     from model.ldm import LDM, LDMConfig  # imported late, since diffusers takes seconds
@@ -123,6 +124,11 @@ def label_rows(state: Mapping[str, Tensor]) -> int:
     return dimensions_of(state, LABELS, 2, _NAME)[0]
 
 
+def usual_classes(rows: int) -> int:
+    """Return the classes of a label table of so many rows: all but the last, the null class, unless they are 1,000."""
+    return rows if rows in (1, _IMAGENETS) else rows - 1
+
+
 def _table(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the U-Net and the table of labels of a checkpoint, without the prefix."""
     if not any(name.startswith(_UNET) for name in state_dict):
@@ -153,7 +159,7 @@ def _shape_of(state: Mapping[str, Tensor], num_classes: int | None) -> dict[str,
     """Return the arguments of `LDMConfig` that the weights determine, but for the heads."""
     rows, context_dim = dimensions_of(state, LABELS, 2, _NAME)
     channels = dimensions_of(state, _FIRST, 4, _NAME)[1]
-    classes = max(rows - 1, 1) if num_classes is None else num_classes
+    classes = usual_classes(rows) if num_classes is None else num_classes
     return {
         **levels_of(state, "proj_in.weight", "conv.weight", _NAME)._asdict(),
         "channels": channels,

@@ -50,7 +50,7 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
-        object.__setattr__(self, "attention_at", tuple(self.attention_at))
+        object.__setattr__(self, "attention_at", tuple(sorted(set(self.attention_at))))
         self._require_numbers()
         self._require_levels()
         if self.latent_size % (factor := 2 ** (self.levels - 1)):

@@ -83,7 +83,8 @@ def note_of_figure_2(study: Study) -> str:
 
 def figure_5(study: Study) -> Figure:
     """Draw block types over training, a panel for each size and patch size that has several."""
-    curves = {name: records for name, records in study.over_training().items() if study.is_main(name)}
+    of_blocks = {name for name, record in study.chosen.items() if record.get("block") and study.is_main(name)}
+    curves = {name: records for name, records in study.over_training().items() if name in of_blocks}
     by_model: defaultdict[str, list[str]] = defaultdict(list)
     for name in sorted(curves, key=lambda name: study.chosen[name]["gmacs"]):
         by_model[model_name(study.chosen[name])].append(name)

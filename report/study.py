@@ -4,9 +4,9 @@ import itertools
 import json
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +115,8 @@ class Study:
 
     @property
     def protocol(self) -> Record:
-        """Return a chosen record, which has the protocol of all of them."""
-        return next(iter(self.chosen.values()))
+        """Return a chosen record, of the paper's network if there is one, which has the protocol of all of them."""
+        return max(self.chosen.values(), key=lambda record: record["family"] == paper.PAPERS_FAMILY)
 
     @cached_property
     def objectives(self) -> dict[str, str]:
@@ -233,8 +233,8 @@ def read_study(sweep: Path, only: Sequence[str] | None = None) -> Study:
 
     If all runs share several protocols and steps, the latest training step is used; among several protocols, that with
     evaluations at the most steps, so that curves over training show it; among equals, the newest. Runs of several
-    objectives may each have a sampler of their own, with the same number of network calls. Raises ValueError where
-    there is no run, no evaluation, or no shared protocol.
+    objectives may each have a sampler of their own, with the same number of network calls, and U-Nets a decoder of
+    their own latents. Raises ValueError where there is no run, no evaluation, or no shared protocol.
     """
     if not sweep.is_dir():
         raise ValueError(f"There is no sweep folder {sweep}; give the folder that holds the runs.")
@@ -287,12 +287,13 @@ def _of_shared_protocol(by_run: dict[str, list[Record]], sweep: Path) -> dict[st
             f"There are 0 evaluated runs in {sweep}: no evaluations.jsonl has a distance; run `ditscale evaluate "
             "checkpoint=RUN` first, or train to a step that evaluate_every divides."
         )
-    ways = [{protocol_of(r): r for r in records} for records in by_run.values()]  # the last record of equal ones
-    shared = set(ways[0]).intersection(*ways)
-    if not shared and len(set(objectives_of(by_run).values())) > 1:
-        ways = [{_protocol_at_calls(r): r for r in records} for records in by_run.values()]
-        shared = set(ways[0]).intersection(*ways)
-    if not shared:
+    several = len(set(objectives_of(by_run).values())) > 1
+    for protocol in _protocols(several, _own_decoders(by_run)):
+        # The last record of equal ones counts.
+        ways = [{protocol(record): record for record in records} for records in by_run.values()]
+        if shared := set(ways[0]).intersection(*ways):
+            break
+    else:
         raise ValueError(_why_no_curve(by_run))
     first = next(iter(by_run.values()))
 
@@ -312,10 +313,31 @@ def protocol_of(record: Mapping[str, Any], metric: str = "", but: Sequence[str] 
     return json.dumps([settings, *(record[key] for key in PROTOCOL_KEYS if key not in but)], sort_keys=True)
 
 
-def _protocol_at_calls(record: Record) -> str:
+def _protocols(several_objectives: bool, own_decoders: bool) -> list[Callable[[Record], str]]:
+    """Return the functions by whose value runs may be compared, the strictest first."""
+    ways: list[Callable[[Record], str]] = [protocol_of]
+    if several_objectives:
+        ways.append(_protocol_at_calls)
+    if own_decoders:
+        ways.append(partial(protocol_of, but=("decoder",)))
+    if own_decoders and several_objectives:
+        ways.append(partial(_protocol_at_calls, but=("decoder",)))
+    return ways
+
+
+def _own_decoders(by_run: Mapping[str, Sequence[Record]]) -> bool:
+    """Return whether decoders differ between families of U-Nets and networks of blocks, and not among these."""
+    found: defaultdict[str, set[str]] = defaultdict(set)
+    for records in by_run.values():
+        for record in records:
+            found[paper.PAPERS_FAMILY if record.get("block") else record["family"]].add(record["decoder"])
+    return len(found) > 1 and all(len(decoders) == 1 for decoders in found.values())
+
+
+def _protocol_at_calls(record: Record, but: Sequence[str] = ()) -> str:
     """Return a record's protocol with the number of network calls in the sampler's place, if that is known."""
     calls = num_calls(record)
-    return protocol_of(record) if calls is None else f"{protocol_of(record, but=('sampler',))} {calls}"
+    return protocol_of(record, but=but) if calls is None else f"{protocol_of(record, but=('sampler', *but))} {calls}"
 
 
 def number_of(record: Mapping[str, Any], key: str) -> float | None:
@@ -328,14 +350,16 @@ def _why_no_curve(by_run: dict[str, list[Record]]) -> str:
     """Return a sentence with the first run that shares no protocol with those before it, and a fact that differs."""
     first, *names = by_run
     several = len(set(objectives_of(by_run).values())) > 1
-    protocol = _protocol_at_calls if several else protocol_of
+    own_decoders = _own_decoders(by_run)
+    protocol = _protocols(several, own_decoders)[-1]
     shared = {protocol(record): record for record in by_run[first]}
     for name in names:
         ways = {protocol(record): record for record in by_run[name]}
         if not shared.keys() & ways.keys():
             pairs = itertools.product(shared.values(), ways.values())
             one, other = min(pairs, key=lambda pair: len(_differing(*pair)))
-            key = next((key for key in _differing(one, other) if not several or key != "sampler"), "sampler")
+            may_differ = {name for name, may in (("sampler", several), ("decoder", own_decoders)) if may}
+            key = next((key for key in _differing(one, other) if key not in may_differ), "sampler")
             way = "at one number of network calls" if several and key == "sampler" else "the same way"
             return (
                 f"{first} and {name} cannot share a curve: {key} is {json.dumps(one[key])} in one and "

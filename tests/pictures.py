@@ -72,7 +72,7 @@ def make_dc(folder: Path, channels: int = 32, scale: float = 0.5) -> Path:
         for part in ("encoder", "decoder")
         for name, value in (
             ("block_types", ("ResBlock",) * 5 + ("EfficientViTBlock",)),
-            ("block_out_channels", (8, 8, 8, 16, 16, 32)),
+            ("block_out_channels", (8, 8, 8, 16, 32, channels)),
             ("layers_per_block", (1,) * 6),
             ("qkv_multiscales", ((),) * 5 + ((5,),)),
         )

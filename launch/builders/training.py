@@ -153,6 +153,11 @@ def _new_state(run: PreparedRun, starts_anew: bool) -> TrainState:
 
 
 def _require_samples_to_enlarge(conditions: ConditionSource, config: TrainSettings) -> None:
+    if isinstance(conditions, LowResolution) and config.data.normalize:
+        raise ValueError(
+            "data.normalize is true, but an upsampler enlarges images, whose pixels are not normalized; set "
+            "data.normalize=false."
+        )
     if isinstance(conditions, LowResolution) and (config.sample_every, config.evaluate_every) != (None, None):
         raise ValueError(
             "data/condition=low_resolution takes small images from the training samples, so this run cannot generate "

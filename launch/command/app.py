@@ -243,7 +243,10 @@ def _explain_choice(missing: str, options: Sequence[str]) -> str:
 
 def _explain_value(error: OmegaConfBaseException) -> str:
     if (missing := re.search(r"Missing mandatory value: (\S+)", str(error))) is not None:
-        return f"{missing.group(1)} is missing; give it as {missing.group(1)}=VALUE."
+        # OmegaConf gives the last part of the name, and the whole name of the setting that refers to it or is missing.
+        section = str(getattr(error, "full_key", None) or "").rpartition(".")[0]
+        name = f"{section}.{missing.group(1)}" if section and "." not in missing.group(1) else missing.group(1)
+        return f"{name} is missing; give it as {name}=VALUE."
     key = getattr(error, "full_key", None) or "a setting"
     return f"{key}: {str(error).splitlines()[0]}."
 
@@ -270,7 +273,8 @@ def _explain_override(job: str, message: str) -> str:
     there = [name.rpartition(".")[2] for name in settings if section and name.rpartition(".")[0] == section]
     if there and closest(leaf, there) == ".":
         return f"`ditscale {job}` has no setting {key!r}; {section} has {', '.join(there)}."
-    return f"`ditscale {job}` has no setting {key!r}{closest(key, [*settings, *groups])}"
+    others = [name for name in (*settings, *groups) if name != key]
+    return f"`ditscale {job}` has no setting {key!r}{closest(key, others)}"
 
 
 def _settings_with_choices(job: str, key: str, settings: list[str], groups: list[str]) -> list[str]:

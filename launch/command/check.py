@@ -4,6 +4,7 @@ import functools
 import inspect
 import json
 import math
+import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -76,7 +77,7 @@ def check_parameters(config: Mapping[str, Any], path: str) -> None:
             continue
         if key not in parameters and not takes_any:
             hint = closest(key, parameters)
-            if hint == ".":
+            if hint == "." or _is_an_experiments(f"{path}{key}"):
                 hint = f"; leave it out, or give '~{path}{key}' where an experiment sets it."
                 given = [p.name for p in parameters.values() if p.default is p.empty and "_partial_" in config]
                 own = ", ".join(parameter for parameter in parameters if parameter not in given)
@@ -84,6 +85,12 @@ def check_parameters(config: Mapping[str, Any], path: str) -> None:
             raise ValueError(f"{name} has no setting {path}{key}{hint}")
         if isinstance(value, str | int | float | bool | list) and key in hints:
             check_type(f"{path}{key}", value, hints[key])
+
+
+def _is_an_experiments(name: str) -> bool:
+    """Return whether the command line chooses an experiment and does not give the setting ``name`` itself."""
+    keys = {word.partition("=")[0].lstrip("+~") for word in sys.argv[1:]}
+    return "experiment" in keys and name not in keys
 
 
 def taker_of_settings(target: Any) -> Callable[..., Any]:

@@ -242,6 +242,12 @@ def test_an_upsampler_sees_the_small_image_and_an_unconditional_network_no_label
     assert tiny(num_classes=0).example_inputs(2)[2] == {}
 
 
+def test_the_order_in_which_attending_levels_are_given_does_not_matter() -> None:
+    one, other = (tiny(attention_at=levels) for levels in ([2, 1], [1, 2]))
+    assert one.config == other.config
+    assert take_over(one, other, "there") == []
+
+
 def test_a_run_starts_with_weights_whatever_their_classes_and_null_class() -> None:
     found, where = tiny(null_class=False), "there"
     (note,) = take_over(network := tiny(), found, where)
@@ -263,6 +269,7 @@ def test_openais_files_are_read_with_the_facts_that_they_do_not_state(tmp_path: 
     torch.testing.assert_close(outputs(found.model), golden()["out"], rtol=1e-5, atol=1e-5)  # type: ignore[arg-type]
     assert any("older order" in note and "new_attention_order=true" in note for note in found.notes)
     assert any("heads of 32 channels" in note and "foreign.num_heads=4" in note for note in found.notes)
+    assert any("5 rows, which are read as 5 classes" in note and "num_classes=4" in note for note in found.notes)
     newer = read_foreign(path, "ema", Facts(new_attention_order=True, num_heads=2))
     assert not torch.allclose(outputs(newer.model), golden()["out"])  # type: ignore[arg-type]
     assert not any("order" in note for note in newer.notes)
@@ -297,6 +304,9 @@ def test_jobs_train_resume_sweep_sample_and_evaluate_an_adm_and_openais_file(
     given = ["checkpoint=openai.pt", "runtime=cpu", "sampler.steps=2"]
     shown = in_process("sample", *given, "num_images=2", "data.autoencoder.channels=1", "out=x")
     assert "is read" in shown
+    in_process("evaluate", *given, "data.autoencoder.channels=1", *FEW[:2], "foreign.latent_size=8")
+    (record,) = json_lines(tmp_path / "openai-evaluations.jsonl")
+    assert (record["family"], record["size"]) == ("ADM", "32 channels, 2 levels")
     in_process("export", "checkpoint=openai.pt", "to=adm", "out=again.pt")
     again, first = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("again", "openai"))
     assert again.keys() == first.keys()
@@ -314,6 +324,7 @@ def test_jobs_train_resume_sweep_sample_and_evaluate_an_adm_and_openais_file(
             "(1, 4, 4), but data/condition makes (1, 2, 2)",
         ),
         (["model.upscale=4", *UPSAMPLER, "sample_every=2"], "set sample_every=null and evaluate_every=null"),
+        (["model.upscale=4", *UPSAMPLER, "data.normalize=true"], "an upsampler enlarges images, whose pixels are not"),
         (["diffusion/guidance=classifier"], "would need a classifier of noisy images, as ADM-G does, which is out of"),
         (["+model.depth=3"], "model.adm.ADM has no setting model.depth"),
     ],

@@ -12,6 +12,7 @@ from faulty_server import FaultyServer
 
 from launch import cli
 from launch.command.app import _sentence
+from launch.command.check import check_parameters
 
 
 def fails(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> str:
@@ -85,6 +86,7 @@ def fails(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.C
         (["encode", "batch_size=0"], "batch_size is 0, but it must be positive"),
         (["encode", "data.image_size=abc"], "data.image_size is 'abc', but it must be of type integer"),
         (["report"], "sweep is missing; give it as sweep=VALUE"),
+        (["encode", "data=folder"], "data.name is missing; give it as data.name=VALUE"),
         (["report", "sweep=nowhere"], "no sweep folder nowhere"),
         (["encode", "data.image_size=16", "data.shards=new"], "is 8x8, but data.image_size is 16"),
         (["train", "runtime.device=cuda"], "PyTorch sees 0 GPUs"),
@@ -252,3 +254,15 @@ def test_a_full_gpu_is_one_sentence_with_what_takes_less_memory() -> None:
 @pytest.mark.parametrize("job", cli.JOBS)
 def test_the_help_of_a_job_is_headed_by_its_name(job: str, in_process: InProcess) -> None:
     assert in_process(job, "--help").startswith(f"ditscale {job}: ")
+
+
+def test_a_setting_that_an_experiment_brought_is_to_be_left_out_and_a_misspelt_one_corrected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    section = {"_target_": "model.dit.DiT", "dept": 3}
+    monkeypatch.setattr("sys.argv", ["train", "experiment=demo"])
+    with pytest.raises(ValueError, match=r"give '~model\.dept' where an experiment sets it"):
+        check_parameters(section, "model.")
+    monkeypatch.setattr("sys.argv", ["train", "experiment=demo", "+model.dept=3"])
+    with pytest.raises(ValueError, match=r"no setting model\.dept; did you mean 'depth'"):
+        check_parameters(section, "model.")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from omegaconf import OmegaConf
 from pictures import make_autoencoder, make_dc, make_image_folder, make_tiny, make_vq, photo
 from torch import Tensor
 
-from data.images import CenterCrop, to_unit_range
-from data.manifest import Manifest
+from core.records import validate
+from data.images import CenterCrop, Preparation, to_unit_range
+from data.manifest import LatentSpec, Manifest
+from data.plan import latent_spec
 from data.shards import MappedShards
 from launch.builders.build import LoadedCheckpoint
 from launch.command.app import CONF
@@ -90,6 +93,13 @@ def test_latents_are_quantized_when_they_are_decoded_and_not_before(norm_type: s
     assert torch.equal(VQAutoencoder("x", str(folder), precision="bf16")._quantized(latent), quantized)
 
 
+def test_a_deep_compression_autoencoder_may_have_128_channels(tmp_path: Path) -> None:
+    dc = DCAutoencoder("x", str(make_dc(tmp_path / "dc", channels=128)))
+    moments = dc.moments(images(1, 64))
+    assert (dc.channels, dc.downscale, moments.shape) == (128, 32, (1, 256, 2, 2))
+    assert dc.decode(dc.draw(moments, torch.zeros(1, 128, 2, 2))).shape == (1, 3, 64, 64)
+
+
 def test_scale_and_shift_are_those_of_the_folder_where_none_are_given(tmp_path: Path) -> None:
     dc = DCAutoencoder("x", str(make_dc(tmp_path / "dc", scale=0.25)))
     assert (dc.scale, dc.shift, dc.own_scale, dc.own_shift) == (0.25, 0.0, 0.25, None)
@@ -99,6 +109,9 @@ def test_scale_and_shift_are_those_of_the_folder_where_none_are_given(tmp_path: 
     (folder / "config.json").write_text(json.dumps(config))
     kl = DiffusersAutoencoder("x", str(folder))
     assert (kl.scale, kl.shift) == ([0.5, 0.25, 0.125, 0.1], [1.0, 2.0, 3.0, 4.0])
+    spec = latent_spec("animals", 3, kl, Preparation(32, CenterCrop()), flip=False)
+    assert (spec.scale, spec.shift) == (kl.scale, kl.shift)
+    assert validate(LatentSpec, json.loads(json.dumps(asdict(spec))), "a manifest") == spec
     latent = torch.zeros(1, 4, 4, 4)
     unscaled = DiffusersAutoencoder("x", str(folder), 1.0, 0.0)
     torch.testing.assert_close(

@@ -18,8 +18,10 @@ from torch.utils.checkpoint import checkpoint
 from launch.builders.components import build
 from launch.command.app import CONF
 from model.convert import from_ldm, to_ldm
+from model.family import Facts
 from model.flops import multiply_adds, num_parameters, weightless
 from model.ldm import LDM, LDMConfig
+from model.ldm_family import LatentDiffusion
 from model.ldm_weights import LABELS
 from model.network import checkpoint_units, compile_each_unit
 from runtime.sharding import SHARDED, Axes, sharding_of
@@ -143,6 +145,16 @@ def test_weights_of_latent_diffusion_compute_its_outputs_and_convert_back_bit_fo
     back = to_ldm(network)
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(1000, 1000), (1001, 1000), (6, 5), (1, 1)])
+def test_the_label_tables_of_both_published_networks_have_1000_classes(rows: int, classes: int) -> None:
+    weights = golden_weights()
+    weights[LABELS] = weights[LABELS][:1].expand(rows, -1)
+    config = from_ldm(weights).config
+    assert (config.num_classes, config.null_class) == (classes, rows == classes + 1)
+    read = LatentDiffusion().read({name.removeprefix(UNET): v for name, v in weights.items()}, Facts(head_dim=16))
+    assert read.network.config == config
 
 
 def test_a_checkpoint_may_have_other_tensors_and_its_averages_are_not_read() -> None:

@@ -86,6 +86,10 @@ def test_jobs_sample_from_start_from_and_export_checkpoints_of_latent_diffusion(
     assert "table 'state_dict/model_ema.diffusion_model' is used" in shown
     with np.load(tmp_path / "x.npz") as file:
         assert file["arr_0"].shape == (3, 8, 8, 1)
+    measure = ["evaluation.num_images=20", "evaluation.features.epochs=1"]
+    in_process("evaluate", "checkpoint=model.ckpt", *FEW, *SHAPE, *measure)
+    (record,) = json_lines(tmp_path / "model-evaluations.jsonl")
+    assert (record["family"], record["levels"]) == ("LDM", 2)
     shown = in_process(*given, *SHAPE, "diffusion=gaussian", expect=2)
     assert "The objective needs 2 output channels, but model.ckpt has 1" in shown
     run = [

@@ -24,7 +24,7 @@ from model.norms import rms_norm
 from report import paper
 from report.curves import curves_of
 from report.figures import figure_2, figure_5, figure_8, figure_12
-from report.study import read_study
+from report.study import PROTOCOL_KEYS, read_study
 from report.style import FAMILY_COLORS
 from report.write import write_report
 from train.lines import append_record
@@ -139,6 +139,39 @@ def test_a_family_of_another_objective_is_drawn_and_says_it(tmp_path: Path) -> N
     study = read_study(tmp_path)
     assert [curve.name for curve in curves_of(study)] == ["DiT", f"LightningDiT ({study.objectives['lightning']})"]
     assert list(study.scaling()) == ["dit16", "dit32", "dit64"]
+
+
+U_NET = {"family": "ADM", "size": "256 channels, 6 levels", "width": 256, "levels": 6}
+
+
+def u_net(sweep: Path, name: str, **changes: Any) -> None:
+    record = {**record_of(64, 10.0, decoder="identity 1"), **U_NET, **changes}
+    write_run(sweep, name, {key: value for key, value in record.items() if key not in ("patch_size", "depth", "block")})
+
+
+def test_u_nets_on_latents_of_their_own_share_a_curve_with_dits_of_one_decoder(tmp_path: Path) -> None:
+    write_run(tmp_path, "dit", papers_record(1152, 28, 20.0))
+    same = {key: papers_record(1152, 28, 20.0)[key] for key in PROTOCOL_KEYS if key != "decoder"}
+    u_net(tmp_path, "adm", **same)
+    u_net(tmp_path, "ldm", **same, family="LDM", decoder="ldm-vq-f4 1")
+    study = read_study(tmp_path)
+    assert [curve.name for curve in curves_of(study)] == ["DiT", "ADM", "LDM"]
+    assert study.protocol["decoder"].startswith("sd-vae-ft-mse")  # so that the paper's points are drawn beside them
+    write_run(tmp_path, "other", {**papers_record(768, 12, 30.0), "decoder": "sd-vae-ft-ema 1"})
+    with pytest.raises(ValueError, match=r"cannot share a curve: decoder is"):
+        read_study(tmp_path)
+
+
+def test_u_nets_of_one_family_with_two_decoders_and_other_differences_are_refused(tmp_path: Path) -> None:
+    write_run(tmp_path, "dit", record_of(16, 40.0))
+    u_net(tmp_path, "one", decoder="ldm-vq-f4 1")
+    read_study(tmp_path)
+    u_net(tmp_path, "two", decoder="ldm-vq-f8 1", sampling_seed=7)
+    with pytest.raises(ValueError, match=r"dit and one cannot share a curve: decoder is"):
+        read_study(tmp_path)
+    (tmp_path / "one/evaluations.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"dit and two cannot share a curve: sampling_seed is 0 in one and 7 in"):
+        read_study(tmp_path)
 
 
 def test_block_types_of_two_families_are_two_colors(tmp_path: Path) -> None:

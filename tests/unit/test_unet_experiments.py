@@ -1,5 +1,7 @@
 """The experiments with U-Nets compare what they say: networks of equal compute, and figure 2 in one protocol."""
 
+import re
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -21,6 +23,7 @@ def choices(experiment: str, group: str) -> list[str]:
 def test_the_demo_of_u_nets_trains_two_sizes_of_three_families_and_differs_in_the_network_alone() -> None:
     group = "experiment/demo/network"
     names = choices("demo/unets", group)
+    assert OmegaConf.load(CONF / "experiment/demo/unets.yaml").hydra.sweeper.params.seed == "0,1,2"
     assert sorted(names) == ["adm_1", "adm_5", "dit_1", "dit_5", "ldm_1", "ldm_5"]
     runs = {name: composed("train", "experiment=demo/unets", f"{group}={name}") for name in names}
     differing = {key for run in runs.values() for key in run if run[key] != runs["dit_1"][key]}
@@ -51,3 +54,23 @@ def test_figure_2s_networks_train_in_one_protocol_on_latents_of_their_own() -> N
     for name, downscale in (("adm", 1), ("ldm4", 4)):
         assert runs[name]["model"]["latent_size"] * downscale == runs[name]["data"]["image_size"] == 256
         assert runs[name]["model"]["null_class"]
+
+
+def test_the_head_of_figure_2s_experiment_has_the_hours_of_its_gflops() -> None:
+    """The Gflops are those that tests of each network count; a plan of each would take seconds."""
+    head = (CONF / "experiment/paper/unets.yaml").read_text(encoding="utf-8").replace("\n# ", " ")
+    number = r"([\d.]+)"
+    three = f"{number}, {number} and {number}"
+    gflops, hours, exaflops, evaluation = (
+        [float(text) for text in re.findall(pattern, head)[0]]
+        for pattern in (f"Gflops {three}", f"{three} hours of training", rf"\({three} EFLOPs", f"{three} of evaluation")
+    )
+    run = composed("train", "experiment=paper/unets")
+    images = run["total_steps"] * run["batch_size"]
+    sampled = run["total_steps"] // run["evaluate_every"] * run["evaluation"]["num_images"] * run["sampler"]["steps"]
+    a_second = 8 * 989e12 * 0.4
+    for one in zip(gflops, hours, exaflops, evaluation, strict=True):
+        training, measuring = (2e9 * one[0] * number for number in (3 * images, sampled))
+        assert training / 1e18 == pytest.approx(one[2], abs=0.5)
+        assert training / a_second / 3600 == pytest.approx(one[1], abs=0.06)
+        assert measuring / a_second / 3600 == pytest.approx(one[3], abs=0.06)
