@@ -140,10 +140,10 @@ class MappedShards:
         shards, offsets = places
         views = self._views  # which stay open: those that are kept later are another dictionary
         filled = fill_by_descriptor(self._descriptors[shards], offsets, out)
+        del views  # a shard that is fetched below may need their room in a cache
         if filled < len(shards):
             # One read per sample takes the same time for a few shards as for thousands.
             filled = fill_rows([self._view(shard) for shard in shards.tolist()], offsets, out, filled)
-        del views
         if filled < len(shards):
             place = join(self.place, self.manifest.shards[shards[filled]].name)
             raise DamagedFileError(f"{place} was cut while this job ran; {self._files.repair}.")
