@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._dynamo.utils
@@ -74,6 +75,7 @@ class Case:
     skip_over: list[float] | None = None  # gradient norm, of each step
     aligned_steps: int | None = None  # steps in which REPA's loss counts; None: there is none
     wrapped: bool = False  # in DistributedDataParallel, also where there is one process
+    backend: str = "inductor"  # of the compiler, where blocks or networks are compiled
     counts_exchanged: bool = False  # elements of the gradients that processes exchange, under DistributedDataParallel
 
     def model(self) -> Network:
@@ -228,7 +230,9 @@ def under_runtime(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
     process = runtime.place(diffusion(case.objective))
     world = runtime.data_world
     runtime.data_world = 2 if case.wrapped else world
-    stepping, optimizer = runtime.prepare(model, list(ema.modules.values()), optimizer)
+    compiled_by = functools.partialmethod(torch.nn.Module.compile, backend=case.backend)
+    with mock.patch.object(torch.nn.Module, "compile", compiled_by):
+        stepping, optimizer = runtime.prepare(model, list(ema.modules.values()), optimizer)
     runtime.data_world = world
     exchanged: list[int] = []
     if case.counts_exchanged:
