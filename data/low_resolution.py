@@ -75,6 +75,53 @@ class GivenImages(NamedTuple):
     labels: list[int] | None
 
 
+class Enlarging(LowResolution):
+    """A source that also gives the images to enlarge, in turn, with their labels where no others are asked for."""
+
+    def __init__(self, source: LowResolution, given: GivenImages, knows_null: bool, where: str) -> None:
+        super().__init__(source.num_classes, source.factor)
+        self._given, self._knows_null, self._where = given, knows_null, where
+
+    def in_turn(self, num_images: int, num_groups: int | None = None) -> Condition:
+        """Return the images in turn, with their labels, or with labels in turn where they have none."""
+        if self._given.labels is None or not self.num_classes:
+            return {**super().in_turn(num_images, num_groups), **self._images(num_images)}
+        return self.asked_for(self._given.labels, num_images, (), self._knows_null, self._where)
+
+    def random(self, num_images: int, seed: int) -> Condition:
+        """Return the images in turn, with their labels, or with random labels where they have none."""
+        if self._given.labels is None or not self.num_classes:
+            return {**super().random(num_images, seed), **self._images(num_images)}
+        return self.in_turn(num_images)
+
+    def asked_for(
+        self, labels: Sequence[Any], num_images: int, class_names: Sequence[str], knows_null: bool, asked: str
+    ) -> Condition:
+        """Return the images in turn with the labels that a user asks for."""
+        found = super().asked_for(labels, num_images, class_names, knows_null, asked)
+        return {**found, **self._images(num_images)}
+
+    def _images(self, num_images: int) -> Condition:
+        return self.of_images(self._given.images[np.arange(num_images) % len(self._given.images)])
+
+
+def enlarging(
+    source: ConditionSource, file: str | None, spec: LatentSpec, knows_null: bool, of: str
+) -> ConditionSource:
+    """Return a checkpoint's source of conditions, with the images of a file where it is an upsampler's.
+
+    ``of`` names the checkpoint. Raises ValueError for an upsampler without a file, a file without an upsampler, and as
+    `read_low_resolution` does.
+    """
+    is_upsampler = isinstance(source, LowResolution)
+    if is_upsampler != (file is not None):
+        what = "an upsampler; give the images that it enlarges as" if is_upsampler else "not an upsampler; leave out"
+        raise ValueError(f"{of} is {what} low_resolution=FILE.npz.")
+    if file is None or not isinstance(source, LowResolution):
+        return source
+    return Enlarging(source, read_low_resolution(Path(file), spec, source.factor), knows_null, of)
+
+
 def read_low_resolution(path: Path, spec: LatentSpec, factor: int) -> GivenImages:
     """Return the images of a file that `ditscale sample` wrote, for an upsampler of latents of this spec.
 

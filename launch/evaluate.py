@@ -14,9 +14,9 @@ from omegaconf import DictConfig
 
 from core.closest import closest
 from core.progress import ProgressBar
-from core.reading import DamagedFileError
+from core.reading import DamagedFileError, sha256_of
 from core.records import canonical_hash
-from data.low_resolution import LowResolution
+from data.low_resolution import enlarging
 from data.manifest import Manifest
 from data.settings import DataSettings
 from data.shards import MappedShards
@@ -61,11 +61,7 @@ def evaluate_job(config: EvaluateSettings, progress: ProgressBar) -> None:
     runtime: Devices = build(config.runtime, precision=config.precision.value)
     runtime.require_same(facts_of_process(config.plain()))
     checkpoint, records = _checkpoint(config, runtime)
-    if isinstance(checkpoint.conditions, LowResolution):
-        raise ValueError(
-            f"{checkpoint.path} is an upsampler, which needs images to enlarge and cannot be evaluated; sample from it "
-            "by `ditscale sample low_resolution=FILE.npz`."
-        )
+    checkpoint = _enlarging(config, checkpoint)
     data = config.data
     source = data.name if is_foreign(config.checkpoint) else checkpoint.spec.source
     if (data.name, data.image_size) != (source, checkpoint.spec.image_size):
@@ -78,7 +74,7 @@ def evaluate_job(config: EvaluateSettings, progress: ProgressBar) -> None:
     generator = checkpoint.generator(config, config.evaluation.seed, runtime)
     evaluator, chunks = None, None
     if names := [name for name in config.metrics if name != LIKELIHOOD]:
-        evaluator = build_evaluator(config, runtime, progress, names)
+        evaluator = _of_given_images(config, build_evaluator(config, runtime, progress, names))
         if not is_foreign(config.checkpoint):
             chunks = EvaluationChunks(checkpoint, config.weights, evaluator)
     store = ChunkStore() if chunks is None else chunks.store
@@ -90,6 +86,23 @@ def evaluate_job(config: EvaluateSettings, progress: ProgressBar) -> None:
         runtime.wait()  # chunks are deleted only after the record is written
     if chunks is not None:
         chunks.discard()
+
+
+def _enlarging(config: EvaluateSettings, checkpoint: LoadedCheckpoint) -> LoadedCheckpoint:
+    """Return the checkpoint with the images that it enlarges, where it is an upsampler."""
+    if LIKELIHOOD in config.metrics and config.low_resolution is not None:
+        raise ValueError(f"metrics has {LIKELIHOOD}, which upsamplers do not have here; leave it out.")
+    knows_null, path = checkpoint.class_dropout > 0, str(checkpoint.path)
+    conditions = enlarging(checkpoint.conditions, config.low_resolution, checkpoint.spec, knows_null, path)
+    return replace(checkpoint, conditions=conditions)
+
+
+def _of_given_images(config: EvaluateSettings, evaluator: Evaluator) -> Evaluator:
+    """Return the evaluator with the hash of the images that are enlarged as a part of its protocol."""
+    if config.low_resolution is None:
+        return evaluator
+    of_file = {"low_resolution": sha256_of(Path(config.low_resolution))}
+    return replace(evaluator, protocol=replace(evaluator.protocol, sampler={**evaluator.protocol.sampler, **of_file}))
 
 
 def _checkpoint(config: EvaluateSettings, runtime: Devices) -> tuple[LoadedCheckpoint, Path]:

@@ -9,7 +9,7 @@ import numpy as np
 from core.batch import Condition
 from core.npz import write_npz
 from core.progress import ProgressBar
-from data.low_resolution import LowResolution, read_low_resolution
+from data.low_resolution import enlarging
 from evaluation.grid import save_grid
 from launch.builders.build import LoadedCheckpoint
 from launch.builders.components import build, target_of
@@ -58,20 +58,11 @@ def sample_job(config: SampleSettings, progress: ProgressBar) -> None:
 
 def _condition(config: SampleSettings, checkpoint: LoadedCheckpoint) -> Condition:
     """Return the conditions of the images: classes in turn, or those asked for, and images that are enlarged."""
-    conditions, count, labels = checkpoint.conditions, config.num_images, config.labels
-    is_upsampler = isinstance(conditions, LowResolution)
-    if is_upsampler != (config.low_resolution is not None):
-        what = "an upsampler; give the images that it enlarges as" if is_upsampler else "not an upsampler; leave out"
-        raise ValueError(f"{checkpoint.path} is {what} low_resolution=FILE.npz.")
-    enlarged: Condition = {}
-    if isinstance(conditions, LowResolution) and config.low_resolution is not None:
-        given = read_low_resolution(Path(config.low_resolution), checkpoint.spec, conditions.factor)
-        enlarged = conditions.of_images(given.images[np.arange(count) % len(given.images)])
-        labels = given.labels if labels is None and conditions.num_classes else labels
-    if labels is None:
-        return {**conditions.in_turn(count), **enlarged}
-    names, knows_null = checkpoint.class_names, checkpoint.class_dropout > 0
-    return {**conditions.asked_for(labels, count, names, knows_null, str(checkpoint.path)), **enlarged}
+    knows_null, path = checkpoint.class_dropout > 0, str(checkpoint.path)
+    conditions = enlarging(checkpoint.conditions, config.low_resolution, checkpoint.spec, knows_null, path)
+    if config.labels is None:
+        return conditions.in_turn(config.num_images)
+    return conditions.asked_for(config.labels, config.num_images, checkpoint.class_names, knows_null, path)
 
 
 def _name(config: SampleSettings, checkpoint: LoadedCheckpoint) -> str:

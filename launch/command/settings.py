@@ -195,6 +195,7 @@ class EvaluateSettings(Settings):
     precision: Precision = Precision.fp32
     compile: bool = False  # compile the network's blocks: takes a minute at first, then is faster on a GPU
     metrics: list[str] = "${evaluation.metrics}"  # type: ignore[assignment]  # may also have nll: bits per dimension
+    low_resolution: str | None = None  # .npz of the images that an upsampler enlarges, as `sample` writes them
 
 
 class SamplingSettings(Protocol):

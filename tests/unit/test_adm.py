@@ -14,6 +14,7 @@ from conftest import InProcess, json_lines
 from foreign_files import saved
 from torch import Tensor, nn
 
+from core.reading import sha256_of
 from data.low_resolution import LowResolution
 from launch.builders.components import build
 from launch.builders.foreign import read_foreign
@@ -364,7 +365,35 @@ def test_an_upsampler_trains_on_means_of_the_images_and_enlarges_those_of_anothe
         (["low_resolution=absent.npz"], "There is no file absent.npz"),
     ):
         assert message in in_process(*given, *more, "out=y", expect=2)
-    assert "which needs images to enlarge" in in_process("evaluate", "checkpoint=run", *FEW, expect=2)
+
+
+def test_an_upsampler_is_measured_on_the_images_that_it_makes_of_given_ones(
+    digits: Path, tmp_path: Path, in_process: InProcess
+) -> None:
+    words = [*SMALL, *UPSAMPLER, "model.upscale=4", f"data.shards={digits}"]
+    in_process("train", *words, "run_dir=run", "total_steps=2")
+    draws = np.random.default_rng(0)
+    for name in ("small", "other"):
+        np.savez(tmp_path / f"{name}.npz", arr_0=draws.integers(0, 256, (3, 2, 2, 1), np.uint8), arr_1=[7, 8, 9])
+    measure = ["evaluate", "checkpoint=run", "weights=model", *FEW]
+    kept = ["evaluation/image_file=npz", "evaluation.image_file.path=measured.npz"]
+    in_process(*measure, *kept, "low_resolution=small.npz")
+    in_process(*measure, "low_resolution=other.npz")
+    one, other = json_lines(tmp_path / "run/evaluations.jsonl")
+    assert one["sampler"] == {**other["sampler"], "low_resolution": sha256_of(tmp_path / "small.npz")}
+    assert other["sampler"]["low_resolution"] == sha256_of(tmp_path / "other.npz")
+    assert one["frechet_distance"] != other["frechet_distance"]
+    given = ["sample", "checkpoint=run", "weights=model", "sampler.steps=2", "num_images=5", "runtime=cpu"]
+    in_process(*given, "low_resolution=small.npz", "out=x")
+    with np.load(tmp_path / "measured.npz") as measured, np.load(tmp_path / "x.npz") as sampled:
+        assert sampled["arr_1"].tolist() == [7, 8, 9, 7, 8]
+        assert np.abs(measured["arr_0"][:5].astype(int) - sampled["arr_0"]).max() <= 1
+        assert sampled["arr_0"].std() > 1
+    for more, message in (
+        ([], "is an upsampler; give the images that it enlarges as low_resolution=FILE.npz"),
+        (["low_resolution=small.npz", "metrics=[nll]"], "metrics has nll, which upsamplers do not have here"),
+    ):
+        assert message in in_process(*measure, *more, expect=2)
 
 
 def test_openais_upsampler_is_sampled_from_its_file(tmp_path: Path, in_process: InProcess) -> None:
