@@ -214,13 +214,18 @@ def on_gpu(arguments: argparse.Namespace, model: str) -> dict[str, dict[str, Any
     for variant in arguments.variants:
         batch_size = arguments.batch_size or largest_batch(variant, model, arguments.precision)
         free()
-        run = make(variant, model, batch_size, arguments.precision)
-        timed(run, arguments.warm_up)
-        rounds = [timed(run, arguments.steps) for _ in range(arguments.rounds)]
-        peak_gb = torch.cuda.max_memory_allocated() / 1e9
+        try:
+            run = make(variant, model, batch_size, arguments.precision)
+            timed(run, arguments.warm_up)
+            rounds = [timed(run, arguments.steps) for _ in range(arguments.rounds)]
+        except torch.cuda.OutOfMemoryError:
+            print(f"{model} ({variant}) does not fit this GPU with {batch_size} images.")
+            continue
+        finally:
+            run = None  # frees its memory
+            peak_gb = torch.cuda.max_memory_allocated() / 1e9
+            free()
         found[variant] = {**summary(rounds, batch_size), "peak_memory_gb": round(peak_gb, 2)}
-        del run
-        free()
     return found
 
 

@@ -12,16 +12,14 @@ from conftest import TINY_RUN, command, json_lines, run_process
 from inception_weights import PREFIX, random_weights
 from on_device import DEVICE, distance, make_runtime, no_waiting
 from pictures import make_autoencoder, photo
-from tiny_run import Case, diffusion
-from tiny_samples import SAMPLERS
+from tiny_run import Case
+from tiny_samples import SAMPLERS, new_generator
 from torch import Tensor
 
 from core.precision import allow_tf32
 from data.conditions import ClassLabels, rows_of
 from data.encodings import EncodeImages
 from data.images import CenterCrop, Preparation
-from data.manifest import LatentSpec
-from diffusion.guidance import ClassifierFreeGuidance, Unguided
 from evaluation.features.inception import InceptionFeatures
 from evaluation.generate import Generator
 from evaluation.metrics.kernel import KernelDistance
@@ -29,7 +27,6 @@ from evaluation.metrics.manifolds import PrecisionRecall
 from evaluation.metrics.statistics import FeatureStatistics
 from evaluation.reference.reference import Reference
 from launch.command.app import _sentence
-from model.autoencoder import IdentityAutoencoder
 from model.autoencoder_kl import DiffusersAutoencoder
 from runtime.accelerate import AccelerateRuntime
 
@@ -59,11 +56,7 @@ class Watched:
 
 def generator_on(runtime: AccelerateRuntime, sampler: str) -> Generator:
     model = runtime.place(Case("x", "accelerate").model().eval().requires_grad_(False))
-    guidance: Any = ClassifierFreeGuidance if sampler == "guided" else Unguided
-    denoiser = guidance(model, null=LABELS.null, latent_channels=4)
-    spec = LatentSpec("golden", 8, "identity", "1", 1.0, 1, 4, "float16", False, 10)
-    process = runtime.place(diffusion())
-    return Generator(denoiser, process, IdentityAutoencoder(4), SAMPLERS[sampler], spec, LABELS, 0, runtime)
+    return new_generator(sampler, model, runtime)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -90,11 +90,11 @@ def test_a_deterministic_run_has_the_same_bits_again(recomputes: bool) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("recomputes", [False, True], ids=["kept", "recomputed"])
-def test_a_compiled_run_is_the_eager_one(precision: str, recomputes: bool) -> None:
+@pytest.mark.parametrize(("recomputes", "how"), [(False, True), (True, True), (False, "whole")])
+def test_a_compiled_run_is_the_eager_one(precision: str, recomputes: bool, how: bool | str) -> None:
     fields = {"precision": precision, "activation_checkpointing": recomputes, "steps": 5}
     (eager, of_eager), (compiled, facts) = (
-        under_runtime(case(**fields, settings={"compile": compile_})) for compile_ in (False, True)
+        under_runtime(case(**fields, settings={"compile": compile_})) for compile_ in (False, how)
     )
     assert facts["of_training"] == {"compilations": 1, "graph_breaks": 0}  # of two blocks
     assert facts["losses"] == pytest.approx(of_eager["losses"], rel=FLOAT32 if precision == "fp32" else BFLOAT16)

@@ -25,6 +25,8 @@ from diffusion.samplers import DDIM, DDPM, Sampler
 from diffusion.sde_samplers import EulerMaruyama, StochasticHeun
 from evaluation.generate import Generator
 from model.autoencoder import IdentityAutoencoder
+from model.network import Network
+from runtime.protocol import Runtime
 
 STEPS = 12
 SAMPLERS: dict[str, Sampler] = {
@@ -56,19 +58,26 @@ def fit(sampler: Sampler, objective: Objective) -> bool:
     return True
 
 
+def new_generator(kind: str, model: Network, runtime: Runtime) -> Generator:
+    """Return a generator of images by a sampler, for the first objective that it fits."""
+    sampler, labels = SAMPLERS[kind], ClassLabels(10)
+    guidance = ClassifierFreeGuidance if kind == "guided" else Unguided
+    network = first_half(model) if kind == "edm_heun" else model
+    denoiser = guidance(network, null=labels.null, latent_channels=4)
+    objectives: list[Objective] = [diffusion(), FLOW, EDM_OBJECTIVE]
+    objective = runtime.place(next(one for one in objectives if fit(sampler, one)))
+    spec = LatentSpec("golden", 8, "identity", "1", 1.0, 1, 4, "float16", False, 10)
+    return Generator(denoiser, objective, IdentityAutoencoder(4), sampler, spec, labels, 0, runtime)
+
+
 def main() -> None:
     out, name = Path(sys.argv[1]), sys.argv[2]
     case = Case(name, name, settings={"cpu_devices": 4, "mode": "fsdp"} if name == "xla" else {})
-    runtime, model = make_runtime(case), case.model().eval().requires_grad_(False)
-    model, process = runtime.place(model), runtime.place(diffusion())
-    spec = LatentSpec("golden", 8, "identity", "1", 1.0, 1, 4, "float16", False, 10)
+    runtime = make_runtime(case)
+    model = runtime.place(case.model().eval().requires_grad_(False))
     images, counts, labels = {}, {}, ClassLabels(10)
-    for kind, sampler in SAMPLERS.items():
-        guidance = ClassifierFreeGuidance if kind == "guided" else Unguided
-        network = first_half(model) if kind == "edm_heun" else model
-        denoiser = guidance(network, null=labels.null, latent_channels=4)
-        fits = [one for one in (process, FLOW, EDM_OBJECTIVE) if fit(sampler, one)]
-        generator = Generator(denoiser, fits[0], IdentityAutoencoder(4), sampler, spec, labels, 0, runtime)
+    for kind in SAMPLERS:
+        generator = new_generator(kind, model, runtime)
         counters, read = Counters(name), []
         parts = []
         for _, part in generator.batches(labels.in_turn(14), 14, 8):  # two rounds of eight rows, two of them spare
