@@ -7,10 +7,10 @@ the largest power of two that fits a GPU. Images are 256 px. Peak memory is meas
 The variants, all at one precision and number of threads, are ``released`` (`benchmarks.released`: eager, TF32 on a GPU,
 ``torch.autocast`` for bf16, AdamW with its defaults, an average updated parameter by parameter, ``loss.item()`` each
 step), and ours, through runtime, step and feed, between log steps: ``eager``, ``compiled`` (unit by unit) and ``whole``
-(the network in one graph), each also as ``eager_bf16_residual`` and so on, with ``model.residual=bf16``. On a CPU the
-variants, each in a process of its own, take turns and the medians are compared, since its speed drifts; the process's
-processor time is given too, which other programs on the machine affect little, and which for ours includes the draws of
-random numbers.
+(the network in one graph), each also as ``eager_bf16_residual`` and so on, with ``model.residual=bf16``, and on a GPU
+also as ``graphed_eager`` and so on, whose steps are replayed as one CUDA graph. On a CPU the variants, each in a
+process of its own, take turns and the medians are compared, since its speed drifts; the process's processor time is
+given too, which other programs on the machine affect little, and which for ours includes the draws of random numbers.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from train.step import make_step
 SIZES = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}
 LATENT, CHANNELS, CLASSES = 32, 4, 1000
 COMPILED = {"eager": False, "compiled": True, "whole": "whole"}  # variant -> runtime.compile
-BF16_RESIDUAL = "_bf16_residual"  # ending of a variant
+BF16_RESIDUAL, GRAPHED = "_bf16_residual", "graphed_"  # ending and beginning of a variant
 RunStep = Callable[[], float]  # runs one step -> seconds that it waited for data
 
 
@@ -87,9 +87,9 @@ def host_batches(batch_size: int) -> Iterator[Batch]:
         )
 
 
-def ours(model: str, batch_size: int, precision: Any, compiled: Any, residual: Residual) -> RunStep:
+def ours(model: str, batch_size: int, precision: Any, compiled: Any, residual: Residual, graphed: bool) -> RunStep:
     """Return the project's step under its runtime, between log steps."""
-    runtime = AccelerateRuntime(precision, compile=compiled)
+    runtime = AccelerateRuntime(precision, compile=compiled, cuda_graph=graphed)
     network, process = new_model(model, residual), runtime.place(diffusion())
     ema = constant(network)
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.0, foreach=True)
@@ -143,7 +143,8 @@ def make(variant: str, model: str, batch_size: int, precision: str) -> RunStep:
     if variant == "released":
         return released(model, batch_size, precision)
     residual: Residual = "bf16" if variant.endswith(BF16_RESIDUAL) else "fp32"
-    return ours(model, batch_size, precision, COMPILED[variant.removesuffix(BF16_RESIDUAL)], residual)
+    compiled = COMPILED[variant.removesuffix(BF16_RESIDUAL).removeprefix(GRAPHED)]
+    return ours(model, batch_size, precision, compiled, residual, variant.startswith(GRAPHED))
 
 
 def wait_for_device() -> None:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from core.batch import Batch, mapped, micro_batches_of, require_divisible
 from model.network import Network, compile_each_unit
 from runtime.accelerate_devices import AccelerateDevices
+from runtime.cuda_graph import GraphedStep
 from runtime.kernels import missing_for_kernels
 from runtime.protocol import Metrics, Precision, Step, by_name
 
@@ -27,10 +28,11 @@ class AccelerateRuntime(AccelerateDevices):
 
     ``mode`` replicated keeps the whole state on each device (DistributedDataParallel); fsdp shards weights, averages
     and optimizer state over all of them (FSDP2). ``compile`` compiles one unit, which all equal units share; auto does
-    on GPUs, where the compiler that it needs is installed; whole compiles the network as one graph.
+    on GPUs, where the compiler that it needs is installed; whole compiles the network as one graph. ``cuda_graph``
+    replays a step as one CUDA graph (`GraphedStep`); auto does for a single process on a GPU.
 
-    Raises ValueError as `AccelerateDevices` does, for fsdp where no processes were launched to shard over, and for a
-    whole graph under fsdp.
+    Raises ValueError as `AccelerateDevices` does, for fsdp where no processes were launched to shard over, for a
+    whole graph under fsdp, and for a CUDA graph without a GPU or with several processes.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class AccelerateRuntime(AccelerateDevices):
         mode: Literal["replicated", "fsdp"] = "replicated",
         micro_batches: int = 1,
         compile: Literal[True, False, "auto", "whole"] = "auto",
+        cuda_graph: Literal[True, False, "auto"] = "auto",
         tf32: bool = True,
         deterministic: bool = False,
         timeout_sec: float = 600.0,
@@ -58,6 +61,14 @@ class AccelerateRuntime(AccelerateDevices):
                 "runtime.mode is fsdp, but 0 processes were launched to shard the state over; start with torchrun, or "
                 "set runtime.mode=replicated."
             )
+        can_graph = self.device.type == "cuda" and self.data_world == 1 and mode == "replicated"
+        if cuda_graph is True and not can_graph:
+            raise ValueError(
+                "runtime.cuda_graph is true, but a step is replayed as a CUDA graph by 1 replicated process on a GPU, "
+                f"and there are {self.data_world} of mode {mode} on {self.device.type}; set runtime.cuda_graph=auto."
+            )
+        self._graphs = can_graph if cuda_graph == "auto" else cuda_graph
+        self._stepping: tuple[nn.Module, torch.optim.Optimizer] | None = None  # what `prepare` returned
 
     def _compiles_well(self) -> bool:
         """Return whether compiled blocks are faster here; say so where only a tool is missing."""
@@ -87,6 +98,7 @@ class AccelerateRuntime(AccelerateDevices):
         _hand_over(optimizer, order, by_name, dict(model.named_parameters()))
         if self._compile:
             _compile(model, whole=self._compile == "whole")
+        self._stepping = model, optimizer
         if self._mode == "fsdp" or self.data_world == 1:
             return model, optimizer
         # Buffers are constants: they need not be sent before each forward pass.
@@ -105,8 +117,11 @@ class AccelerateRuntime(AccelerateDevices):
             yield micro_batches_of(mapped(batch, self.put), self._micro_batches)
 
     def step(self, function: Callable[..., Metrics]) -> Step:
-        """Return the step unchanged: execution is eager."""
-        return function
+        """Return the step unchanged, or as one that is replayed as a CUDA graph."""
+        if not self._graphs:
+            return function
+        assert self._stepping is not None, "prepare comes before step"
+        return GraphedStep(function, *self._stepping, self.device)
 
     def micro_step(self, model: nn.Module, is_last: bool) -> AbstractContextManager[Any]:
         """Return the context of a micro-batch's passes: gradients are exchanged in the last backward pass only."""

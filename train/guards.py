@@ -37,8 +37,8 @@ class SpikeGuard(nn.Module):
                 "train/optimizer=adamw, or skip_grad_norm=null."
             )
         self._factor = factor
-        self._runtime = runtime
-        self._set(math.inf)
+        self.register_buffer("threshold", torch.tensor(math.inf), persistent=False)
+        runtime.place(self)
 
     def start(self, state: TrainState) -> None:
         """Set the threshold from the norms of a checkpoint."""
@@ -55,5 +55,4 @@ class SpikeGuard(nn.Module):
         return (grad_norm > self.threshold).float()
 
     def _set(self, value: float) -> None:
-        self.register_buffer("threshold", torch.tensor(value, dtype=torch.float32), persistent=False)
-        self._runtime.place(self)
+        self.threshold.copy_(torch.tensor(value))  # in place, since a runtime may have recorded its address

@@ -25,7 +25,9 @@ if DEVICE.type == "cuda" and not torch.cuda.is_available():
 
 def make_runtime(precision: Any = "fp32", **settings: Any) -> AccelerateRuntime:
     """Return a runtime on the device, with exact float32 unless ``settings`` say otherwise."""
-    return AccelerateRuntime(precision, **{"device": DEVICE.type, "tf32": False, "compile": False, **settings})
+    return AccelerateRuntime(
+        precision, **{"device": DEVICE.type, "tf32": False, "compile": False, "cuda_graph": False, **settings}
+    )
 
 
 @contextmanager

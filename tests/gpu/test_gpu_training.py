@@ -33,7 +33,7 @@ BFLOAT16 = 1e-2  # relative, of losses
 
 def case(**fields: Any) -> Case:
     """Return a case on the device, with exact float32."""
-    settings = {"device": DEVICE.type, "tf32": False, **fields.pop("settings", {})}
+    settings = {"device": DEVICE.type, "tf32": False, "cuda_graph": False, **fields.pop("settings", {})}
     return Case(fields.pop("name", "gpu"), "accelerate", settings=settings, **fields)
 
 
@@ -100,6 +100,54 @@ def test_a_compiled_run_is_the_eager_one(precision: str, recomputes: bool, how: 
     assert facts["losses"] == pytest.approx(of_eager["losses"], rel=FLOAT32 if precision == "fp32" else BFLOAT16)
     if precision == "fp32":
         assert_close(compiled, eager)
+
+
+GRAPHED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "skipping": {"skip_over": [0.835] * 6 + [0.715] * 14},
+    "clipped": {"max_grad_norm": 0.5, "average": "power"},
+    "recomputed": {"activation_checkpointing": True, "settings": {"micro_batches": 2}},
+    "compiled": {"settings": {"compile": True}},
+}
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", GRAPHED)
+def test_a_run_replayed_as_cuda_graphs_has_the_bits_of_the_eager_one(
+    name: str, precision: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fields = {**GRAPHED[name], "precision": precision}
+    settings = {"deterministic": True, **fields.pop("settings", {})}
+    (eager, of_eager), (graphed, facts) = (
+        under_runtime(case(**fields, settings={**settings, "cuda_graph": graph})) for graph in (False, True)
+    )
+    assert "CUDA graph" not in capfd.readouterr().err  # nothing fell back
+    assert (facts["losses"], facts["norms"], facts["skipped"]) == tuple(
+        of_eager[key] for key in ("losses", "norms", "skipped")
+    )
+    for key, value in eager.items():
+        assert torch.equal(graphed[key], value), key
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs need a GPU")
+def test_a_step_that_cannot_be_captured_is_executed_eagerly(capfd: pytest.CaptureFixture[str]) -> None:
+    run, runtime = Case("x", "accelerate", steps=6), make_runtime(cuda_graph=True)
+    model = run.model()
+    averages, optimizer = run.averages(model), run.optimizer(model)
+    stepping, optimizer = runtime.prepare(model, list(averages.modules.values()), optimizer)
+    plain_step = make_step(stepping, optimizer, averages, runtime.place(diffusion()), runtime)
+
+    def reading(*arguments: Any) -> Any:
+        metrics = plain_step(*arguments)
+        metrics["loss"].item()  # makes the host wait, which no capture allows
+        return metrics
+
+    step = runtime.step(reading)
+    losses = runtime.fetch([step(micro_batches) for micro_batches in runtime.feed(run.batches(0, 1))])["loss"]
+    _, of_plain = plain(run)
+    assert losses == pytest.approx(of_plain["losses"], rel=FLOAT32)
+    assert capfd.readouterr().err.count("not replayed as a CUDA graph") == 1
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

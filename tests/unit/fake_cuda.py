@@ -184,7 +184,7 @@ class Training:
     def __init__(
         self, block: str, recomputes: bool, average: str = "constant", mode: Any = "replicated", depth: int = 1
     ) -> None:
-        self.runtime = AccelerateRuntime("bf16", micro_batches=2, mode=mode, compile=False)
+        self.runtime = AccelerateRuntime("bf16", micro_batches=2, mode=mode, compile=False, cuda_graph=False)
         self.model = dit(block, depth)
         with unset_fake_temporarily():
             self.averages = AVERAGES[average](self.model)
