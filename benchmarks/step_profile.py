@@ -20,8 +20,8 @@ from benchmarks.train_step import RunStep, free, make, timed
 
 # kind: what the kernel's name contains; the first that fits counts
 KINDS = {
+    "attention": r"sdpa|flash|fmha|attention|cudnn",
     "products": r"gemm|nvjet|cutlass_\d|wgmma|cublas",
-    "attention": r"flash|fmha|attention|sdpa|cudnn",
     "compiled": r"^triton_",
     "optimizer": r"multi_tensor|FusedAdam|fused_adam",
     "copies": r"Memcpy|Memset|copy_kernel|CatArray",
