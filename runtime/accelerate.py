@@ -105,6 +105,10 @@ class AccelerateRuntime(AccelerateDevices):
         wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
         return wrapped, optimizer
 
+    def assign(self, scalar: Tensor, value: float) -> Tensor:
+        """Return the scalar, changed in place: a CUDA graph has recorded its address."""
+        return scalar.fill_(value)
+
     def checkpoint(self, method: Callable[..., Any], owner: nn.Module, *arguments: Any) -> Any:
         """Apply PyTorch's activation checkpointing to ``method(owner, *arguments)``."""
         # `partial`, since torch.compile would compile the bound methods of two modules as two programs. Nothing is

@@ -117,6 +117,10 @@ class Runtime(Devices, Protocol):
         """
         ...
 
+    def assign(self, scalar: Tensor, value: float) -> Tensor:
+        """Return a scalar [] of the step with a new value: the same tensor if a step may have recorded its address."""
+        ...
+
     def checkpoint(self, method: Callable[..., Any], owner: nn.Module, *arguments: Any) -> Any:
         """Return ``method(owner, *arguments)``, trees of tensors, and recompute it in the backward pass."""
         ...

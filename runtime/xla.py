@@ -68,6 +68,10 @@ class XlaRuntime(XlaDevices):
     def _optimizer_state(self, name: str, value: Tensor, axes: Mapping[str, Axes]) -> Tensor:
         return self._put(value, axes.get(name))
 
+    def assign(self, scalar: Tensor, value: float) -> Tensor:
+        """Return a new scalar: a change in place would make the old one an output of the next step's program."""
+        return self._put(torch.tensor(value, dtype=scalar.dtype))
+
     def checkpoint(self, method: Callable[..., Any], owner: nn.Module, *arguments: Any) -> Any:
         """Apply PyTorch/XLA's activation checkpointing to ``method(owner, *arguments)``.
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runtime.protocol import Devices
+from runtime.protocol import Runtime
 from train.state import TrainState
 
 WINDOW = 1000  # the most gradient norms, up to the last log line, that the median is computed over
@@ -26,7 +26,7 @@ class SpikeGuard(nn.Module):
 
     threshold: Tensor  # [] float32; infinity skips nothing
 
-    def __init__(self, factor: float, optimizer: Any, runtime: Devices) -> None:
+    def __init__(self, factor: float, optimizer: Any, runtime: Runtime) -> None:
         super().__init__()
         if factor <= 1:
             raise ValueError(f"skip_grad_norm is {factor}, but it must exceed 1, the median itself; 10 is usual.")
@@ -37,6 +37,7 @@ class SpikeGuard(nn.Module):
                 "train/optimizer=adamw, or skip_grad_norm=null."
             )
         self._factor = factor
+        self._runtime = runtime
         self.register_buffer("threshold", torch.tensor(math.inf), persistent=False)
         runtime.place(self)
 
@@ -55,4 +56,4 @@ class SpikeGuard(nn.Module):
         return (grad_norm > self.threshold).float()
 
     def _set(self, value: float) -> None:
-        self.threshold.copy_(torch.tensor(value))  # in place, since a runtime may have recorded its address
+        self.threshold = self._runtime.assign(self.threshold, value)
