@@ -16,8 +16,7 @@ from runtime import protocol
 
 PARTS = ("Processes", "Devices", "Runtime")
 TRAINS = {
-    "train/guards.py",
-    *(f"train/{name}.py" for name in ("hooks", "loop", "replay", "saving", "step")),
+    *(f"train/{name}.py" for name in ("guards", "hooks", "loop", "replay", "saving", "step")),
     *(f"launch/{name}.py" for name in ("train", "builders/training")),
     "runtime/choice.py",  # makes runtimes
 }
