@@ -33,6 +33,7 @@ JOBS = {
     "plan": Job(
         "compute what a model or a sweep costs: Gflops, parameters, memory, hours, disk", "launch.plan:settle_by_data"
     ),
+    "status": Job("show how each run of a sweep stands: waiting, running, stopped, failed, done"),
     "report": Job(
         "draw distance against Gflops, and the paper's other figures, from the runs of a sweep",
         "launch.command.logger_settings:settle_reports_logger",

@@ -47,6 +47,7 @@ from train.loop import train
 from train.mirror import MirroredRunFolder
 from train.runfolder import RunFolder
 from train.signals import EX_TEMPFAIL, Stopped, StopSignals, watched
+from train.standing import recorded
 from train.state import TrainState
 
 
@@ -80,22 +81,25 @@ def train_job(config: TrainSettings, progress: ProgressBar) -> None:
         _require_this_run(folder, kept, config.resume.allow, runtime)
         _restore(folder, state, manifest, config.checkpoint_every, runtime)
         logger = _logger(config, folder, runtime)
-        try:
-            begun = run.begin(state)
-            hooks = _hooks(config, state, runtime, generator, manifest, folder, logger, progress, signals, begun.guard)
-            if runtime.is_main:
-                folder.write_config(kept)  # after every check that may refuse the run
-                _tell(folder, state, config, logger, runtime)
-            evaluated = len(read_lines(folder.evaluations))
-            host_batches = prefetch(batches.from_step(state.step, config.total_steps))
-            train(state, begun.step, host_batches, runtime, hooks, config.log_every)
-        except Stopped:
-            stopped = True
-        except DivergedError as error:
-            _keep_diverged(error, folder, config, _facts(config, run.spec, manifest), runtime)
-        finally:
-            shards.close()
-            logger.finish()
+        with recorded(folder.path, state, runtime.is_main):
+            try:
+                begun = run.begin(state)
+                hooks = _hooks(
+                    config, state, runtime, generator, manifest, folder, logger, progress, signals, begun.guard
+                )
+                if runtime.is_main:
+                    folder.write_config(kept)  # after every check that may refuse the run
+                    _tell(folder, state, config, logger, runtime)
+                evaluated = len(read_lines(folder.evaluations))
+                host_batches = prefetch(batches.from_step(state.step, config.total_steps))
+                train(state, begun.step, host_batches, runtime, hooks, config.log_every)
+            except Stopped:
+                stopped = True
+            except DivergedError as error:
+                _keep_diverged(error, folder, config, _facts(config, run.spec, manifest), runtime)
+            finally:
+                shards.close()
+                logger.finish()
         if runtime.is_main:
             folder.publish()
     if stopped:

@@ -1,4 +1,7 @@
-"""Handle the signals that ask a run to stop: SIGTERM, from a scheduler or a preempted machine, and SIGINT."""
+"""Handle the signals that ask a run to stop.
+
+These are SIGTERM, from a scheduler or a preempted machine; SIGUSR2, from SLURM before a time limit; and SIGINT.
+"""
 
 import os
 import signal
@@ -17,7 +20,8 @@ if TYPE_CHECKING:  # importing PyTorch takes seconds, which `--help` need not sp
     from runtime.protocol import Processes
 
 EX_TEMPFAIL = 75  # sysexits.h: temporary failure; schedulers requeue a job that exits with it
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOPS = (signal.SIGTERM, signal.SIGUSR2)  # of schedulers
+SIGNALS = (*STOPS, signal.SIGINT)
 ECHO_SEC = 1.0  # a launcher forwards a signal that the scheduler also sent to its processes
 
 
@@ -26,15 +30,16 @@ class Stopped(Exception):  # noqa: N818 - nothing went wrong
 
 
 class StopSignals:
-    """A context manager that remembers the first SIGTERM or SIGINT; a second one ends the process at once.
+    """A context manager that remembers the first signal that asks to stop; a second one ends the process at once.
 
-    A signal within ``ECHO_SEC`` of the first counts as the same one. A nested block takes over the signal that the
+    A signal within ``ECHO_SEC`` of the first counts as the same one, and so does the SIGTERM with which SLURM follows
+    its SIGUSR2, however late: the run may still be saving. A nested block takes over the signal that the
     outer one has received. Outside the main thread of a process, where Python allows no handlers, nothing is changed.
     """
 
     def __init__(self) -> None:
         self.requested = False
-        self._since = 0.0
+        self._since, self._first = 0.0, 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -43,7 +48,7 @@ class StopSignals:
                 self._before[number] = signal.signal(number, self._receive)
                 outer = getattr(self._before[number], "__self__", None)
                 if isinstance(outer, StopSignals) and outer.requested:
-                    self.requested, self._since = True, outer._since
+                    self.requested, self._since, self._first = True, outer._since, outer._first
         return self
 
     def __exit__(
@@ -55,12 +60,12 @@ class StopSignals:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if not self.requested:
-            self.requested, self._since = True, now
+            self.requested, self._since, self._first = True, now, number
             name = signal.Signals(number).name
             # Not print, since the signal may have interrupted a print.
             with suppress(OSError):  # the reader of standard error may be gone
                 os.write(2, f"\n{name}: saving, then stopping; a second signal stops at once.\n".encode())
-        elif now - self._since > ECHO_SEC:
+        elif now - self._since > ECHO_SEC and (self._first, number) != STOPS[::-1]:
             os._exit(128 + number)
 
     def agreed(self, runtime: "Processes") -> bool:

@@ -11,6 +11,7 @@ from core.fields import MUST_BE_GIVEN, Settings, free, positive
 from data.settings import DataSettings
 from evaluation.settings import EvaluationSettings
 from launch.command.sweep_processes import register_launcher
+from launch.slurm.launcher import register_slurm
 
 
 class Precision(StrEnum):
@@ -261,6 +262,15 @@ class PlanSettings(Settings):
 
 
 @dataclass
+class StatusSettings(Settings):
+    """``ditscale status``."""
+
+    sweep: str = MUST_BE_GIVEN  # folder that holds the runs
+    silent_min: float = positive(15.0)  # a run that wrote nothing for so many minutes is reported as silent
+    format: Format = Format.text
+
+
+@dataclass
 class ReferenceSettings(Settings):
     """``ditscale reference``."""
 
@@ -298,13 +308,15 @@ SETTINGS: dict[str, type[Settings]] = {
     "export": ExportSettings,
     "plan": PlanSettings,
     "report": ReportSettings,
+    "status": StatusSettings,
     "reference": ReferenceSettings,
 }
 
 
 @cache
 def register() -> None:
-    """Register with Hydra, once, the settings of each job, as ``{job}_schema``, and the launcher of sweeps."""
+    """Register with Hydra, once, the settings of each job, as ``{job}_schema``, and the launchers of sweeps."""
     register_launcher()
+    register_slurm()
     for job, kind in SETTINGS.items():
         ConfigStore.instance().store(name=f"{job}_schema", node=kind)

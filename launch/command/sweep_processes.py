@@ -77,7 +77,7 @@ def register_launcher() -> None:
 
 
 @dataclass
-class _Run:
+class SweepRun:
     """A run of the sweep, with its exit code once it has ended."""
 
     config: DictConfig
@@ -86,6 +86,7 @@ class _Run:
 
     @property
     def failed(self) -> bool:
+        """Return whether the process has ended, and neither well nor on request."""
         return self.code not in (None, 0, EX_TEMPFAIL)
 
 
@@ -122,7 +123,10 @@ class SweepProcesses(Launcher):
         Raises `SweepFailedError` at the end where some failed; exits with 75 where some were stopped.
         """
         setup_globals()
-        runs = [self._compose(list(words), number) for number, words in enumerate(job_overrides, initial_job_idx)]
+        runs = [
+            compose_run(self._context, self._config, self._task, list(words), number)
+            for number, words in enumerate(job_overrides, initial_job_idx)
+        ]
         if any(_stays_together(run.config) for run in runs):
             return self._one_after_another(job_overrides, initial_job_idx)
         signals = PassedOn()
@@ -147,21 +151,10 @@ class SweepProcesses(Launcher):
         launcher.setup(hydra_context=self._context, task_function=self._task, config=self._config)
         return launcher.launch(job_overrides, initial_job_idx)
 
-    def _compose(self, overrides: list[str], number: int) -> _Run:
-        config: DictConfig = self._context.config_loader.load_sweep_config(self._config, overrides)
-        with open_dict(config):
-            config.hydra.job.id = f"{config.hydra.job.name}_{number}"
-            config.hydra.job.num = number
-        HydraConfig.instance().set_config(config)  # the run's name may refer to Hydra's config
-        try:
-            return _Run(config, self._task.name(config))
-        finally:
-            HydraConfig.instance().set_config(self._config)
-
-    def _train_all(self, runs: Sequence[_Run], method: str, signals: PassedOn) -> None:
+    def _train_all(self, runs: Sequence[SweepRun], method: str, signals: PassedOn) -> None:
         """Start the runs in order, each when a place is free. After a signal, only wait for the runs in progress."""
         waiting, rows = list(reversed(runs)), list(range(self._places))
-        training: dict[int, tuple[BaseProcess, _Run, int]] = {}
+        training: dict[int, tuple[BaseProcess, SweepRun, int]] = {}
         while training or (waiting and not signals.requested):
             while waiting and rows and not signals.requested:
                 run, row = waiting.pop(), rows.pop(0)
@@ -176,7 +169,7 @@ class SweepProcesses(Launcher):
                 process.close()
                 self._report_death(run, signals.requested)
 
-    def _start(self, run: _Run, row: int, method: str) -> BaseProcess:
+    def _start(self, run: SweepRun, row: int, method: str) -> BaseProcess:
         """Start the process of a run, with signals blocked until the process can handle them."""
         context: Any = multiprocessing.get_context(method)
         origin = _Origin(os.getpid(), str(version.getbase()))
@@ -189,7 +182,7 @@ class SweepProcesses(Launcher):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return process
 
-    def _report_death(self, run: _Run, requested: bool) -> None:
+    def _report_death(self, run: SweepRun, requested: bool) -> None:
         """Print a sentence on a run whose process was killed and could not report the reason itself."""
         assert run.code is not None
         killer = _killer(run.code)
@@ -204,7 +197,7 @@ class SweepProcesses(Launcher):
         elif killer is not None:
             self._say(f"{run.name} failed: its process was killed by {killer.name}; the same command continues it.")
 
-    def _conclude(self, runs: Sequence[_Run], requested: bool) -> None:
+    def _conclude(self, runs: Sequence[SweepRun], requested: bool) -> None:
         """Report unfinished runs and how to continue them. Raises `SweepFailedError`, or exits with 75 if stopped."""
         if failed := [run for run in runs if run.failed]:
             names = ", ".join(run.name for run in failed)
@@ -221,6 +214,21 @@ class SweepProcesses(Launcher):
 
     def _say(self, sentence: str) -> None:
         print(f"ditscale {self._task.job}: {sentence}", file=sys.stderr)
+
+
+def compose_run(
+    context: HydraContext, sweep: DictConfig, task: SweepTask, overrides: list[str], number: int
+) -> SweepRun:
+    """Return run ``number`` of the sweep whose config is ``sweep``."""
+    config: DictConfig = context.config_loader.load_sweep_config(sweep, overrides)
+    with open_dict(config):
+        config.hydra.job.id = f"{config.hydra.job.name}_{number}"
+        config.hydra.job.num = number
+    HydraConfig.instance().set_config(config)  # the run's name may refer to Hydra's config
+    try:
+        return SweepRun(config, task.name(config))
+    finally:
+        HydraConfig.instance().set_config(sweep)
 
 
 def _killer(code: int) -> signal.Signals | None:

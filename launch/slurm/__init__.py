@@ -1,0 +1,1 @@
+"""Run sweeps and encodings as job arrays of SLURM: ``-m hydra/launcher=slurm``."""
