@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 TEST_WORKERS ?= 3
 BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
 
-.PHONY: demo study objectives test test-newest test-gpu browser lint format bench soak aot clean
+.PHONY: demo study objectives test test-newest test-gpu browser slurm lint format bench soak aot clean
 
 $(STAMP): setup.cfg constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -53,7 +53,7 @@ objectives: $(STAMP)
 	$(BIN)/ditscale report sweep=$(OBJECTIVES) runtime=cpu sampler.steps=20
 
 # Lint runs beside the tests. Says at the end where the time went, also where something failed.
-test: $(STAMP) browser
+test: $(STAMP) browser slurm
 	@rm -rf $(TIMES); trap '$(BIN)/python tests/suite_times.py $(TIMES)' EXIT; set -x; \
 	$(BIN)/python tests/suite_times.py $(TIMES) lint $(MAKE) --no-print-directory lint & lint=$$!; \
 	$(BIN)/pytest tests/unit tests/runtime tests/smoke -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder \
@@ -80,6 +80,14 @@ browser:
 	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
 		apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends chromium; \
 	else false; fi || echo "No browser was installed: the test that opens the report in one will be skipped."
+
+# Sweeps are tested on a SLURM of one node. Where it is not and cannot be installed, those tests are skipped and say so.
+slurm:
+	@PATH="$$PATH:/usr/sbin"; for name in munged slurmctld slurmd sbatch; do command -v $$name > /dev/null || missing=$$name; done; \
+	[ -z "$$missing" ] || { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && apt-get -q update && \
+		DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends \
+		munge slurmctld slurmd slurm-client > /dev/null; } || \
+	echo "SLURM was not installed: the tests that sweep on it will be skipped."
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ from launch.command.settings import register
 NEEDED = {"train": ["shape_name=x"], "plan": ["shape_name=x"], "report": ["sweep=x"], "reference": ["out=x"]}
 NEEDED |= {job: ["checkpoint=x"] for job in ("sample", "evaluate")}
 NEEDED["export"] = ["checkpoint=x", "to=reference", "out=x"]
+NEEDED["status"] = NEEDED["report"]
 
 _load_config = ConfigRepository.load_config
 _create_interpolation_map = defaults_list._create_interpolation_map

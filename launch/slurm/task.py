@@ -46,6 +46,7 @@ def main() -> NoReturn:
 def _run(plan: Plan, index: int) -> None:
     run = plan.runs[0 if plan.shares else index]
     os.environ.update(launched(plan, index))
+    os.environ.pop("HYDRA_FULL_ERROR", None)  # set by the process that submitted, for itself
     os.chdir(plan.directory)
     sys.argv = ["ditscale", plan.job, *run.words]
     from launch.cli import main as ditscale  # imported here, where its time counts as the run's
