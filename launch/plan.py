@@ -35,7 +35,10 @@ COLUMNS = (  # heading, key, format
     ("step GB", "step_gb", "7.2f"),
     ("sample TMACs", "sampling_tmacs", "12.2f"),
     ("shards GB", "shards_gb", "9.1f"),
+    ("checkpoint GB", "checkpoint_gb", "13.2f"),
+    ("save s", "save_sec", "6.1f"),
 )
+_SAVED = ("weights", "optimizer", "ema")  # parts of the state that a checkpoint has, with one average
 STORED_FEATURES = (("features GB", "features_gb", "11.1f"),)  # where there are any
 PROJECTOR = (
     ("projector GMACs", "projector_gmacs", "15.3f"),
@@ -60,6 +63,12 @@ def plan_job(config: PlanSettings, progress: ProgressBar) -> None:
         print(_assumptions(config, of_several=number is not None))
         print("  ".join(f"{heading:>{_width(layout)}s}" for heading, _, layout in columns))
     print("  ".join(f"{row[key]:>{layout}}" for _, key, layout in columns))
+    if not row["fits_grace"]:
+        print(
+            f"note: a checkpoint of {config.name} takes {row['save_sec']:.0f} s at {config.write_gb_per_sec:g} GB/s, "
+            f"longer than grace_sec={config.grace_sec:g}; set checkpoint_every_min in training, which is what a "
+            "preemption then costs at most."
+        )
 
 
 def plan_row(config: PlanSettings) -> dict[str, Any]:
@@ -94,6 +103,9 @@ def plan_row(config: PlanSettings) -> dict[str, Any]:
         "step_gb": step_bytes(saved, images_per_device, parameters + head.parameters) / 1e9,
         "images_per_device": images_per_device,
         "sampling_tmacs": macs * config.sampling_steps / 1e12,
+        "checkpoint_gb": (saved_gb := sum(state[part] for part in _SAVED) / 1e9),
+        "save_sec": (save_sec := saved_gb / config.write_gb_per_sec),
+        "fits_grace": save_sec <= config.grace_sec,
         "shards_gb": (shard_bytes_per_sample(values) + feature_bytes) * config.num_samples / 1e9,
         **({} if features is None else {"features_gb": feature_bytes * config.num_samples / 1e9}),
         **head.row(),
@@ -140,7 +152,8 @@ def _assumptions(config: PlanSettings, of_several: bool) -> str:
         f"For {config.num_samples:,} images of {model['num_classes']:,} classes ({name}), latents {latents}, "
         f"{'both orientations' if config.flip else 'one orientation'}; {config.total_steps:,} steps of "
         f"{config.batch_size}; {machine}, at {100 * config.utilization:.0f}% utilization; {config.sampling_steps} "
-        "sampling steps. Each of these is a setting of plan."
+        f"sampling steps; checkpoints at {config.write_gb_per_sec:g} GB/s, {config.grace_sec:g} s of notice of "
+        "preemption. Each of these is a setting of plan."
     )
 
 

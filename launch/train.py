@@ -45,6 +45,7 @@ from train.lines import read_lines
 from train.loggers import Logger, NoLogger
 from train.loop import train
 from train.mirror import MirroredRunFolder
+from train.notice import Notice
 from train.runfolder import RunFolder
 from train.signals import EX_TEMPFAIL, Stopped, StopSignals, watched
 from train.standing import recorded
@@ -75,13 +76,14 @@ def train_job(config: TrainSettings, progress: ProgressBar) -> None:
     )
     shards = build_shards(config.data)
     batches = run.batches(shards, runtime.data_rank, runtime.data_world)
+    notice: Notice = build(config.notice)
     stopped = False
     with runtime.together(), folder.locked() if runtime.is_main else nullcontext(), StopSignals() as signals:
         kept = redacted_config(config.plain())  # secrets must not reach any file of the run
         _require_this_run(folder, kept, config.resume.allow, runtime)
         _restore(folder, state, manifest, config.checkpoint_every, runtime)
         logger = _logger(config, folder, runtime)
-        with recorded(folder.path, state, runtime.is_main):
+        with recorded(folder.path, state, runtime.is_main), notice.watched():
             try:
                 begun = run.begin(state)
                 hooks = _hooks(
@@ -222,6 +224,7 @@ def _hooks(
         signals,
         agree_every=config.log_every,
         keep_every=config.keep_checkpoint_every,
+        every_min=config.checkpoint_every_min,
     )
     hooks: list[Hook] = [
         ProgressHook(progress, log),

@@ -196,8 +196,10 @@ class LogHook:
 class CheckpointHook:
     """Saves the state every ``every`` steps, at the end, and when the run is asked to stop, which ends the run.
 
-    A single process stops after any step; several agree at log steps, ``agree_every`` steps apart. Files are written
-    asynchronously. The newest ``keep`` checkpoints are kept, and those whose step is a multiple of ``keep_every``.
+    With ``every_min`` it also saves once the last save is so many minutes old, which changes no bit of the run. A
+    single process saves and stops after any step; several agree at log steps, ``agree_every`` steps apart. Files are
+    written asynchronously. The newest ``keep`` checkpoints are kept, and those whose step is a multiple of
+    ``keep_every``.
     """
 
     def __init__(
@@ -211,8 +213,10 @@ class CheckpointHook:
         signals: StopSignals,
         agree_every: int,
         keep_every: int | None = None,
+        every_min: float | None = None,
     ) -> None:
         self._every = every
+        self._every_sec = math.inf if every_min is None else 60 * every_min
         self._folder = folder
         self._facts = facts
         self._writer = CheckpointWriter(
@@ -222,18 +226,20 @@ class CheckpointHook:
         self._log = log
         self._signals = signals
         self._agree_every = agree_every if runtime.data_world > 1 else 1
-        self._saved_at = 0
+        self._saved_at, self._saved_sec = 0, 0.0
 
     def start(self, state: TrainState) -> None:
         """Remember the restored step, which is already saved."""
-        self._saved_at = state.step
+        self._saved_at, self._saved_sec = state.step, time.monotonic()
 
     def __call__(self, state: TrainState, metrics: Metrics) -> None:
         """Save when due. Raises `Stopped` if the run was asked to stop, and any error of the last save."""
         self._writer.check()
         self._folder.check()
-        stops = due(state, self._agree_every) and self._signals.agreed(self._runtime)
-        if stops or due(state, self._every):
+        stops = is_old = False
+        if due(state, self._agree_every):
+            stops, is_old = self._signals.agreed(self._runtime, time.monotonic() - self._saved_sec >= self._every_sec)
+        if stops or is_old or due(state, self._every):
             self.save(state)
         if stops:
             self._writer.wait()
@@ -253,7 +259,7 @@ class CheckpointHook:
         self._log.settle(state)
         self._writer.save(state, self._facts, self._folder.lines_so_far() if self._runtime.is_main else None)
         self._log.note_timing({"checkpoint_stall_sec": self._writer.timing.stall_sec})
-        self._saved_at = state.step
+        self._saved_at, self._saved_sec = state.step, time.monotonic()
 
     def finish(self) -> None:
         """Wait until the last checkpoint is on disk."""

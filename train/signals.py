@@ -68,11 +68,12 @@ class StopSignals:
         elif now - self._since > ECHO_SEC and (self._first, number) != STOPS[::-1]:
             os._exit(128 + number)
 
-    def agreed(self, runtime: "Processes") -> bool:
-        """Return whether any process was asked to stop. Every process must call it."""
+    def agreed(self, runtime: "Processes", is_old: bool) -> tuple[bool, bool]:
+        """Return whether any process was asked to stop, and whether any says ``is_old``. Every process must call it."""
         if runtime.data_world == 1:
-            return self.requested
-        return bool(runtime.gather(np.array([self.requested])).any())
+            return self.requested, is_old
+        found = runtime.gather(np.array([[self.requested, is_old]]))
+        return bool(found[:, 0].any()), bool(found[:, 1].any())
 
 
 def ask_to_stop() -> None:

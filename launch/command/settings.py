@@ -55,6 +55,7 @@ class TrainSettings(Settings):
     optimizer: Any = MUST_BE_GIVEN
     ema: Any = MUST_BE_GIVEN
     logger: Any = free()
+    notice: Any = free()  # of a preemption
     sampler: Any = free()
     guidance: Any = free()
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings, metadata={"free": True})
@@ -85,6 +86,7 @@ class TrainSettings(Settings):
 
     log_every: int = positive(100)  # steps
     checkpoint_every: int = positive(10_000, free=True)  # steps
+    checkpoint_every_min: float | None = positive(None, free=True)  # minutes, where fewer; null: by steps alone
     keep_checkpoints: int = positive(2, free=True)  # number of the newest checkpoints that are kept
     keep_checkpoint_every: int | None = positive(
         None, free=True
@@ -256,6 +258,8 @@ class PlanSettings(Settings):
     peak_tflops: float = positive(989.0)  # of a device in that precision, dense; the default is an H100's in bf16
     utilization: float = positive(0.4)  # fraction of the peak
     sampling_steps: int = 250
+    grace_sec: float = positive(30.0)  # between a notice of preemption and the end; a spot machine's
+    write_gb_per_sec: float = positive(1.0)  # at which the place of the checkpoints takes them
     num_samples: int = positive(1_281_167)  # images in the shards; the default is ImageNet's
     flip: bool = True  # both orientations are stored
     format: Format = Format.text
