@@ -15,7 +15,8 @@ def _help() -> str:
     lines += [f"  {name:10s} {job.summary}" for name, job in JOBS.items()]
     lines += [
         "",
-        "ditscale JOB --help shows a job's settings; ditscale completion bash prints completions for a shell.",
+        "ditscale JOB --help shows a job's settings; ditscale completion bash prints completions for a shell;",
+        "ditscale launch tpu --help shows how to train on a slice of Cloud TPUs.",
     ]
     return "\n".join(lines)
 
@@ -47,6 +48,10 @@ def main() -> None:
         return
     if arguments[0] == "completion":
         return _complete(arguments[1:])
+    if arguments[0] == "launch":
+        from launch.tpu.command import main as launch
+
+        sys.exit(launch(arguments[1:]))
     arguments = [
         *(word for word in arguments if word not in MULTIRUN),
         *(word for word in arguments if word in MULTIRUN),

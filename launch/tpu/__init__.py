@@ -1,0 +1,1 @@
+"""Train on a slice of Cloud TPUs by driving ``gcloud``: ``ditscale launch tpu``."""
