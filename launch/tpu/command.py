@@ -14,8 +14,8 @@ from train.signals import EX_TEMPFAIL
 USAGE = """usage: ditscale launch tpu name=NAME zone=ZONE type=TYPE [...] -- JOB [NAME=VALUE ...]
        ditscale launch tpu stop|logs|delete name=NAME zone=ZONE
 
-Train on a slice of Cloud TPUs: create it, or use one of that name; copy the code; install it on every host; start the job so
-that it survives the connection; show the first host's log; recreate a preempted slice and continue. The settings:
+Train on a slice of Cloud TPUs: create it, or use one of that name; copy the code; install it on every host; start the
+job so that it survives the connection; show the first host's log; recreate a preempted slice and continue. The settings:
 """
 
 
@@ -111,7 +111,7 @@ class _Slice:
             time.sleep(self._settings.poll_sec)
 
     def _try(self) -> int | None:
-        """Start the job unless it runs, follow it to its end, and return its exit code; None where the slice is lost."""
+        """Start the job unless it runs, follow it, and return its exit code, or None where the slice is lost."""
         settings = self._settings
         try:
             self._gcloud.run(starting(settings.folder, settings.program, self._job))

@@ -23,10 +23,11 @@ class Gcloud:
 
     def __init__(self, settings: TpuSettings) -> None:
         self._settings = settings
+        self._pretended = GONE  # the state of a dry run's slice
         if not settings.dry_run and shutil.which("gcloud") is None:
             raise ValueError(
-                "There is no gcloud on PATH; install the Google Cloud SDK (https://cloud.google.com/sdk) and log in with "
-                "`gcloud auth login`, or give dry_run=true to see the calls."
+                "There is no gcloud on PATH; install the Google Cloud SDK (https://cloud.google.com/sdk) and log in "
+                "with `gcloud auth login`, or give dry_run=true to see the calls."
             )
 
     def state(self) -> str:
@@ -93,7 +94,8 @@ class Gcloud:
         whole = self._words(words)
         _show(whole)
         if self._settings.dry_run:
-            return READY if "describe" in words else ""
+            self._pretended = READY if "create" in words else self._pretended
+            return self._pretended
         done = subprocess.run(whole, capture_output=True, text=True)
         if done.returncode != 0:
             _refuse(words, done)

@@ -14,8 +14,8 @@ from launch.tpu.gcloud import Gcloud
 from launch.tpu.hosts import pack, starting
 from launch.tpu.settings import parsed
 
-# It keeps a slice as STATE/NAME/state and STATE/NAME/worker-N, the home folders of its hosts. A file STATE/preempt makes
-# the next connection to a running job end with the slice, once that file's text is in the job's log.
+# It keeps a slice as STATE/NAME/state and STATE/NAME/worker-N, the home folders of its hosts. A file STATE/preempt
+# makes the next connection to a running job end with the slice, once that file's text is in the job's log.
 GCLOUD = r"""#!{python}
 import os, pathlib, shutil, signal, subprocess, sys, time
 state = pathlib.Path({state!r})
@@ -52,8 +52,7 @@ elif verb == "ssh":
             log = home / "ditscale/run.log"
             if "tail" in given["command"] and mark.exists() and log.exists() and mark.read_text() in log.read_text():
                 mark.unlink()
-                for host in homes:
-                    os.kill(int((host / "ditscale/run.pid").read_text()), signal.SIGKILL)
+                os.kill(int((homes[0] / "ditscale/run.pid").read_text()), signal.SIGKILL)
                 (place / "state").write_text("PREEMPTED")
                 job.kill()
                 sys.exit(255)
@@ -98,7 +97,7 @@ def test_a_preempted_slice_is_created_again_and_the_run_continues(
     cloud: Path, digits: Path, tmp_path: Path, in_process: InProcess
 ) -> None:
     """Check a real training: killed with its slice, it continues on the next one from its checkpoints."""
-    words = f'exec {sys.executable} -m launch.cli "$@" name="$(basename "$(dirname "$PWD")")"'
+    words = f'[ "$(basename "$(dirname "$PWD")")" = worker-0 ] || exit 0\nexec {sys.executable} -m launch.cli "$@" name="$(basename "$(dirname "$PWD")")"'
     ditscale = program(tmp_path, f"{words}\n")
     (cloud / "preempt").write_text("starts")
     job = ["train", *TINY_RUN, f"data.shards={digits}", f"sweep_dir={tmp_path / 'bucket'}", "total_steps=60"]
@@ -157,7 +156,15 @@ def test_a_dry_run_prints_the_calls_and_makes_none(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     shown = launch(in_process)(*SLICE, "type=v3-128", "spot=true", "dry_run=true", "--", "train", "remote_dir=gs://b/r")
-    for part in ("tpu-vm describe pod", "tpu-vm scp", "--worker=all", "setsid nohup", "--zone=us-central2-b"):
+    for part in (
+        "tpu-vm describe pod",
+        "tpu-vm create pod",
+        "--spot",
+        "tpu-vm scp",
+        "--worker=all",
+        "setsid nohup",
+        "--zone=us-central2-b",
+    ):
         assert part in shown
     assert "remote_dir=gs://b/r" in shown
 
