@@ -15,7 +15,7 @@ USAGE = """usage: ditscale launch tpu name=NAME zone=ZONE type=TYPE [...] -- JOB
        ditscale launch tpu stop|logs|delete name=NAME zone=ZONE
 
 Train on a slice of Cloud TPUs: create it, or use one of that name; copy the code; install it on every host; start the
-job so that it survives the connection; show the first host's log; recreate a preempted slice and continue. The settings:
+job so that it survives the connection; show the first host's log; recreate a preempted slice and continue. Settings:
 """
 
 

@@ -97,8 +97,10 @@ def test_a_preempted_slice_is_created_again_and_the_run_continues(
     cloud: Path, digits: Path, tmp_path: Path, in_process: InProcess
 ) -> None:
     """Check a real training: killed with its slice, it continues on the next one from its checkpoints."""
-    words = f'[ "$(basename "$(dirname "$PWD")")" = worker-0 ] || exit 0\nexec {sys.executable} -m launch.cli "$@" name="$(basename "$(dirname "$PWD")")"'
-    ditscale = program(tmp_path, f"{words}\n")
+    host = '"$(basename "$(dirname "$PWD")")"'
+    ditscale = program(
+        tmp_path, f'[ {host} = worker-0 ] || exit 0\nexec {sys.executable} -m launch.cli "$@" name={host}\n'
+    )
     (cloud / "preempt").write_text("starts")
     job = ["train", *TINY_RUN, f"data.shards={digits}", f"sweep_dir={tmp_path / 'bucket'}", "total_steps=60"]
     more = ["type=v3-16", "install=true", f"program={ditscale}", "poll_sec=0.01"]
