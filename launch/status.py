@@ -138,13 +138,14 @@ def _has_failed_since(task: Task, run_dir: Path) -> bool:
 
 
 def _last_error(log: Path) -> str:
-    """Return the last sentence of a log that reports an error, else the batch script's last one, else the log's path."""
+    """Return a log's last sentence on an error, else the batch script's last one, else the log's path."""
     try:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-200:]
     except OSError:
         lines = []
-    errors = [line.partition(": error: ")[2] for line in lines if line.startswith("ditscale ") and ": error: " in line]
-    errors = errors or [line.removeprefix("ditscale: ") for line in lines if line.startswith("ditscale: ")]
+    own = [line for line in lines if line.startswith(("ditscale ", "ditscale: "))]
+    errors = [line.partition(": error: ")[2] for line in own if ": error: " in line]
+    errors = errors or [line.partition(": ")[2] for line in own]
     return errors[-1] if errors else f"see {log}"
 
 

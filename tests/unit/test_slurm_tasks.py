@@ -54,7 +54,8 @@ def run_script(folder: Path, token: str, srun: str, state: str = "RUNNING", **se
     programs = folder / "programs"
     programs.mkdir(exist_ok=True)
     work = {"srun": f'set -- "{ended_file(Path("$PLACE"), 0, 0)}"\n{srun}'}
-    work["scontrol"] = f'if [ "$1" = show ]; then echo JobState={state}; else echo "$*" >> "$PLACE/requeued"; kill -9 $PPID; fi'
+    requeues = 'echo "$*" >> "$PLACE/requeued"; kill -9 $PPID'
+    work["scontrol"] = f'if [ "$1" = show ]; then echo JobState={state}; else {requeues}; fi'
     for name, lines in work.items():
         (programs / name).write_text(f"#!/bin/bash\n{lines}\n")
         (programs / name).chmod(0o755)
