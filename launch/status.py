@@ -50,7 +50,7 @@ class RunStatus:
             parts.append(f"{self.images_per_sec:,.0f} images/s, {_duration(self.left_sec)} left")
         if self.state == "silent" and self.written_sec_ago is not None:
             parts.append(f"wrote nothing for {_duration(self.written_sec_ago)}")
-        return "  ".join([*parts, self.reason]).rstrip()
+        return _printable("  ".join([*parts, self.reason]).rstrip())
 
 
 def status_job(config: StatusSettings, progress: ProgressBar) -> None:
@@ -102,10 +102,9 @@ def status_of(run_dir: Path, task: Task | None, silent_sec: float) -> RunStatus:
 
 def _of_standing(run_dir: Path, standing: Standing, task: Task | None, silent_sec: float) -> RunStatus:
     of_all = {"name": run_dir.name, "total_steps": standing.total_steps}
+    if task is not None and standing.state != "failed" and _has_failed_since(task, run_dir):
+        return _of_task(run_dir.name, task)  # which was refused, or died without a word
     if standing.state != "running":
-        refused = task is not None and exit_code(task.folder, task.number) == 2 and _is_newer(task, run_dir)
-        if refused and task is not None:
-            return _of_task(run_dir.name, task)
         return RunStatus(state=standing.state, step=standing.step, reason=standing.reason, **of_all)  # type: ignore[arg-type]
     timing = run_dir / "timing.jsonl"
     lines = read_lines(timing)
@@ -131,19 +130,28 @@ def _of_task(name: str, task: Task) -> RunStatus:
     return RunStatus(name, "stopped")
 
 
-def _is_newer(task: Task, run_dir: Path) -> bool:
+def _has_failed_since(task: Task, run_dir: Path) -> bool:
+    """Return whether a task failed after its run last wrote down how it stands."""
     ended = task.folder / "ended" / str(task.number)
-    return ended.stat().st_mtime > (run_dir / FILE).stat().st_mtime
+    failed = exit_code(task.folder, task.number) in (1, 2)
+    return failed and ended.stat().st_mtime > (run_dir / FILE).stat().st_mtime
 
 
 def _last_error(log: Path) -> str:
-    """Return the last sentence of a log that reports an error, or the log's path."""
+    """Return a log's last sentence on an error, else the batch script's last one, else the log's path."""
     try:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-200:]
     except OSError:
         lines = []
-    errors = [line.partition(": error: ")[2] for line in lines if line.startswith("ditscale ") and ": error: " in line]
-    return "".join(char if char.isprintable() else "?" for char in errors[-1]) if errors else f"see {log}"
+    own = [line for line in lines if line.startswith(("ditscale ", "ditscale: "))]
+    errors = [line.partition(": error: ")[2] for line in own if ": error: " in line]
+    errors = errors or [line.partition(": ")[2] for line in own]
+    return errors[-1] if errors else f"see {log}"
+
+
+def _printable(text: str) -> str:
+    """Return a text from files without what would command a terminal."""
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def _duration(seconds: float) -> str:

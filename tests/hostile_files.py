@@ -26,8 +26,10 @@ from hostile_trials import CHECKPOINT, DUMP, Trial, damage
 from PIL import Image
 from warm_jobs import WarmJobs
 
+from core.atomic import write_bytes
 from core.reading import DamagedFileError
 from core.records import parse_object, unseal
+from launch.slurm.plan import Plan, PlannedRun, ended_file, new_folder
 
 LIMIT_SEC = 90.0  # a job takes seconds
 GOOD = ("same", "recovered", "sentence", "said")
@@ -76,6 +78,7 @@ JOBS: dict[str, list[str]] = {
     ],
     "export": ["export", "checkpoint=runs/run", "to=reference", "out=out.pt"],
     "report": ["report", "sweep=runs", "train/logger=none", "samples=0", "runtime=cpu"],
+    "status": ["status", "sweep=runs"],
     "verify": ["verify", *DATA],
     "encode": ENCODE,
     "reference": ["reference", *DATA, "evaluation.features.epochs=1", "out=new.npz", "runtime=cpu"],
@@ -110,7 +113,7 @@ def digest(job: str, folder: Path, shown: str) -> str:
             hash_.update(b"".join(value.numpy().tobytes() for value in content.values()))
         else:
             hash_.update(placeless(path, folder) if path.is_file() else b"-")
-    if job in ("replay", "verify"):
+    if job in ("replay", "status", "verify"):
         hash_.update(re.sub(r"\r.*|.*/s, in .*", "", shown).encode())  # without bars and their times
     return hash_.hexdigest()
 
@@ -179,6 +182,9 @@ def make_workspace(folder: Path, runner: Runner) -> None:
     ]
     list(runner.each(make, steps))
     make(JOBS["evaluate_reference"])  # which fills the cache
+    submitted = Plan("encode", str(folder), [PlannedRun("encode", DATA)], shares=1)
+    ended, _ = new_folder(folder / "runs", submitted)
+    write_bytes(ended_file(ended, 0, 0), b"0\n")
 
 
 class Fuzzer:

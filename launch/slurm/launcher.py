@@ -115,7 +115,7 @@ class SlurmArray(Launcher):
         names = [plan.runs[0 if plan.shares else index].name for index in range(count)]
         failed = [index for index, code in codes.items() if code not in (0, EX_TEMPFAIL)]
         if failed:
-            where = ", ".join(f"{names[index]} ({folder / 'logs' / f'{index}.log'})" for index in failed)
+            where = ", ".join(f"{names[index]} ({_log(folder, index)})" for index in failed)
             raise SweepFailedError(
                 f"{len(failed)} of {count} tasks failed; their output says why: {where}. Once it is dealt with, the "
                 "same command continues them and skips finished ones.",
@@ -137,6 +137,12 @@ def shared(max_parallel: int | None, parts: Sequence[range]) -> list[int | None]
         return [None] * len(parts)
     each, more = divmod(max_parallel, len(parts))
     return [max(1, each + (number < more)) for number in range(len(parts))]
+
+
+def _log(folder: Path, index: int) -> Path:
+    """Return the log of a task or, where it could not begin one, the folder, which has SLURM's own."""
+    log = folder / "logs" / f"{index}.log"
+    return log if log.exists() else log.parent
 
 
 def _count(plan: Plan) -> int:

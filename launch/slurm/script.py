@@ -54,6 +54,7 @@ date >> "$folder/crashes/$task"
 crashes=$(wc -l < "$folder/crashes/$task")
 if [ "$crashes" -gt "$max_crashes" ]; then
   say "the run's process died without a word $crashes times, more than hydra.launcher.max_crashes=$max_crashes allows."
+  printf '1\n' > "$ended/.0" && mv -- "$ended/.0" "$ended/0"
   exit 1
 fi
 requeue "the run's process died without a word, $crashes of at most $max_crashes times" 1

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,15 +136,31 @@ def test_an_array_that_is_killed_and_preempted_ends_as_the_sweep_on_one_machine(
 def test_a_time_limit_requeues_a_run_that_ends_with_the_same_bits(
     cluster: Cluster, undisturbed: Path, submit: Callable[..., str]
 ) -> None:
+    """Hold the run's process until SLURM warns it, which is some time within the last minute before the limit."""
     sweep = cluster.folder / "limited"
-    # SLURM's limits are whole minutes, and its signal comes up to a minute early.
-    limits = ["hydra.launcher.time_min=1", "hydra.launcher.grace_sec=55"]
-    shown = submit(*sweep_words(cluster, "limited", *SLURM[:-1], *limits, "name=${seed}", "seed=1"))
-    assert "task" in shown
+    limits = ["hydra.launcher.time_min=1", "hydra.launcher.grace_sec=45"]  # SLURM's limits are whole minutes
+    submit(*sweep_words(cluster, "limited", *SLURM, *limits, "name=${seed}", "seed=1"))
+    cluster.until(lambda: step_of(sweep / "1") > 20, "it trains")
+    process = process_of(0)
+    os.kill(process, signal.SIGSTOP)
+    cluster.until(lambda: is_told(process, signal.SIGUSR2), "a warning comes")
+    with suppress(ProcessLookupError):
+        os.kill(process, signal.SIGCONT)
+    cluster.until_idle()
     [log] = (sweep / "slurm").glob("*/logs/0.log")
     assert "SIGUSR2: saving, then stopping" in log.read_text()
     assert "the run was stopped and has saved; it is requeued and continues." in log.read_text()
     assert files(sweep / "1") == files(undisturbed / "1")
+
+
+def is_told(process: int, number: signal.Signals) -> bool:
+    """Return whether a stopped process was sent a signal, or has ended since."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except FileNotFoundError:
+        return True
+    masks = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd:", "ShdPnd:"))]
+    return any(mask >> (number - 1) & 1 for mask in masks)
 
 
 def test_a_cancelled_run_is_saved_and_not_requeued(cluster: Cluster, submit: Callable[..., str]) -> None:
