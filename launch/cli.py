@@ -1,5 +1,6 @@
 """Find the job of ``ditscale JOB ...overrides`` and pass it the rest of the command line."""
 
+import pkgutil
 import platform
 import sys
 from importlib.metadata import version
@@ -9,6 +10,8 @@ from core.urls import redacted
 from launch.command.words import MULTIRUN
 from launch.jobs import JOBS, start
 
+LAUNCHED = {"tpu": "launch.tpu.command:main", "ranks": "launch.ranks:main"}
+
 
 def _help() -> str:
     lines = ["usage: ditscale JOB [NAME=VALUE ...]", ""]
@@ -16,7 +19,7 @@ def _help() -> str:
     lines += [
         "",
         "ditscale JOB --help shows a job's settings; ditscale completion bash prints completions for a shell;",
-        "ditscale launch tpu --help shows how to train on a slice of Cloud TPUs.",
+        "ditscale launch tpu --help shows how to train on Cloud TPUs, ditscale launch ranks --help on several GPUs.",
     ]
     return "\n".join(lines)
 
@@ -37,6 +40,16 @@ def _complete(arguments: list[str]) -> None:
     print(script(arguments[0], list(JOBS)))
 
 
+def _launch(arguments: list[str]) -> int:
+    """Start a job in another place, or as several processes, and return the exit code."""
+    place = arguments[0] if arguments else ""
+    if place not in LAUNCHED:
+        print(f"ditscale launch: error: {place!r} is not one of {' and '.join(LAUNCHED)}.", file=sys.stderr)
+        return 2
+    code: int = pkgutil.resolve_name(LAUNCHED[place])(arguments[1:])
+    return code
+
+
 def main() -> None:
     """Run the command ``ditscale``."""
     arguments = sys.argv[1:]
@@ -49,9 +62,7 @@ def main() -> None:
     if arguments[0] == "completion":
         return _complete(arguments[1:])
     if arguments[0] == "launch":
-        from launch.tpu.command import main as launch
-
-        sys.exit(launch(arguments[1:]))
+        sys.exit(_launch(arguments[1:]))
     arguments = [
         *(word for word in arguments if word not in MULTIRUN),
         *(word for word in arguments if word in MULTIRUN),

@@ -16,8 +16,8 @@ from train.signals import EX_TEMPFAIL, SIGNALS
 
 USAGE = """usage: ditscale launch ranks processes=P [nodes=N node=I address=HOST port=PORT] -- JOB [NAME=VALUE ...]
 
-Start P processes of a job on this host, host I of N, which meet at the first host; exit with 0 if all did, with 75 if the
-run was stopped and has saved, else with the code of the first that failed. Signals are passed on.
+Start P processes of a job on this host, host I of N, which meet at the first host; exit with 0 if all did, with 75 if
+the run was stopped and has saved, else with the code of the first that failed. Signals are passed on.
 """
 _DEFAULTS = {"processes": "1", "nodes": "1", "node": "0", "address": "localhost", "port": "29500"}
 _POLL_SEC = 0.1

@@ -12,6 +12,7 @@ from pathlib import Path
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 MISSING = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
 CORES = 4
+HOST = socket.gethostname().split(".")[0]  # the name of the node
 
 # `cred_expire` is also how long a requeued job is held, by default two minutes.
 _CONFIG = """
@@ -71,10 +72,9 @@ def running(folder: Path) -> Iterator[dict[str, str]]:
     """Run the daemons of a cluster in ``folder``, and yield the variables by which SLURM's programs find it."""
     for name in ("state", "spool"):
         (folder / name).mkdir()
-    host = socket.gethostname().split(".")[0]
     controller, node = _free_ports(2)
     config = folder / "slurm.conf"
-    config.write_text(_CONFIG.format(folder=folder, host=host, controller=controller, node=node, cores=CORES))
+    config.write_text(_CONFIG.format(folder=folder, host=HOST, controller=controller, node=node, cores=CORES))
     variables = {"SLURM_CONF": str(config)}
     environment = {**os.environ, **variables, "PATH": f"{os.environ['PATH']}:/usr/sbin"}
     key = folder / "munge.key"
@@ -83,7 +83,7 @@ def running(folder: Path) -> Iterator[dict[str, str]]:
     places = {name: f"{folder}/munge.{name}" for name in ("socket", "pid", "log", "seed")}
     munge = ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={places['socket']}"]
     munge += [f"--pid-file={places['pid']}", f"--log-file={places['log']}", f"--seed-file={places['seed']}"]
-    daemons = [munge, ["slurmctld", "-D", "-f", str(config)], ["slurmd", "-D", "-f", str(config), "-N", host]]
+    daemons = [munge, ["slurmctld", "-D", "-f", str(config)], ["slurmd", "-D", "-f", str(config), "-N", HOST]]
     started: list[subprocess.Popen[bytes]] = []
     try:
         for words in daemons:

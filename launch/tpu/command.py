@@ -21,12 +21,12 @@ job so that it survives the connection; show the first host's log; recreate a pr
 
 def main(words: Sequence[str]) -> int:
     """Run the command and return its exit code: 2, with one sentence, for a mistake or a refusal of gcloud's."""
-    if not words or words[0] != "tpu" or {"--help", "-h"} & set(words):
-        print(f"{USAGE}{shown()}")
-        return 0 if {"--help", "-h"} & set(words) else 2
-    verb = words[1] if len(words) > 1 and words[1] in VERBS else "start"
-    rest = list(words[2:] if len(words) > 1 and words[1] in VERBS else words[1:])
+    verb = words[0] if words and words[0] in VERBS else "start"
+    rest = [word for number, word in enumerate(words) if number or word not in VERBS]
     cut = rest.index("--") if "--" in rest else len(rest)
+    if {"--help", "-h"} & set(rest[:cut]):
+        print(f"{USAGE}{shown()}")
+        return 0
     try:
         return _run(verb, parsed(verb, rest[:cut]), rest[cut + 1 :])
     except ValueError as error:

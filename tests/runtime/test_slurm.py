@@ -163,11 +163,18 @@ def is_told(process: int, number: signal.Signals) -> bool:
     return any(mask >> (number - 1) & 1 for mask in masks)
 
 
-def test_a_cancelled_run_is_saved_and_not_requeued(cluster: Cluster, submit: Callable[..., str]) -> None:
+def test_a_run_whose_node_dies_is_requeued_and_a_cancelled_one_is_not(
+    cluster: Cluster, submit: Callable[..., str]
+) -> None:
     sweep = cluster.folder / "cancelled"
     shown = submit(*sweep_words(cluster, "cancelled", *SLURM, "total_steps=100000", "name=${seed}", "seed=0"))
     job = re.findall(r"as job (\d+);", shown)[0]
-    cluster.until(lambda: step_of(sweep / "0") > 0, "it trains")
+    cluster.until(lambda: step_of(sweep / "0") > 20, "it trains")
+    for program in (str(process_of(0)), *cluster.asked("pgrep", "slurmstepd").split()):
+        os.kill(int(program), signal.SIGKILL)
+    cluster.asked("scontrol", "update", f"NodeName={slurm_cluster.HOST}", "State=DOWN", "Reason=died")
+    before = step_of(sweep / "0")
+    cluster.until(lambda: step_of(sweep / "0") > before, "it continues")  # the node is back as soon as it answers
     cluster.asked("scancel", job)
     cluster.until_idle()
     [log] = (sweep / "slurm").glob("*/logs/0.log")
