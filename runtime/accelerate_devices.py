@@ -19,6 +19,7 @@ from torch import Tensor
 from core.batch import Denoiser
 from core.precision import allow_tf32
 from model.attend import attend_by, plain
+from model.mlp import fused_hidden, has_fused_hidden, hide_by
 from runtime.agreement import require_same
 from runtime.allocator import keep_freed_memory
 from runtime.launched import require_sound_environment
@@ -87,9 +88,11 @@ class AccelerateDevices:
         return nullcontext()
 
     def place(self, module: ModuleT) -> ModuleT:
-        """Move a module to the device, and let it compute attention by the function that is fastest there."""
+        """Move a module to the device, and let it compute attention and MLPs by what is fastest there."""
         if self.device.type == "cpu" and self._precision == "bf16":
             attend_by(plain, module)
+            if has_fused_hidden():
+                hide_by(fused_hidden, module)
         return module.to(self.device)
 
     def put(self, rows: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from model.attend import AttentionLayer, attend_by, fused, plain
 from model.attention import over_keys
 from model.dit import DiT
+from model.mlp import GeluMlp, fused_hidden, has_fused_hidden, hide_by
 from runtime.accelerate import AccelerateRuntime
 
 
@@ -41,6 +42,24 @@ def test_a_network_of_any_block_takes_either(block: type) -> None:
 
 def attends(model: DiT) -> set[object]:
     return {part.attend for part in model.modules() if isinstance(part, AttentionLayer)}
+
+
+@pytest.mark.skipif(not has_fused_hidden(), reason="this processor or build of PyTorch has no kernel for bf16")
+def test_a_fused_hidden_layer_is_the_plain_one_where_nothing_is_trained() -> None:
+    torch.manual_seed(0)
+    mlp, tokens = GeluMlp(32, 4.0), torch.randn(2, 5, 32)
+    exact = mlp(tokens).detach()
+    hide_by(fused_hidden, mlp)
+    assert torch.equal(mlp(tokens), exact)  # no autocast
+    with torch.autocast("cpu", torch.bfloat16):
+        trained = mlp(tokens)
+        trained.sum().backward()
+        with torch.no_grad():
+            fused = mlp(tokens)
+    assert mlp.hidden.weight.grad is not None
+    assert not torch.equal(fused, trained)
+    for found in (fused, trained):
+        assert ((found.float() - exact).norm() / exact.norm()).item() < 1e-2
 
 
 def test_a_cpu_attends_plainly_in_bf16_and_as_before_in_fp32() -> None:
