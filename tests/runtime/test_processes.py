@@ -161,6 +161,16 @@ def test_a_process_that_dies_stops_the_others_with_its_error(digits: Path, tmp_p
     assert re.search(r"Signal 9 \(SIGKILL\) received|Connection (reset|closed) by peer", log.read_text())
 
 
+def test_the_process_that_a_lost_host_leaves_exits_as_one_that_failed(digits: Path, tmp_path: Path) -> None:
+    """So 1 must not end a JobSet of several pods (launch/k8s): the run is sound, and the same command continues it."""
+    words = [*TINY_RUN, f"data.shards={digits}", "run_dir=run", "total_steps=1000000"]
+    job = start_ranks(2, "train", *words, cwd=tmp_path, output=tmp_path / "log")
+    wait_for(tmp_path / "run/checkpoints/step_00000010", job)
+    os.kill(job.pids[1], signal.SIGKILL)
+    job.wait()
+    assert job.codes == [1, -signal.SIGKILL]
+
+
 @pytest.fixture
 def adopted() -> Iterator[None]:
     """Make processes whose parent dies children of this one, which can then wait for their exit codes."""
