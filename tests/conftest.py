@@ -92,7 +92,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # Files that take longest, which workers of `pytest --dist loadfile` begin with, so that none ends long after the other.
-LONGEST = ("one_run", "sweep", "processes", "study", "compiled", "hostile_files", "signals", "secrets", "resume")
+LONGEST = (
+    "one_run",
+    "slurm",
+    "sweep",
+    "processes",
+    "study",
+    "compiled",
+    "hostile_files",
+    "signals",
+    "secrets",
+    "resume",
+)
 LONGEST += ("fake_cuda", "locks", "remote", "lease", "generation", "saving")
 LONGEST += ("encode_processes", "xla_jobs", "remote_runs", "moves", "collectives", "lowering", "killed_evaluations")
 

@@ -19,7 +19,7 @@ from core.urls import redacted
 from launch.command.progress import make_progress
 from launch.command.redaction import redact_file
 from launch.command.sweep_processes import SweepFailedError, SweepRun, SweepTask, compose_run
-from launch.slurm.plan import SCRIPT, Plan, PlannedRun, exit_code, new_folder
+from launch.slurm.plan import SCRIPT, Plan, PlannedRun, exit_code, new_folder, read_jobs, submissions, write_jobs
 from launch.slurm.scheduler import max_array_size, submit, unfinished
 from launch.slurm.script import batch_script, sbatch_options
 from launch.slurm.settings import TARGET, SlurmSettings
@@ -55,11 +55,13 @@ class SlurmArray(Launcher):
         ]
         plan = self._plan(job_overrides, runs)
         sweep_dir = Path(self._config.hydra.sweep.dir)
+        _require_none_in_progress(sweep_dir)
         folder, token = new_folder(sweep_dir, plan)
         redact_file(sweep_dir / "multirun.yaml", _values(runs[0].config))
         script = batch_script(self._settings, folder, token, platform.node())
         write_bytes(folder / SCRIPT, script.encode())
         jobs = self._submit(plan, folder)
+        write_jobs(folder, jobs)
         print(
             f"Submitted {_count(plan)} tasks as {' and '.join(f'job {job}' for job in jobs)}; their output is in "
             f"{folder / 'logs'}. `ditscale status sweep={sweep_dir}` shows each run, `scancel "
@@ -124,6 +126,18 @@ class SlurmArray(Launcher):
         if EX_TEMPFAIL in codes.values():
             print(f"ditscale {self._task.job}: stopped; the same command continues.", file=sys.stderr)
             sys.exit(EX_TEMPFAIL)
+
+
+def _require_none_in_progress(sweep_dir: Path) -> None:
+    """Raise ValueError where tasks of an earlier submission wait or run: its runs would be trained twice."""
+    for folder in submissions(sweep_dir):
+        jobs = read_jobs(folder)
+        if jobs and (left := unfinished(jobs)):
+            names = " ".join(map(str, jobs))
+            raise ValueError(
+                f"{left} tasks of job {names}, which were submitted for {sweep_dir}, still wait or run; wait for them, "
+                f"or end them by `scancel {names}`."
+            )
 
 
 def split(count: int, most: int) -> list[range]:

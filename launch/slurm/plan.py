@@ -7,6 +7,7 @@ The folder ``SWEEP/slurm/TIME-TOKEN/`` belongs to one submission: ``sweep.json``
 import json
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from core.atomic import make_folder, write_bytes
 from core.reading import DamagedFileError, read_text
 from core.records import read_record, seal
 
-FOLDER, FILE, MARKER, SCRIPT = "slurm", "sweep.json", "marker", "batch.sh"
+FOLDER, FILE, MARKER, SCRIPT, JOBS = "slurm", "sweep.json", "marker", "batch.sh", "jobs"
 _MOST_DIGITS = 4  # of an exit code
+_MOST_DIGITS_OF_A_JOB = 12
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,24 @@ def read_plan(folder: Path) -> Plan:
 def submissions(sweep_dir: Path) -> list[Path]:
     """Return the folders of a sweep's submissions, oldest first."""
     return sorted(path.parent for path in (sweep_dir / FOLDER).glob(f"*/{FILE}"))
+
+
+def write_jobs(folder: Path, jobs: Sequence[int]) -> None:
+    """Keep the numbers of a submission's jobs."""
+    write_bytes(folder / JOBS, "".join(f"{job}\n" for job in jobs).encode())
+
+
+def read_jobs(folder: Path) -> list[int]:
+    """Return the numbers of a submission's jobs; none where SLURM refused them. Raises DamagedFileError."""
+    try:
+        words = read_text(folder / JOBS).split()
+    except FileNotFoundError:
+        return []
+    if not all(word.isdecimal() and len(word) < _MOST_DIGITS_OF_A_JOB for word in words):
+        raise DamagedFileError(
+            f"{folder / JOBS} holds {' '.join(words)[:40]!r}, which are not numbers of jobs; remove it."
+        )
+    return [int(word) for word in words]
 
 
 def ended_file(folder: Path, index: int, rank: int) -> Path:

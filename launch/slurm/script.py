@@ -40,11 +40,16 @@ trap : TERM USR2 CONT
 step=$!
 while kill -0 "$step" 2> /dev/null; do wait "$step"; done
 codes=$(cat -- "$ended"/* 2> /dev/null)
-if code=$(grep -xE -m 1 '1|2' <<< "$codes"); then
+fatal='1|2'
+first=$(cat -- "$ended/0" 2> /dev/null)
+if [ "$(wc -w <<< "$codes")" -lt "${SLURM_NTASKS:-1}" ]; then
+  fatal=2  # where a process died without a word, the others end for that, with 1 or as if they were stopped
+  first=
+fi
+if code=$(grep -xE -m 1 "$fatal" <<< "$codes"); then
   say "the run failed with exit code $code; it is not requeued."
   exit "$code"
 fi
-first=$(cat -- "$ended/0" 2> /dev/null)
 if [ "$first" = 0 ]; then exit 0; fi
 if [ "$first" = @STOPPED@ ]; then
   rm -f -- "$folder/crashes/$task"

@@ -6,6 +6,7 @@ Its exit code goes to a file, since SLURM keeps only one of a task's and mixes i
 import os
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from types import FrameType
@@ -14,6 +15,8 @@ from typing import NoReturn
 from core.atomic import write_bytes
 from launch.slurm.plan import Plan, ended_file, read_plan
 from train.signals import EX_TEMPFAIL, STOPS
+
+_OTHERS_SEC = 5.0  # in which processes that fail for the same reason write their codes
 
 
 def main() -> NoReturn:
@@ -39,7 +42,11 @@ def main() -> NoReturn:
     except BaseException:
         traceback.print_exc()
         code = 1
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)  # the code is known
     write_bytes(ended, f"{code}\n".encode())
+    if code not in (0, EX_TEMPFAIL) and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        time.sleep(_OTHERS_SEC)  # srun ends the others as soon as this one ends, before they can write their codes
     sys.exit(code)
 
 

@@ -25,7 +25,10 @@ class TpuSettings:
     spot: bool = False  # cheaper, and preempted at any time
     queued: bool = False  # wait for the slice in Google's queue
     folder: str = "ditscale"  # of the code on each host, below the home folder
-    install: str = "python3 -m venv .venv && .venv/bin/pip install --quiet '.[tpu,remote]'"  # in that folder
+    install: str = (  # in that folder; uv brings Python 3.11, which the hosts' Ubuntu does not have
+        "python3 -m pip install --quiet --user uv && ~/.local/bin/uv venv --quiet --python 3.11 .venv && "
+        "~/.local/bin/uv pip install --quiet --python .venv --constraint constraints.txt '.[tpu,remote]'"
+    )
     program: str = ".venv/bin/ditscale"  # in that folder
     most_starts: int = 100  # after preemptions and requests to be started again
     poll_sec: float = 10.0  # between looks at a slice that does not exist yet

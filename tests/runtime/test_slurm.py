@@ -93,12 +93,15 @@ def files(run: Path) -> dict[str, bytes]:
     return {name: (run / name).read_bytes() for name in WHOLE}
 
 
-def process_of(index: int) -> int:
-    """Return the process id of the task with this index, started by srun."""
+def process_of(index: int, rank: int = 0) -> int:
+    """Return the process id of the task with this index and rank, started by srun."""
     for place in Path("/proc").glob("[0-9]*"):
         try:
             words = (place / "cmdline").read_bytes().split(b"\0")
+            variables = (place / "environ").read_bytes().split(b"\0")
         except OSError:
+            continue
+        if f"SLURM_PROCID={rank}".encode() not in variables:
             continue
         if b"launch.slurm.task" in words and b"srun" not in words[0] and words[-2] == str(index).encode():
             return int(place.name)
@@ -201,11 +204,17 @@ def test_a_run_that_diverges_or_is_refused_ends_and_says_why(cluster: Cluster, s
 def test_two_processes_of_a_run_are_tasks_of_srun(
     cluster: Cluster, undisturbed: Path, submit: Callable[..., str]
 ) -> None:
-    more = ["hydra.launcher.processes_per_node=2", "runtime=accelerate", "runtime.device=cpu", "total_steps=40"]
-    submit(*sweep_words(cluster, "pair", *SLURM[:-1], *more, "name=${seed}", "seed=0"))
+    more = ["hydra.launcher.processes_per_node=2", "runtime=accelerate", "runtime.device=cpu"]
+    words = sweep_words(cluster, "pair", *SLURM, *more, "name=${seed}", "seed=0")
+    submit(*words)
+    cluster.until(lambda: step_of(cluster.folder / "pair/0") > 20, "it trains")
+    assert re.search(r"1 tasks of job \d+, .* still wait or run; wait for them, or", submit(*words, expect=2))
+    os.kill(process_of(0, rank=1), signal.SIGKILL)  # the other one then fails for that
+    cluster.until_idle()
     [log] = (cluster.folder / "pair/slurm").glob("*/logs/0.log")
     assert ", 2 processes, fp32" in log.read_text()
-    one, other = (json_lines(folder / "0/metrics.jsonl")[:8] for folder in (cluster.folder / "pair", undisturbed))
+    assert "the run's process died without a word, 1 of at most 3 times; it is requeued" in log.read_text()
+    one, other = (json_lines(folder / "0/metrics.jsonl")[:40] for folder in (cluster.folder / "pair", undisturbed))
     assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in other], rel=1e-5)
 
 
