@@ -19,7 +19,7 @@ from torch import Tensor
 from core.batch import Denoiser
 from core.precision import allow_tf32
 from model.attend import attend_by, plain
-from model.mlp import fused_hidden, has_fused_hidden, hide_by
+from model.gelu import fused_hidden, has_fused_hidden, hide_by
 from runtime.agreement import require_same
 from runtime.allocator import keep_freed_memory
 from runtime.launched import require_sound_environment

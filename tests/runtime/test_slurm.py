@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     reason=f"needs root and SLURM, which `make slurm` installs from Debian; missing: {slurm_cluster.MISSING}",
 )
 
-STEPS = 800
+STEPS = 600
 SWEEP = [*TINY_RUN, "model.patch_size=2", f"total_steps={STEPS}", "checkpoint_every=20", "runtime=cpu"]
 SLURM = ["hydra/launcher=slurm", "hydra.launcher.poll_sec=0.2", "hydra.launcher.wait=false"]
 WHOLE = [
@@ -204,14 +204,15 @@ def test_a_run_that_diverges_or_is_refused_ends_and_says_why(cluster: Cluster, s
 def test_two_processes_of_a_run_are_tasks_of_srun(
     cluster: Cluster, undisturbed: Path, submit: Callable[..., str]
 ) -> None:
-    more = ["hydra.launcher.processes_per_node=2", "runtime=accelerate", "runtime.device=cpu"]
+    more = ["hydra.launcher.processes_per_node=2", "runtime=accelerate", "runtime.device=cpu", "total_steps=200"]
     words = sweep_words(cluster, "pair", *SLURM, *more, "name=${seed}", "seed=0")
     submit(*words)
     cluster.until(lambda: step_of(cluster.folder / "pair/0") > 20, "it trains")
-    assert re.search(r"1 tasks of job \d+, .* still wait or run; wait for them, or", submit(*words, expect=2))
     os.kill(process_of(0, rank=1), signal.SIGKILL)  # the other one then fails for that
-    cluster.until_idle()
     [log] = (cluster.folder / "pair/slurm").glob("*/logs/0.log")
+    cluster.until(lambda: "it is requeued" in log.read_text(), "it is requeued")
+    assert re.search(r"1 tasks of job \d+, .* still wait or run; wait for them, or", submit(*words, expect=2))
+    cluster.until_idle()
     assert ", 2 processes, fp32" in log.read_text()
     assert "the run's process died without a word, 1 of at most 3 times; it is requeued" in log.read_text()
     one, other = (json_lines(folder / "0/metrics.jsonl")[:40] for folder in (cluster.folder / "pair", undisturbed))

@@ -8,7 +8,8 @@ from torch import Tensor
 from model.attend import AttentionLayer, attend_by, fused, plain
 from model.attention import over_keys
 from model.dit import DiT
-from model.mlp import GeluMlp, fused_hidden, has_fused_hidden, hide_by
+from model.gelu import fused_hidden, has_fused_hidden, hide_by
+from model.mlp import GeluMlp
 from runtime.accelerate import AccelerateRuntime
 
 
