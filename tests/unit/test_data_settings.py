@@ -210,6 +210,6 @@ def test_a_plan_takes_shards_or_a_data_config_and_says_what_it_assumes(encoded: 
     shown = in_process("plan", "model.depth=1")
     assert "For 1,281,167 images of 1,000 classes (imagenet), latents 32x32x4, both orientations;" in shown
     assert (
-        "8 devices of 989 TFLOPs in bf16, at 40% utilization; 250 sampling steps; checkpoints at 1 GB/s, 30 s of notice "
-        "of preemption. Each of these is a setting of plan." in shown
+        "8 devices of 989 TFLOPs in bf16, at 40% utilization; 250 sampling steps; checkpoints at 1 GB/s, 30 s of "
+        "notice of preemption. Each of these is a setting of plan." in shown
     )
