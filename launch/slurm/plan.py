@@ -31,7 +31,7 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Plan:
-    """What all tasks of one submission run, by their index."""
+    """The runs of one submission, one of each task, by their index."""
 
     job: str  # train, evaluate or encode
     directory: str  # in which the command was given
