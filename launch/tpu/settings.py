@@ -15,7 +15,7 @@ _YES, _NO = ("true", "yes", "1"), ("false", "no", "0")
 
 @dataclass(frozen=True)
 class TpuSettings:
-    """The slice that ``gcloud`` is asked for. Raises ValueError, naming setting and value, for a text that it cannot take."""
+    """The slice that ``gcloud`` is asked for. Raises ValueError for a text that it cannot take."""
 
     name: str  # of the slice
     zone: str  # such as us-central2-b
