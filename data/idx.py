@@ -1,6 +1,6 @@
 """Define the sources of IDX files, the format of MNIST (LeCun et al. 1998), and of Fashion-MNIST, which has it too.
 
-An IDX file is four bytes (two zeros, the type of a value, the number of dimensions), a big-endian 32-bit length for each
+An IDX file is four bytes (two zeros, the type of a value, the number of dimensions), a big-endian 32-bit length per
 dimension, and the values; MNIST's files are of unsigned bytes. The files are untrusted: sizes are checked against the
 header before values are read, and no file is unpacked beyond the size that its header states.
 """
@@ -30,8 +30,8 @@ _PIECE_BYTES = 2**20
 class IdxImages:
     """A source of gray images in a folder, or at a URL, with MNIST's four files, each packed by gzip or plain.
 
-    ``root`` has ``train-images-idx3-ubyte`` and ``train-labels-idx1-ubyte``, and for the split ``test`` those that begin
-    with ``t10k``. Classes are named by ``class_names``, or by their numbers. Raises ValueError where a file is missing,
+    ``root`` has ``train-images-idx3-ubyte`` and ``train-labels-idx1-ubyte``; those of the split ``test`` begin with
+    ``t10k``. Classes are named by ``class_names``, or by their numbers. Raises ValueError where a file is missing,
     is not an IDX file of its kind, has another number of bytes than its header states, or has no images, and where
     there are not as many labels as images.
     """
@@ -144,13 +144,14 @@ def _values(files: Files, name: str, dimensions: int) -> NDArray[np.uint8]:
     if (found := len(content) - header.size) != size:
         more = "at least " if found > size and is_packed else ""
         raise ValueError(
-            f"{where} has {more}{found} bytes of values, but its header states {said}, which are {size}; fetch it again."
+            f"{where} has {more}{found} bytes of values, but its header states {said}, which are {size}; fetch it "
+            "again."
         )
     return np.frombuffer(content, np.uint8, offset=header.size).reshape(shape)
 
 
 def _unpacked(content: bytes, limit: int, where: str) -> bytes:
-    """Return at most the first ``limit`` bytes of a gzip file. Memory grows with what is unpacked, not with ``limit``."""
+    """Return at most the first ``limit`` bytes of a gzip file. Memory grows with what is unpacked, not ``limit``."""
     found = bytearray()
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:

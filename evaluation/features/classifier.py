@@ -131,8 +131,8 @@ def _test_images(test_source: Source, source: Source, images: Images) -> Images:
     """Return the images of a test source. Raises ValueError where its classes are not those trained on."""
     if list(test_source.class_names) != list(source.class_names):
         raise ValueError(
-            f"evaluation.features.test_source has {len(test_source.class_names)} classes, but evaluation.features.source "
-            f"{len(source.class_names)}, or others; give two splits of one data set."
+            f"evaluation.features.test_source has {len(test_source.class_names)} classes, but "
+            f"evaluation.features.source {len(source.class_names)}, or others; give two splits of one data set."
         )
     return images
 

@@ -1,4 +1,4 @@
-"""IDX files, MNIST's format, are read packed or plain; what is missing, foreign, cut or lying is refused in a sentence."""
+"""IDX files, MNIST's format, are read packed or plain; those that are missing, foreign or cut are refused."""
 
 import gzip
 import json
@@ -48,9 +48,9 @@ def test_images_and_labels_are_those_that_were_written(tmp_path: Path, packed: b
     assert np.array_equal(found[..., 0], images)
     assert np.array_equal(found_labels, labels)
     assert source[7].source_id == "test-00007"
+    pixels: Any = source[0].content
     with pytest.raises(ValueError, match="read-only"):
-        found_in_place: Any = source[0].content
-        found_in_place[0] = 1
+        pixels[0] = 1
 
 
 def test_packed_and_plain_files_have_one_fingerprint_and_each_change_another(tmp_path: Path) -> None:
@@ -178,9 +178,10 @@ def test_a_classifier_of_the_train_split_is_measured_on_the_test_split(root: Pat
     other = features()
     assert other.facts["classifier_held_out"] == 40
     assert other.hash != found.hash
-    with pytest.raises(ValueError, match="test_source has 4 classes, but evaluation.features.source 10"):
-        write_split(tmp_path / "four", "test", *gray_images(8, num_classes=4))
-        features(test_source=IdxImages(str(tmp_path / "four"), "test"))
+    write_split(tmp_path / "four", "test", *gray_images(8, num_classes=4))
+    four = IdxImages(str(tmp_path / "four"), "test")
+    with pytest.raises(ValueError, match=r"test_source has 4 classes, but evaluation.features.source 10"):
+        features(test_source=four)
 
 
 def test_jobs_take_the_split_and_measure_on_the_other(root: Path, in_process: InProcess) -> None:
