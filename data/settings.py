@@ -33,7 +33,8 @@ class DataSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        own = self.source.get("split") if isinstance(self.source, Mapping) else None
-        if self.split is not None and own != self.split:
+        if self.split is None or not isinstance(self.source, Mapping):  # a replay's config has no source
+            return
+        if (own := self.source.get("split")) != self.split:
             found = "has no splits; leave data.split out" if own is None else f"has {own}; leave data.source.split out"
             raise ValueError(f"data.split is {self.split}, but data.source {found}.")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar
 
-from core.fields import MUST_BE_GIVEN, Settings, free, positive
+from core.fields import MUST_BE_GIVEN, Settings, positive
 
 
 class Labels(StrEnum):
@@ -22,7 +22,7 @@ class EvaluationSettings(Settings):
 
     features: Any = MUST_BE_GIVEN
     reference: str | None = None  # an .npz of ADM's or of `ditscale reference`; null: all images of `source`
-    source: Any = free(None)  # of the real images, such as a test split; null: data.source
+    source: Any = None  # of the real images, such as a test split; null: data.source
     metrics: list[str] = MUST_BE_GIVEN  # names under `metric`
     metric: Any = MUST_BE_GIVEN  # settings of each
     num_images: int = positive()

@@ -20,7 +20,7 @@ EARLIER: dict[str, Any] = {
     "shape_name": "",
     "alignment": {"_target_": "train.alignment.unaligned"},
     "generator": "numpy",
-    "evaluation": {"likelihood_steps": 100, "source": None},
+    "evaluation": {"likelihood_steps": 100},
     "data": {"normalize": False, "latent_mean": None, "latent_std": None, "split": None},
     "model": {
         "block": {
