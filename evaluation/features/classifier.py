@@ -99,7 +99,8 @@ class ClassifierFeatures:
         settings, content = [_FORMAT, options, seed, num_classes], [images.tobytes(), labels.tobytes()]
         test = None
         if test_source is not None:
-            test = _test_images(test_source, source, load_images(test_source, image_size, crop, apply_exif, _OTHERWISE))
+            loaded = load_images(test_source, image_size, crop, apply_exif, _OTHERWISE)
+            test = _test_images(test_source, source, loaded, images.shape[3])
             settings.append("test source")
             content += [part.tobytes() for part in test]
         identity = canonical_hash(settings, spaced=True, then=content)
@@ -127,12 +128,17 @@ class ClassifierFeatures:
         return Features(vectors.numpy(), logits.argmax(dim=1).numpy())
 
 
-def _test_images(test_source: Source, source: Source, images: Images) -> Images:
-    """Return the images of a test source. Raises ValueError where its classes are not those trained on."""
+def _test_images(test_source: Source, source: Source, images: Images, channels: int) -> Images:
+    """Return the images of a test source. Raises ValueError where its classes or channels are not those trained on."""
     if list(test_source.class_names) != list(source.class_names):
         raise ValueError(
             f"evaluation.features.test_source has {len(test_source.class_names)} classes, but "
-            f"evaluation.features.source {len(source.class_names)}, or others; give two splits of one data set."
+            f"evaluation.features.source {len(source.class_names)}, or of other names; give two splits of one data set."
+        )
+    if images[0].shape[3] != channels:
+        raise ValueError(
+            f"evaluation.features.test_source has images of {images[0].shape[3]} channels, but "
+            f"evaluation.features.source of {channels}; give two splits of one data set."
         )
     return images
 

@@ -182,6 +182,23 @@ def test_a_classifier_of_the_train_split_is_measured_on_the_test_split(root: Pat
     four = IdxImages(str(tmp_path / "four"), "test")
     with pytest.raises(ValueError, match=r"test_source has 4 classes, but evaluation.features.source 10"):
         features(test_source=four)
+    color = FashionMnist(str(root), "test")
+    color._images = color._images.repeat(3, axis=3)
+    with pytest.raises(ValueError, match=r"test_source has images of 3 channels, but .* of 1; give two splits"):
+        features(test_source=color)
+
+
+def test_features_of_many_images_are_computed_in_parts_that_change_none(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = ClassifierFeatures(FashionMnist(str(root)), 28, str(tmp_path / "cache"), epochs=1)
+    images, _ = load_images(FashionMnist(str(root)), 28)
+    whole = found(images)
+    monkeypatch.setattr("evaluation.features.classifier._PIXELS_AT_ONCE", 3 * 28 * 28)
+    parts = found(images)
+    assert whole.classes is not None
+    assert np.array_equal(parts.classes, whole.classes)
+    np.testing.assert_allclose(parts.vectors, whole.vectors, rtol=1e-4, atol=1e-5)
 
 
 def test_jobs_take_the_split_and_measure_on_the_other(root: Path, in_process: InProcess) -> None:
