@@ -8,6 +8,7 @@ TIMES := .test-times
 DEMO := runs/demo
 STUDY := runs/digits-study
 OBJECTIVES := runs/digits-objectives
+FASHION := runs/fashion
 # Small models on a CPU are fastest with one thread each and the models in parallel.
 export OMP_NUM_THREADS ?= 1
 # Tests start many processes, which would compile each module anew.
@@ -16,7 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE
 TEST_WORKERS ?= 3
 BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
 
-.PHONY: demo study objectives test test-newest test-gpu browser slurm lint format bench soak aot clean
+.PHONY: demo study objectives fashion test test-newest test-gpu browser slurm lint format bench soak aot clean
 
 $(STAMP): setup.cfg constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -51,6 +52,22 @@ objectives: $(STAMP)
 	$(EVALUATE_RUNS) diffusion/sampler=euler sampler.steps=4,10,25,100 \
 		checkpoint=$$(ls -d $(OBJECTIVES)/flow* $(OBJECTIVES)/edm-* | paste -sd,)
 	$(BIN)/ditscale report sweep=$(OBJECTIVES) runtime=cpu sampler.steps=20
+
+# Five studies on Fashion-MNIST (Debian's package dataset-fashion-mnist), with three seeds each (docs/study.md). Kill it and
+# start it again at will: runs continue at their checkpoints, evaluations at their chunks, and what is finished stays.
+FASHION_SAMPLED := $(FASHION)-scaling/d96-n3-p2-adaln_zero-seed0,$(FASHION)-scaling/d32-n2-p7-adaln_zero-seed0
+fashion: $(STAMP)
+	@echo "Five studies on Fashion-MNIST: about 5.7 hours on two cores (scaling 3.8, sampling 0.4, blocks 0.3," \
+		"objectives 0.5, unets 0.6). Stop it at any time; make fashion continues."
+	$(BIN)/ditscale encode data=fashion_mnist
+	$(BIN)/ditscale train -m experiment=fashion/scaling
+	$(BIN)/ditscale train -m experiment=fashion/sampling
+	test -e $(FASHION)-scaling/sampled || { $(BIN)/ditscale evaluate -m hydra/launcher=processes hydra.launcher.n_jobs=-1 \
+		runtime=cpu evaluation=fashion_mnist evaluation.num_images=2000 evaluation.batch_size=20 \
+		sampler.steps=250,100,50,25,10,5 checkpoint=$(FASHION_SAMPLED) && touch $(FASHION)-scaling/sampled; }
+	for study in blocks objectives unets; do $(BIN)/ditscale train -m experiment=fashion/$$study || exit; done
+	for study in scaling blocks objectives unets; do \
+		$(BIN)/ditscale report sweep=$(FASHION)-$$study runtime=cpu sampler.steps=20 || exit; done
 
 # Lint runs beside the tests. Says at the end where the time went, also where something failed.
 test: $(STAMP) browser slurm

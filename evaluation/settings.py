@@ -21,7 +21,8 @@ class EvaluationSettings(Settings):
     section: ClassVar[str] = "evaluation"
 
     features: Any = MUST_BE_GIVEN
-    reference: str | None = None  # an .npz of ADM's or of `ditscale reference`; null: all images of data.source
+    reference: str | None = None  # an .npz of ADM's or of `ditscale reference`; null: all images of `source`
+    source: Any = None  # of the real images, such as a test split; null: data.source
     metrics: list[str] = MUST_BE_GIVEN  # names under `metric`
     metric: Any = MUST_BE_GIVEN  # settings of each
     num_images: int = positive()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -28,7 +29,10 @@ from train.tensor_files import write_tensors
 _FORMAT = 2  # of the cached folder
 _WEIGHTS, _FACTS = "model.safetensors", "facts.json"
 _MOST_BYTES = 2**30  # of its weights
+_PIXELS_AT_ONCE = 2**20
 _OTHERWISE = "choose other evaluation/features, which are not trained on these images"
+
+Images = tuple[NDArray[np.uint8], NDArray[np.int64]]  # with their labels
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class ClassifierFeatures:
 
     Images are cropped as for encoding. The cached folder's name is a hash of images, labels and hyperparameters; if it
     is damaged, the same classifier is trained again. ``facts["classifier_accuracy"]`` is that on the held-out fifth.
+    With a ``test_source``, it trains on all images of ``source``, and the accuracy is that on those of the other.
+    Raises ValueError where the two have other classes or channels.
     """
 
     def __init__(
@@ -84,12 +90,19 @@ class ClassifierFeatures:
         batch_size: int = 64,
         lr: float = 1e-3,
         seed: int = 0,
+        test_source: Source | None = None,
     ) -> None:
         self.title = f"{source.name} classifier features"
         images, labels = load_images(source, image_size, crop, apply_exif, _OTHERWISE)
         num_classes = len(source.class_names)
         options = {"num_features": num_features, "epochs": epochs, "batch_size": batch_size, "lr": lr}
-        settings, content = [_FORMAT, options, seed, num_classes], (images.tobytes(), labels.tobytes())
+        settings, content = [_FORMAT, options, seed, num_classes], [images.tobytes(), labels.tobytes()]
+        test = None
+        if test_source is not None:
+            loaded = load_images(test_source, image_size, crop, apply_exif, _OTHERWISE)
+            test = _test_images(test_source, source, loaded, images.shape[3])
+            settings.append("test source")
+            content += [part.tobytes() for part in test]
         identity = canonical_hash(settings, spaced=True, then=content)
         self._network = SmallClassifier(image_size, images.shape[3], num_classes, num_features)
         self._channels = images.shape[3]
@@ -97,7 +110,7 @@ class ClassifierFeatures:
         with locked(folder.with_suffix(".lock")):  # runs of a sweep wait until the first one has trained it
             facts = unless_damaged(lambda: _read(folder, identity, self._network))
             if facts is None:
-                accuracy, held_out = _train(self._network, images, labels, epochs, batch_size, lr, seed)
+                accuracy, held_out = _train(self._network, images, labels, test, epochs, batch_size, lr, seed)
                 facts = _write(folder, identity, self._network, accuracy, held_out)
         self._network.eval()
         self.facts = {name: value for name, value in asdict(facts).items() if name.startswith("classifier_")}
@@ -111,8 +124,23 @@ class ClassifierFeatures:
         """Map images [B, H, W, C] uint8 to features [B, D] float32 and the most likely classes [B]."""
         if images.shape[3] == 1:  # generated images have one channel, gray images of a source three equal ones
             images = images.repeat(self._channels, axis=3)
-        vectors, logits = self._network(to_unit_range(images))
+        vectors, logits = _in_parts(self._network, to_unit_range(images))
         return Features(vectors.numpy(), logits.argmax(dim=1).numpy())
+
+
+def _test_images(test_source: Source, source: Source, images: Images, channels: int) -> Images:
+    """Return the images of a test source. Raises ValueError where its classes or channels are not those trained on."""
+    if list(test_source.class_names) != list(source.class_names):
+        raise ValueError(
+            f"evaluation.features.test_source has {len(test_source.class_names)} classes, but "
+            f"evaluation.features.source {len(source.class_names)}, or of other names; give two splits of one data set."
+        )
+    if images[0].shape[3] != channels:
+        raise ValueError(
+            f"evaluation.features.test_source has images of {images[0].shape[3]} channels, but "
+            f"evaluation.features.source of {channels}; give two splits of one data set."
+        )
+    return images
 
 
 def _read(folder: Path, identity: str, network: SmallClassifier) -> _Facts:
@@ -154,17 +182,19 @@ def _train(
     network: SmallClassifier,
     images: NDArray[np.uint8],
     labels: NDArray[np.int64],
+    test: Images | None,
     epochs: int,
     batch_size: int,
     lr: float,
     seed: int,
 ) -> tuple[float, int]:
-    """Train the network, and return the accuracy on held-out images and their number."""
+    """Train the network, and return the accuracy on held-out (or test) images and their number."""
     philox = Philox(seed)
     order = permutation(philox, 0, Purpose.SPLIT, len(images))
-    held_out, training = np.split(order, [len(order) // 5])
-    if not len(held_out):
+    held_out, training = np.split(order, [len(order) // 5 if test is None else 0])
+    if test is None and not len(held_out):
         raise ValueError(f"A classifier needs at least 5 images, but there are {len(images)}; choose other features.")
+    test_images, test_labels = (images[held_out], labels[held_out]) if test is None else test
     pixels, targets = to_unit_range(images), torch.from_numpy(labels)
     _initialize(network, seed)
     optimizer = torch.optim.Adam(network.parameters(), lr=lr)
@@ -176,8 +206,15 @@ def _train(
             loss.backward()
             optimizer.step()
     with torch.no_grad():
-        found = network(pixels[held_out])[1].argmax(dim=1)
-    return (found == targets[held_out]).double().mean().item(), len(held_out)
+        found = _in_parts(network, to_unit_range(test_images))[1].argmax(dim=1)
+    return (found == torch.from_numpy(test_labels)).double().mean().item(), len(test_labels)
+
+
+def _in_parts(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Apply the network to parts of the images: the hidden layers of 10,000 images of 28x28 pixels take gigabytes."""
+    at_once = max(1, _PIXELS_AT_ONCE // math.prod(images.shape[2:]))
+    features, logits = zip(*(network(part) for part in images.split(at_once)), strict=True)
+    return torch.cat(features), torch.cat(logits)
 
 
 def _initialize(network: nn.Module, seed: int) -> None:

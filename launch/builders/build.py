@@ -251,7 +251,8 @@ def build_evaluator(
     )
     extractor = build_extractor(settings.features, runtime)
     if settings.reference is None:
-        reference = make_reference(build(data.source), data.image_size, extractor, build(data.crop), data.apply_exif)
+        source = build(data.source if settings.source is None else settings.source)
+        reference = make_reference(source, data.image_size, extractor, build(data.crop), data.apply_exif)
     else:
         reference = read_reference(Path(settings.reference), extractor, Path(settings.cache), progress)
     metrics: dict[str, Metric] = {name: build(settings.metric[name]) for name in names}

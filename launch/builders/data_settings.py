@@ -104,6 +104,11 @@ def _set(section: DictConfig, found: Mapping[str, Any], chosen: set[str]) -> Non
     for key, value in found.items():
         if key not in chosen:
             OmegaConf.update(section, key, value, merge=False, force_add=True)
+    if section.source is not None and "split" in section.source:
+        if "split" in chosen:
+            section.source.split = section.split
+        else:
+            section.split = section.source.split
 
 
 def _chosen(words: Iterable[str]) -> set[str]:

@@ -21,7 +21,7 @@ EARLIER: dict[str, Any] = {
     "alignment": {"_target_": "train.alignment.unaligned"},
     "generator": "numpy",
     "evaluation": {"likelihood_steps": 100},
-    "data": {"normalize": False, "latent_mean": None, "latent_std": None},
+    "data": {"normalize": False, "latent_mean": None, "latent_std": None, "split": None},
     "model": {
         "block": {
             "norm": {"_target_": "model.norms.layer_norm", "_partial_": True},

@@ -123,7 +123,10 @@ def test_a_flow_run_of_an_earlier_version_continues(digits: Path, tmp_path: Path
     assert config["diffusion"] != earlier
     assert config["model"].pop("position_table") == "fixed"
     assert config["model"].pop("residual") == "fp32"
-    then = {"diffusion": earlier, "model": config["model"]}
+    assert config["data"].pop("split") is None
+    assert config["evaluation"].pop("source") is None
+    assert config["evaluation"]["features"].pop("test_source") is None
+    then = {"diffusion": earlier, **{section: config[section] for section in ("model", "data", "evaluation")}}
     folder_config.write_text(yaml.safe_dump(config | then))
     resealed(state_file, config=state_of(tmp_path / "run")["config"] | then)
     in_process("sample", "checkpoint=run", *EULER, "num_images=2", "out=x", "runtime=cpu")

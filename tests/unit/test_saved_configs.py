@@ -10,6 +10,7 @@ import pytest
 from conftest import TINY_RUN, InProcess, prepared_by, resealed
 from test_house import composed
 
+from data.settings import DataSettings
 from launch.builders.components import build_saved, components, from_file
 from launch.builders.saved_configs import REPLAYED, component, setting, whole_config
 
@@ -186,3 +187,11 @@ def test_what_no_config_of_ours_says_is_refused(change_: Callable[[dict[str, Any
 def test_numbers_that_no_constructor_expects_name_the_file() -> None:
     with pytest.raises(ValueError, match=r"^state.json asks for a model.dit.DiT that cannot be built"):
         build_saved(MODEL | {"width": 10**30}, "state.json")
+
+
+def test_the_data_of_a_dump_may_have_a_split_without_its_source_and_of_earlier_versions_no_split() -> None:
+    config = composed("train", "data=fashion_mnist")
+    data = DataSettings.of(whole_config(config, "a dump")["data"])
+    assert (data.split, data.source) == ("train", "???")
+    del config["data"]["split"]
+    assert DataSettings.of(whole_config(config, "a dump")["data"]).split is None
