@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
+AuthInfo=socket={socket},cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -72,15 +73,16 @@ def running(folder: Path) -> Iterator[dict[str, str]]:
     """Run the daemons of a cluster in ``folder``, and yield the variables by which SLURM's programs find it."""
     for name in ("state", "spool"):
         (folder / name).mkdir()
-    controller, node = _free_ports(2)
-    config = folder / "slurm.conf"
-    config.write_text(_CONFIG.format(folder=folder, host=HOST, controller=controller, node=node, cores=CORES))
+    (controller, node), config = _free_ports(2), folder / "slurm.conf"
+    short = Path(tempfile.mkdtemp(prefix="munge", dir="/tmp"))  # a socket's path has at most 107 characters
+    places = {name: f"{short}/munge.{name}" for name in ("socket", "pid", "log", "seed")}
+    ports = {"controller": controller, "node": node}
+    config.write_text(_CONFIG.format(folder=folder, host=HOST, cores=CORES, socket=places["socket"], **ports))
     variables = {"SLURM_CONF": str(config)}
     environment = {**os.environ, **variables, "PATH": f"{os.environ['PATH']}:/usr/sbin"}
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
-    places = {name: f"{folder}/munge.{name}" for name in ("socket", "pid", "log", "seed")}
     munge = ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={places['socket']}"]
     munge += [f"--pid-file={places['pid']}", f"--log-file={places['log']}", f"--seed-file={places['seed']}"]
     daemons = [munge, ["slurmctld", "-D", "-f", str(config)], ["slurmd", "-D", "-f", str(config), "-N", HOST]]
@@ -104,13 +106,14 @@ def running(folder: Path) -> Iterator[dict[str, str]]:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+        shutil.rmtree(short)
 
 
 def _asked(words: list[str], environment: dict[str, str]) -> str:
     return subprocess.run(words, env=environment, capture_output=True, text=True).stdout
 
 
-def _until(true: "object", seconds: float = 30) -> None:
+def _until(true: "object", seconds: float = 60) -> None:
     limit = time.monotonic() + seconds
     while not true():  # type: ignore[operator]
         assert time.monotonic() < limit, "the cluster did not start"
