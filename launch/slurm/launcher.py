@@ -113,6 +113,8 @@ class SlurmArray(Launcher):
                 bar.note("the scheduler does not answer" if left is None else f"{left} wait or run")
                 done = now
                 time.sleep(self._settings.poll_sec)
+            bar.note("")
+            bar.update(sum(exit_code(folder, index) == 0 for index in range(count)) - done)
         codes = {index: exit_code(folder, index) for index in range(count)}
         names = [plan.runs[0 if plan.shares else index].name for index in range(count)]
         failed = [index for index, code in codes.items() if code not in (0, EX_TEMPFAIL)]

@@ -226,6 +226,7 @@ def test_shares_of_an_encoding_make_the_shards_of_one_process(cluster: Cluster, 
     prepared_by(*words("alone"), cwd=cluster.folder)
     shown = submit(*words("shared", "-m", *SLURM[:-1], "hydra.launcher.shares=2"))
     assert "Submitted 2 tasks" in shown
+    assert "`ditscale status sweep=runs/encode/digits`" in shown
     found = {name: read_all(cluster.folder / name) for name in ("alone", "shared")}
     assert found["alone"] == found["shared"]
 
