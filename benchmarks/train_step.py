@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -227,6 +228,7 @@ def on_gpu(arguments: argparse.Namespace, model: str) -> dict[str, dict[str, Any
             peak_gb = torch.cuda.max_memory_allocated() / 1e9
             free()
         found[variant] = {**summary(rounds, batch_size), "peak_memory_gb": round(peak_gb, 2)}
+        print(f"{model} {variant} {json.dumps(found[variant])}", file=sys.stderr, flush=True)  # a lent GPU may be gone
     return found
 
 
