@@ -30,7 +30,7 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True)
 class RunStatus:
-    """How a run stands. Rates and times are those of its last log line."""
+    """The status of a run. Rates and times are those of its last log line."""
 
     name: str
     state: str  # waiting, running, silent, stopped, failed or done

@@ -1,4 +1,4 @@
-"""What a task of a SLURM array does: without daemons, with the batch script run by bash and a stand-in srun."""
+"""The decisions of a SLURM task, without daemons: bash runs the batch script with a stand-in srun."""
 
 import json
 import os
