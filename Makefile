@@ -126,12 +126,13 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.start
 	$(BIN)/python -m benchmarks.evaluate
 
-# The tests that kill jobs and damage files, with many more kills and trials than `make test` has; a result line each in
-# benchmarks/results/.
+# The tests that kill jobs and damage files, with many more kills and trials than `make test` has, and a result line each in
+# benchmarks/results/; and more combinations of runtime, mode and network.
 soak: $(STAMP)
 	$(BIN)/python -m benchmarks.soak encode 50
 	$(BIN)/python -m benchmarks.soak train 100
 	$(BIN)/python -m benchmarks.soak files 1000
+	DITSCALE_CASES=all $(BIN)/pytest tests/runtime/test_one_run.py -n 0
 
 $(AOT_STAMP): requirements-aot.txt
 	$(PYTHON) -m venv .venv-aot

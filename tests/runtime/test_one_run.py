@@ -1,6 +1,7 @@
 """Every runtime trains the run of a few plain lines of eager PyTorch: losses and state to 1e-5 relative in fp32."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -76,18 +77,25 @@ XLA_4 = [
     xla("xla-4", "warm_up", 4),
     xla("xla-4-zero1", "adaln", 4, "zero1"),
     xla("xla-4-fsdp", "skipping", 4, "fsdp"),
-    xla("xla-4-deep", "deep", 4),
     xla("xla-4-fsdp-deep", "deep", 4, "fsdp", activation_checkpointing=True),
     xla("xla-4-fsdp-adm", "adm", 4, "fsdp", activation_checkpointing=True),
     xla("xla-4-ldm", "ldm", 4),
 ]
 XLA_8 = [
     xla("xla-8", "cross_attention", 8, activation_checkpointing=True),
-    xla("xla-8-zero1", "adaln_zero", 8, "zero1"),
-    xla("xla-8-fsdp", "warm_up", 8, "fsdp", activation_checkpointing=True),
     xla("xla-8-data-and-fsdp", "in_context", 8, "fsdp", settings={"fsdp_devices": 4}),
     xla("xla-8-micro-batches", "adaln", 8, "fsdp", settings={"micro_batches": 2}),
 ]
+# More combinations, for `make soak`: what is new in each, other cases have with other partners.
+XLA_4_SOAK = [
+    xla("xla-4-deep", "deep", 4),
+]
+XLA_8_SOAK = [
+    xla("xla-8-zero1", "adaln_zero", 8, "zero1"),
+    xla("xla-8-fsdp", "warm_up", 8, "fsdp", activation_checkpointing=True),
+]
+if os.environ.get("DITSCALE_CASES") == "all":
+    XLA_4, XLA_8 = [*XLA_4, *XLA_4_SOAK], [*XLA_8, *XLA_8_SOAK]
 XLA = [*XLA_1, *XLA_4, *XLA_8]
 BF16 = [
     xla("xla-4-bf16", "adaln_zero", 4, "fsdp", precision="bf16", activation_checkpointing=True),
