@@ -260,3 +260,46 @@ class AdaLNZeroSharedBlock(AdaLNZeroBlock):
         assert embedded.modulation is not None, "the network computes the modulation that its blocks share"
         shared = embedded.modulation.unflatten(1, (self.num_modulations, -1))
         return (shared + self.modulation_table.to(shared.dtype)).unbind(1)
+
+
+class AdaLNZeroCrossBlock(AdaLNZeroBlock):
+    """The adaLN-Zero block with cross-attention to the condition's tokens between its branches, for text.
+
+    As in PixArt-alpha (arXiv 2310.00426, section 2.3), cross-attention has neither norm nor modulation nor gate. Its
+    projection is zero at first, so that an untrained block is the identity.
+    """
+
+    name = "adaLN-Zero-cross"
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        attention: AttentionFactory = SelfAttention,
+        norm: NormFactory = layer_norm,
+        mlp: MlpFactory = GeluMlp,
+    ) -> None:
+        super().__init__(width, num_heads, mlp_ratio, attention, norm, mlp)
+        self.cross_attention = CrossAttention(width, num_heads)
+
+    def initialize(self) -> None:
+        """Zero the modulation and the projection of cross-attention."""
+        super().initialize()
+        nn.init.zeros_(self.cross_attention.projection.weight)
+        nn.init.zeros_(self.cross_attention.projection.bias)
+
+    def forward(self, tokens: Tensor, embedded: Embedded, positions: Tensor | None = None) -> Tensor:
+        """Return the new tokens: [B, T, d] -> [B, T, d]."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulations(embedded)
+        mixed = self.attention(modulate(self.norm_attention(tokens), shift_a, scale_a), positions)
+        tokens = tokens + gate_a.unsqueeze(1) * mixed
+        tokens = tokens + self.cross_attention(tokens, embedded.tokens, embedded.mask)
+        fed = self.mlp(modulate(self.norm_mlp(tokens), shift_m, scale_m))
+        return tokens + gate_m.unsqueeze(1) * fed
+
+
+class AdaLNZeroSharedCrossBlock(AdaLNZeroCrossBlock, AdaLNZeroSharedBlock):
+    """The block of PixArt-alpha: shared modulations, as in `AdaLNZeroSharedBlock`, and cross-attention to text."""
+
+    name = "adaLN-Zero-shared-cross"

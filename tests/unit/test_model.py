@@ -18,7 +18,9 @@ from model.blocks import (
     AdaLNBlock,
     AdaLNUnshiftedBlock,
     AdaLNZeroBlock,
+    AdaLNZeroCrossBlock,
     AdaLNZeroSharedBlock,
+    AdaLNZeroSharedCrossBlock,
     AdaLNZeroUnshiftedBlock,
     Block,
     CrossAttentionBlock,
@@ -55,6 +57,8 @@ BLOCKS = [
     AdaLNZeroUnshiftedBlock,
     AdaLNZeroSharedBlock,
     AdaLNUnshiftedBlock,
+    AdaLNZeroCrossBlock,
+    AdaLNZeroSharedCrossBlock,
 ]
 
 
