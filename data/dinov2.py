@@ -1,23 +1,19 @@
 """Load DINOv2 (Oquab et al. 2023) from a folder as its page on the hub has it, read as untrusted files."""
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import torch
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
-from core.reading import DamagedFileError, read_regular, require_regular, sha256_of
-from core.records import parse_object, validate
+from core.reading import DamagedFileError, sha256_of
+from data.pretrained import CONFIG, WEIGHTS, built, read_config, read_weights, require_files
 
 Size = Annotated[int, Field(ge=1, le=2**16)]
-FILES = ("config.json", "model.safetensors")
+FILES = (CONFIG, WEIGHTS)
+_KINDS = {"dinov2": None}
 
 
 class DINOv2(NamedTuple):
@@ -36,18 +32,15 @@ def load_dinov2(folder: Path | str, setting: str) -> DINOv2:
     Raises ValueError where the folder does not hold a whole DINOv2, naming the ``setting`` that gave it, or where
     transformers is not installed.
     """
-    config, weights = (Path(folder) / name for name in FILES)
-    try:
-        require_regular(config)
-        require_regular(weights)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise ValueError(
-            f"There is no {error.filename}; copy config.json and model.safetensors of a DINOv2 from its page on "
-            f"the hub (facebook/dinov2-large) there, or name another folder by {setting}=PATH."
-        ) from None
-    shape, tensors = _read_config(config), _read_weights(weights)
-    hash_ = hashlib.sha256((sha256_of(config) + sha256_of(weights)).encode()).hexdigest()
-    backbone = _build(shape, tensors, weights)
+    config, *weights = require_files(
+        folder,
+        "DINOv2",
+        "copy config.json and model.safetensors of a DINOv2 from its page on the hub (facebook/dinov2-large) there, or "
+        f"name another folder by {setting}=PATH.",
+    )
+    shape, tensors = _read_config(config), read_weights(weights, "DINOv2")
+    hash_ = hashlib.sha256("".join(map(sha256_of, (config, *weights))).encode()).hexdigest()
+    backbone = built(*_dinov2(shape), tensors, weights[0], "DINOv2", attn_implementation="sdpa")
     return DINOv2(backbone, shape.hidden_size, shape.num_hidden_layers, shape.patch_size, hash_)
 
 
@@ -84,14 +77,7 @@ class _Config:
 
 
 def _read_config(path: Path) -> _Config:
-    try:
-        content = parse_object(read_regular(path), str(path))
-    except DamagedFileError as error:
-        raise ValueError(f"{path} is not the JSON of a model ({error}); copy it again.") from None
-    if (kind := content.get("model_type")) != "dinov2":
-        raise ValueError(f"{path} is of a {str(kind)[:80]}, not of a dinov2; name the folder of a DINOv2.")
-    known = {name: content[name] for name in _Config.__dataclass_fields__ if name in content}
-    config = validate(_Config, known, str(path))
+    config = read_config(path, _Config, _KINDS, "DINOv2")
     if config.hidden_size % config.num_attention_heads:
         raise DamagedFileError(
             f"{path} is damaged: hidden_size {config.hidden_size} is not a multiple of num_attention_heads "
@@ -100,72 +86,12 @@ def _read_config(path: Path) -> _Config:
     return config
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} does not hold a readable DINOv2 ({reason}); copy it again.") from None
-    for name, value in tensors.items():
-        if not value.is_floating_point():
-            raise DamagedFileError(f"{path} has {name} of {value.dtype}, but weights are floating-point.")
-        if not value.isfinite().all():
-            raise DamagedFileError(f"{path} has values that are not finite in {name}; copy it again.")
-    return tensors
-
-
-def _build(config: _Config, tensors: dict[str, Tensor], path: Path) -> Any:
-    """Return the backbone with these weights; transformers itself opens no file of the folder."""
+def _dinov2(shape: _Config) -> tuple[Any, Any]:
+    """Return the class of the backbone, and its config."""
     try:
         from transformers import Dinov2Config, Dinov2Model
     except ImportError as error:
         raise ValueError(
             "DINOv2 needs transformers, which is not installed; run `pip install transformers`."
         ) from error
-    shape = Dinov2Config(**asdict(config))
-    with torch.device("meta"):
-        wanted = sum(value.numel() for value in Dinov2Model(shape).state_dict().values())
-    if wanted > 2 * (held := sum(value.numel() for value in tensors.values())):
-        raise DamagedFileError(
-            f"{path} holds {held} numbers, but its config asks for {wanted}; copy both files from one model."
-        )
-    try:
-        with _silent():
-            both: Any = Dinov2Model.from_pretrained(
-                None,
-                config=shape,
-                state_dict=tensors,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, in one sentence
-                dtype=torch.float32,
-                attn_implementation="sdpa",
-            )
-    except (RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} does not hold a readable DINOv2 ({reason}); copy both files again.") from error
-    backbone, loaded = both
-    if missing := sorted(loaded["missing_keys"]):
-        raise ValueError(
-            f"{path} lacks {len(missing)} of the weights of its config, {missing[0]} among them; copy both files from "
-            "one model."
-        )
-    if wrong := sorted(loaded["mismatched_keys"], key=str):
-        name, theirs, ours = wrong[0]
-        raise ValueError(
-            f"{path} has {name} of shape {list(theirs)}, but its config asks for {list(ours)}; copy both files "
-            "from one model."
-        )
-    return backbone
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keep transformers from printing a table of what it loads."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
+    return Dinov2Model, Dinov2Config(**asdict(shape))
