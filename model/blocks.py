@@ -68,6 +68,7 @@ class Block(nn.Module):
     name: ClassVar[str]  # in records and figures; each class has its own
     assembly: type[Assembly] = Assembly
     sees_positions = False  # whether `forward` needs the tokens' positions
+    reads_tokens = False  # whether it uses the condition's tokens
 
     def forward(self, tokens: Tensor, embedded: Embedded, positions: Tensor | None = None) -> Tensor:
         """Return the new tokens: [B, T', d], the condition, [T', 2] row and column of each token -> [B, T', d]."""
@@ -117,6 +118,7 @@ class InContextBlock(_TransformerBlock):
     """The block of in-context conditioning: a plain ViT block; timestep and label are M additional tokens."""
 
     name = "in-context"
+    reads_tokens = True
     assembly = ConditionFirst
 
     def forward(self, tokens: Tensor, embedded: Embedded, positions: Tensor | None = None) -> Tensor:
@@ -132,6 +134,7 @@ class CrossAttentionBlock(_TransformerBlock):
     """The block with cross-attention: after self-attention, tokens attend to the condition's (timestep, label)."""
 
     name = "cross-attention"
+    reads_tokens = True
 
     def __init__(
         self,
@@ -270,6 +273,7 @@ class AdaLNZeroCrossBlock(AdaLNZeroBlock):
     """
 
     name = "adaLN-Zero-cross"
+    reads_tokens = True
 
     def __init__(
         self,

@@ -141,6 +141,11 @@ class DiT(Network):
         self._add_position_table()
         self.blocks = nn.ModuleList([config.block(width, config.num_heads) for _ in range(config.depth)])
         first = self.block_list[0]
+        if embedding.for_tokens and not first.reads_tokens:
+            raise ValueError(
+                f"model.embedding gives tokens of the condition, but {first.name} blocks read its vector alone; set "
+                "model/embedding=pooled_text, or a model/block with cross-attention."
+            )
         self.shared_modulation = first.shared_modulation(width)
         self._block_name, self._assembly = first.name, first.assembly()
         self._parts = parts_of(first)

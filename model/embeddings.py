@@ -92,6 +92,7 @@ class ConditionEmbedding(nn.Module):
     """Embeds a condition together with the timestep. This base class is for unconditional networks (condition {})."""
 
     name = "condition_embedding"  # the module's name in a network, which prefixes its tensors in a checkpoint
+    for_tokens = False  # whether it has weights that only blocks which read the condition's tokens use
 
     def embed(self, timestep: Tensor, condition: Mapping[str, Tensor]) -> Embedded:
         """Embed a condition, tensors [B, ...] by name; ``timestep`` is the embedded timestep [B, d]."""

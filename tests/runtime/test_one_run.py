@@ -35,13 +35,14 @@ SKIP_OVER = [0.835] * 6 + [0.715] * 6  # gradient norm: a threshold that changes
 RECIPES: dict[str, dict[str, Any]] = {
     "adaln_zero": {},
     "adaln": {"block": "AdaLNBlock", "depth": 2, "modern": True, "aligned_steps": 8},
-    "cross_attention": {"block": "CrossAttentionBlock"},
-    "in_context": {"block": "InContextBlock", "qk_norm": True, "depth": 2, "aligned_steps": 8},
+    "cross_attention": {"block": "CrossAttentionBlock", "text": True},
+    "in_context": {"block": "InContextBlock", "text": True, "qk_norm": True, "depth": 2, "aligned_steps": 8},
     "warm_up": {
         "learning_rates": WARM_UP,
         "max_grad_norm": 0.35,
         "objective": "edm",
-        "block": "AdaLNZeroSharedBlock",
+        "block": "AdaLNZeroSharedCrossBlock",
+        "text": True,
         "depth": 2,
     },
     "skipping": {"skip_over": SKIP_OVER},

@@ -39,6 +39,7 @@ from model.dit import DiT, DiTConfig
 from model.mlp import SwiGluMlp
 from model.network import Network, checkpoint_units
 from model.norms import rms_norm
+from model.text_embedding import TextEmbedding
 from train import ema as averages_of
 from train.alignment import REPA
 from train.guards import SpikeGuard
@@ -49,6 +50,7 @@ torch._inductor.config.cpp.simdlen = 0  # code for vectors takes the C++ compile
 CONF = Path(__file__).resolve().parents[2] / "conf/runtime"
 NUM_CLASSES, DECAY = 10, 0.9999
 FEATURE_DIM = 24
+TEXT_LENGTH = 6  # tokens of a caption
 REPA_OF_CASES = REPA(block=1, hidden=32, dim=FEATURE_DIM)
 NORMS = ("grad_norm", "param_norm", "update_norm")
 
@@ -63,6 +65,7 @@ class Case:
     objective: str = "gaussian"  # or flow, edm
     depth: int = 1  # of a DiT
     qk_norm: bool = False
+    text: bool = False  # the condition: captions of different lengths, not labels
     modern: bool = False  # RMSNorm, SwiGLU, rotary positions and a learned table
     settings: dict[str, Any] = field(default_factory=dict)  # of the runtime
     precision: str = "fp32"
@@ -91,11 +94,12 @@ class Case:
         if self.modern:
             parts = {"attention": RotaryQKRmsNormSelfAttention, "norm": rms_norm, "mlp": SwiGluMlp}
             block = functools.partial(getattr(blocks, self.block), **parts)
-        shape = {"width": 64, "depth": self.depth, "num_heads": 4, "num_classes": NUM_CLASSES}
+        shape = {"width": 64, "depth": self.depth, "num_heads": 4, "num_classes": 0 if self.text else NUM_CLASSES}
+        embedding = functools.partial(TextEmbedding, length=TEXT_LENGTH, dim=24, pooled_dim=16) if self.text else None
         outputs = diffusion(self.objective).outputs_per_channel
         table = "learned" if self.modern else "fixed"
-        made = DiT(DiTConfig(8, 4, 2, **shape, block=block, outputs_per_channel=outputs, position_table=table))  # type: ignore[arg-type]
-        return perturbed(made)
+        more = {"block": block, "outputs_per_channel": outputs, "position_table": table, "embedding": embedding}
+        return perturbed(DiT(DiTConfig(8, 4, 2, **shape, **more)))  # type: ignore[arg-type]
 
     def with_head(self, model: Network) -> Network:
         """Return the model with REPA's projector after its first block, where the case has one."""
@@ -120,15 +124,26 @@ class Case:
             generator = torch.Generator().manual_seed(step)
             size = (self.batch_size, 4, 8, 8)
             x_0 = torch.randn(size, generator=generator)
-            label = torch.randint(0, NUM_CLASSES + 1, size[:1], generator=generator)
+            condition = self._condition(generator)
             t = TIMES[self.objective](generator, size[:1])
             yield Batch(
                 x_0=x_0[mine],
                 noise=torch.randn(size, generator=generator)[mine],
                 t=t[mine],
-                condition={"label": label[mine]},
+                condition={name: value[mine] for name, value in condition.items()},
                 targets={name: value[mine] for name, value in self._targets(generator, step).items()},
             )
+
+    def _condition(self, generator: torch.Generator) -> dict[str, Tensor]:
+        size = (self.batch_size,)
+        if not self.text:
+            return {"label": torch.randint(0, NUM_CLASSES + 1, size, generator=generator)}
+        lengths = torch.randint(1, TEXT_LENGTH + 1, (*size, 1), generator=generator)
+        return {
+            "text": torch.randn(*size, TEXT_LENGTH, 24, generator=generator).half(),
+            "text_mask": torch.arange(TEXT_LENGTH) < lengths,
+            "text_pooled": torch.randn(*size, 16, generator=generator).half(),
+        }
 
     def _targets(self, generator: torch.Generator, step: int) -> dict[str, Tensor]:
         if self.aligned_steps is None:

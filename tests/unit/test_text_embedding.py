@@ -8,20 +8,21 @@ import torch
 from test_model import BLOCKS, tiny
 from torch import Tensor
 
-from model.blocks import AdaLNZeroSharedCrossBlock, Block, InContextBlock
+from model.blocks import AdaLNZeroSharedCrossBlock, Block
 from model.dit import DiT
-from model.text_embedding import TextEmbedding
+from model.text_embedding import PooledTextEmbedding, TextEmbedding
 from runtime.sharding import SHARDED, sharding_of
 
 LENGTH, DIM, POOLED = 5, 12, 8
-TOKENS_IN_ATTENTION = [block for block in BLOCKS if block is InContextBlock or hasattr(block(8, 2), "cross_attention")]
+READERS = [block for block in BLOCKS if block.reads_tokens]
 
 
 def trained(block: type[Block], timestep_token: bool = True, **changes: Any) -> DiT:
     """Return a network of text whose zero weights have been moved away from zero."""
-    embedding = partial(
-        TextEmbedding, length=LENGTH, dim=DIM, pooled_dim=POOLED, timestep_token=timestep_token, **changes
-    )
+    embedding: Any = partial(PooledTextEmbedding, pooled_dim=POOLED)
+    if block.reads_tokens:
+        settings = {"length": LENGTH, "dim": DIM, "pooled_dim": POOLED, "timestep_token": timestep_token, **changes}
+        embedding = partial(TextEmbedding, **settings)
     model = tiny(block=block, num_classes=0, embedding=embedding)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -41,8 +42,29 @@ def inputs() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     return torch.randn(3, 4, 8, 8, generator=generator), torch.tensor([5, 300, 900]), condition
 
 
-@pytest.mark.parametrize("timestep_token", [True, False])
+def test_the_blocks_that_read_tokens_are_those_that_put_them_into_attention() -> None:
+    assert [block.__name__ for block in READERS] == [
+        "InContextBlock",
+        "CrossAttentionBlock",
+        "AdaLNZeroCrossBlock",
+        "AdaLNZeroSharedCrossBlock",
+    ]
+    with pytest.raises(
+        ValueError, match="but adaLN-Zero blocks read its vector alone; set model/embedding=pooled_text"
+    ):
+        tiny(num_classes=0, embedding=partial(TextEmbedding, length=LENGTH, dim=DIM))
+
+
+@pytest.mark.parametrize("pooled_dim", [POOLED, None])
 @pytest.mark.parametrize("block", BLOCKS)
+def test_every_weight_gets_a_gradient_as_distributed_training_needs(block: type[Block], pooled_dim: int | None) -> None:
+    model = trained(block, pooled_dim=pooled_dim)
+    model(*inputs()).square().mean().backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("timestep_token", [True, False])
+@pytest.mark.parametrize("block", READERS)
 def test_padding_beyond_the_mask_changes_no_output_and_no_gradient(block: type[Block], timestep_token: bool) -> None:
     x_t, t, condition = inputs()
     other = torch.where(condition["text_mask"].unsqueeze(2), condition["text"], 100.0)
@@ -64,8 +86,8 @@ def test_every_block_sees_the_text_in_the_way_that_is_its_own(block: type[Block]
     output = model(x_t, t, condition)
     of_tokens = model(x_t, t, {**condition, "text": condition["text"] + 1}) - output
     of_pooled = model(x_t, t, {**condition, "text_pooled": condition["text_pooled"] + 1}) - output
-    assert (of_tokens.abs().max() > 1e-4) == (block in TOKENS_IN_ATTENTION)
-    assert (of_pooled.abs().max() > 1e-4) == (block not in TOKENS_IN_ATTENTION or issubclass(block, BLOCKS[3]))
+    assert (of_tokens.abs().max() > 1e-4) == block.reads_tokens
+    assert of_pooled.abs().max() > 1e-4
     assert (model(x_t, t + 50, condition) - output).abs().max() > 1e-4
 
 
@@ -96,6 +118,8 @@ def test_the_example_has_the_shapes_that_are_embedded_and_its_cost_counts_the_te
     }
     assert model(x_t, t, condition).shape == (2, 8, 8, 8)
     assert model.has_null_class
+    without_pooled = trained(AdaLNZeroSharedCrossBlock, timestep_token=False, pooled_dim=None)
+    assert without_pooled.example_inputs(2)[2].keys() == {"text", "text_mask"}
 
 
 def test_an_untrained_network_of_pixarts_blocks_outputs_zero_and_new_weights_follow_from_the_seed() -> None:
