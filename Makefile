@@ -55,10 +55,10 @@ objectives: $(STAMP)
 
 # Five studies on Fashion-MNIST (Debian's package dataset-fashion-mnist), with three seeds each (docs/study.md). Kill it and
 # start it again at will: runs continue at their checkpoints, evaluations at their chunks, and what is finished stays.
-FASHION_SAMPLED := $(FASHION)-scaling/d96-n3-p2-adaln_zero-seed0,$(FASHION)-scaling/d32-n2-p7-adaln_zero-seed0
+FASHION_SAMPLED := $(FASHION)-scaling/d96-n3-p2-adaln_zero-seed0,$(FASHION)-scaling/d64-n2-p7-adaln_zero-seed0
 fashion: $(STAMP)
-	@echo "Five studies on Fashion-MNIST: about 5.7 hours on two cores (scaling 3.8, sampling 0.4, blocks 0.3," \
-		"objectives 0.5, unets 0.6). Stop it at any time; make fashion continues."
+	@echo "Five studies on Fashion-MNIST: about 8 hours on two cores (scaling 5.8, sampling 0.4, blocks 0.5," \
+		"objectives 0.8, unets 0.6). Stop it at any time; make fashion continues."
 	$(BIN)/ditscale encode data=fashion_mnist
 	$(BIN)/ditscale train -m experiment=fashion/scaling
 	$(BIN)/ditscale train -m experiment=fashion/sampling

@@ -54,7 +54,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @needs_fashion
 def test_a_short_study_measures_on_the_test_split_over_training(study: Path) -> None:
     runs = sorted(path.parent for path in study.glob("runs/fashion-scaling/*/config.yaml"))
-    assert [run.name for run in runs] == [f"d{width}-n2-p7-adaln_zero-seed0" for width in (32, 48)]
+    assert [run.name for run in runs] == [f"d64-n{depth}-p7-adaln_zero-seed0" for depth in (2, 3)]
     for run in runs:
         lines = json_lines(run / "evaluations.jsonl")
         assert [line["step"] for line in lines] == [15, 30]
@@ -127,7 +127,7 @@ def test_gflops_rise_with_size_and_tokens_and_u_nets_have_those_of_their_dit() -
         for p in patches
     ]
     for line in [*grid, *zip(*grid, strict=True)]:
-        assert all(1.4 * a < b for a, b in itertools.pairwise(line))
+        assert all(1.3 * a < b for a, b in itertools.pairwise(line))
     networks = {
         name: cost("experiment=fashion/unets", f"experiment/fashion/network={name}") for name in ("dit", "adm", "ldm")
     }

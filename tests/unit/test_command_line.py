@@ -171,7 +171,8 @@ def test_a_shell_completes_jobs_settings_and_choices(tmp_path: Path) -> None:
 
     assert completed("ditscale tr") == ["train"]
     assert completed("ditscale train keep_checkpoint_") == ["keep_checkpoint_every="]
-    adaptive = ["adaln", "adaln_unshifted", "adaln_zero", "adaln_zero_shared", "adaln_zero_unshifted"]
+    kinds = ("", "_unshifted", "_zero", "_zero_cross", "_zero_shared", "_zero_shared_cross", "_zero_unshifted")
+    adaptive = [f"adaln{kind}" for kind in kinds]
     assert completed("ditscale train model/block=ada") == adaptive
     assert "model/size=" not in completed("ditscale plan x")
 
