@@ -8,8 +8,17 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field
 from torch import nn
 
-from core.reading import DamagedFileError, sha256_of
-from data.pretrained import CONFIG, WEIGHTS, built, read_config, read_weights, require_files
+from core.reading import sha256_of
+from data.pretrained import (
+    CONFIG,
+    WEIGHTS,
+    built,
+    read_config,
+    read_weights,
+    require_files,
+    require_heads,
+    transformers_for,
+)
 
 Size = Annotated[int, Field(ge=1, le=2**16)]
 FILES = (CONFIG, WEIGHTS)
@@ -78,20 +87,11 @@ class _Config:
 
 def _read_config(path: Path) -> _Config:
     config = read_config(path, _Config, _KINDS, "DINOv2")
-    if config.hidden_size % config.num_attention_heads:
-        raise DamagedFileError(
-            f"{path} is damaged: hidden_size {config.hidden_size} is not a multiple of num_attention_heads "
-            f"{config.num_attention_heads}."
-        )
+    require_heads(path, config.hidden_size, config.num_attention_heads)
     return config
 
 
 def _dinov2(shape: _Config) -> tuple[Any, Any]:
     """Return the class of the backbone, and its config."""
-    try:
-        from transformers import Dinov2Config, Dinov2Model
-    except ImportError as error:
-        raise ValueError(
-            "DINOv2 needs transformers, which is not installed; run `pip install transformers`."
-        ) from error
-    return Dinov2Model, Dinov2Config(**asdict(shape))
+    transformers = transformers_for("DINOv2")
+    return transformers.Dinov2Model, transformers.Dinov2Config(**asdict(shape))

@@ -75,6 +75,15 @@ def read_config(path: Path, fields: type[Fields], kinds: Mapping[str, str | None
     return validate(fields, {name: content[name] for name in names if name in content}, str(path))
 
 
+def require_heads(path: Path, hidden_size: int, num_attention_heads: int) -> None:
+    """Raise DamagedFileError where the heads of a config do not divide the width, which transformers asserts."""
+    if hidden_size % num_attention_heads:
+        raise DamagedFileError(
+            f"{path} is damaged: hidden_size {hidden_size} is not a multiple of num_attention_heads "
+            f"{num_attention_heads}."
+        )
+
+
 def read_weights(paths: Sequence[Path], what: str) -> dict[str, Tensor]:
     """Return the tensors of files. Raises ValueError where one is damaged, not of numbers, or not finite."""
     tensors: dict[str, Tensor] = {}
@@ -135,6 +144,17 @@ def built(
         )
     assert isinstance(model, nn.Module)
     return model
+
+
+def transformers_for(what: str) -> Any:
+    """Return the module transformers, which takes seconds to import. Raises ValueError where it is not installed."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError(
+            f"{what} needs transformers, which is not installed; run `pip install transformers`."
+        ) from error
+    return transformers
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from core.precision import exact_float32
 from core.reading import DamagedFileError, sha256_of
-from data.pretrained import built, read_config, read_weights, require_files
+from data.pretrained import built, read_config, read_weights, require_files, require_heads, transformers_for
 
 Precision = Literal["fp32", "bf16"]
 Size = Annotated[int, Field(ge=1, le=2**20)]
@@ -98,13 +98,14 @@ class _Text:
     def tokenize(self, captions: Sequence[str]) -> Tokenized:
         """Return ids [B, M] int32 of captions and their mask, truncated and padded to the encoder's length."""
         length = self._spec.length
-        whole = [len(ids) for ids in self._tokenizer(list(captions))["input_ids"]] if captions else []
-        if not captions:
+        if not captions:  # which tokenizers refuse
             return Tokenized(np.empty((0, length), np.int32), np.empty((0, length), np.bool_), 0)
         found = self._tokenizer(
             list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="np"
         )
         mask = found["attention_mask"].astype(np.bool_)
+        full = [caption for caption, kept in zip(captions, mask, strict=True) if kept.all()]
+        whole = [len(ids) for ids in self._tokenizer(full)["input_ids"]] if full else []
         return Tokenized(found["input_ids"].astype(np.int32), mask, sum(number > length for number in whole))
 
     @torch.no_grad()
@@ -138,10 +139,11 @@ class CLIPText(_Text):
     ) -> None:
         _require_one_of("layer", layer, ("last", "penultimate"))
         _require_one_of("precision", precision, ("fp32", "bf16"))
-        transformers = _transformers()
+        transformers = transformers_for("A text encoder")
         config, *weights = require_files(folder, "CLIP", _remedy("openai/clip-vit-large-patch14"))
         kinds = {"clip_text_model": None, "clip": "text_config"}
         shape = read_config(config, _CLIPShape, kinds, "CLIP text encoder")
+        require_heads(config, shape.hidden_size, shape.num_attention_heads)
         tensors = _of_text(read_weights(weights, "CLIP"))
         made = transformers.CLIPTextConfig(**asdict(shape))
         network = built(transformers.CLIPTextModel, made, tensors, weights[0], "CLIP", dtype=_DTYPES[precision])
@@ -171,7 +173,7 @@ class T5Text(_Text):
         _require_one_of("precision", precision, ("fp32", "bf16"))
         if not 1 <= length <= _MOST_LENGTH:
             raise ValueError(f"text.length is {length}, but it must be from 1 to {_MOST_LENGTH}; PixArt-alpha has 120.")
-        transformers = _transformers()
+        transformers = transformers_for("A text encoder")
         config, *weights = require_files(folder, "T5", _remedy("google/t5-v1_1-xxl"))
         shape = read_config(config, _T5Shape, {"t5": None}, "T5")
         tensors = {
@@ -274,13 +276,3 @@ def _require_one_of(name: str, value: str, values: Sequence[str]) -> None:
 
 def _remedy(page: str) -> str:
     return f"copy config.json, the weights and the tokenizer from its page on the hub ({page}) into one folder."
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ValueError(
-            "Text encoders need transformers, which is not installed; run `pip install transformers`."
-        ) from error
-    return transformers

@@ -198,6 +198,9 @@ def damage(folder: Path, kind: str) -> None:
         config.write_text(json.dumps({**content, "model_type": "bert"}))
     elif kind == "a smaller vocabulary":
         config.write_text(json.dumps({**content, "vocab_size": 20}))
+    elif kind == "heads that do not divide":
+        heads = "num_attention_heads" if "num_attention_heads" in content else "num_heads"
+        config.write_text(json.dumps({**content, heads: 3}))
     elif kind == "not finite":
         tensors = load_file(weights)
         name = next(iter(tensors))
@@ -218,6 +221,7 @@ def damage(folder: Path, kind: str) -> None:
         ("damaged tokenizer", "does not hold a readable tokenizer"),
         ("another model", "is of a bert, not of a"),
         ("a smaller vocabulary", r"config asks for|token id \d+, but the network embeds 20"),
+        ("heads that do not divide", r"hidden_size 16 is not a multiple of num_attention_heads 3|its config asks for"),
         ("not finite", "values that are not finite"),
         ("a wider network", r"its config asks for"),
     ],
