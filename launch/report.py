@@ -17,7 +17,10 @@ from launch.builders.build import LoadedCheckpoint
 from launch.builders.components import build
 from launch.command.settings import ReportSettings
 from launch.jobs import start
-from report.figures import SampleGrid, figure_8
+from report.figures import figure_8
+from report.page import interval_text
+from report.samples import SampleGrid
+from report.seeds import by_model
 from report.study import Study, read_study
 from report.style import content_of, styled
 from report.write import Report, write_report
@@ -31,9 +34,10 @@ CURVE = "fid_vs_gflops"
 
 def report_job(config: ReportSettings, progress: ProgressBar) -> None:
     """Write figures, table and page; log the curve and the figures to the sweep's wandb group; print the rows."""
-    sweep, out = Path(config.sweep), Path(config.out)
+    sweep = Path(config.sweep)
     study = read_study(sweep)
-    for name in sorted({*study.records, *study.unevaluated}):
+    out = Path(config.out) if config.out else _default_folder(study)
+    for name in sorted({*study.records, *study.unevaluated}) if study.has_folders else ():
         _warn_of_a_cut_line(RunFolder(sweep / name))
     report = write_report(study, out, _samples(config, study, progress))
     with _group_logger(config.logger, group_of(study), out, config.plain()) as logger:
@@ -42,6 +46,11 @@ def report_job(config: ReportSettings, progress: ProgressBar) -> None:
         for number, picture in report.pictures.items():
             logger.log_image(f"figure_{number}", picture, step)
     print(_text(report))
+
+
+def _default_folder(study: Study) -> Path:
+    """Return the folder of a report: in the sweep's folder, or beside its file."""
+    return study.sweep / "report" if study.has_folders else study.sweep.with_name(f"{study.sweep.stem}-report")
 
 
 def _warn_of_a_cut_line(folder: RunFolder) -> None:
@@ -85,7 +94,9 @@ def _is_finished(folder: RunFolder) -> bool:
 
 
 def group_of(study: Study) -> str:
-    """Return the group that the runs were trained in, even where their folder was moved since."""
+    """Return the group that the runs were trained in, even where their folder was moved since; a file's name."""
+    if not study.has_folders:
+        return study.name
     group = RunFolder(study.sweep / next(iter(study.chosen))).read_config().get("group")
     return str(group or study.name)
 
@@ -117,15 +128,18 @@ def _log_curve(logger: Logger, study: Study) -> None:
 def _samples(config: ReportSettings, study: Study, progress: ProgressBar) -> SampleGrid | str:
     """Return images of the same noise and labels by each scaling figure's model, or why there are none.
 
-    Each model is the newest checkpoint of its run.
+    Each model is the newest checkpoint of its run, of several seeds that of the first.
     """
     count = config.samples
     if count < 1:
         return f"samples is {count}; set it higher."
+    if not study.has_folders:
+        return f"{study.sweep} has no checkpoints; give the folder that holds the runs."
     runtime: Devices = build(config.runtime, precision=config.precision.value)
     names, rows = [], []
-    with progress("samples", 0, len(study.scaling()), "model") as bar:
-        for name in study.scaling():
+    first = by_model({**record, "run": name} for name, record in study.scaling().items())
+    with progress("samples", 0, len(first), "model") as bar:
+        for name in (str(model.record["run"]) for model in first):
             try:
                 checkpoint = LoadedCheckpoint.load(str(study.sweep / name), "ema", runtime)
             except ValueError as error:
@@ -155,7 +169,8 @@ def _text(report: Report) -> str:
         if (fit := study.fit(kind=kind)) is None:
             continue
         lines.append(f"For the {fit.count} {kind.models}:")
-        lines.append(f"Spearman rank correlation of Gflops and distance: {fit.rank_correlation:.2f}")
+        over_seeds = "" if fit.rank_interval is None else f" ({interval_text(fit.rank_interval)})"
+        lines.append(f"Spearman rank correlation of Gflops and distance: {fit.rank_correlation:.2f}{over_seeds}")
         low, high = fit.slope_interval
         lines.append(
             f"Slope in log-log {fit.slope:.2f} (95%: {low:.2f} to {high:.2f}), correlation {fit.correlation:.2f}"

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from report import paper
 from report.models import model_name
 from report.study import Record, distance_name
-from report.style import GFLOPS, GRAY, label_axes, log_x
+from report.style import GFLOPS, GRAY, INK, label_axes, log_x
 
 
 def draw_systems(axes: Axes, best: Record, color: str) -> None:
@@ -31,6 +31,7 @@ class Bubble(NamedTuple):
     gmacs: float
     distance: float
     color: str
+    ends: tuple[float, float] | None = None  # the least and the greatest distance of several seeds
 
 
 def _bubble_area(part_of_largest: float) -> float:
@@ -54,10 +55,12 @@ def draw_bubbles(axes: Axes, bubbles: Sequence[Bubble], distance: str) -> None:
         area = _bubble_area(bubble.gmacs / rising[-1].gmacs)
         place = (bubble.gmacs, bubble.distance)
         axes.scatter(*place, s=area, color=bubble.color, alpha=0.75, edgecolor="white", linewidth=1.2)
+        if bubble.ends is not None:
+            axes.vlines(bubble.gmacs, *bubble.ends, color=INK, linewidth=1.1)
         side, foot = (1, "bottom") if is_above else (-1, "top")
         away = (0, side * (area**0.5 / 2 + 2))
         axes.annotate(bubble.name, place, away, textcoords="offset points", ha="center", va=foot, fontsize=7.5)
     axes.margins(x=0.14)
     log_x(axes)
-    axes.set_ylim(0, 1.2 * max(bubble.distance for bubble in bubbles))
+    axes.set_ylim(0, 1.2 * max(max(bubble.ends or (bubble.distance,)) for bubble in bubbles))
     label_axes(axes, GFLOPS, distance)

@@ -1,7 +1,9 @@
 """Draw the curves of figures 2 and 8: one for each family of networks, with a color and a fit of its own."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,10 +11,10 @@ from matplotlib.lines import Line2D
 
 from report.fit import CONFIDENCE, PowerLaw
 from report.models import Kind, model_name
-from report.study import Record, Study
+from report.records import DISTANCE, Record
+from report.seeds import Seeds, by_model
+from report.study import Study
 from report.style import FAMILY_COLORS, literal, log_x, marker
-
-DISTANCE = "frechet_distance"
 
 
 class NoDataError(Exception):
@@ -24,7 +26,7 @@ class Curve:
     """The models of one family that a scaling figure shows."""
 
     kind: Kind
-    records: list[Record]  # by rising Gflops
+    models: list[Seeds]  # by rising Gflops
     fit: PowerLaw | None
     color: str
     objective: str | None  # where it is not that of the other curves
@@ -38,7 +40,8 @@ class Curve:
     def label(self) -> str:
         """Return the words of the legend: the name, and the slope or the number of models."""
         if self.fit is None:
-            return f"{self.name}: {len(self.records)} run{'s' * (len(self.records) > 1)}"
+            runs = sum(len(model.records) for model in self.models)
+            return f"{self.name}: {runs} run{'s' * (runs > 1)}"
         return f"{self.name}: slope {self.fit.slope:.2f}, {self.fit.count} models"
 
 
@@ -51,7 +54,7 @@ def curves_of(study: Study) -> list[Curve]:
     return [
         Curve(
             kind,
-            list(study.scaling(kind).values()),
+            by_model(study.scaling(kind).values()),
             study.fit(kind=kind),
             colors[kind.family],
             None if study.objective_of(kind) == study.main_objective else study.objective_of(kind),
@@ -60,44 +63,88 @@ def curves_of(study: Study) -> list[Curve]:
     ]
 
 
-def scaling_of(study: Study, at_least: int) -> list[Record]:
-    """Return the records of the main curve. Raises NoDataError where there are fewer than ``at_least``."""
+def scaling_of(study: Study, at_least: int) -> list[Seeds]:
+    """Return the models of the main curve. Raises NoDataError where there are fewer than ``at_least`` runs."""
     records = list(study.scaling().values())
     if len(records) < at_least:
         raise NoDataError(f"there are {len(records)} models of one kind, but a curve needs {at_least}; train more.")
-    return records
+    return by_model(records)
 
 
 def draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
     """Draw the models of each family and, where it has one, its fit with the band, over Gflops."""
     for curve in curves:
-        x = [record["gmacs"] for record in curve.records]
+        x = [model.record["gmacs"] for model in curve.models]
         if curve.fit:
             line = np.geomspace(min(x) / 1.3, max(x) * 1.3, 100)
             axes.fill_between(line, *curve.fit.band(line), color=curve.color, alpha=0.13, linewidth=0)
             axes.plot(line, curve.fit.at(line), "--", color=curve.color, linewidth=1.2)
-        for record in curve.records:
-            place = (record["gmacs"], record[DISTANCE])
-            axes.plot(
-                *place,
-                marker(record),
-                color=curve.color,
-                markersize=7.5,
-                markeredgecolor="white",
-                markeredgewidth=0.8,
-            )
-        annotate_names(axes, curve.records)
+        draw_models(axes, curve.models, DISTANCE, [curve.color] * len(curve.models))
+        annotate_names(axes, curve.models)
     axes.margins(x=0.1, y=0.12)
     log_x(axes)
     title = f"dashed: fits, with {CONFIDENCE:.0%} bands" if any(curve.fit for curve in curves) else None
     legend_of_curves(axes, curves, title)
 
 
-def annotate_names(axes: Axes, records: Sequence[Record], key: str = DISTANCE) -> None:
-    """Write each model's name beside its point over Gflops, beside the highest one where it has several seeds."""
-    highest = {(model_name(record), record["gmacs"]): record for record in sorted(records, key=lambda r: r[key])}
-    for (name, gmacs), record in highest.items():
-        axes.annotate(literal(name), (gmacs, record[key]), (7, 4), textcoords="offset points", fontsize=7.5)
+def draw_models(axes: Axes, models: Sequence[Seeds], key: str, colors: Sequence[str]) -> None:
+    """Draw the mean of each model over Gflops, with the range of its seeds."""
+    for model, color in zip(models, colors, strict=True):
+        record = model.record
+        draw_range(axes, [record["gmacs"]], [model], key, color)
+        axes.plot(
+            record["gmacs"],
+            model.mean(key),
+            marker(record),
+            color=color,
+            markersize=7.5,
+            markeredgecolor="white",
+            markeredgewidth=0.8,
+        )
+
+
+def draw_line(
+    axes: Axes,
+    line: Sequence[Seeds],
+    over: Callable[[Record], float],
+    style: str,
+    color: str,
+    key: str = DISTANCE,
+    label: str | None = None,
+    alpha: float = 1,
+) -> None:
+    """Draw one model's curve: the means of its seeds, and their ranges."""
+    x = [over(point.record) for point in line]
+    draw_range(axes, x, line, key, color)
+    axes.plot(x, [point.mean(key) for point in line], style, color=color, label=label, alpha=alpha)
+
+
+def draw_range(axes: Axes, x: Sequence[float], points: Sequence[Seeds], key: str, color: str) -> None:
+    """Draw a bar from the least to the greatest number of each point that has several seeds."""
+    several = [(at, point.values(key)) for at, point in zip(x, points, strict=True) if len(point.records) > 1]
+    if several:
+        lows, highs = ([end(values) for _, values in several] for end in (min, max))
+        axes.vlines([at for at, _ in several], lows, highs, color=color, linewidth=1.1)
+
+
+def annotate_names(axes: Axes, models: Sequence[Seeds], key: str = DISTANCE) -> None:
+    """Write each model's name beside its point over Gflops: above it, or below where two names would meet."""
+    rising = sorted(models, key=lambda model: model.record["gmacs"])
+    places = [(model.record["gmacs"], model.mean(key)) for model in rising]
+    close = [_is_close(*pair) for pair in itertools.pairwise(places)]
+    is_below = False
+    for i, (model, place) in enumerate(zip(rising, places, strict=True)):
+        before, after = i > 0 and close[i - 1], i < len(close) and close[i]
+        is_below = not is_below if before else after
+        side: dict[str, Any] = {"xytext": (-7, -4), "ha": "right", "va": "top"} if is_below else {"xytext": (7, 4)}
+        name = literal(model_name(model.record))
+        axes.annotate(name, place, textcoords="offset points", fontsize=7.5, **side)
+
+
+def _is_close(one: tuple[float, float], next_: tuple[float, float]) -> bool:
+    """Return whether the names of two points would meet, above on the right of both."""
+    low, high = sorted((one[1], next_[1]))
+    return next_[0] < 1.6 * one[0] and high < 1.07 * low
 
 
 def legend_of_curves(axes: Axes, curves: Sequence[Curve], title: str | None = None) -> None:

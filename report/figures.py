@@ -2,19 +2,29 @@
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from report import paper
 from report.bubbles import Bubble, draw_bubbles, draw_systems
-from report.curves import DISTANCE, NoDataError, annotate_names, curves_of, draw_curves, legend_of_curves, scaling_of
+from report.curves import (
+    NoDataError,
+    annotate_names,
+    curves_of,
+    draw_curves,
+    draw_line,
+    draw_models,
+    legend_of_curves,
+    scaling_of,
+)
 from report.fit import CONFIDENCE
-from report.models import kind_of, model_name, patch_name, patch_order, size_name
+from report.models import kind_of, model_name, patch_name, patch_names, size_name
+from report.records import DISTANCE
+from report.seeds import Seeds, by_model, curves_by_model
 from report.study import MEASURES, Measure, Record, Study, distance_name, number_of
 from report.style import (
     GFLOPS,
@@ -33,8 +43,6 @@ from report.style import (
     steps_axis,
 )
 
-SampleGrid = tuple[list[str], NDArray[np.uint8]]  # names of runs, images [runs, columns, H, W, C]
-
 
 @dataclass(frozen=True)
 class PaperFigure:
@@ -49,23 +57,29 @@ class PaperFigure:
 def figure_2(study: Study) -> Figure:
     """Draw distance against Gflops as bubbles with area by Gflops; on the right our best model and other systems."""
     curves = curves_of(study)
-    records = scaling_of(study, 2) if len(curves) == 1 else [record for curve in curves for record in curve.records]
+    models = scaling_of(study, 2) if len(curves) == 1 else [model for curve in curves for model in curve.models]
     best = _best_beside_table_2(study)
     figure = new_figure(11 if best else 6.4, 4.4)
     left, *right = figure.subplots(1, 2 if best else 1, squeeze=False)[0]
-    palette = Palette([*records, *([best] if best else [])])
-    models = [
-        Bubble(model_name(r), r["gmacs"], r[DISTANCE], palette(r) if len(curves) == 1 else curve.color)
+    palette = Palette([*(model.record for model in models), *([best] if best else [])])
+    bubbles = [
+        _bubble(model, palette(model.record) if len(curves) == 1 else curve.color)
         for curve in curves
-        for r in curve.records
+        for model in curve.models
     ]
-    draw_bubbles(left, models, study.distance_name)
+    draw_bubbles(left, bubbles, study.distance_name)
     if len(curves) > 1:
         legend_of_curves(left, curves)
     left.set_title(f"Each model after {_moment(study)}; area by Gflops")
     if best:
         draw_systems(right[0], best, palette(best))
     return figure
+
+
+def _bubble(model: Seeds, color: str) -> Bubble:
+    record, values = model.record, model.values()
+    ends = (min(values), max(values)) if len(values) > 1 else None
+    return Bubble(model_name(record), record["gmacs"], model.mean(), color, ends)
 
 
 def note_of_figure_2(study: Study) -> str:
@@ -85,21 +99,21 @@ def figure_5(study: Study) -> Figure:
     """Draw block types over training, a panel for each size and patch size that has several."""
     of_blocks = {name for name, record in study.chosen.items() if record.get("block") and study.is_main(name)}
     curves = {name: records for name, records in study.over_training().items() if name in of_blocks}
-    by_model: defaultdict[str, list[str]] = defaultdict(list)
+    of_model: defaultdict[str, list[str]] = defaultdict(list)
     for name in sorted(curves, key=lambda name: study.chosen[name]["gmacs"]):
-        by_model[model_name(study.chosen[name])].append(name)
-    panels = {model: names for model, names in by_model.items() if len({kind_of(study.chosen[n]) for n in names}) > 1}
+        of_model[model_name(study.chosen[name])].append(name)
+    panels = {model: names for model, names in of_model.items() if len({kind_of(study.chosen[n]) for n in names}) > 1}
     if not panels:
         raise NoDataError("no size and patch size has runs of two block types; sweep model/block.")
     colors = kind_colors([kind_of(study.chosen[name]) for names in panels.values() for name in names])
     figure, grid = new_grid(len(panels), columns=3)
     for axes, (model, names) in zip(grid, panels.items(), strict=False):
-        for name in names:
-            records, kind = curves[name], kind_of(study.chosen[name])
-            label = once(axes, literal(kind.name))
-            axes.plot(_steps(records), _values(records), "o-", color=colors[kind], label=label, alpha=0.9)
-        for name in names:
-            _rings_over_training(axes, curves[name], colors[kind_of(study.chosen[name])])
+        lines = curves_by_model([curves[name] for name in names], _step)
+        for line in lines:
+            kind = kind_of(line[0].record)
+            draw_line(axes, line, _step, "o-", colors[kind], label=once(axes, literal(kind.name)), alpha=0.9)
+        for line in lines:
+            _rings_over_training(axes, line[-1].record, colors[kind_of(line[0].record)])
         axes.set_title(model)
         steps_axis(axes)
         axes.legend()
@@ -118,7 +132,7 @@ def figure_6(study: Study) -> Figure:
             "no run was measured at two steps in one protocol; train longer, or with a smaller evaluate_every."
         )
     records = [study.chosen[name] for name in names]
-    patches = _patches(records)
+    patches = patch_names(records)
     palette = Palette(records)
     sizes = list(palette.by_size)
     columns = max(len(patches), len(sizes))
@@ -135,16 +149,14 @@ def figure_6(study: Study) -> Figure:
     for row, title, members in rows:
         axes = axes_[row, next(places[row])]
         axes.set_visible(True)
-        for name in members:
-            record = study.chosen[name]
+        lines = curves_by_model([curves[name] for name in members], _step)
+        for line in lines:
+            record = line[0].record
             label = once(axes, size_name(record) if row == 0 else patch_name(record))
             alpha = 1 if row == 0 else shades[patch_name(record)]
-            style = marker(record) + "-"
-            axes.plot(
-                _steps(curves[name]), _values(curves[name]), style, color=palette(record), alpha=alpha, label=label
-            )
-        for name in members:
-            _rings_over_training(axes, curves[name], palette(study.chosen[name]))
+            draw_line(axes, line, _step, marker(record) + "-", palette(record), label=label, alpha=alpha)
+        for line in lines:
+            _rings_over_training(axes, line[-1].record, palette(line[0].record))
         axes.set_title(title)
         steps_axis(axes)
         axes.legend()
@@ -154,37 +166,11 @@ def figure_6(study: Study) -> Figure:
     return figure
 
 
-def figure_7(samples: SampleGrid, study: Study) -> Figure:
-    """Draw samples of all models from the same noise and labels: a row for each size, a column for each patch size."""
-    names, images = samples
-    records = {name: study.chosen[name] for name in names}
-    patches = _patches(records.values())
-    sizes = list(Palette(records.values()).by_size)
-    columns = images.shape[1]
-    width = min(11.0, 1.1 + 0.42 * columns * len(patches))
-    figure = new_figure(width, 0.9 + 0.9 * width / (len(patches) * columns) * len(sizes))
-    grid = figure.subplots(len(sizes), len(patches), squeeze=False)
-    for axes in grid.flat:
-        axes.set(xticks=[], yticks=[], frame_on=False)
-    for name, row in zip(names, images, strict=True):
-        record = records[name]
-        axes = grid[sizes.index(size_name(record)), patches.index(patch_name(record))]
-        if axes.images:  # already drawn for another seed of this model
-            continue
-        strip = np.concatenate([np.pad(image, ((1, 1), (1, 1), (0, 0)), constant_values=255) for image in row], axis=1)
-        strip = strip[..., :3] if strip.shape[2] >= 3 else strip[..., 0]
-        axes.imshow(strip, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    for axes, patch in zip(grid[0], patches, strict=True):
-        axes.set_title(patch, loc="center")
-    for axes, size in zip(grid[:, 0], sizes, strict=True):
-        axes.set_ylabel(size, rotation=0, ha="right", va="center", fontweight="bold")
-    return figure
-
-
 def figure_8(study: Study) -> Figure:
     """Draw distance against Gflops on logarithmic axes, with the fit, or with each family's where there are several."""
     curves = curves_of(study)
-    records = scaling_of(study, 2) if len(curves) == 1 else [record for curve in curves for record in curve.records]
+    models = scaling_of(study, 2) if len(curves) == 1 else [model for curve in curves for model in curve.models]
+    records = [record for model in models for record in model.records]
     figure = new_figure(6.8, 4.6)
     axes, palette = figure.subplots(), Palette(records)
     if paper.shares_figure_8(study.protocol):
@@ -251,17 +237,17 @@ def figure_10(study: Study) -> Figure:
     every = [records[0] for records in curves.values()]
     figure = new_figure(6.8, 4.6)
     axes, palette = figure.subplots(), Palette(every)
-    for name, records in curves.items():
-        x = [record["sampling_gmacs"] for record in records]
-        solid = kind_of(study.chosen[name]) == study.main_kind
-        axes.plot(x, _values(records), marker(records[0]) + ("-" if solid else ":"), color=palette(records[0]))
-        points = paper.sampling_points_of(records[0])
+    for line in curves_by_model(curves.values(), _sampling_gmacs):
+        record = line[0].record
+        style = marker(record) + ("-" if kind_of(record) == study.main_kind else ":")
+        draw_line(axes, line, _sampling_gmacs, style, palette(record))
+        points = paper.sampling_points_of(record)
         places = [(point.sampling_gmacs, point.fid) for point in points]
-        _rings(axes, places, palette(records[0]), paper.FIGURE_10_NAME)
-        for record, place in ((records[0], x[0]), (records[-1], x[-1])):
+        _rings(axes, places, palette(record), paper.FIGURE_10_NAME)
+        for end in (line[0], line[-1]):
             axes.annotate(
-                f"{record['sampler']['steps']}",
-                (place, record[DISTANCE]),
+                f"{end.record['sampler']['steps']}",
+                (_sampling_gmacs(end.record), end.mean()),
                 (4, 4),
                 textcoords="offset points",
                 fontsize=6.5,
@@ -283,7 +269,8 @@ def figure_12(study: Study) -> Figure:
             "the runs hold no metric besides the distance; measure with "
             "evaluation.metrics=[fid,sfid,inception_score,precision_recall] (or [frechet,precision_recall])."
         )
-    records = scaling_of(study, 2)
+    scaling_of(study, 2)
+    records = list(study.scaling().values())
     palette = Palette(records)
     figure = new_figure(8.4, 2.7 * len(found) + 0.3)
     grid = figure.subplots(len(found), 2, squeeze=False, sharey="row")
@@ -324,33 +311,24 @@ def _rings(axes: Axes, points: Sequence[tuple[float, float]], color: str, label:
         axes.plot(x, y, "o", color="none", markeredgecolor=color, markersize=9, zorder=1, label=named)
 
 
-def _rings_over_training(axes: Axes, curve: Sequence[Record], color: str) -> None:
+def _rings_over_training(axes: Axes, last: Record, color: str) -> None:
     """Draw the paper's points up to the last step of our curve, since later ones would squeeze the curves."""
-    points = [p for p in paper.points_of(curve[-1]) if p.step <= curve[-1]["step"]]
+    points = [p for p in paper.points_of(last) if p.step <= last["step"]]
     _rings(axes, [(point.step, point.fid) for point in points], color)
 
 
 def _points_and_fit(axes: Axes, study: Study, key: str, palette: Palette, names: bool) -> None:
-    records = list(study.scaling().values())
+    models = by_model(study.scaling().values())
     fit = study.fit(key) if key == DISTANCE else None
-    x = [record["gmacs"] for record in records]
+    x = [model.record["gmacs"] for model in models]
     if fit:
         line = np.geomspace(min(x) / 1.3, max(x) * 1.3, 100)
         low, high = fit.band(line)
         axes.fill_between(line, low, high, color="#c9ced8", alpha=0.45, linewidth=0, label=f"{CONFIDENCE:.0%} band")
         axes.plot(line, fit.at(line), "--", color="#5a606b", linewidth=1.2, label=f"fit to {fit.count} models")
-    for record in records:
-        axes.plot(
-            record["gmacs"],
-            record[key],
-            marker(record),
-            color=palette(record),
-            markersize=7.5,
-            markeredgecolor="white",
-            markeredgewidth=0.8,
-        )
+    draw_models(axes, models, key, [palette(model.record) for model in models])
     if names:
-        annotate_names(axes, records, key)
+        annotate_names(axes, models, key)
     axes.margins(x=0.1, y=0.12)
     log_x(axes)
     if axes.get_legend_handles_labels()[0]:
@@ -360,10 +338,10 @@ def _points_and_fit(axes: Axes, study: Study, key: str, palette: Palette, names:
 def _training_compute(axes: Axes, study: Study, key: str) -> None:
     curves, records = study.over_training(key), study.scaling()
     palette = Palette(records.values())
-    for name, record in records.items():
-        points = [r for r in curves[name] if number_of(r, key) is not None]
-        x = [r["training_gmacs"] for r in points]
-        axes.plot(x, [r[key] for r in points], marker(record) + "-", color=palette(record), alpha=0.9)
+    measured = [[r for r in curves[name] if number_of(r, key) is not None] for name in records]
+    for line in curves_by_model(measured, _training_gmacs):
+        record = line[0].record
+        draw_line(axes, line, _training_gmacs, marker(record) + "-", palette(record), key=key, alpha=0.9)
     log_x(axes)
 
 
@@ -376,13 +354,16 @@ def _held(study: Study, measure: Measure) -> str:
     return f"correlation with log Gflops {correlation:.2f}"
 
 
-def _patches(records: Iterable[Record]) -> list[str]:
-    """Return the names of the patch sizes, from large to small."""
-    return list(dict.fromkeys(patch_name(record) for record in sorted(records, key=patch_order)))
+def _step(record: Record) -> float:
+    return int(record["step"])
 
 
-def _steps(records: Sequence[Record]) -> list[int]:
-    return [record["step"] for record in records]
+def _training_gmacs(record: Record) -> float:
+    return float(record["training_gmacs"])
+
+
+def _sampling_gmacs(record: Record) -> float:
+    return float(record["sampling_gmacs"])
 
 
 def _values(records: Sequence[Record]) -> list[float]:

@@ -1,6 +1,6 @@
 """Name the models of evaluation records, and sort them by size, patch size, and kind (family and block type)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from report.paper import PAPERS_FAMILY, SIZES
@@ -53,6 +53,11 @@ def patch_name(record: Mapping[str, Any]) -> str:
 def patch_order(record: Mapping[str, Any]) -> int:
     """Return a key that sorts patch sizes: from large to small, and networks without patches last."""
     return -(record.get("patch_size") or 0)
+
+
+def patch_names(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the names of the patch sizes of records, from large to small."""
+    return list(dict.fromkeys(patch_name(record) for record in sorted(records, key=patch_order)))
 
 
 def model_name(record: Mapping[str, Any]) -> str:

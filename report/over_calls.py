@@ -9,10 +9,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from report.curves import DISTANCE, NoDataError
+from report.curves import NoDataError
 from report.models import kind_of, model_name
 from report.objectives import key_of, names_of
-from report.records import num_calls
+from report.records import DISTANCE, num_calls
 from report.study import Record, Study, protocol_of
 from report.style import OBJECTIVE_STYLES, SAMPLER_LINES, label_axes, literal, log_x, log_y, new_figure
 

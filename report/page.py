@@ -43,7 +43,12 @@ class Shown:
 
 
 def runs_of(study: Study) -> list[dict[str, Any]]:
-    """Return the details of each run for the page. Raises ValueError where a file of a run cannot be shown."""
+    """Return the details of each run for the page, none where runs have no folders.
+
+    Raises ValueError where a file of a run cannot be shown.
+    """
+    if not study.has_folders:
+        return []
     return [_run_of(study.sweep / name) for name in [*study.chosen, *study.unevaluated]]
 
 
@@ -123,13 +128,20 @@ def _fit_text(fit: PowerLaw | None, kind: Kind) -> str:
     if fit is None:
         return f"There is no fit of the {kind.models}: it needs at least 3 models with different Gflops."
     low, high = fit.slope_interval
+    over_seeds = "" if fit.rank_interval is None else f" ({interval_text(fit.rank_interval)})"
     return (
         f"log10(distance) = {fit.intercept:.3f} + {fit.slope:.3f} log10(Gflops) through the {fit.count} "
         f"{kind.models}; 95% confidence interval of the slope {low:.3f} to {high:.3f}. "
         f"Correlation {fit.correlation:.2f} of both logarithms, {fit.semilog_correlation:.2f} of log Gflops and the "
-        f"distance (the paper's FID: -0.93), {fit.rank_correlation:.2f} of ranks. The band assumes that the "
-        "models deviate independently, and does not include the noise between seeds."
+        f"distance (the paper's FID: -0.93), {fit.rank_correlation:.2f} of ranks{over_seeds}. The band assumes that "
+        "the models deviate independently, and does not include the noise between seeds."
     )
+
+
+def interval_text(interval: tuple[float, float]) -> str:
+    """Return the words for the bootstrap interval of a rank correlation."""
+    low, high = interval
+    return f"95% bootstrap interval over seeds {low:.2f} to {high:.2f}"
 
 
 def _data_url(content: bytes, kind: str) -> str:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, JsonValue
@@ -13,6 +14,7 @@ from evaluation.evaluate import distance_records
 from train.runfolder import RunFolder
 
 Record = dict[str, Any]  # a line of evaluations.jsonl
+DISTANCE = "frechet_distance"
 
 _MOST_VALUES = 100  # in a setting that is a list
 _MOST_STEPS = 10**6  # of a sampler
@@ -111,11 +113,12 @@ def read_records(run: RunFolder) -> list[Record]:
     Raises ValueError that names file, step and field where a required field is missing, or a field has another type or
     a value that cannot be measured.
     """
-    return [_checked(record, run) for record in distance_records(run)]
+    return [checked(record, run.evaluations) for record in distance_records(run)]
 
 
-def _checked(record: Record, run: RunFolder) -> Record:
-    name, again = f"A line of step {record['step']} in {run.evaluations}", "measure again with `ditscale evaluate`"
+def checked(record: Record, file: Path) -> Record:
+    """Return the fields of `EvaluationRecord` of one line of a file. Raises ValueError as `read_records` does."""
+    name, again = f"A line of step {record['step']} in {file}", "measure again with `ditscale evaluate`"
     needed = [key for key, is_needed in _FIELDS.items() if is_needed]
     needed += () if "family" in record else _OF_EARLIER
     if absent := [key for key in needed if key not in record]:

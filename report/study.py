@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,14 +9,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from report import paper
 from report.fit import PowerLaw, fit_power_law
-from report.models import Kind, kind_of, model_name
+from report.models import Kind, kind_of
 from report.objectives import main_objective, objectives_of
-from report.records import Record, num_calls, num_sampling_steps, read_records
-from train.runfolder import RunFolder
+from report.records import DISTANCE, Record, num_calls, num_sampling_steps
+from report.runs import read_runs
+from report.seeds import by_model
 
 # The facts that all points of one figure share.
 PROTOCOL_KEYS = (
@@ -74,15 +72,21 @@ MEASURES = (
 class Study:
     """The runs of a sweep and their evaluations."""
 
-    sweep: Path
+    sweep: Path  # the folder that holds the runs, or a file with all of their evaluations
     chosen: dict[str, Record]  # one record of each evaluated run, all with one protocol and step
     records: dict[str, list[Record]]  # all records of each evaluated run, in order
     unevaluated: list[str]
 
     @property
     def name(self) -> str:
-        """Return the name of the sweep folder."""
-        return self.sweep.resolve().name
+        """Return the name of the sweep's folder or file, without the file's ending."""
+        path = self.sweep.resolve()
+        return path.name if self.has_folders else path.stem
+
+    @property
+    def has_folders(self) -> bool:
+        """Return whether the runs have folders, with configs, samples and checkpoints, rather than one file."""
+        return self.sweep.is_dir()
 
     @property
     def held_back(self) -> str | None:
@@ -178,22 +182,16 @@ class Study:
         found = {n: r for n, r in self.chosen.items() if kind_of(r) == kind and self.objectives[n] == objective}
         return dict(sorted(found.items(), key=lambda item: item[1]["gmacs"]))
 
-    def fit(self, key: str = "frechet_distance", kind: Kind | None = None) -> PowerLaw | None:
+    def fit(self, key: str = DISTANCE, kind: Kind | None = None) -> PowerLaw | None:
         """Return the fit through the models of a kind, by default the main one, against gmacs.
 
         Several runs of one model, such as several seeds, are one point, their geometric mean: as separate points they
         would make the band too narrow.
         """
-        values: defaultdict[tuple[str, float], list[float]] = defaultdict(list)
-        for record in self.scaling(kind).values():
-            if (value := number_of(record, key)) is not None:
-                values[model_name(record), record["gmacs"]].append(value)
-        if any(min(of_model) <= 0 for of_model in values.values()):
-            return None
-        means = [float(np.exp(np.log(of_model).mean())) for of_model in values.values()]
-        return fit_power_law([gmacs for _, gmacs in values], means)
+        models = by_model(r for r in self.scaling(kind).values() if number_of(r, key) is not None)
+        return fit_power_law([model.record["gmacs"] for model in models], [model.values(key) for model in models])
 
-    def over_training(self, key: str = "frechet_distance") -> dict[str, list[Record]]:
+    def over_training(self, key: str = DISTANCE) -> dict[str, list[Record]]:
         """Return, for each run, the records that differ from the chosen one only in step; the last of equals counts."""
         metric = next((m.metric for m in MEASURES if m.key == key), "")
         curves = {}
@@ -229,55 +227,17 @@ def _most_frequent(kinds: Sequence[Kind]) -> Kind:
 
 
 def read_study(sweep: Path, only: Sequence[str] | None = None) -> Study:
-    """Return the study of the runs in ``sweep``, or of those named in ``only``.
+    """Return the study of the runs in ``sweep``, a folder or a file (`read_runs`), or of those named in ``only``.
 
     If all runs share several protocols and steps, the latest training step is used; among several protocols, that with
     evaluations at the most steps, so that curves over training show it; among equals, the newest. Runs of several
     objectives may each have a sampler of their own, with the same number of network calls, and U-Nets a decoder of
     their own latents. Raises ValueError where there is no run, no evaluation, or no shared protocol.
     """
-    if not sweep.is_dir():
-        raise ValueError(f"There is no sweep folder {sweep}; give the folder that holds the runs.")
-    _printable(sweep.resolve())
-    folders = sorted({path.parent for name in ("config.yaml", "evaluations.jsonl") for path in _named(sweep, name)})
-    if not folders:
-        raise ValueError(_why_no_run(sweep))
-    by_run = {folder.name: _read_run(folder) for folder in folders if only is None or folder.name in only}
+    by_run = read_runs(sweep, only)
     evaluated = {name: records for name, records in by_run.items() if records}
     unevaluated = [name for name, records in by_run.items() if not records]
     return Study(sweep, _of_shared_protocol(evaluated, sweep), evaluated, unevaluated)
-
-
-def _named(sweep: Path, name: str) -> list[Path]:
-    """Return the paths with this name in the folders of a sweep, of any kind, dangling links included."""
-    return [folder / name for folder in sweep.glob("[!.]*") if folder.is_dir() and os.path.lexists(folder / name)]
-
-
-def _read_run(folder: Path) -> list[Record]:
-    """Return a run's evaluations. Raises ValueError where its config, which the page shows, is missing or changed."""
-    run = RunFolder(_printable(folder))
-    if not os.path.lexists(run.config):
-        raise ValueError(
-            f"{folder} has evaluations, but no config.yaml; the same training command writes it again, or move the "
-            "folder away."
-        )
-    run.read_config()
-    return read_records(run)
-
-
-def _why_no_run(sweep: Path) -> str:
-    if (sweep / "config.yaml").exists():
-        return f"{sweep} is one run; give the folder that holds it and those to compare it with: sweep={sweep.parent}."
-    sweeps = sorted({str(path.parent.parent) for path in sweep.glob("*/*/config.yaml")})
-    where = f"but in {', '.join(sweeps)}; give one of these" if sweeps else "give the folder that holds them"
-    return f"There are 0 runs in {sweep}, {where}: sweep=FOLDER."
-
-
-def _printable(folder: Path) -> Path:
-    """Return a folder. Raises ValueError where its name has characters that a page or a terminal cannot show."""
-    if not folder.name.isprintable():
-        raise ValueError(f"The folder {str(folder)!r} has a name that cannot be shown; rename it.")
-    return folder
 
 
 def _of_shared_protocol(by_run: dict[str, list[Record]], sweep: Path) -> dict[str, Record]:

@@ -56,7 +56,7 @@ OBJECTIVE_STYLES = (
 # Of families of networks, the paper's DiT first: colors of Okabe and Ito.
 FAMILY_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7a7a7a")
 SAMPLER_LINES = ("-", "--", ":", "-.")
-GRAY = "#8a8f98"
+GRAY, INK = "#8a8f98", "#30343b"
 GFLOPS = "Gflops of a forward pass (giga multiply-adds)"
 
 

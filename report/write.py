@@ -12,8 +12,10 @@ from matplotlib.figure import Figure
 from core.atomic import make_folder, require_no_folder, write_bytes
 from report import over_calls
 from report.curves import NoDataError
-from report.figures import FIGURES, SampleGrid, figure_7
+from report.figures import FIGURES
 from report.page import Shown, page_of, runs_of
+from report.runs import COLLECTED, collected
+from report.samples import SampleGrid, figure_7
 from report.study import Study
 from report.style import content_of, styled
 
@@ -33,7 +35,9 @@ class Report:
 
 
 def write_report(study: Study, out: Path, samples: SampleGrid | str = NO_SAMPLES) -> Report:
-    """Write ``figure_N.png``, ``figure_N.svg``, ``fid_vs_gflops.csv`` and ``report.html``.
+    """Write ``figure_N.png``, ``figure_N.svg``, ``fid_vs_gflops.csv``, ``report.html``, and ``study.jsonl``.
+
+    The last has all evaluations, and a report of it has the same figures, without the runs' folders.
 
     ``samples`` are images of the same noise and labels by all models, for figure 7, or the reason why there are none.
     Figures of an earlier report that these runs do not support any more are deleted.
@@ -62,6 +66,7 @@ def write_report(study: Study, out: Path, samples: SampleGrid | str = NO_SAMPLES
             shown.append(Shown(number, title, content, None, kind, note))
     table, page = out / "fid_vs_gflops.csv", out / "report.html"
     files |= {table: csv_of(study.rows), page: page_of(study, shown, runs).encode()}
+    files[out / COLLECTED] = collected(study.records)
     _write(out, files)
     return Report(study, page, table, pictures, missing)
 

@@ -293,8 +293,8 @@ class ReportSettings(Settings):
     """``ditscale report``."""
 
     logger: Any = MUST_BE_GIVEN
-    sweep: str = MUST_BE_GIVEN  # folder that holds the runs
-    out: str = "${sweep}/report"  # folder
+    sweep: str = MUST_BE_GIVEN  # folder that holds the runs, or the study.jsonl of a report
+    out: str | None = None  # folder; null: report in the sweep's folder, or beside its file
     samples: int = 8  # of each model, for figure 7; 0: none
     sampler: Any = MUST_BE_GIVEN  # of figure 7
     guidance: Any = MUST_BE_GIVEN

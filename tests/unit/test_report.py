@@ -262,7 +262,7 @@ def test_the_fit_equals_its_closed_form() -> None:
     generator = np.random.default_rng(0)
     x = np.geomspace(1, 100, 9)
     y = 10 ** (2 - 0.7 * np.log10(x) + generator.normal(0, 0.05, 9))
-    fit = fit_power_law(list(x), list(y))
+    fit = fit_power_law(list(x), [[value] for value in y])
     assert fit is not None
     design = np.stack([np.ones(9), np.log10(x)], axis=1)
     coefficients, (squares,), *_ = np.linalg.lstsq(design, np.log10(y))
@@ -280,7 +280,7 @@ def test_seeds_of_a_model_are_one_point_of_the_fit(tmp_path: Path) -> None:
         for seed, distance in enumerate(distances_):
             write_run(tmp_path, f"d{width}-{seed}", record_of(width, distance, training_seed=seed))
     study = read_study(tmp_path)
-    expected = fit_power_law([width**2 / 1e9 for width in (16, 32, 64)], [60.0, 20.0, 12.0])
+    expected = fit_power_law([width**2 / 1e9 for width in (16, 32, 64)], [[60.0], [20.0], [12.0]])
     found = study.fit()
     assert found is not None
     assert expected is not None
@@ -292,12 +292,12 @@ def test_seeds_of_a_model_are_one_point_of_the_fit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("x", "y"), [([1, 2], [1, 2]), ([1, 1, 1], [1, 2, 3]), ([1, 2, 3], [1, 0, 2])])
 def test_no_line_is_drawn_through_too_few_points(x: list[float], y: list[float]) -> None:
-    assert fit_power_law(x, y) is None
+    assert fit_power_law(x, [[value] for value in y]) is None
 
 
 def test_the_papers_table_correlates_as_the_paper_says() -> None:
     assert len(paper.SWEEP) == 12
-    fit = fit_power_law([point.gmacs for point in paper.SWEEP], [point.fid for point in paper.SWEEP])
+    fit = fit_power_law([point.gmacs for point in paper.SWEEP], [[point.fid] for point in paper.SWEEP])
     assert fit is not None
     assert fit.semilog_correlation == pytest.approx(-0.93, abs=0.005)
 
