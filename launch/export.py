@@ -34,7 +34,7 @@ class Source:
 
     model: Network
     notes: tuple[str, ...] = ()
-    parts: PipelineParts = PipelineParts()
+    parts: PipelineParts = field(default_factory=PipelineParts)
     stated: Mapping[str, Any] = field(default_factory=dict)  # arguments by which a file states its family
 
 
@@ -51,7 +51,7 @@ def export_job(config: ExportSettings, progress: ProgressBar) -> None:
         writer = written_as_folder(model)
         with atomic_folder(out) as aside:
             writer.write_folder(model, aside, source.parts)
-        notes += writer.notes_on_folder(model)
+        notes += writer.notes_on_folder(model, source.parts)
     else:
         with atomic_file(out) as file:
             torch.save(family.content(model, source.stated), file)

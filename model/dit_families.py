@@ -54,7 +54,7 @@ class ReleasedDiT(Family):
         """Write a folder of ``DiTPipeline``; see `to_diffusers`."""
         to_diffusers(network, folder, parts.autoencoder, parts.class_names, parts.betas)
 
-    def notes_on_folder(self, network: Network) -> list[str]:
+    def notes_on_folder(self, network: Network, parts: PipelineParts) -> list[str]:
         """Return sentences on how the pipeline differs from this program; see `notes_on_pipeline`."""
         return notes_on_pipeline(network)
 

@@ -89,6 +89,6 @@ class Family:
         """Write a folder of ``pipeline``. Raises ValueError for a network that diffusers cannot express."""
         raise NotImplementedError
 
-    def notes_on_folder(self, network: Network) -> list[str]:
+    def notes_on_folder(self, network: Network, parts: PipelineParts) -> list[str]:
         """Return sentences on what the pipeline needs besides, or computes differently."""
         return []

@@ -1,4 +1,4 @@
-"""Convert Stable Diffusion's U-Net from and to the folders of diffusers, whose names of tensors are ours, bit for bit."""
+"""Convert Stable Diffusion's U-Net from and to folders of diffusers, whose names of tensors are ours, bit for bit."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 ANCHOR = "time_embedding.linear_1.weight"  # the tensor that identifies a state dict with diffusers' names of a U-Net
 _PREFIX = "unet."  # of our names
+# Parts of the pipeline that are not written; the first two are where they are known.
+_ABSENT = ("vae", "scheduler", "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder")
 _ATTENDS, _PLAIN = "CrossAttn", ""  # what the name of a level's block begins with
 
 
@@ -78,13 +80,13 @@ def to_unet_folder(
     theirs.load_state_dict({_their_name(name): value for name, value in model.state_dict().items()}, assign=True)
     theirs.save_pretrained(Path(folder) / "unet")
     parts: dict[str, Any] = {"unet": ["diffusers", "UNet2DConditionModel"]}
-    parts |= dict.fromkeys(("vae", "scheduler", "text_encoder", "tokenizer"), [None, None])
-    parts |= dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), [None, None])
+    parts |= {name: [None, None] for name in _ABSENT}
     if autoencoder is not None:
         autoencoder.save_pretrained(Path(folder) / "vae")
         parts["vae"] = ["diffusers", type(autoencoder).__name__]
     if betas is not None:
-        settings = scheduler_settings(betas, prediction)
+        # The pipeline itself corrects an offset of 0, with a warning; both settings are Stable Diffusion's own.
+        settings = scheduler_settings(betas, prediction) | {"steps_offset": 1, "set_alpha_to_one": False}
         write_config(Path(folder) / "scheduler" / "scheduler_config.json", "DDIMScheduler", settings)
         parts["scheduler"] = ["diffusers", "DDIMScheduler"]
     content = {"requires_safety_checker": False, **parts}
@@ -147,7 +149,7 @@ def _heads(found: int | list[int], channels: list[int]) -> dict[str, int]:
 
 
 def _block_types(attends: Sequence[bool]) -> tuple[list[str], list[str]]:
-    """Return diffusers' classes of the blocks on the way down and on the way up, for levels with transformers or not."""
+    """Return diffusers' classes of the blocks on the way down and up, for levels with transformers or without."""
     names = [_ATTENDS if here else _PLAIN for here in attends]
     return [f"{name}DownBlock2D" for name in names], [f"{name}UpBlock2D" for name in reversed(names)]
 

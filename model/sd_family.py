@@ -63,6 +63,9 @@ class StableDiffusion(Family):
         """Write a folder of ``StableDiffusionPipeline``, without the text encoder."""
         to_unet_folder(network, folder, parts.autoencoder, parts.betas, parts.prediction)
 
-    def notes_on_folder(self, network: Network) -> list[str]:
+    def notes_on_folder(self, network: Network, parts: PipelineParts) -> list[str]:
         """Return a sentence on what the pipeline needs besides."""
-        return ["StableDiffusionPipeline.from_pretrained(FOLDER, ...) needs text_encoder=... and tokenizer=... too."]
+        needed = ["text_encoder", "tokenizer"]
+        needed += ["vae"] if parts.autoencoder is None else []
+        needed += ["scheduler"] if parts.betas is None else []
+        return [f"{self.pipeline}.from_pretrained(FOLDER, ...) needs your own {', '.join(needed)}."]

@@ -1,4 +1,7 @@
-"""Read a folder that diffusers wrote, a pipeline or its network alone, without running diffusers; here, that of a DiT."""
+"""Read a folder that diffusers wrote, a pipeline or its network alone, without running diffusers.
+
+Here is what all networks share, and the config of a DiT; `launch.builders.unet_folder` has that of a U-Net.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +20,7 @@ from model.diffusers_weights import from_diffusers
 from model.network import Network
 
 WEIGHTS = "diffusion_pytorch_model"
-UNET_CLASS = "UNet2DConditionModel"  # whose folder `launch.builders.unet_folder` reads
+UNET_CLASS = "UNet2DConditionModel"
 _SHARDS = f"{WEIGHTS}.safetensors.index.json"
 _PARTS = ("transformer", "unet")  # folders of a pipeline's network
 _CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the older name of the same network
@@ -151,8 +154,8 @@ def _read_weights(inner: Path) -> dict[str, Tensor]:
         return _tensors(pickled)
     found = ", ".join(sorted(path.name for path in inner.iterdir() if path.name != "config.json")[:3]) or "nothing else"
     raise ValueError(
-        f"{inner} holds no network of diffusers in safetensors: it has {found}, but no {WEIGHTS}.safetensors; save it again "
-        "by save_pretrained."
+        f"{inner} holds no network of diffusers in safetensors: it has {found}, but no {WEIGHTS}.safetensors; save it "
+        "again by save_pretrained."
     )
 
 

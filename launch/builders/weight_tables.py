@@ -9,8 +9,8 @@ from torch import Tensor
 
 from launch.builders.weight_files import WeightFile
 from model.diffusers_weights import ANCHOR as DIFFUSERS_ANCHOR
-from model.sd_diffusers import ANCHOR as UNET_ANCHOR
 from model.families import FAMILIES
+from model.sd_diffusers import ANCHOR as UNET_ANCHOR
 
 EMA = "ema"
 # Parts of a tensor's name that a wrapper adds: DistributedDataParallel and AveragedModel, torch.compile, FSDP,

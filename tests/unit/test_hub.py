@@ -87,10 +87,10 @@ def test_what_the_cache_holds_of_a_name_must_be_a_dit_in_safetensors(cache: Path
         read_foreign(NAME, "ema", Facts())
     (inner / "diffusion_pytorch_model.bin").rename(weights)
     blob.rename(blob.with_suffix(".incomplete"))  # as an interrupted download leaves it
-    with pytest.raises(ValueError, match="holds no diffusers DiT in safetensors"):
+    with pytest.raises(ValueError, match="holds no network of diffusers in safetensors"):
         read_foreign(NAME, "ema", Facts())
     (inner / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"is not the folder of a diffusers DiT: it has no config.json"):
+    with pytest.raises(ValueError, match=r"is not the folder of a diffusers DiT or U-Net: it has no config.json"):
         read_foreign(NAME, "ema", Facts())
 
 
