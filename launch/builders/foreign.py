@@ -150,8 +150,8 @@ def _conditions_of(model: Network, where: str) -> ConditionSource:
     x_t, _, embedded = model.example_inputs(1)
     if TOKENS in embedded:
         raise ValueError(
-            f"{where} has a network that is conditioned on text, but jobs have 0 captions for foreign weights; start a "
-            "run with it by init_from, or export it."
+            f"{where} has a network that is conditioned on text, but this job makes no captions; start a run with it "
+            "by init_from, or export it."
         )
     if LOW_RESOLUTION in embedded:
         return LowResolution(model.num_classes, x_t.shape[-1] // embedded[LOW_RESOLUTION].shape[-1])

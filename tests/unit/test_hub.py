@@ -119,6 +119,8 @@ def test_nothing_is_fetched_that_could_run_code_or_is_another_part() -> None:
         "transformer/diffusion_pytorch_model-00001-of-00002.safetensors",
         "transformer/diffusion_pytorch_model.safetensors",
         "transformer/diffusion_pytorch_model.safetensors.index.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
     ]
     others = [
         "README.md",
@@ -126,6 +128,8 @@ def test_nothing_is_fetched_that_could_run_code_or_is_another_part() -> None:
         "transformer/diffusion_pytorch_model.bin",
         "transformer/diffusion_pytorch_model.fp16.safetensors",
         "transformer/model.py",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/model.py",
         "vae/config.json",
         "vae/diffusion_pytorch_model.safetensors",
     ]

@@ -225,12 +225,16 @@ def test_jobs_export_folders_and_checkpoints_of_stable_diffusion(tmp_path: Path,
     state = torch.load(tmp_path / "c.ckpt", weights_only=True)["state_dict"]
     assert "model.diffusion_model.input_blocks.3.1.transformer_blocks.0.attn2.to_k.weight" in state
     others = {"cond_stage_model.transformer.embeddings.position_ids": torch.arange(77)[None], "betas": torch.ones(9)}
-    saved(tmp_path / "d.ckpt", {"state_dict": state | others, "epoch": 3})
+    names = [name.removeprefix("model.") for name in state]
+    weights = {f"model.{name}": torch.zeros_like(state[f"model.{name}"]) for name in names}
+    averages = {f"model_ema.{name.replace('.', '')}": state[f"model.{name}"] for name in names}
+    saved(tmp_path / "d.ckpt", {"state_dict": weights | averages | others, "epoch": 3})
     shown = in_process("export", "checkpoint=d.ckpt", "to=diffusers", "out=no", expect=2)
     assert "do not contain their number of heads" in shown
     words = ["foreign.num_heads=2", "foreign.latent_size=8"]
     shown = in_process("export", "checkpoint=d.ckpt", *words, "to=diffusers", "out=e")
     assert "note: d.ckpt: its weights are of the family SD." in shown
+    assert "its table 'state_dict/model_ema.diffusion_model' is used" in shown
     assert same(UNet2DConditionModel.from_pretrained(tmp_path / "e/unet").state_dict(), theirs.state_dict())
     configs = [json.loads((tmp_path / name / "unet/config.json").read_text()) for name in ("b", "e")]
     assert configs[0] == configs[1]
@@ -241,7 +245,7 @@ def test_jobs_export_folders_and_checkpoints_of_stable_diffusion(tmp_path: Path,
         )
     for job in (["sample", "out=x"], ["evaluate"]):
         shown = in_process(*job, "checkpoint=a", "diffusion=sd", "runtime=cpu", "data.autoencoder.channels=4", expect=2)
-        assert "a has a network that is conditioned on text, but jobs have 0 captions for foreign weights" in shown
+        assert "a has a network that is conditioned on text, but this job makes no captions" in shown
     assert not (tmp_path / "no").exists()
 
 

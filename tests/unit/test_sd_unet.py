@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial, partialmethod
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,6 +110,13 @@ def test_a_plan_takes_its_latents_and_its_process(in_process: InProcess) -> None
     shown = in_process("plan", "model=sd_unet_digits", "data=digits")
     assert "of 0 classes (digits), latents 8x8x1" in shown
     assert shown.splitlines()[-1].split()[0] == "sd_unet_digits-w32"
+
+
+def test_a_run_without_captions_is_refused(in_process: InProcess, digits: Path) -> None:
+    words = ["train", "model=sd_unet_digits", f"data.shards={digits}", "runtime=cpu", "run_dir=run"]
+    shown = in_process(*words, "data/condition=none", "sample_every=null", "evaluate_every=null", expect=2)
+    assert "The network SDUNet embeds text, text_mask, but conditions of data/condition have nothing" in shown
+    assert "model.num_classes is 0, but the shards have 10" in in_process(*words, expect=2)
 
 
 @pytest.mark.parametrize(
