@@ -21,9 +21,8 @@ from launch.builders.saved_configs import component
 from launch.builders.saved_networks import model_at, objective_at
 from launch.command.settings import ExportSettings
 from launch.jobs import start
-from model.diffusers_weights import notes_on_pipeline, to_diffusers
-from model.families import RELEASED_DIT, require_written, written_for
-from model.family import Facts, Family
+from model.families import RELEASED_DIT, require_written, written_as_folder, written_for
+from model.family import Facts, Family, PipelineParts
 from model.network import Network
 from train.checkpoint import read_state_file
 from train.stores import STATE_FILE
@@ -35,10 +34,8 @@ class Source:
 
     model: Network
     notes: tuple[str, ...] = ()
-    autoencoder: Any = None  # diffusers' network
-    class_names: tuple[str, ...] = ()
+    parts: PipelineParts = field(default_factory=PipelineParts)
     stated: Mapping[str, Any] = field(default_factory=dict)  # arguments by which a file states its family
-    betas: tuple[float, ...] | None = None  # None: the paper's
 
 
 def export_job(config: ExportSettings, progress: ProgressBar) -> None:
@@ -51,9 +48,10 @@ def export_job(config: ExportSettings, progress: ProgressBar) -> None:
     model, notes = source.model, list(source.notes)
     require_written(config.to, model, where)
     if family is None:
+        writer = written_as_folder(model)
         with atomic_folder(out) as aside:
-            to_diffusers(model, aside, source.autoencoder, source.class_names, source.betas)
-        notes += notes_on_pipeline(model)
+            writer.write_folder(model, aside, source.parts)
+        notes += writer.notes_on_folder(model, source.parts)
     else:
         with atomic_file(out) as file:
             torch.save(family.content(model, source.stated), file)
@@ -71,7 +69,7 @@ def _foreign_source(config: ExportSettings, target: Family | None) -> Source:
     stated = {key: network.arguments[key] for key in SITS_ARGUMENTS if isinstance(network.arguments.get(key), str)}
     if target is not None:
         stated["model"] = target.name
-    return Source(network.model, (*network.notes, *own), class_names=network.class_names, stated=stated)
+    return Source(network.model, (*network.notes, *own), PipelineParts(class_names=network.class_names), stated)
 
 
 def _our_source(where: str, weights: str, target: Family | None) -> Source:
@@ -89,25 +87,29 @@ def _source_at(path: Path, weights: str, target: Family | None) -> Source:
         return Source(model)
     state, said_by = read_state_file(path), str(path / STATE_FILE)
     spec = validate(LatentSpec, state["spec"], said_by)
-    process = require_gaussian(objective, "to=diffusers")
-    if process.parameterization.name != "noise":
+    process, writer = require_gaussian(objective, "to=diffusers"), written_as_folder(model)
+    prediction = process.parameterization.name
+    if prediction not in writer.folder_predictions:
+        possible = " or ".join("the noise" if name == "noise" else name for name in writer.folder_predictions)
         raise ValueError(
-            f"to=diffusers writes networks that predict the noise, but {path} was trained with "
-            f"diffusion/prediction={process.parameterization.name}; use to=reference, which writes the weights alone."
+            f"to=diffusers writes networks that predict {possible}, but {path} was trained with "
+            f"diffusion/prediction={prediction}; use to={writer.program}, which writes the weights alone."
         )
     normalizes = saved_normalization(state["config"], said_by).normalize
-    autoencoder, notes = _autoencoder(component(state["config"], "data.autoencoder", said_by), spec, normalizes)
+    section = component(state["config"], "data.autoencoder", said_by)
+    autoencoder, notes = _autoencoder(section, spec, normalizes, writer.pipeline)
     names = tuple(state.get("class_names", []))  # earlier versions did not save them
-    if not names:
+    if not names and model.num_classes:
         notes.append("the checkpoint has no class names, so the folder has no id2label.")
-    return Source(model, tuple(notes), autoencoder, names, betas=tuple(process.tables.betas.tolist()))
+    betas = tuple(process.tables.betas.tolist())
+    return Source(model, tuple(notes), PipelineParts(autoencoder, names, betas, prediction))
 
 
-def _autoencoder(section: dict[str, Any], spec: LatentSpec, normalizes: bool) -> tuple[Any, list[str]]:
+def _autoencoder(section: dict[str, Any], spec: LatentSpec, normalizes: bool, pipeline: str) -> tuple[Any, list[str]]:
     """Return diffusers' autoencoder of a checkpoint with the scale that its pipeline needs, or why there is none."""
     if not hasattr(target_of(section), "for_pipeline"):
-        return None, ["its latents are images, for which a DiTPipeline has no decoder: open it with vae=None."]
-    without = "so the folder has no autoencoder: give yours as DiTPipeline.from_pretrained(FOLDER, vae=...)."
+        return None, [f"its latents are images, for which a {pipeline} has no decoder: open it with vae=None."]
+    without = f"so the folder has no autoencoder: give yours as {pipeline}.from_pretrained(FOLDER, vae=...)."
     try:
         autoencoder = build({**section, "precision": "fp32"})
     except ValueError:
@@ -115,7 +117,7 @@ def _autoencoder(section: dict[str, Any], spec: LatentSpec, normalizes: bool) ->
     if autoencoder.revision != spec.autoencoder_revision:
         return None, [f"the autoencoder {autoencoder.name} is not the one that encoded the latents, {without}"]
     if normalizes or isinstance(autoencoder.scale, list) or autoencoder.shift != 0.0:
-        return None, [f"a DiTPipeline scales latents by one number, unlike {autoencoder.name} here, {without}"]
+        return None, [f"a {pipeline} scales latents by one number, unlike {autoencoder.name} here, {without}"]
     return autoencoder.for_pipeline(), []
 
 

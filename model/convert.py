@@ -15,16 +15,19 @@ from model.ldm_weights import from_ldm, to_ldm
 from model.lightningdit import from_lightningdit, to_lightningdit
 from model.network import Network
 from model.released import from_reference, to_reference
+from model.sd_weights import from_sd, to_sd
 
 __all__ = [
     "from_adm",
     "from_ldm",
     "from_lightningdit",
+    "from_sd",
     "from_sit",
     "require_sits_frequencies",
     "to_adm",
     "to_ldm",
     "to_lightningdit",
+    "to_sd",
     "to_sit",
 ]
 

@@ -21,6 +21,9 @@ from model.released import require_depth, require_released_architecture, require
 
 ANCHOR = "pos_embed.proj.weight"  # the tensor that identifies a state dict with diffusers' names
 NULL_CLASS = 1000  # in `DiTPipeline`, whatever the number of classes
+PREDICTION_TYPES = {"noise": "epsilon", "v": "v_prediction", "x_0": "sample"}  # ours -> diffusers'
+# Processes of 1,000 steps by diffusers' name, first and last beta: the paper's first, then Stable Diffusion's.
+_KNOWN_BETAS = (("linear", 1e-4, 2e-2), ("scaled_linear", 8.5e-4, 1.2e-2))
 _EMBEDDINGS = {  # ours -> diffusers', where every block has a copy
     "timestep_embedding.input": "timestep_embedder.linear_1",
     "timestep_embedding.output": "timestep_embedder.linear_2",
@@ -131,17 +134,18 @@ def to_diffusers(
         autoencoder.save_pretrained(Path(folder) / "vae")
     # diffusers itself would write the scheduler's defaults too, and a scheduler made from it by `from_config` would
     # inherit DDIM's timestep_spacing "leading". A new scheduler uses its own default for each absent key.
-    _write_config(Path(folder) / "scheduler" / "scheduler_config.json", "DDIMScheduler", _scheduler_settings(betas))
+    write_config(Path(folder) / "scheduler" / "scheduler_config.json", "DDIMScheduler", scheduler_settings(betas))
     parts = {
         "transformer": ["diffusers", "DiTTransformer2DModel"],
         "scheduler": ["diffusers", "DDIMScheduler"],
         "vae": [None, None] if autoencoder is None else ["diffusers", type(autoencoder).__name__],
     }
     names = {"id2label": dict(enumerate(class_names))} if class_names else {}
-    _write_config(Path(folder) / "model_index.json", "DiTPipeline", {**names, **parts})
+    write_config(Path(folder) / "model_index.json", "DiTPipeline", {**names, **parts})
 
 
-def _write_config(path: Path, class_name: str, content: Mapping[str, Any]) -> None:
+def write_config(path: Path, class_name: str, content: Mapping[str, Any]) -> None:
+    """Write the JSON by which diffusers builds an object of a class."""
     from diffusers import __version__
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,14 +153,25 @@ def _write_config(path: Path, class_name: str, content: Mapping[str, Any]) -> No
     path.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
 
-def _scheduler_settings(betas: Sequence[float] | None) -> dict[str, Any]:
-    """Return the process as settings of a diffusers scheduler; None is the paper's, linear over 1,000 steps."""
-    settings: dict[str, Any] = {"num_train_timesteps": 1000, "clip_sample": False, "prediction_type": "epsilon"}
-    linear = torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)
-    given = linear if betas is None else torch.tensor(betas, dtype=torch.float64)
-    if betas is None or (len(given) == len(linear) and torch.allclose(given, linear, rtol=1e-9)):
-        return settings | {"beta_start": 1e-4, "beta_end": 2e-2, "beta_schedule": "linear"}
+def scheduler_settings(betas: Sequence[float] | None, prediction: str = "noise") -> dict[str, Any]:
+    """Return the process as settings of a diffusers scheduler; None is the paper's, linear over 1,000 steps.
+
+    ``prediction`` is our name of the quantity that the network predicts.
+    """
+    settings: dict[str, Any] = {"num_train_timesteps": 1000, "clip_sample": False}
+    settings["prediction_type"] = PREDICTION_TYPES[prediction]
+    for name, start, end in _KNOWN_BETAS:
+        if betas is None or _same_betas(betas, name, start, end):
+            return settings | {"beta_start": start, "beta_end": end, "beta_schedule": name}
+    assert betas is not None
     return settings | {"num_train_timesteps": len(betas), "trained_betas": list(betas)}
+
+
+def _same_betas(betas: Sequence[float], name: str, start: float, end: float) -> bool:
+    power = 2 if name == "scaled_linear" else 1
+    named = torch.linspace(start ** (1 / power), end ** (1 / power), 1000, dtype=torch.float64) ** power
+    given = torch.tensor(betas, dtype=torch.float64)
+    return len(given) == len(named) and torch.allclose(given, named, rtol=1e-9)
 
 
 def notes_on_pipeline(network: Network) -> list[str]:

@@ -1,13 +1,15 @@
 """The families of weights whose network is a DiT: the released DiT, SiT under the same names, and LightningDiT."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from model.convert import to_sit
+from model.diffusers_weights import notes_on_pipeline, to_diffusers
 from model.dit import DiT
-from model.family import Facts, Family, Reading
+from model.family import Facts, Family, PipelineParts, Reading
 from model.lightningdit import from_lightningdit, has_its_parts, to_lightningdit
 from model.network import Network
 from model.released import ANCHOR, from_reference, label_rows, to_reference
@@ -22,6 +24,7 @@ class ReleasedDiT(Family):
     program = "reference"
     anchor = ANCHOR
     settings: tuple[str, ...] = (*_SETTINGS, "frequency_shift")
+    pipeline = "DiTPipeline"
 
     def recognises(self, state: Mapping[str, Tensor]) -> bool:
         """Return whether the patch embedding has its name, and no part is LightningDiT's."""
@@ -46,6 +49,14 @@ class ReleasedDiT(Family):
         if not network.config.frequency_shift:
             return []
         return ["the released code spaces the timestep's frequencies differently, so its outputs differ slightly."]
+
+    def write_folder(self, network: Network, folder: Path, parts: PipelineParts) -> None:
+        """Write a folder of ``DiTPipeline``; see `to_diffusers`."""
+        to_diffusers(network, folder, parts.autoencoder, parts.class_names, parts.betas)
+
+    def notes_on_folder(self, network: Network, parts: PipelineParts) -> list[str]:
+        """Return sentences on how the pipeline differs from this program; see `notes_on_pipeline`."""
+        return notes_on_pipeline(network)
 
 
 class SiT(ReleasedDiT):

@@ -14,14 +14,17 @@ from model.dit_families import LightningDiT, ReleasedDiT, SiT
 from model.family import Facts, Family
 from model.ldm_family import LatentDiffusion
 from model.network import Network
+from model.sd_family import StableDiffusion
 
-RELEASED_DIT = ReleasedDiT()  # of diffusers' folders too
+RELEASED_DIT, STABLE_DIFFUSION = ReleasedDiT(), StableDiffusion()
+FOLDERS: tuple[Family, ...] = (RELEASED_DIT, STABLE_DIFFUSION)  # those with folders of diffusers
 FAMILIES: tuple[Family, ...] = (
     RELEASED_DIT,
     SiT(),
     LightningDiT(),
     GuidedDiffusion(),
     LatentDiffusion(),
+    STABLE_DIFFUSION,
 )  # the first that recognizes a table has it
 
 
@@ -32,13 +35,20 @@ def written_for(program: str) -> Family | None:
 
 def require_written(program: str, network: Network, where: str) -> None:
     """Raise ValueError where a network would be written for the program of another family, naming both."""
-    target = written_for(program) or RELEASED_DIT
-    if not target.fits(network):
+    target = written_for(program)
+    targets = FOLDERS if target is None else (target,)
+    if not any(family.fits(network) for family in targets):
         fitting = [f"to={family.program}" for family in FAMILIES if family.fits(network)]
+        written = " or ".join(family.name for family in targets)
         raise ValueError(
-            f"to={program} writes weights of the family {target.name}, but {where} has a network of the family "
+            f"to={program} writes weights of the family {written}, but {where} has a network of the family "
             f"{network.facts()['family']}; {'give ' + ' or '.join(fitting) if fitting else 'keep it in our format'}."
         )
+
+
+def written_as_folder(network: Network) -> Family:
+    """Return the family that `export to=diffusers` writes for a network, for which `require_written` is called."""
+    return next((family for family in FOLDERS if family.fits(network)), RELEASED_DIT)
 
 
 def family_of(state: Mapping[str, Tensor], asked: str | None, hint: Family | None) -> tuple[Family, bool]:

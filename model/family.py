@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
@@ -31,6 +32,16 @@ class Reading(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class PipelineParts:
+    """The parts of a pipeline of diffusers besides its network, where they are known."""
+
+    autoencoder: Any = None  # diffusers' network
+    class_names: tuple[str, ...] = ()
+    betas: tuple[float, ...] | None = None  # of the process of the weights; None: they are not known
+    prediction: str = "noise"  # the quantity that the network predicts
+
+
 class Family:
     """The weights of one program: how they are recognized, read and written, and which time their network sees."""
 
@@ -40,6 +51,8 @@ class Family:
     reversed_time: ClassVar[bool] = False  # whether the network sees 0 as noise and 1 as data
     objective: ClassVar[str] = "diffusion=gaussian"  # settings of the objective that such weights are used with
     settings: tuple[str, ...] = ()  # those of ``foreign`` that its files may not state
+    pipeline: ClassVar[str]  # class of diffusers, for families with folders of diffusers
+    folder_predictions: ClassVar[tuple[str, ...]] = ("noise",)  # quantities that networks in such folders may predict
 
     def restored(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return tensors of one mapping of a file, with names by which whole tables begin with one prefix each.
@@ -70,4 +83,12 @@ class Family:
 
     def notes_on_writing(self, network: Network) -> list[str]:
         """Return sentences on what the program computes differently with these weights."""
+        return []
+
+    def write_folder(self, network: Network, folder: Path, parts: PipelineParts) -> None:
+        """Write a folder of ``pipeline``. Raises ValueError for a network that diffusers cannot express."""
+        raise NotImplementedError
+
+    def notes_on_folder(self, network: Network, parts: PipelineParts) -> list[str]:
+        """Return sentences on what the pipeline needs besides, or computes differently."""
         return []

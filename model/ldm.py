@@ -23,10 +23,7 @@ class LDMConfig(UNetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.context_dim, int) or not 1 <= self.context_dim <= _MOST_CONTEXT:
-            raise ValueError(
-                f"model.context_dim is {self.context_dim!r}, but it must be a whole number from 1 to {_MOST_CONTEXT}."
-            )
+        require_context(self.context_dim)
 
     @property
     def label_rows(self) -> int:
@@ -46,7 +43,7 @@ class LDM(UNet):
     def __init__(self, config: LDMConfig) -> None:
         super().__init__(config)
         self.label_embedding = nn.Embedding(config.label_rows, config.context_dim)
-        self.unet = empty_on_default_device(weightless(lambda: _unet_of(config)))
+        self.unet = empty_on_default_device(weightless(lambda: transformer_unet(config, config.context_dim)))
         self.initialize(0)
 
     @property
@@ -73,7 +70,11 @@ class LDM(UNet):
         return output
 
 
-def _unet_of(config: LDMConfig) -> UNet2DConditionModel:
+def transformer_unet(config: UNetConfig, context_dim: int, linear_projection: bool = False) -> UNet2DConditionModel:
+    """Return diffusers' U-Net of a config, whose transformers attend to tokens of ``context_dim`` channels.
+
+    ``linear_projection`` says whether they are entered and left by linear maps in place of convolutions of 1x1.
+    """
     attends = [level in config.attending_levels for level in range(config.levels)]
     unet = UNet2DConditionModel(
         in_channels=config.channels,
@@ -82,13 +83,22 @@ def _unet_of(config: LDMConfig) -> UNet2DConditionModel:
         layers_per_block=config.layers,
         down_block_types=tuple("CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attends),
         up_block_types=tuple("CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attends)),
-        cross_attention_dim=config.context_dim,
+        cross_attention_dim=context_dim,
         attention_head_dim=tuple(map(config.heads_of, config.level_channels)),  # the number of heads, whatever its name
         norm_num_groups=config.num_groups,
         time_embedding_dim=4 * config.width,
+        use_linear_projection=linear_projection,
     )
     double_by_copies(unet)
     # Diffusers' features of the timestep are as many as the first level's channels; LDM's are as many as the width.
     unet.time_proj = Timesteps(config.width, flip_sin_to_cos=True, downscale_freq_shift=0)
     unet.time_embedding = TimestepEmbedding(config.width, 4 * config.width)
     return unet
+
+
+def require_context(context_dim: int) -> None:
+    """Raise ValueError where the number of channels of a condition's token is none that a network may have."""
+    if not isinstance(context_dim, int) or not 1 <= context_dim <= _MOST_CONTEXT:
+        raise ValueError(
+            f"model.context_dim is {context_dim!r}, but it must be a whole number from 1 to {_MOST_CONTEXT}."
+        )

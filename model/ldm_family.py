@@ -7,7 +7,7 @@ from torch import Tensor
 
 from model.dit_families import classes_of
 from model.family import Facts, Family, Reading
-from model.ldm_weights import from_ldm, has_known_heads, is_ldms, label_rows, restored, to_ldm, usual_classes
+from model.ldm_weights import LABELS, from_ldm, has_known_heads, label_rows, restored, to_ldm, usual_classes
 from model.network import Network
 from model.unet_names import ANCHOR
 
@@ -26,8 +26,8 @@ class LatentDiffusion(Family):
         return restored(tensors)
 
     def recognises(self, state: Mapping[str, Tensor]) -> bool:
-        """Return whether the timestep's embedding has its name, and there are transformers or a table of labels."""
-        return ANCHOR in state and is_ldms(state)
+        """Return whether the timestep's embedding has its name, and there is a table of labels."""
+        return ANCHOR in state and LABELS in state
 
     def read(self, state: Mapping[str, Tensor], facts: Facts) -> Reading:
         """Return the network; see `from_ldm`. A run that starts with the weights has the latents' size and the heads.

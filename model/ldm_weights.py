@@ -1,12 +1,13 @@
 """Convert weights from and to latent diffusion's program (CompVis/latent-diffusion), bit for bit.
 
+The form of a U-Net's tensors is also that of Stable Diffusion's program (`model.sd_weights`).
 A checkpoint has the U-Net under ``model.diffusion_model.``, its averages under ``model_ema.`` in names without dots,
 and the table of labels under ``cond_stage_model.embedding.weight``; the autoencoder and the rest are not used. The
 weights do not say the number of heads or the size of the latents. These are arguments.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
@@ -17,12 +18,14 @@ from model.unet_names import BLOCK, OUTSIDE, RESIDUAL, blocks_of, dimensions_of,
 
 if TYPE_CHECKING:
     from model.ldm import LDM
+    from model.unet import UNet
 
+U = TypeVar("U", bound="UNet")
 _NAME = "an LDM"
 LABELS = "cond_stage_model.embedding.weight"
 _UNET, _AVERAGES = "model.diffusion_model.", "model_ema.diffusion_model."
 _FIRST, _LAST = "input_blocks.0.0.weight", "out.2.weight"
-_COARSEST = 8  # side of the coarsest level of both published networks
+_COARSEST = 8  # side of the coarsest level of the published networks
 _HEAD_DIM = 32  # of LDM-8
 _GROUPS = 32  # of its group norms
 _IMAGENETS = 1000  # classes. LDM-8's table has as many rows; LDM-4's has one more, the null class
@@ -48,27 +51,17 @@ def from_ldm(
     `usual_classes`; for ``latent_size``: 8 at the coarsest level.
     Raises ValueError naming the first three tensors that are missing, unknown or of another shape.
     """
-    from model.ldm import LDM, LDMConfig  # imported late, since diffusers takes seconds
+    from model.ldm import LDM  # imported late, since diffusers takes seconds
 
-    state = _table(state_dict)
+    state = unet_table(state_dict)
     shape = _shape_of(state, num_classes)
-    shape["latent_size"] = latent_size or _COARSEST * 2 ** (len(shape["multipliers"]) - 1)
+    shape["latent_size"] = latent_size or usual_size(len(shape["multipliers"]))
     if num_heads is None and head_dim is None:
         usual = {"num_heads": None, "head_dim": max(1, min(_HEAD_DIM, shape["width"] // 2))}
         shape |= _PUBLISHED.get((shape["width"], shape["multipliers"]), usual)
     else:
         shape |= {"num_heads": num_heads, "head_dim": head_dim}
-    try:
-        config = LDMConfig(**shape)
-        expected = weightless(lambda: LDM(config))
-    except ValueError as error:
-        raise ValueError(f"These are not an LDM's weights: {error}") from error
-    names = _names(expected)
-    shapes = {names[name]: tuple(value.shape) for name, value in expected.state_dict().items()}
-    require_tensors(state, shapes, _NAME)
-    model = LDM(config)
-    model.load_state_dict({name: state[theirs] for name, theirs in names.items()})
-    return model
+    return load_unet(LDM, shape, state, _NAME)
 
 
 def to_ldm(network: Network) -> dict[str, Tensor]:
@@ -80,6 +73,29 @@ def to_ldm(network: Network) -> dict[str, Tensor]:
             f"Latent diffusion's program has only LDM's U-Net, but the model is of class {type(network).__name__}; "
             "keep it in our format."
         )
+    return write_unet(network)
+
+
+def load_unet(kind: type[U], shape: Mapping[str, Any], state: Mapping[str, Tensor], name: str) -> U:
+    """Return a U-Net of the class ``kind`` and of a shape, with weights under the program's names without prefixes.
+
+    Raises ValueError, with the network's ``name``, for a shape that the class does not have, and for the first three
+    tensors that are missing, unknown or of another shape.
+    """
+    try:
+        config = kind.config_class(**shape)
+        expected = weightless(lambda: kind(config))
+    except ValueError as error:
+        raise ValueError(f"These are not {name}'s weights: {error}") from error
+    names = _names(expected)
+    require_tensors(state, {names[ours]: tuple(value.shape) for ours, value in expected.state_dict().items()}, name)
+    model = kind(config)
+    model.load_state_dict({ours: state[theirs] for ours, theirs in names.items()})
+    return model
+
+
+def write_unet(network: "UNet") -> dict[str, Tensor]:
+    """Return a U-Net's weights under the names of a checkpoint. Raises ValueError for groups that it does not have."""
     if network.config.num_groups != _GROUPS:
         raise ValueError(
             f"Latent diffusion's program has {_GROUPS} groups in each norm, but the model has model.num_groups "
@@ -108,9 +124,9 @@ def restored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def is_ldms(state: Mapping[str, Tensor]) -> bool:
-    """Return whether a table without its prefix has LDM's transformers and its table of labels."""
-    return LABELS in state or any(".transformer_blocks.0." in name for name in state)
+def has_transformers(state: Mapping[str, Tensor]) -> bool:
+    """Return whether a table without its prefix has the transformers of latent diffusion."""
+    return any(".transformer_blocks.0." in name for name in state)
 
 
 def has_known_heads(state: Mapping[str, Tensor]) -> bool:
@@ -129,7 +145,7 @@ def usual_classes(rows: int) -> int:
     return rows if rows in (1, _IMAGENETS) else rows - 1
 
 
-def _table(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unet_table(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the U-Net and the table of labels of a checkpoint, without the prefix."""
     if not any(name.startswith(_UNET) for name in state_dict):
         return dict(state_dict)
@@ -137,7 +153,7 @@ def _table(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return table | ({LABELS: state_dict[LABELS]} if LABELS in state_dict else {})
 
 
-def _names(network: "LDM") -> dict[str, str]:
+def _names(network: "UNet") -> dict[str, str]:
     """Return the name that each of our tensors has in the program, without the prefix of the U-Net."""
     blocks = blocks_of(network.config)
     return {name: _their_name(name, blocks) for name in network.state_dict()}
@@ -155,16 +171,28 @@ def _their_name(name: str, blocks: Mapping[str, str]) -> str:
     return f"{blocks[found[1]]}.{renamed.get(found[2], found[2])}.{kind}"
 
 
+def shape_of_unet(state: Mapping[str, Tensor], name: str) -> dict[str, Any]:
+    """Return the arguments of `UNetConfig` that weights without prefixes determine. Errors have the network's name."""
+    channels = dimensions_of(state, _FIRST, 4, name)[1]
+    return {
+        **levels_of(state, "proj_in.weight", "conv.weight", name)._asdict(),
+        "channels": channels,
+        "outputs_per_channel": dimensions_of(state, _LAST, 4, name)[0] // max(channels, 1),
+    }
+
+
+def usual_size(levels: int) -> int:
+    """Return the side of the latents of the published networks of so many levels."""
+    return _COARSEST * 2 ** (levels - 1)
+
+
 def _shape_of(state: Mapping[str, Tensor], num_classes: int | None) -> dict[str, Any]:
     """Return the arguments of `LDMConfig` that the weights determine, but for the heads."""
     rows, context_dim = dimensions_of(state, LABELS, 2, _NAME)
-    channels = dimensions_of(state, _FIRST, 4, _NAME)[1]
     classes = usual_classes(rows) if num_classes is None else num_classes
     return {
-        **levels_of(state, "proj_in.weight", "conv.weight", _NAME)._asdict(),
-        "channels": channels,
+        **shape_of_unet(state, _NAME),
         "num_classes": classes,
         "null_class": classes == rows - 1,
         "context_dim": context_dim,
-        "outputs_per_channel": dimensions_of(state, _LAST, 4, _NAME)[0] // max(channels, 1),
     }

@@ -1,4 +1,7 @@
-"""Read a folder that diffusers wrote, a ``DiTPipeline`` or its transformer alone, without running diffusers."""
+"""Read a folder that diffusers wrote, a pipeline or its network alone, without running diffusers.
+
+Here is what all networks share, and the config of a DiT; `launch.builders.unet_folder` has that of a U-Net.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +20,9 @@ from model.diffusers_weights import from_diffusers
 from model.network import Network
 
 WEIGHTS = "diffusion_pytorch_model"
+UNET_CLASS = "UNet2DConditionModel"
 _SHARDS = f"{WEIGHTS}.safetensors.index.json"
+_PARTS = ("transformer", "unet")  # folders of a pipeline's network
 _CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the older name of the same network
 _EPSILON = 1e-6  # of every layer norm in the released code and in this program
 _LARGEST_SIDE = 4096  # of a latent; bounded here, since the weights do not determine it
@@ -46,8 +51,25 @@ class TransformerConfig:
 
 def is_diffusers_folder(path: Path) -> bool:
     """Return whether the names in a folder are those of a diffusers folder."""
-    names = ("transformer", "config.json", "model_index.json", f"{WEIGHTS}.safetensors", _SHARDS)
+    names = (*_PARTS, "config.json", "model_index.json", f"{WEIGHTS}.safetensors", _SHARDS)
     return path.is_dir() and any((path / name).exists() for name in names)
+
+
+def network_folder(folder: Path) -> Path:
+    """Return the folder with the config and the weights of a pipeline's network, or of a network alone."""
+    return next((folder / part for part in _PARTS if (folder / part).is_dir()), folder)
+
+
+def class_of(inner: Path) -> str:
+    """Return the class of diffusers that a network's folder has. Raises ValueError where it cannot be read."""
+    path = inner / "config.json"
+    name = _content_of(path).get("_class_name", _CLASSES[0])
+    if name not in (*_CLASSES, UNET_CLASS):
+        raise ValueError(
+            f"{path} is of a {str(name)[:100]}, but only a {_CLASSES[0]} or a {UNET_CLASS} can be read; give another "
+            "folder."
+        )
+    return str(name)
 
 
 def read_diffusers_folder(folder: Path, frequency_shift: int = 1) -> tuple[Network, list[str]]:
@@ -56,10 +78,9 @@ def read_diffusers_folder(folder: Path, frequency_shift: int = 1) -> tuple[Netwo
     The default computes what diffusers computes; ``frequency_shift`` 0 is right for weights that were trained
     by the released code, such as the published ones. Raises ValueError, naming the file, for any other folder.
     """
-    inner = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    inner = network_folder(folder)
     config = _read_config(inner / "config.json")
-    state = _read_weights(inner)
-    require_numbers(state, inner)
+    state = read_network_weights(inner)
     try:
         model = from_diffusers(state, config, frequency_shift)
     except ValueError as error:
@@ -91,15 +112,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_object(read_regular(path), str(path))
 
 
-def _read_config(path: Path) -> TransformerConfig:
+def _content_of(path: Path) -> dict[str, Any]:
     try:
-        content = read_json(path)
+        return read_json(path)
     except OSError as error:
         if is_absent(error):
-            raise ValueError(f"{path.parent} is not the folder of a diffusers DiT: it has no config.json.") from None
+            raise ValueError(
+                f"{path.parent} is not the folder of a diffusers DiT or U-Net: it has no config.json."
+            ) from None
         raise
-    if (name := content.get("_class_name", _CLASSES[0])) not in _CLASSES:
-        raise ValueError(f"{path} is of a {name}, but only a {_CLASSES[0]} can be read; give another folder.")
+
+
+def _read_config(path: Path) -> TransformerConfig:
+    content = _content_of(path)
     known = TransformerConfig.__dataclass_fields__
     config = validate(TransformerConfig, {key: content[key] for key in content if key in known}, str(path))
     for name in ("activation_fn", "norm_type", "norm_elementwise_affine", "attention_bias"):
@@ -109,8 +134,17 @@ def _read_config(path: Path) -> TransformerConfig:
     return config
 
 
+def read_network_weights(inner: Path) -> dict[str, Tensor]:
+    """Read the tensors of a network's folder: one safetensors file, several with an index, or an older ``.bin``.
+
+    Raises ValueError, naming the file, where there are none, and for tensors that are not finite numbers.
+    """
+    state = _read_weights(inner)
+    require_numbers(state, inner)
+    return state
+
+
 def _read_weights(inner: Path) -> dict[str, Tensor]:
-    """Read the tensors of a transformer's folder: one safetensors file, several with an index, or an older ``.bin``."""
     if (inner / f"{WEIGHTS}.safetensors").exists():
         return _tensors(inner / f"{WEIGHTS}.safetensors")
     if (inner / _SHARDS).exists():
@@ -120,8 +154,8 @@ def _read_weights(inner: Path) -> dict[str, Tensor]:
         return _tensors(pickled)
     found = ", ".join(sorted(path.name for path in inner.iterdir() if path.name != "config.json")[:3]) or "nothing else"
     raise ValueError(
-        f"{inner} holds no diffusers DiT in safetensors: it has {found}, but no {WEIGHTS}.safetensors; save it again "
-        "by save_pretrained."
+        f"{inner} holds no network of diffusers in safetensors: it has {found}, but no {WEIGHTS}.safetensors; save it "
+        "again by save_pretrained."
     )
 
 

@@ -15,19 +15,29 @@ from data.plan import latent_spec
 from diffusion.objective import Objective
 from launch.builders.build import LoadedCheckpoint, require_outputs
 from launch.builders.components import build, target_of
-from launch.builders.diffusers_folder import WEIGHTS, is_diffusers_folder, read_class_names, read_diffusers_folder
+from launch.builders.diffusers_folder import (
+    UNET_CLASS,
+    WEIGHTS,
+    class_of,
+    is_diffusers_folder,
+    network_folder,
+    read_class_names,
+    read_diffusers_folder,
+)
 from launch.builders.directions import require_direction, require_its_objective, require_sits_objective
 from launch.builders.foreign_process import notes_on_process
 from launch.builders.hub import fetch_from_hub, may_be_hub_name
 from launch.builders.normalization import normalized
+from launch.builders.unet_folder import read_unet_folder
 from launch.builders.weight_files import read_weight_file
 from launch.builders.weight_tables import EMA, choose_table
 from launch.command.settings import EvaluateSettings, SampleSettings
 from model.autoencoder import Autoencoder
 from model.dit_families import frequency_shift_of
-from model.families import RELEASED_DIT, family_of, require_fit, require_settings, stated
+from model.families import RELEASED_DIT, STABLE_DIFFUSION, family_of, require_fit, require_settings, stated
 from model.family import Facts, Family
 from model.network import Network
+from model.text_embedding import TOKENS
 from runtime.protocol import Devices
 
 _SUFFIXES = {".pt", ".pth", ".ckpt", ".bin", ".safetensors"}
@@ -101,6 +111,7 @@ def load_foreign(config: SampleSettings | EvaluateSettings, runtime: Devices) ->
     where, settings = config.checkpoint, config.foreign
     network = read_foreign(where, config.weights, Facts(**settings.plain()))
     model = network.model
+    conditions = _conditions_of(model, where)
     objective: Objective = build(config.diffusion)
     require_family(network, objective)
     require_its_objective(where, network.certain_family, objective)
@@ -125,7 +136,7 @@ def load_foreign(config: SampleSettings | EvaluateSettings, runtime: Devices) ->
         step=0,
         images_seen=0,
         spec=latent_spec(Path(where).name, model.num_classes, autoencoder, preparation, flip=False),
-        conditions=_conditions_of(model),
+        conditions=conditions,
         model=runtime.place(model).eval(),
         objective=runtime.place(objective),
         autoencoder=autoencoder.to(runtime.device),
@@ -135,8 +146,13 @@ def load_foreign(config: SampleSettings | EvaluateSettings, runtime: Devices) ->
     )
 
 
-def _conditions_of(model: Network) -> ConditionSource:
+def _conditions_of(model: Network, where: str) -> ConditionSource:
     x_t, _, embedded = model.example_inputs(1)
+    if TOKENS in embedded:
+        raise ValueError(
+            f"{where} has a network that is conditioned on text, but this job makes no captions; start a run with it "
+            "by init_from, or export it."
+        )
     if LOW_RESOLUTION in embedded:
         return LowResolution(model.num_classes, x_t.shape[-1] // embedded[LOW_RESOLUTION].shape[-1])
     return ClassLabels(model.num_classes) if model.num_classes else Unconditional()
@@ -162,7 +178,8 @@ def _read_file(path: Path, weights: str, facts: Facts) -> ForeignNetwork:
 def _read_folder(path: Path, weights: str, facts: Facts) -> ForeignNetwork:
     if weights != EMA:
         raise ValueError(f"{path} is a diffusers folder with one table of weights, not {weights!r}; leave weights out.")
-    family = RELEASED_DIT
+    inner = network_folder(path)
+    family = STABLE_DIFFUSION if class_of(inner) == UNET_CLASS else RELEASED_DIT
     if facts.family not in (None, family.name):
         raise ValueError(
             f"{path} has weights of the family {family.name}, but foreign.family is {facts.family}; leave it out."
@@ -171,10 +188,13 @@ def _read_folder(path: Path, weights: str, facts: Facts) -> ForeignNetwork:
         _require_facts(family, facts)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    model, notes = read_diffusers_folder(path, frequency_shift_of(facts, usual=1))
-    for name in ("num_heads", "num_classes"):
-        said, found = getattr(facts, name), getattr(model.config, name)
-        if said is not None and said != found:
+    if family is STABLE_DIFFUSION:
+        model, notes = read_unet_folder(inner), list[str]()
+    else:
+        model, notes = read_diffusers_folder(path, frequency_shift_of(facts, usual=1))
+    for name in ("num_heads", "head_dim", "latent_size", "num_classes"):
+        said = getattr(facts, name)
+        if said is not None and said != (found := getattr(model.config, name)):
             raise ValueError(f"foreign.{name} is {said}, but the config of {path} says {found}; leave it out.")
     names = read_class_names(path, model.num_classes)
     return ForeignNetwork(str(path), path, model, tuple(notes), {}, family, True, names)

@@ -14,6 +14,7 @@ from diffusion.objective import Objective
 from diffusion.process import GaussianDiffusion
 from diffusion.schedules import CosineSchedule, LinearSchedule, ScaledLinearSchedule
 from launch.builders.diffusers_folder import read_json
+from model.diffusers_weights import PREDICTION_TYPES
 
 
 @dataclass
@@ -34,8 +35,8 @@ _FIELDS = tuple(field.name for field in fields(SchedulerConfig))
 def notes_on_process(folder: Path, arguments: Mapping[str, Any], objective: Objective) -> list[str]:
     """Return a sentence where weights state that they were trained with another process than the job's.
 
-    ``folder`` may have a diffusers scheduler; ``arguments`` are those of the released trainer. Raises ValueError for
-    a network that predicts anything but noise.
+    ``folder`` may have a diffusers scheduler; ``arguments`` are those of the released trainer. Raises ValueError where
+    the scheduler says that the network predicts another quantity than the objective has.
     """
     steps, process = arguments.get("diffusion_steps"), objective
     if not isinstance(process, GaussianDiffusion):
@@ -56,9 +57,12 @@ def notes_on_process(folder: Path, arguments: Mapping[str, Any], objective: Obje
         raise
     said = {name: content[name] for name in _FIELDS if name in content}
     config = validate(SchedulerConfig, said, str(path))
-    if config.prediction_type != "epsilon":
+    names = {theirs: ours for ours, theirs in PREDICTION_TYPES.items()}
+    if (predicted := names.get(config.prediction_type)) != (ours := process.parameterization.name):
+        follow = "give other weights" if predicted is None else f"set diffusion/prediction={predicted}"
         raise ValueError(
-            f"{path} says that the network predicts {config.prediction_type!r}, but a DiT here predicts the noise."
+            f"{path} says that the network predicts {config.prediction_type!r:.100}, but the objective has "
+            f"diffusion/prediction={ours}; {follow}."
         )
     if not _same(_betas(config), process):
         shown = ", ".join(f"{name} {value}" for name, value in said.items() if name != "trained_betas")

@@ -9,7 +9,8 @@ from core.reading import DamagedFileError, open_regular, sha256_of
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _STEM = "diffusion_pytorch_model"
 _FILES = ["config.json", f"{_STEM}.safetensors", f"{_STEM}-*-of-*.safetensors", f"{_STEM}.safetensors.index.json"]
-PATTERNS = ["model_index.json", "scheduler/scheduler_config.json", *_FILES, *(f"transformer/{file}" for file in _FILES)]
+_OF_PARTS = [f"{part}/{file}" for part in ("transformer", "unet") for file in _FILES]
+PATTERNS = ["model_index.json", "scheduler/scheduler_config.json", *_FILES, *_OF_PARTS]
 
 
 def may_be_hub_name(where: str) -> bool:
@@ -20,7 +21,7 @@ def may_be_hub_name(where: str) -> bool:
 def fetch_from_hub(name: str) -> Path:
     """Return the local folder of a model in the hub's cache, after downloading files that are missing there.
 
-    Only a transformer's safetensors and its configs are downloaded, nothing that could run code. Raises ValueError
+    Only a network's safetensors and its configs are downloaded, nothing that could run code. Raises ValueError
     where the hub does not know the name, or where the hub cannot be reached and the cache does not have the model.
     """
     from huggingface_hub import snapshot_download

@@ -10,6 +10,7 @@ from torch import Tensor
 from launch.builders.weight_files import WeightFile
 from model.diffusers_weights import ANCHOR as DIFFUSERS_ANCHOR
 from model.families import FAMILIES
+from model.sd_diffusers import ANCHOR as UNET_ANCHOR
 
 EMA = "ema"
 # Parts of a tensor's name that a wrapper adds: DistributedDataParallel and AveragedModel, torch.compile, FSDP,
@@ -123,7 +124,7 @@ def _no_table(path: Path, content: Mapping[Any, Any]) -> str:
     names = [str(name) for name in content]
     if _OURS in names:
         return f"{path} is part of a checkpoint of this program; give the folder that contains it."
-    if DIFFUSERS_ANCHOR in names:
+    if DIFFUSERS_ANCHOR in names or UNET_ANCHOR in names:
         return f"{path} has diffusers' names, which need a config.json; give the folder that holds both."
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return (

@@ -140,9 +140,9 @@ class VerifySettings(EncodeSettings):
 class ForeignSettings(Settings):
     """Settings that the files of other programs do not state; null: the usual value."""
 
-    family: str | None = None  # such as DiT, SiT, LDM; null: by the tensors' names, and the trainer's arguments
-    num_heads: int | None = None  # for a DiT whose width is not one of the paper's; ADM: for 4 heads; LDM
-    head_dim: int | None = None  # channels of a head, in place of num_heads; ADM, LDM
+    family: str | None = None  # such as DiT, SiT, LDM, SD; null: by the tensors' names, and the trainer's arguments
+    num_heads: int | None = None  # for a DiT whose width is not one of the paper's; ADM: for 4 heads; LDM, SD
+    head_dim: int | None = None  # channels of a head, in place of num_heads; ADM, LDM, SD
     latent_size: int | None = None  # side of the latents of a U-Net; null: 8 at its coarsest level, as published
     num_classes: int | None = None  # needed where the label table's last row may be a class or the null class
     frequency_shift: int | None = None  # null: 1 for a diffusers folder, as diffusers computes; else 0, as published
@@ -218,6 +218,7 @@ class Program(StrEnum):
     lightningdit = "lightningdit"
     adm = "adm"
     ldm = "ldm"
+    sd = "sd"
 
 
 @dataclass

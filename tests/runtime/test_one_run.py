@@ -50,6 +50,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "deep": {"block": "Deep", "average": "power", "objective": "flow"},
     "adm": {"block": "ADM"},
     "ldm": {"block": "LDM"},
+    "sd": {"block": "SD", "text": True},
 }
 # All cases of one line run in one process, or in one pair of processes. A case costs the compilation of its step:
 # each covers several recipes, modes and settings that no other has together.
@@ -68,6 +69,7 @@ ACCELERATE_2 = [
     case("accelerate-2-fsdp-deep", "deep", "accelerate", settings={"mode": "fsdp"}, activation_checkpointing=True),
     case("accelerate-2-adm", "adm", "accelerate"),
     case("accelerate-2-fsdp-ldm", "ldm", "accelerate", settings={"mode": "fsdp"}, activation_checkpointing=True),
+    case("accelerate-2-fsdp-sd", "sd", "accelerate", settings={"mode": "fsdp"}, activation_checkpointing=True),
     case("accelerate-2-fsdp-micro", "warm_up", "accelerate", settings={"mode": "fsdp", "micro_batches": 2}),
 ]
 XLA_1 = [
@@ -90,6 +92,7 @@ XLA_8 = [
 # More combinations, for `make soak`: what is new in each, other cases have with other partners.
 XLA_4_SOAK = [
     xla("xla-4-deep", "deep", 4),
+    xla("xla-4-fsdp-sd", "sd", 4, "fsdp"),
 ]
 XLA_8_SOAK = [
     xla("xla-8-zero1", "adaln_zero", 8, "zero1"),

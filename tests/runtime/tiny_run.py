@@ -61,7 +61,7 @@ class Case:
 
     name: str
     runtime: str  # plain, or a file of conf/runtime
-    block: str = "AdaLNZeroBlock"  # of a DiT; Deep, ADM, LDM: other networks
+    block: str = "AdaLNZeroBlock"  # of a DiT; Deep, ADM, LDM, SD: other networks
     objective: str = "gaussian"  # or flow, edm
     depth: int = 1  # of a DiT
     qk_norm: bool = False
@@ -89,6 +89,8 @@ class Case:
             return perturbed(adm())
         if self.block == "LDM":
             return perturbed(ldm())
+        if self.block == "SD":
+            return perturbed(sd_unet())
         attention = QKNormSelfAttention if self.qk_norm else SelfAttention
         block = functools.partial(getattr(blocks, self.block), attention=attention)
         if self.modern:
@@ -172,6 +174,13 @@ def ldm() -> Network:
     from model.ldm import LDM, LDMConfig  # imported late: diffusers takes seconds
 
     return LDM(LDMConfig(8, 4, NUM_CLASSES, 16, (1, 2), 1, (), num_heads=2, num_groups=4, context_dim=8))
+
+
+def sd_unet() -> Network:
+    """Return Stable Diffusion's U-Net of two levels, with transformers in the middle only."""
+    from model.sd_unet import SDUNet, SDUNetConfig  # imported late: diffusers takes seconds
+
+    return SDUNet(SDUNetConfig(8, 4, 0, 16, (1, 2), 1, (), num_heads=2, num_groups=4, context_dim=24))
 
 
 TIMES: dict[str, Callable[[torch.Generator, tuple[int]], Tensor]] = {

@@ -168,11 +168,11 @@ def test_models_that_exist_here_only_are_not_exported(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is not the folder of a diffusers DiT: it has no config.json"):
+    with pytest.raises(ValueError, match=r"is not the folder of a diffusers DiT or U-Net: it has no config.json"):
         from_diffusers(tmp_path)
     to_diffusers(random_model(), tmp_path)
     (tmp_path / "transformer/diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(ValueError, match="holds no diffusers DiT in safetensors: it has nothing else"):
+    with pytest.raises(ValueError, match="holds no network of diffusers in safetensors: it has nothing else"):
         from_diffusers(tmp_path)
 
 

@@ -61,7 +61,10 @@ def test_older_and_sharded_folders_of_diffusers_are_read(diffusers_folder: Path)
         ({"activation_fn": "gelu"}, "has activation_fn 'gelu', but a DiT has 'gelu-approximate'"),
         ({"norm_elementwise_affine": True}, "has norm_elementwise_affine True, but a DiT has False"),
         ({"attention_bias": False}, "has attention_bias False, but a DiT has True"),
-        ({"_class_name": "UNet2DModel"}, "is of a UNet2DModel, but only a DiTTransformer2DModel can be read"),
+        (
+            {"_class_name": "UNet2DModel"},
+            "is of a UNet2DModel, but only a DiTTransformer2DModel or a UNet2DConditionModel can",
+        ),
         ({"num_layers": 10**6}, "The config has 1000000 layers, but there are weights of 2"),
         ({"num_layers": 10**60}, "num_layers is 1"),
         ({"sample_size": 10**6}, "sample_size is 1000000"),

@@ -22,16 +22,18 @@ from launch.builders.foreign import read_foreign
 from launch.builders.training import load_starting_weights
 from model.attention import QKNormSelfAttention, RotaryQKRmsNormSelfAttention, RotarySelfAttention
 from model.blocks import AdaLNBlock, AdaLNZeroBlock, AdaLNZeroUnshiftedBlock
-from model.convert import from_adm, from_ldm, to_lightningdit
+from model.convert import from_adm, from_ldm, from_sd, to_lightningdit
 from model.dit import DiT, DiTConfig
 from model.families import FAMILIES, family_of, require_written
 from model.family import Facts
+from model.ldm_weights import LABELS
 from model.mlp import SwiGluMlp
 from model.norms import rms_norm
 from model.starting import take_over
 
 LIGHTNING = partial(AdaLNZeroBlock, norm=rms_norm, mlp=SwiGluMlp, attention=RotarySelfAttention)
 REVERSED = Flow(reversed_time=True)
+PROGRAMS = {"reference": "DiT", "lightningdit": "LightningDiT", "adm": "ADM", "ldm": "LDM", "sd": "SD"}
 FLOW = ["diffusion=flow", "diffusion.reversed_time=true", "diffusion/sampler=euler"]
 MODERN = ["model/norm=rms", "model/mlp=swiglu", "model/attention=rotary"]
 
@@ -185,7 +187,9 @@ def test_what_lightningdit_does_not_have_is_not_written_for_it(tmp_path: Path, i
 def test_weights_of_each_class_of_networks_are_refused_by_the_others_with_both_names(tmp_path: Path) -> None:
     files = {"DiT": released_weights(), "LightningDiT": weights(CONFIGURATIONS[0]), "ADM": adm_weights()}
     files["LDM"] = ldm_weights()
+    files["SD"] = {name: value for name, value in ldm_weights().items() if name != LABELS}  # captions in their place
     networks = {"DiT": tiny(), "ADM": from_adm(adm_weights()), "LDM": from_ldm(ldm_weights())}
+    networks["SD"] = from_sd(files["SD"], head_dim=16)
     for theirs, state in files.items():
         path = str(saved(tmp_path / f"{theirs}.pt", state))
         for ours, network in networks.items():
@@ -198,7 +202,7 @@ def test_weights_of_each_class_of_networks_are_refused_by_the_others_with_both_n
             with pytest.raises(ValueError, match=r"init_from run has weights of the family .*, but this run's network"):
                 take_over(network, next(other for name, other in networks.items() if name != ours), "run")
     for ours, network in networks.items():
-        for program, family in (("reference", "DiT"), ("lightningdit", "LightningDiT"), ("adm", "ADM"), ("ldm", "LDM")):
+        for program, family in PROGRAMS.items():
             if ours in family:
                 require_written(program, network, "run")
                 continue

@@ -211,7 +211,7 @@ def test_what_is_no_file_of_weights_is_named(tmp_path: Path) -> None:
     assert f"{path} is a link that leads back to itself, but it must be a file" in refusal(path)
     path.unlink()
     path.mkdir()
-    assert f"{path} is not the folder of a diffusers DiT: it has no config.json" in refusal(path)
+    assert f"{path} is not the folder of a diffusers DiT or U-Net: it has no config.json" in refusal(path)
     path.rmdir()
     assert "cannot be read: File name too long" in refusal(tmp_path / f"{'x' * 300}.pt")
 

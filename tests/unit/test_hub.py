@@ -87,10 +87,10 @@ def test_what_the_cache_holds_of_a_name_must_be_a_dit_in_safetensors(cache: Path
         read_foreign(NAME, "ema", Facts())
     (inner / "diffusion_pytorch_model.bin").rename(weights)
     blob.rename(blob.with_suffix(".incomplete"))  # as an interrupted download leaves it
-    with pytest.raises(ValueError, match="holds no diffusers DiT in safetensors"):
+    with pytest.raises(ValueError, match="holds no network of diffusers in safetensors"):
         read_foreign(NAME, "ema", Facts())
     (inner / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"is not the folder of a diffusers DiT: it has no config.json"):
+    with pytest.raises(ValueError, match=r"is not the folder of a diffusers DiT or U-Net: it has no config.json"):
         read_foreign(NAME, "ema", Facts())
 
 
@@ -119,6 +119,8 @@ def test_nothing_is_fetched_that_could_run_code_or_is_another_part() -> None:
         "transformer/diffusion_pytorch_model-00001-of-00002.safetensors",
         "transformer/diffusion_pytorch_model.safetensors",
         "transformer/diffusion_pytorch_model.safetensors.index.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
     ]
     others = [
         "README.md",
@@ -126,6 +128,8 @@ def test_nothing_is_fetched_that_could_run_code_or_is_another_part() -> None:
         "transformer/diffusion_pytorch_model.bin",
         "transformer/diffusion_pytorch_model.fp16.safetensors",
         "transformer/model.py",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/model.py",
         "vae/config.json",
         "vae/diffusion_pytorch_model.safetensors",
     ]

@@ -106,7 +106,7 @@ def test_jobs_sample_from_start_from_and_export_checkpoints_of_latent_diffusion(
         torch.load(tmp_path / "back.ckpt", weights_only=True)["state_dict"], averages | {LABELS: weights[LABELS]}
     )
     shown = in_process("export", "checkpoint=run", "to=diffusers", "out=no", expect=2)
-    assert "writes weights of the family DiT, but run has a network of the family LDM; give to=ldm" in shown
+    assert "writes weights of the family DiT or SD, but run has a network of the family LDM; give to=ldm" in shown
     assert not (tmp_path / "no").exists()
 
 
