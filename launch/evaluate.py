@@ -2,8 +2,6 @@
 
 import json
 import os
-import shutil
-import sys
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -40,6 +38,7 @@ from launch.builders.runs import checkpoint_hash, read_checkpoint
 from launch.command.settings import EvaluateSettings
 from launch.jobs import start
 from model.network import Network, compile_each_unit
+from runtime.kernels import missing_for_kernels
 from runtime.protocol import Devices
 from train.checkpoint import code_version, read_state_file
 from train.lines import append_record
@@ -168,12 +167,11 @@ def compile_units(model: Network, device: torch.device) -> None:
     """
     if device.type == "xla":
         raise ValueError("compile=true is for runtime=accelerate; XLA compiles by itself, so leave it out.")
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if device.type == "cpu" and shutil.which(compiler) is None:
+    if device.type == "cpu" and (missing := missing_for_kernels("cpu")) is not None:
         other = "name another" if "CXX" in os.environ else "name yours"
         raise ValueError(
-            f"compile=true needs a C++ compiler, but there is no {compiler}; install one, {other} by the variable "
-            "CXX, or leave compile out."
+            f"compile=true needs a C++ compiler, but there is no {missing.split()[-1]}; install one, {other} by the "
+            "variable CXX, or leave compile out."
         )
     compile_each_unit(model)
 

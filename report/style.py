@@ -98,7 +98,7 @@ def new_grid(count: int, columns: int) -> tuple[matplotlib.figure.Figure, list[A
     """Return a figure of ``count`` panels in rows of at most ``columns``, with one vertical axis, and its panels."""
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure = new_figure(3.2 * columns + 0.6, 2.9 * rows + 0.2)
+    figure = new_figure(3.2 * columns + 0.6 + (columns == 1), max(2.9 * rows + 0.2, 3.9))  # room for the label's text
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axes in grid.flat[count:]:
         axes.set_visible(False)

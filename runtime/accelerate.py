@@ -27,9 +27,10 @@ class AccelerateRuntime(AccelerateDevices):
     """Trains on `AccelerateDevices`, whose settings it takes too.
 
     ``mode`` replicated keeps the whole state on each device (DistributedDataParallel); fsdp shards weights, averages
-    and optimizer state over all of them (FSDP2). ``compile`` compiles one unit, which all equal units share; auto does
-    on GPUs, where the compiler that it needs is installed; whole compiles the network as one graph. ``cuda_graph``
-    replays a step as one CUDA graph (`GraphedStep`); auto does for a single process on a GPU.
+    and optimizer state over all of them (FSDP2). ``compile`` compiles one unit of network and averages, which all equal
+    units share; where_possible does where the compiler that it needs is installed, auto does so on GPUs alone; whole
+    compiles the network as one graph. ``cuda_graph`` replays a step as one CUDA graph (`GraphedStep`); auto does for a
+    single process on a GPU.
 
     Raises ValueError as `AccelerateDevices` does, for fsdp where no processes were launched to shard over, for a
     whole graph under fsdp, and for a CUDA graph without a GPU or with several processes.
@@ -42,7 +43,7 @@ class AccelerateRuntime(AccelerateDevices):
         num_threads: int | None = None,
         mode: Literal["replicated", "fsdp"] = "replicated",
         micro_batches: int = 1,
-        compile: Literal[True, False, "auto", "whole"] = "auto",
+        compile: Literal[True, False, "auto", "where_possible", "whole"] = "auto",
         cuda_graph: Literal[True, False, "auto"] = "auto",
         tf32: bool = True,
         deterministic: bool = False,
@@ -50,7 +51,7 @@ class AccelerateRuntime(AccelerateDevices):
     ) -> None:
         super().__init__(precision, device, num_threads, tf32, deterministic, timeout_sec)
         self._mode, self._micro_batches = mode, micro_batches
-        self._compile = self._compiles_well() if compile == "auto" else compile
+        self._compile = self._can_compile(compile) if compile in ("auto", "where_possible") else compile
         if mode == "fsdp" and compile == "whole":
             raise ValueError(
                 "runtime.compile is whole, but runtime.mode=fsdp gathers the weights of one unit at a time; set "
@@ -70,11 +71,11 @@ class AccelerateRuntime(AccelerateDevices):
         self._graphs = can_graph if cuda_graph == "auto" else cuda_graph
         self._stepping: tuple[nn.Module, torch.optim.Optimizer] | None = None  # what `prepare` returned
 
-    def _compiles_well(self) -> bool:
-        """Return whether compiled blocks are faster here; say so where only a tool is missing."""
-        if self.device.type != "cuda":
+    def _can_compile(self, where: str) -> bool:
+        """Return whether blocks can be compiled here, and are faster then; say so where only a tool is missing."""
+        if where == "auto" and self.device.type != "cuda":
             return False
-        missing = missing_for_kernels()
+        missing = missing_for_kernels(self.device.type)
         if missing is not None and self.is_main:
             print(f"note: blocks are not compiled, and steps are slower: there is no {missing}.", file=sys.stderr)
         return missing is None
@@ -97,7 +98,8 @@ class AccelerateRuntime(AccelerateDevices):
         _fuse(optimizer)
         _hand_over(optimizer, order, by_name, dict(model.named_parameters()))
         if self._compile:
-            _compile(model, whole=self._compile == "whole")
+            for module in (model, *averages):
+                _compile(module, whole=self._compile == "whole")
         self._stepping = model, optimizer
         if self._mode == "fsdp" or self.data_world == 1:
             return model, optimizer

@@ -1,12 +1,19 @@
-"""Find what PyTorch's compiler needs to make kernels for a GPU."""
+"""Find what PyTorch's compiler needs to make kernels for a GPU or for the CPU."""
 
 import importlib.util
 import os
 import shutil
+import sys
 
 
-def missing_for_kernels() -> str | None:
-    """Return what is missing: the package triton, or the C compiler that triton calls; None if all is there."""
+def missing_for_kernels(device_type: str) -> str | None:
+    """Return what is missing, or None if all is there.
+
+    On a GPU that is the package triton or the C compiler that it calls, on a CPU a C++ compiler.
+    """
+    if device_type == "cpu":
+        compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+        return None if shutil.which(compiler) else f"C++ compiler {compiler}"
     if importlib.util.find_spec("triton") is None:
         return "package triton"
     compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]

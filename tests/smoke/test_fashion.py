@@ -34,6 +34,7 @@ SWEEP = [
     "sampler.steps=5",
     "evaluation.num_images=500",
     "evaluation.features.epochs=1",
+    "runtime.compile=false",  # a minute of a compiler
     "train/logger=none",
 ]
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import needs_torch_xla, run_process
+from test_model import tiny
 
 from core.rooms import MAY_IMPORT, ROOT, source_hash
 from launch.builders.facts import facts_of_process
@@ -133,3 +134,24 @@ def test_the_facts_of_a_process_are_its_settings_and_its_code(tmp_path: Path) ->
     with (tmp_path / "model/dit.py").open("a") as file:
         file.write("# another version\n")
     assert not source_hash(*MAY_IMPORT, root=tmp_path).startswith(facts["source code"])
+
+
+def test_units_are_compiled_where_possible_those_of_the_averages_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def compiled(setting: Any) -> list[bool]:
+        model, average = tiny(), tiny()
+        runtime = AccelerateRuntime("fp32", device="cpu", compile=setting)
+        runtime.prepare(model, [average], torch.optim.AdamW(model.parameters()))
+        return [unit._compiled_call_impl is not None for network in (model, average) for unit in network.units()]
+
+    compiler = tmp_path / "c++"
+    compiler.write_text("")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert set(compiled("where_possible")) == set(compiled(True)) == {True}
+    assert set(compiled("auto")) == {False}
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    assert set(compiled("where_possible")) == {False}
+    assert "note: blocks are not compiled, and steps are slower: there is no C++ compiler" in capsys.readouterr().err
