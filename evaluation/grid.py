@@ -21,16 +21,15 @@ def columns_of(num_images: int, num_classes: int = 0) -> int:
 
 def save_grid(path: Path, images: NDArray[np.uint8], columns: int) -> None:
     """Write images [num_images, H, W, C] uint8 row by row as one PNG."""
-    canvas = grid_of(images, columns)
     content = io.BytesIO()
-    Image.fromarray(canvas.squeeze(2) if canvas.shape[2] == 1 else canvas).save(content, "PNG")
+    Image.fromarray(grid_of(images, columns)).save(content, "PNG")
     write_bytes(path, content.getvalue())
 
 
 def grid_of(images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
-    """Return images [num_images, H, W, C] uint8 row by row as one picture [height, width, 3 or 1] uint8.
+    """Return images [num_images, H, W, C] uint8 row by row as one picture uint8.
 
-    It has their first 3 channels, or the first of fewer.
+    It is [height, width, 3] of their first 3 channels, or [height, width] of the first of fewer.
     """
     images = images[..., : 3 if images.shape[3] >= 3 else 1]
     count, height, width, channels = images.shape
@@ -43,4 +42,4 @@ def grid_of(images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
         left = GAP + number % columns * cell_width
         enlarged = image.repeat(factor, axis=0).repeat(factor, axis=1)
         canvas[top : top + height * factor, left : left + width * factor] = enlarged
-    return canvas
+    return canvas.squeeze(2) if channels == 1 else canvas

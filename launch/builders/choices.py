@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-import yaml
+from omegaconf import OmegaConf
 
 from diffusion.objective import Objective
 from diffusion.samplers import Sampler
@@ -20,7 +20,8 @@ Section = Mapping[str, Any]
 def sections_of(group: str) -> dict[str, Section]:
     """Return the sections of a group's YAML files, such as ``diffusion/sampler``, by their names."""
     paths = sorted((CONF / group).glob("*.yaml"))
-    return {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in paths}
+    # OmegaConf reads 1e-6 as a number, which PyYAML by itself does not.
+    return {path.stem: OmegaConf.to_container(OmegaConf.load(path)) for path in paths}  # type: ignore[misc]
 
 
 def require_sampler(section: Section, objective: Objective, runtime: Section, device: torch.device) -> None:
@@ -53,4 +54,5 @@ def fitting_samplers(
 
 def _named(first: Section) -> Iterator[tuple[str, Section]]:
     yield target_of(first).name, first
-    yield from sections_of("diffusion/sampler").items()
+    # Those whose images depend on each other, since they adapt their steps to a batch, come last.
+    yield from sorted(sections_of("diffusion/sampler").items(), key=lambda item: target_of(item[1]).reads_device)

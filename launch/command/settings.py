@@ -13,7 +13,6 @@ from evaluation.settings import EvaluationSettings
 from launch.command.sweep_processes import register_launcher
 from launch.slurm.launcher import register_slurm
 
-
 LOCAL_HOSTS = ("127.0.0.1", "localhost")  # which no other machine reaches
 
 
@@ -166,7 +165,7 @@ class ForeignData(Settings):
 
 @dataclass
 class GeneratingSettings(Settings):
-    """Settings of jobs that only generate. ``data`` and ``diffusion`` apply to foreign checkpoints; ours have theirs."""
+    """Settings of jobs that only generate. ``data`` and ``diffusion`` are of foreign checkpoints only."""
 
     data: ForeignData = field(default_factory=ForeignData)
     diffusion: Any = MUST_BE_GIVEN

@@ -84,7 +84,7 @@ class ClassField:
         label = self._labels.get(chosen, chosen) if isinstance(chosen, str) else chosen
         if chosen == IN_TURN and label is None:
             return Asked(self._source.in_turn(num_images), self._source.num_classes, IN_TURN)
-        return Asked(self._source.asked_for([label], num_images, *self._facts), 0, f"class {chosen}")
+        return Asked(self._source.asked_for([label], num_images, *self._facts), 0, chosen if chosen == NO_CLASS else f"class {chosen}")
 
 
 def _labels_of(source: ConditionSource, facts: Facts) -> Fields:
@@ -107,5 +107,6 @@ def fields_for(source: ConditionSource, facts: Facts) -> Fields:
         if kind in _FIELDS:
             return _FIELDS[kind](source, facts)
     raise ValueError(
-        f"{facts.name} is conditioned by {type(source).__name__}, for which the page has no fields; use ditscale sample."
+        f"{facts.name} is conditioned by {type(source).__name__}, for which the page has no "
+        "fields; use ditscale sample."
     )

@@ -45,7 +45,7 @@ class Form(NamedTuple):
 class View(NamedTuple):
     """A view of the grid, with a line of text."""
 
-    grid: NDArray[np.uint8]  # [height, width, 3 or 1]
+    grid: NDArray[np.uint8]  # [height, width, 3] or [height, width]
     text: str
 
 
@@ -110,7 +110,8 @@ class Studio:
         seed, count = whole_number("seed", form.seed), whole_number("number of images", form.num_images)
         if not 1 <= count <= GRID_IMAGES:
             raise ValueError(
-                f"number of images is {count}, but the page shows from 1 to {GRID_IMAGES}; `ditscale sample` makes more."
+                f"number of images is {count}, but the page shows from 1 to {GRID_IMAGES}; use "
+                "`ditscale sample` for more."
             )
         sampler, guidance = self._sampler(form), self._guidance(form)
         asked = self.fields.asked(form.asked, count)
