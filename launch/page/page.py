@@ -60,7 +60,7 @@ def build_page(studio: Studio) -> gr.Blocks:
                     run = gr.Button("Sample", variant="primary")
                     stop = gr.Button("Stop")
             with gr.Column(scale=3):
-                grid = gr.Image(label="images", format="png", interactive=False, buttons=["download", "fullscreen"])
+                grid = gr.Image(label="images", show_label=False, format="png", interactive=False, buttons=["download", "fullscreen"])
                 text = gr.Textbox(label="shown", interactive=False)
         _connect(studio, page, [seed, count, sampler, steps, scale, *asked], (run, stop), (grid, text))
         sampler.change(lambda name: _field_of_steps(studio, name), sampler, steps, api_visibility="private")
