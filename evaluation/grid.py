@@ -21,8 +21,13 @@ def columns_of(num_images: int, num_classes: int = 0) -> int:
 
 def save_grid(path: Path, images: NDArray[np.uint8], columns: int) -> None:
     """Write images [num_images, H, W, C] uint8 row by row as one PNG."""
+    save_picture(path, grid_of(images, columns))
+
+
+def save_picture(path: Path, picture: NDArray[np.uint8]) -> None:
+    """Write a picture [height, width, 3] or [height, width] uint8 as a PNG."""
     content = io.BytesIO()
-    Image.fromarray(grid_of(images, columns)).save(content, "PNG")
+    Image.fromarray(picture).save(content, "PNG")
     write_bytes(path, content.getvalue())
 
 

@@ -84,7 +84,11 @@ class ClassField:
         label = self._labels.get(chosen, chosen) if isinstance(chosen, str) else chosen
         if chosen == IN_TURN and label is None:
             return Asked(self._source.in_turn(num_images), self._source.num_classes, IN_TURN)
-        return Asked(self._source.asked_for([label], num_images, *self._facts), 0, chosen if chosen == NO_CLASS else f"class {chosen}")
+        return Asked(
+            self._source.asked_for([label], num_images, *self._facts),
+            0,
+            chosen if chosen == NO_CLASS else f"class {chosen}",
+        )
 
 
 def _labels_of(source: ConditionSource, facts: Facts) -> Fields:

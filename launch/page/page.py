@@ -1,17 +1,20 @@
 """Build the page: its fields on the left, the grid on the right."""
 
 import html
+import itertools
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from launch.page.studio import Form, Studio, View
+from evaluation.grid import save_picture
+from launch.page.studio import Form, Studio
 
 # Pictures are files of Gradio's cache; it deletes those that are older than the second number of seconds.
 _DELETED_EVERY_SEC, _KEPT_SEC = 60, 600
@@ -60,21 +63,30 @@ def build_page(studio: Studio) -> gr.Blocks:
                     run = gr.Button("Sample", variant="primary")
                     stop = gr.Button("Stop")
             with gr.Column(scale=3):
-                grid = gr.Image(label="images", show_label=False, format="png", interactive=False, buttons=["download", "fullscreen"])
+                grid = gr.Image(
+                    label="images",
+                    show_label=False,
+                    format="png",
+                    interactive=False,
+                    buttons=["download", "fullscreen"],
+                )
                 text = gr.Textbox(label="shown", interactive=False)
-        _connect(studio, page, [seed, count, sampler, steps, scale, *asked], (run, stop), (grid, text))
+        _connect(studio, [seed, count, sampler, steps, scale, *asked], (run, stop), (grid, text))
         sampler.change(lambda name: _field_of_steps(studio, name), sampler, steps, api_visibility="private")
     return page
 
 
-def _connect(
-    studio: Studio, page: gr.Blocks, fields: list[Any], buttons: tuple[Any, Any], shown: tuple[Any, Any]
-) -> None:
+def _connect(studio: Studio, fields: list[Any], buttons: tuple[Any, Any], shown: tuple[Any, Any]) -> None:
     """Make the buttons begin and end the sampling of what the fields say."""
+    grid, _ = shown
+    # A file of its own for each picture: Gradio would write equal ones over each other while a browser fetches them.
+    files = (Path(grid.GRADIO_CACHE) / f"grid-{number}.png" for number in itertools.count())
 
-    def sample(seed: Any, count: Any, sampler: Any, steps: Any, scale: Any, *asked: Any) -> Iterator[View]:
+    def sample(seed: Any, count: Any, sampler: Any, steps: Any, scale: Any, *asked: Any) -> Iterator[tuple[str, str]]:
         try:
-            yield from studio.views(Form(seed, count, sampler, steps, scale, asked))
+            for view in studio.views(Form(seed, count, sampler, steps, scale, asked)):
+                save_picture(file := next(files), view.picture)
+                yield str(file), view.text
         except ValueError as error:
             # Gradio shows the text as HTML, and a name in it may come from a stranger's checkpoint.
             sentence = html.escape(str(error), quote=False)
@@ -91,7 +103,7 @@ def _steps_of(section: Any) -> str:
 
 def _field_of_steps(studio: Studio, sampler: str) -> Any:
     """Return the field of steps with the sampler's usual number, hidden where it chooses its steps itself."""
-    section = studio.samplers.get(sampler, {})
+    section = studio.samplers.get(str(sampler), {})
     return gr.update(value=_steps_of(section), visible="steps" in section)
 
 

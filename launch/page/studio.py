@@ -45,7 +45,7 @@ class Form(NamedTuple):
 class View(NamedTuple):
     """A view of the grid, with a line of text."""
 
-    grid: NDArray[np.uint8]  # [height, width, 3] or [height, width]
+    picture: NDArray[np.uint8]  # [height, width, 3] or [height, width]
     text: str
 
 
@@ -124,7 +124,7 @@ class Studio:
 
     def _sampler(self, form: Form) -> Section:
         """Return the section of the form's sampler with its steps."""
-        if form.sampler not in self.samplers:
+        if not isinstance(form.sampler, str) or form.sampler not in self.samplers:
             raise ValueError(
                 f"There is no sampler {form.sampler!r} for this checkpoint{closest(str(form.sampler), self.samplers)} "
                 f"There are {', '.join(self.samplers)}."
