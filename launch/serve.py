@@ -16,16 +16,16 @@ def serve_job(config: ServeSettings, progress: ProgressBar) -> None:
             "pip install -e '.[serve]' -c constraints.txt."
         )
     from launch.page.page import application_of, build_page, private_gradio
-    from launch.page.server import closed_to_others, listen, served, url_of, wait_for_signal
+    from launch.page.server import closed_to_others, listen, served, stop_signals, url_of
     from launch.page.studio import Studio
 
     with private_gradio(), closing(listen(config.host, config.port)) as listener:
         studio = Studio.of(config)
         hosts = () if config.allow_remote else LOCAL_HOSTS
         application = closed_to_others(application_of(build_page(studio), hosts))
-        with served(application, listener), closing(studio.streams):
+        with stop_signals() as stopped, served(application, listener), closing(studio.streams):
             print(f"{studio.checkpoint.path}: sample it at {url_of(listener)} (Ctrl-C ends the page)", flush=True)
-            wait_for_signal()
+            stopped.wait()
 
 
 if __name__ == "__main__":

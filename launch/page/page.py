@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from evaluation.grid import save_picture
+from launch.builders.choices import Section
 from launch.page.studio import Form, Studio
 
 # Pictures are files of Gradio's cache; it deletes those that are older than the second number of seconds.
@@ -26,7 +27,7 @@ _FONTS_OF_CODE = ("ui-monospace", "monospace")
 def private_gradio() -> Iterator[None]:
     """Make Gradio keep its files in a folder of its own, deleted at the end, and send nothing to anybody."""
     with tempfile.TemporaryDirectory(prefix="ditscale-serve-") as folder:
-        wanted = {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_SHARE": "False"}
+        wanted = {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
         before = {name: os.environ.get(name) for name in wanted}
         os.environ.update(wanted)
         try:
@@ -50,7 +51,7 @@ def build_page(studio: Studio) -> gr.Blocks:
                 gr.Textbox(str(studio.checkpoint.path), label="checkpoint", interactive=False)
                 asked = studio.fields.components()
                 seed = gr.Textbox(str(config.seed), label="seed")
-                count = gr.Number(config.num_images, label="number of images", precision=None)
+                count = gr.Number(config.num_images, label="number of images")
                 sampler = gr.Dropdown(list(studio.samplers), label="sampler", allow_custom_value=True)
                 steps = gr.Textbox(_steps_of(first), label="steps", visible="steps" in first)
                 scale = gr.Number(
@@ -97,8 +98,10 @@ def _connect(studio: Studio, fields: list[Any], buttons: tuple[Any, Any], shown:
     stop.click(None, cancels=[running], api_visibility="private")
 
 
-def _steps_of(section: Any) -> str:
-    return str(section.get("steps", ""))
+def _steps_of(section: Section) -> str:
+    """Return a sampler's number of steps as text, with commas between several, or nothing where it has none."""
+    steps = section.get("steps", "")
+    return ",".join(map(str, steps)) if isinstance(steps, list) else str(steps)
 
 
 def _field_of_steps(studio: Studio, sampler: str) -> Any:

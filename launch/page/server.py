@@ -28,7 +28,8 @@ def listen(host: str, port: int) -> socket.socket:
     Raises ValueError where the port is in use or not allowed, or the machine has no such address.
     """
     try:
-        (family, kind, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, kind, _, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)  # localhost is 127.0.0.1
         listener = socket.socket(family, kind)
     except OSError as error:
         raise ValueError(f"host is {host}, which is not an address ({error.strerror}); use host=127.0.0.1.") from error
@@ -80,12 +81,13 @@ def served(application: Application, listener: socket.socket) -> Iterator[None]:
         thread.join()
 
 
-def wait_for_signal() -> None:
-    """Wait until the process gets SIGINT or SIGTERM, which end nothing else meanwhile."""
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """Yield an event that is set when the process gets SIGINT or SIGTERM, which end nothing within the block."""
     stopped = threading.Event()
     before = {number: signal.signal(number, lambda *_: stopped.set()) for number in _STOPS}
     try:
-        stopped.wait()
+        yield stopped
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -181,7 +181,8 @@ class _Canvas:
             if call % self._show_every:
                 return self._show(None)
             of_all = "" if total is None else f" of {total}"
-            self._fill(rows, generator.preview(x_0()), f"{self._finished()}call {call}{of_all} of the network")
+            done = f"{self._finished()}, " if self._done else ""
+            self._fill(rows, generator.preview(x_0()), f"{done}call {call}{of_all} of the network")
 
         return watch
 
@@ -192,7 +193,7 @@ class _Canvas:
         self._fill(rows, images, f"{self._done} images: {self._order.text}" if is_whole else self._finished())
 
     def _finished(self) -> str:
-        return f"{self._done} of {self._order.num_images} images; " if self._done else ""
+        return f"{self._done} of {self._order.num_images} images are done"
 
     def _fill(self, rows: NDArray[np.int64], images: NDArray[np.uint8], text: str) -> None:
         self._images[rows] = images[: len(rows)]

@@ -132,10 +132,10 @@ def test_images_are_shown_as_they_are_denoised_and_a_finished_one_stays(page: Se
     studio = page.studio
     views = list(studio.views(Form("0", 7, "ddpm", "10", 1, [IN_TURN])))
     texts = [view.text for view in views]
-    assert texts[:3] == ["call 5 of 10 of the network", "call 10 of 10 of the network", "4 of 7 images; "]
+    assert texts[:3] == ["call 5 of 10 of the network", "call 10 of 10 of the network", "4 of 7 images are done"]
     assert texts[3:] == [
-        "4 of 7 images; call 5 of 10 of the network",
-        "4 of 7 images; call 10 of 10 of the network",
+        "4 of 7 images are done, call 5 of 10 of the network",
+        "4 of 7 images are done, call 10 of 10 of the network",
         "7 images: seed 0, ddpm, all classes in turn, 10 steps",
     ]
     width = views[0].picture.shape[1] * 4 // 7
@@ -160,6 +160,7 @@ GOOD = {"seed": "0", "count": 2, "sampler": "ddpm", "steps": "2", "scale": 1, "c
     [
         ({"steps": "0"}, "sampler.steps is 0, but a sampler needs at least 2 steps; choose between 2 and 1000."),
         ({"steps": "many"}, "sampler.steps is 'many', but it must be like 250, ddim50 or [10,15,20]."),
+        ({"steps": "10,x"}, "sampler.steps is '10,x', but it must be like 250, ddim50 or [10,15,20]."),
         ({"steps": ""}, "sampler.steps is '', but it must be like 250, ddim50 or [10,15,20]."),
         ({"class": "seven"}, "labels has 'seven', but there is no such class"),
         ({"class": "11"}, "labels has 11, but this model knows the classes 0 to 9, and 10 for none"),
@@ -327,6 +328,22 @@ def waited_for(read: Callable[[], str], part: str = "(Ctrl-C ends the page)", li
         assert time.monotonic() < end, text
         time.sleep(0.05)
     return text
+
+
+class TwoProcesses:
+    """What tells of a job of several processes."""
+
+    data_world = 2
+
+    def __init__(self, precision: str) -> None:
+        pass
+
+
+def test_several_processes_are_refused() -> None:
+    config = settings_of("checkpoint=missing")
+    config.runtime = {"_target_": f"{__name__}.TwoProcesses"}
+    with pytest.raises(ValueError, match="ditscale serve runs in one process, but there are 2; start one"):
+        Studio.of(config)
 
 
 BUTTON = "[...document.querySelectorAll('button')].find(one => one.textContent.trim() === 'Sample')"
