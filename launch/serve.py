@@ -23,9 +23,9 @@ def serve_job(config: ServeSettings, progress: ProgressBar) -> None:
         studio = Studio.of(config)
         hosts = () if config.allow_remote else LOCAL_HOSTS
         application = closed_to_others(application_of(build_page(studio), hosts))
-        with stop_signals() as stopped, served(application, listener), closing(studio.streams):
+        with served(application, listener), closing(studio.streams), stop_signals() as wait:
             print(f"{studio.checkpoint.path}: sample it at {url_of(listener)} (Ctrl-C ends the page)", flush=True)
-            stopped.wait()
+            wait()
 
 
 if __name__ == "__main__":

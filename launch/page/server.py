@@ -13,6 +13,7 @@ import uvicorn
 
 _WAITING = 64  # connections that wait for the page while the checkpoint is being loaded
 _GRACE_SEC = 1  # for open connections, such as the one that images are sent through
+_POLL_SEC = 0.5
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 # The browser fetches nothing from another server, whatever the page or a name in a checkpoint asks for.
 _POLICY = (
@@ -82,12 +83,18 @@ def served(application: Application, listener: socket.socket) -> Iterator[None]:
 
 
 @contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """Yield an event that is set when the process gets SIGINT or SIGTERM, which end nothing within the block."""
+def stop_signals() -> Iterator[Callable[[], None]]:
+    """Yield a function that waits until the process gets SIGINT or SIGTERM, which end nothing within the block."""
     stopped = threading.Event()
     before = {number: signal.signal(number, lambda *_: stopped.set()) for number in _STOPS}
+
+    def wait() -> None:
+        # A signal that another thread receives does not wake this one, and only this one runs Python's handler.
+        while not stopped.wait(_POLL_SEC):
+            pass
+
     try:
-        yield stopped
+        yield wait
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
