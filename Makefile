@@ -77,7 +77,7 @@ test: $(STAMP) browser slurm
 		--times $(TIMES)/tests.json; tests=$$?; \
 	wait $$lint && exit $$tests
 
-# The unit layer on the newest release of everything, without constraints.txt. Tests of what holds torch back (the extra
+# The unit layer on the newest release of everything, without constraints.txt. Tests of what holds torch or Pillow back (the extra
 # pinned) are skipped and say so. Each call takes what has been released since.
 test-newest:
 	$(PYTHON) -m venv .venv-newest
