@@ -79,7 +79,7 @@ test: $(STAMP) browser slurm
 		--times $(TIMES)/tests.json; tests=$$?; \
 	wait $$lint && exit $$tests
 
-# The unit layer on the newest release of everything, without constraints.txt. Tests of what holds torch back (the extra
+# The unit layer on the newest release of everything, without constraints.txt. Tests of what holds torch or Pillow back (the extra
 # pinned) are skipped and say so. Each call takes what has been released since.
 test-newest:
 	$(PYTHON) -m venv .venv-newest
@@ -93,12 +93,12 @@ test-newest:
 test-gpu: $(STAMP)
 	$(BIN)/pytest tests/gpu -n 0 -rs
 
-# A test opens the report in a browser. Where none is and none can be installed, that test is skipped and says so.
+# Tests open the report and the page of `serve` in a browser. Where none is and none can be installed, they are skipped.
 browser:
 	@for name in $(BROWSERS); do command -v $$name > /dev/null && exit 0; done; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
 		apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends chromium; \
-	else false; fi || echo "No browser was installed: the test that opens the report in one will be skipped."
+	else false; fi || echo "No browser was installed: the tests that open pages in one will be skipped."
 
 # Sweeps are tested on a SLURM of one node. Where it is not and cannot be installed, those tests are skipped and say so.
 slurm:

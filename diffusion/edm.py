@@ -121,6 +121,11 @@ class EDM(ContinuousObjective):
         """Return c_in x_t and c_noise (table 1)."""
         return x_t / self.parameterization.total(self.coefficients(t)), torch.log(t) / 4
 
+    def from_inputs(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x_t / c_in and exp(4 c_noise)."""
+        sigma = torch.exp(4 * t)
+        return x_t * self.parameterization.total(self.coefficients(sigma)), sigma
+
     def losses(self, output: Tensor, batch: Batch, x_t: Tensor) -> dict[str, Tensor]:
         """Return the mean squared error of F, [B] (equation 8)."""
         target = self.parameterization.target(batch.x_0, batch.noise, self.coefficients(batch.t))

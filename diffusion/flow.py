@@ -102,6 +102,10 @@ class Flow(ContinuousObjective):
         """Return x_t, and t or 1 - t."""
         return x_t, 1 - t if self.reversed_time else t
 
+    def from_inputs(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x_t, and t or 1 - t."""
+        return self.inputs(x_t, t)
+
     def read(self, output: Tensor, x_t: Tensor) -> Tensor:
         """Return the first half of two, as a rate by t."""
         read = output[:, : x_t.shape[1]].float()

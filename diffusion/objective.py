@@ -56,6 +56,10 @@ class Objective(nn.Module):
         """Return the network's inputs for x_t [B, c, h, w] and t [B]: tensors of these shapes."""
         raise NotImplementedError
 
+    def from_inputs(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the x_t and the t whose `inputs` these are, for views of a sampler at work."""
+        raise NotImplementedError
+
     def time_range(self) -> tuple[float, float]:
         """Return the least and the greatest t that there are."""
         raise NotImplementedError

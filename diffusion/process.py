@@ -154,6 +154,11 @@ class GaussianDiffusion(Objective):
         """Return x_t unchanged, and the trained steps of the steps t [B] int64."""
         return x_t, self.timesteps[t]
 
+    def from_inputs(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x_t unchanged, and the closest steps [B] int64 of the whole process."""
+        assert self.num_steps == len(self.schedule.betas()), "a respaced process does not have every trained step"
+        return x_t, t.float().round().long()
+
     def time_range(self) -> tuple[float, float]:
         """Return the first and the last step of the schedule."""
         return 0.0, len(self.schedule.betas()) - 1.0

@@ -15,6 +15,7 @@ from data.manifest import LatentSpec
 from diffusion.guidance import Cost, Guided
 from diffusion.objective import Objective
 from diffusion.samplers import Sampler
+from diffusion.watching import Watched, Watcher
 from model.autoencoder import Autoencoder
 from model.flops import cost_of_call
 from runtime.protocol import Devices
@@ -42,18 +43,32 @@ class Generator:
         return None if calls is None else calls * self.denoiser.cost(self.cost_of)
 
     @torch.no_grad()
-    def images(self, indices: NDArray[np.int64], condition: Condition) -> NDArray[np.uint8]:
+    def images(
+        self, indices: NDArray[np.int64], condition: Condition, watcher: Watcher | None = None
+    ) -> NDArray[np.uint8]:
         """Return images [B, H, W, C] uint8 of the given indices [B] and their condition, on the CPU.
 
-        B is a multiple of the number of the process's devices. Every process must call it, with the same B.
+        B is a multiple of the number of the process's devices. Every process must call it, with the same B. A
+        ``watcher`` is called after each call of the network, and changes no image.
         """
-        parts = self.runtime.parts(self._latents(indices, condition), DECODED_AT_ONCE)
-        decoded = torch.cat([self.runtime.rows(self.autoencoder.decode(part)) for part in parts])
+        decoded = self._decoded(self._latents(indices, condition, watcher))
         _require_finite(decoded, indices, self.runtime)
         return to_uint8(decoded)
 
-    def _latents(self, indices: NDArray[np.int64], condition: Condition) -> torch.Tensor:
-        """Return samples [B, c, h, w] on the device, without a device read."""
+    @torch.no_grad()
+    def preview(self, x_0: torch.Tensor) -> NDArray[np.uint8]:
+        """Return images [B, H, W, C] uint8 of latents [B, c, h, w] that may not be finite, as early predictions."""
+        return to_uint8(self._decoded(x_0).nan_to_num())
+
+    def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return the images [B, C, H, W] of latents on the device, on the CPU."""
+        parts = self.runtime.parts(latents, DECODED_AT_ONCE)
+        return torch.cat([self.runtime.rows(self.autoencoder.decode(part)) for part in parts])
+
+    def _latents(
+        self, indices: NDArray[np.int64], condition: Condition, watcher: Watcher | None = None
+    ) -> torch.Tensor:
+        """Return samples [B, c, h, w] on the device, without a device read but those of a watcher."""
         philox, runtime = Philox(self.seed), self.runtime
         shape = (self.spec.channels, self.spec.latent_size, self.spec.latent_size)
 
@@ -62,6 +77,8 @@ class Generator:
 
         with runtime.autocast():
             denoiser = runtime.inference(self.denoiser)
+            if watcher is not None:
+                denoiser = Watched(denoiser, self.objective, watcher)
             return self.sampler(denoiser, self.objective, noise, mapped(condition, runtime.put))
 
     def images_in_step(self, indices: NDArray[np.int64], condition: Condition, at_most: int) -> NDArray[np.uint8]:

@@ -24,6 +24,7 @@ JOBS = {
         "launch.train:settle_training",
     ),
     "sample": Job("generate a PNG grid and an .npz of images from a checkpoint"),
+    "serve": Job("open a local page where images of a checkpoint are sampled; needs the extra `serve`"),
     "evaluate": Job("measure the images that a checkpoint generates", "launch.evaluate:settle_evaluation"),
     "reference": Job(
         "compute the statistics of real images that generated ones are compared with",

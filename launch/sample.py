@@ -10,7 +10,7 @@ from core.batch import Condition
 from core.npz import write_npz
 from core.progress import ProgressBar
 from data.low_resolution import enlarging
-from evaluation.grid import save_grid
+from evaluation.grid import columns_of, save_grid
 from launch.builders.build import LoadedCheckpoint
 from launch.builders.components import build, target_of
 from launch.builders.foreign import is_foreign, load_foreign
@@ -50,7 +50,7 @@ def sample_job(config: SampleSettings, progress: ProgressBar) -> None:
     # ADM's evaluator expects these names.
     write_npz(out.with_name(out.name + ".npz"), {"arr_0": images, **labels}, zip64=True)
     shown = images[:GRID_IMAGES]
-    columns = min(conditions.num_classes if config.labels is None and conditions.num_classes else 10, 10, len(shown))
+    columns = columns_of(len(shown), conditions.num_classes if config.labels is None else 0)
     save_grid(out.with_name(out.name + ".png"), shown, columns)
     which = f" ({config.weights} weights)" if checkpoint.step else ""
     print(f"{count} images of {checkpoint.path}{which}: {out}.npz and {out}.png")

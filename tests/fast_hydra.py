@@ -20,7 +20,7 @@ from launch.command.settings import register
 
 # What a job cannot be composed without.
 NEEDED = {"train": ["shape_name=x"], "plan": ["shape_name=x"], "report": ["sweep=x"], "reference": ["out=x"]}
-NEEDED |= {job: ["checkpoint=x"] for job in ("sample", "evaluate")}
+NEEDED |= {job: ["checkpoint=x"] for job in ("sample", "serve", "evaluate")}
 NEEDED["export"] = ["checkpoint=x", "to=reference", "out=x"]
 NEEDED["status"] = NEEDED["report"]
 

@@ -23,7 +23,8 @@ from typing import Any, NoReturn
 from core.garbage import uncollected
 
 # The modules that every job imports.
-JOBS = [f"launch.{job}" for job in ("encode", "verify", "train", "sample", "evaluate", "reference", "export", "report")]
+JOBS = [f"launch.{job}" for job in ("encode", "verify", "train", "sample", "serve", "evaluate", "reference", "export")]
+JOBS.append("launch.report")
 TRAINING = [*JOBS, "runtime.accelerate", "torch._dynamo", "torch._inductor.utils"]
 # What some jobs import for seconds. Not wandb itself: it makes a folder at import, which the first job to end removes.
 TRAINING += ["sklearn.datasets", "pandas", "networkx", "aiohttp", "requests", "rich.console", "matplotlib.pyplot"]

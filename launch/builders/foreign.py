@@ -31,7 +31,7 @@ from launch.builders.normalization import normalized
 from launch.builders.unet_folder import read_unet_folder
 from launch.builders.weight_files import read_weight_file
 from launch.builders.weight_tables import EMA, choose_table
-from launch.command.settings import EvaluateSettings, SampleSettings
+from launch.command.settings import EvaluateSettings, GeneratingSettings
 from model.autoencoder import Autoencoder
 from model.dit_families import frequency_shift_of
 from model.families import RELEASED_DIT, STABLE_DIFFUSION, family_of, require_fit, require_settings, stated
@@ -106,7 +106,7 @@ def notes_on_weights(model: Network, where: str) -> list[str]:
     return [f"{where}: {note}" for note in model.notes_on_weights()]
 
 
-def load_foreign(config: SampleSettings | EvaluateSettings, runtime: Devices) -> LoadedCheckpoint:
+def load_foreign(config: GeneratingSettings | EvaluateSettings, runtime: Devices) -> LoadedCheckpoint:
     """Return a foreign network with the process and autoencoder of the job's config, which its file does not have."""
     where, settings = config.checkpoint, config.foreign
     network = read_foreign(where, config.weights, Facts(**settings.plain()))
@@ -206,7 +206,7 @@ def _require_facts(family: Family, facts: Facts) -> None:
         require_fit(family, facts.like)
 
 
-def _require_null_class(model: Network, where: str, config: SampleSettings | EvaluateSettings) -> None:
+def _require_null_class(model: Network, where: str, config: GeneratingSettings | EvaluateSettings) -> None:
     if not model.has_null_class and target_of(config.guidance).needs_null:
         raise ValueError(
             f"{where} has no null class (its label table has {model.num_classes} rows for as many classes), "

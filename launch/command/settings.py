@@ -13,6 +13,8 @@ from evaluation.settings import EvaluationSettings
 from launch.command.sweep_processes import register_launcher
 from launch.slurm.launcher import register_slurm
 
+LOCAL_HOSTS = ("127.0.0.1", "localhost")  # which no other machine reaches
+
 
 class Precision(StrEnum):
     """The precision of the network's forward and backward pass; everything else is float32."""
@@ -162,8 +164,8 @@ class ForeignData(Settings):
 
 
 @dataclass
-class SampleSettings(Settings):
-    """``ditscale sample``. ``data`` and ``diffusion`` apply to foreign checkpoints only; ours contain their own."""
+class GeneratingSettings(Settings):
+    """Settings of jobs that only generate. ``data`` and ``diffusion`` are of foreign checkpoints only."""
 
     data: ForeignData = field(default_factory=ForeignData)
     diffusion: Any = MUST_BE_GIVEN
@@ -174,12 +176,42 @@ class SampleSettings(Settings):
     checkpoint: str = MUST_BE_GIVEN  # a run folder (its newest checkpoint is used), a checkpoint, or foreign weights
     weights: str = "ema"  # model, an average, width_W of a run with power averages, or a table of a foreign file
     num_images: int = positive(80)
-    labels: list[Any] | None = None  # class numbers or names, repeated up to num_images; null: all classes in turn
-    low_resolution: str | None = None  # .npz of the images that an upsampler enlarges, as this job writes them
+    low_resolution: str | None = None  # .npz of the images that an upsampler enlarges, as `sample` writes them
     batch_size: int = positive(64)  # images per process at once; does not change any image
     seed: int = 0
-    out: str | None = None  # path of the .png and .npz, without extension; null: in the run's samples/
     precision: Precision = Precision.fp32
+
+
+@dataclass
+class SampleSettings(GeneratingSettings):
+    """``ditscale sample``."""
+
+    labels: list[Any] | None = None  # class numbers or names, repeated up to num_images; null: all classes in turn
+    out: str | None = None  # path of the .png and .npz, without extension; null: in the run's samples/
+
+
+@dataclass
+class ServeSettings(GeneratingSettings):
+    """``ditscale serve``. The sampler, the guidance, the seed and the number of images are those the page begins with.
+
+    Raises ValueError for a host that other machines can reach, without ``allow_remote``, and for a port that is none.
+    """
+
+    num_images: int = positive(20)
+    host: str = "127.0.0.1"  # address of this machine that the page is served at; 127.0.0.1 is reached from it alone
+    port: int = 7860  # 0: any that is free
+    allow_remote: bool = False  # allow another host: whoever reaches it uses the page, without a password
+    show_every: int = positive(5)  # calls of the network between two views of unfinished images
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.host not in LOCAL_HOSTS and not self.allow_remote:
+            raise ValueError(
+                f"host is {self.host}, which other machines may reach, and the page asks for no password; use "
+                "host=127.0.0.1, or set allow_remote=true if everybody who reaches it may use it."
+            )
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"port is {self.port}, but ports are from 1 to {2**16 - 1}, and 0 is any; set another.")
 
 
 @dataclass
@@ -309,6 +341,7 @@ SETTINGS: dict[str, type[Settings]] = {
     "encode": EncodeSettings,
     "verify": VerifySettings,
     "sample": SampleSettings,
+    "serve": ServeSettings,
     "evaluate": EvaluateSettings,
     "export": ExportSettings,
     "plan": PlanSettings,

@@ -59,6 +59,7 @@ def test_imports_between_rooms_point_one_way(path: Path) -> None:
         ),
         ("pickle", {"evaluation/features/inception.py"}),  # for the name of an exception
         ("huggingface_hub", {"launch/builders/hub.py"}),
+        ("gradio", {"launch/page/fields.py", "launch/page/page.py"}),
     ],
 )
 def test_a_package_is_imported_in_its_home_only(package: str, homes: set[str]) -> None:

@@ -4,7 +4,6 @@ import csv
 import html
 import json
 import re
-import shutil
 import subprocess
 import time
 from html.parser import HTMLParser
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from chromium import CHROMIUM, FLAGS, needs_chromium
 from filelock import FileLock
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -29,20 +29,6 @@ from report.records import read_records
 from report.study import Study, read_study
 from report.write import Report, write_report
 from train.runfolder import RunFolder
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")  # as in the Makefile
-CHROMIUM = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-# Without a sandbox it runs as root as well; the others keep it from calling home.
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 def record_of(width: int, distance: float, **changes: Any) -> dict[str, Any]:
@@ -604,9 +590,7 @@ def shown_by_chromium(page: Path, script: str, folder: Path) -> Any:
     return json.loads(html.unescape(found.group(1)))
 
 
-@pytest.mark.skipif(
-    CHROMIUM is None, reason="there is no Chromium: `make browser` as root, or `apt-get install chromium`"
-)
+@needs_chromium
 def test_a_browser_sorts_the_tables_and_shows_every_picture(full: Report, tmp_path: Path) -> None:
     script = """
       const headOf = (table, name) =>
