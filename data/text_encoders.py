@@ -269,7 +269,8 @@ def token_ids(
     mask = found["attention_mask"].astype(np.bool_)
     truncated = mask.all(axis=1)  # of these, the whole caption says it
     if full := [caption for caption, is_full in zip(captions, truncated, strict=True) if is_full]:
-        truncated[truncated] = [len(ids) > length for ids in tokenizer(full)["input_ids"]]
+        whole = tokenizer(full, verbose=False)["input_ids"]  # without a warning of their length
+        truncated[truncated] = [len(ids) > length for ids in whole]
     return found["input_ids"].astype(np.int32), mask, truncated
 
 

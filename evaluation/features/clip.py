@@ -57,8 +57,8 @@ class CLIPSimilarity:
         return np.stack([cosines, truncated.astype(np.float32)], axis=1)
 
     @torch.no_grad()
-    def _cosines(self, pixels: Tensor, ids: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Return the cosines [B] of prepared images [B, 3, s, s] and token ids [B, M].
+    def _cosines(self, pixels: Tensor, ids: NDArray[np.int32]) -> NDArray[np.float64]:
+        """Return the cosines [B] float64 of prepared images [B, 3, s, s] and token ids [B, M].
 
         No mask is needed: the text encoder is causal, and the embedding is that of the caption's end.
         """
@@ -66,8 +66,8 @@ class CLIPSimilarity:
         with exact_float32(self._device):
             text = clip.text_model(input_ids=torch.from_numpy(ids).long().to(self._device)).pooler_output
             image = clip.vision_model(pixel_values=pixels.to(self._device)).pooler_output
-            both = clip.visual_projection(image), clip.text_projection(text)
-            found: NDArray[np.float32] = F.cosine_similarity(*both, dim=1).cpu().numpy()
+            both = [clip.visual_projection(image), clip.text_projection(text)]
+        found: NDArray[np.float64] = F.cosine_similarity(*(side.cpu().double() for side in both), dim=1).numpy()
         return found
 
 
