@@ -66,8 +66,8 @@ class CLIPSimilarity:
         with exact_float32(self._device):
             text = clip.text_model(input_ids=torch.from_numpy(ids).long().to(self._device)).pooler_output
             image = clip.vision_model(pixel_values=pixels.to(self._device)).pooler_output
-            both = [clip.visual_projection(image), clip.text_projection(text)]
-        found: NDArray[np.float64] = F.cosine_similarity(*(side.cpu().double() for side in both), dim=1).numpy()
+            one, other = clip.visual_projection(image), clip.text_projection(text)
+        found: NDArray[np.float64] = F.cosine_similarity(one.cpu().double(), other.cpu().double(), dim=1).numpy()
         return found
 
 

@@ -148,6 +148,18 @@ def test_the_end_of_a_caption_is_found_in_files_of_earlier_versions(copy: Path, 
     )
 
 
+def test_weights_in_several_files_give_the_same_scores(copy: Path, folder: Path) -> None:
+    from transformers import CLIPModel
+
+    (copy / "model.safetensors").unlink()
+    CLIPModel.from_pretrained(folder).save_pretrained(copy, max_shard_size="20KB")
+    assert len(list(copy.glob("model-*.safetensors"))) > 1
+    several, one = CLIPScore(str(copy)), CLIPScore(str(folder))
+    images, captions = images_of(4, 28, 28, 3), captions_of(4)
+    np.testing.assert_array_equal(several.scorer(images, captions), one.scorer(images, captions))
+    assert several.settings["weights_sha256"] != one.settings["weights_sha256"]
+
+
 @pytest.mark.parametrize("world", [1, 2, 7])
 def test_scores_of_1_2_and_7_processes_are_those_of_all_images(world: int) -> None:
     """Use 100 images in chunks of 16, which are 7 chunks; with 40 images, 4 of 7 processes get none."""
