@@ -97,16 +97,8 @@ class _Text:
 
     def tokenize(self, captions: Sequence[str]) -> Tokenized:
         """Return ids [B, M] int32 of captions and their mask, truncated and padded to the encoder's length."""
-        length = self._spec.length
-        if not captions:  # which tokenizers refuse
-            return Tokenized(np.empty((0, length), np.int32), np.empty((0, length), np.bool_), 0)
-        found = self._tokenizer(
-            list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="np"
-        )
-        mask = found["attention_mask"].astype(np.bool_)
-        full = [caption for caption, kept in zip(captions, mask, strict=True) if kept.all()]
-        whole = [len(ids) for ids in self._tokenizer(full)["input_ids"]] if full else []
-        return Tokenized(found["input_ids"].astype(np.int32), mask, sum(number > length for number in whole))
+        ids, mask, truncated = token_ids(self._tokenizer, captions, self._spec.length)
+        return Tokenized(ids, mask, int(truncated.sum()))
 
     @torch.no_grad()
     def encode(self, ids: Tensor, mask: Tensor) -> EncodedText:
@@ -142,12 +134,12 @@ class CLIPText(_Text):
         transformers = transformers_for("A text encoder")
         config, *weights = require_files(folder, "CLIP", _remedy("openai/clip-vit-large-patch14"))
         kinds = {"clip_text_model": None, "clip": "text_config"}
-        shape = read_config(config, _CLIPShape, kinds, "CLIP text encoder")
+        shape = read_config(config, CLIPTextShape, kinds, "CLIP text encoder")
         require_heads(config, shape.hidden_size, shape.num_attention_heads)
         tensors = _of_text(read_weights(weights, "CLIP"))
         made = transformers.CLIPTextConfig(**asdict(shape))
         network = built(transformers.CLIPTextModel, made, tensors, weights[0], "CLIP", dtype=_DTYPES[precision])
-        table = _tokenizer(transformers.CLIPTokenizer, folder if tokenizer is None else tokenizer, shape.vocab_size)
+        table = read_tokenizer(transformers.CLIPTokenizer, tokenizer or folder, shape.vocab_size, _TOKENIZER)
         hash_ = _hash_of([config, *weights], table)
         length = shape.max_position_embeddings
         super().__init__(table, network, hash_, layer, length, shape.hidden_size, precision)
@@ -183,7 +175,7 @@ class T5Text(_Text):
         }
         made = transformers.T5Config(**asdict(shape))
         network = built(transformers.T5EncoderModel, made, tensors, weights[0], "T5", dtype=_DTYPES[precision])
-        table = _tokenizer(transformers.T5Tokenizer, folder if tokenizer is None else tokenizer, shape.vocab_size)
+        table = read_tokenizer(transformers.T5Tokenizer, tokenizer or folder, shape.vocab_size, _TOKENIZER)
         super().__init__(table, network, _hash_of([config, *weights], table), "last", length, shape.d_model, precision)
 
     def _outputs(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,21 +184,25 @@ class T5Text(_Text):
         return tokens, tokens.float().where(kept, 0).sum(dim=1) / kept.sum(dim=1)
 
 
+_TOKENIZER = "text.tokenizer"  # the setting that takes a folder
 _DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class _CLIPShape:
-    """The fields of a CLIP's ``config.json`` that determine what it gives; no others are used."""
+class CLIPTextShape:
+    """The fields of a CLIP's ``config.json`` that determine what its text encoder gives; no others are used.
 
-    vocab_size: Size
-    hidden_size: Size
-    intermediate_size: Size
-    num_hidden_layers: Annotated[int, Field(ge=2, le=1000)]
-    num_attention_heads: Size
-    max_position_embeddings: Annotated[int, Field(ge=2, le=_MOST_LENGTH)]
-    hidden_act: Literal["quick_gelu", "gelu"]
-    layer_norm_eps: Annotated[float, Field(gt=0, le=1)]
+    Some versions of transformers leave out values that equal their defaults, which these are.
+    """
+
+    vocab_size: Size = 49408
+    hidden_size: Size = 512
+    intermediate_size: Size = 2048
+    num_hidden_layers: Annotated[int, Field(ge=2, le=1000)] = 12
+    num_attention_heads: Size = 8
+    max_position_embeddings: Annotated[int, Field(ge=2, le=_MOST_LENGTH)] = 77
+    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    layer_norm_eps: Annotated[float, Field(gt=0, le=1)] = 1e-5
     bos_token_id: Id = 49406
     eos_token_id: Id = 49407  # 2 in files of earlier versions: the largest id of a caption is then its end
 
@@ -235,10 +231,11 @@ def _of_text(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _tokenizer(tokenizer_class: Any, folder: str, vocab_size: int) -> Any:
+def read_tokenizer(tokenizer_class: Any, folder: str, vocab_size: int, setting: str) -> Any:
     """Return the tokenizer in a folder, or in the folder ``tokenizer`` beside it or in it.
 
-    Raises ValueError where there is none, or where it has ids that the network does not embed.
+    Raises ValueError where there is none, naming the ``setting`` that takes its folder, or where it has ids that the
+    network does not embed.
     """
     here = Path(folder)
     candidates = [here, here / "tokenizer", here.parent / here.name.replace("text_encoder", "tokenizer")]
@@ -247,7 +244,7 @@ def _tokenizer(tokenizer_class: Any, folder: str, vocab_size: int) -> Any:
     if found is None:
         raise ValueError(
             f"There is no tokenizer in {folder} ({', '.join(files)}); copy it there, or name its folder by "
-            "text.tokenizer=PATH."
+            f"{setting}=PATH."
         )
     try:
         table = tokenizer_class.from_pretrained(str(found), local_files_only=True)
@@ -262,10 +259,29 @@ def _tokenizer(tokenizer_class: Any, folder: str, vocab_size: int) -> Any:
     return table
 
 
+def token_ids(
+    tokenizer: Any, captions: Sequence[str], length: int
+) -> tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return ids [B, ``length``] of captions, padded, their mask, and which captions [B] were longer and truncated."""
+    if not captions:  # which tokenizers refuse
+        return np.empty((0, length), np.int32), np.empty((0, length), np.bool_), np.empty(0, np.bool_)
+    found = tokenizer(list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="np")
+    mask = found["attention_mask"].astype(np.bool_)
+    truncated = mask.all(axis=1)  # of these, the whole caption says it
+    if full := [caption for caption, is_full in zip(captions, truncated, strict=True) if is_full]:
+        whole = tokenizer(full, verbose=False)["input_ids"]  # without a warning of their length
+        truncated[truncated] = [len(ids) > length for ids in whole]
+    return found["input_ids"].astype(np.int32), mask, truncated
+
+
+def hash_of_tables(tokenizer: Any) -> str:
+    """Return the SHA-256 of a tokenizer's tables as transformers holds them."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
 def _hash_of(files: Sequence[Path], tokenizer: Any) -> str:
-    """Return the SHA-256 of the files and of the tokenizer's tables as transformers holds them."""
-    tables = tokenizer.backend_tokenizer.to_str()
-    parts = [*map(sha256_of, files), hashlib.sha256(tables.encode()).hexdigest()]
+    """Return the SHA-256 of the files and of the tokenizer's tables."""
+    parts = [*map(sha256_of, files), hash_of_tables(tokenizer)]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 

@@ -1,7 +1,7 @@
 """Evaluate a denoiser: generate images, compare them with the reference, and record numbers and protocol."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -12,14 +12,15 @@ from numpy.typing import NDArray
 from core.batch import Condition
 from core.precision import exact_device
 from core.progress import ProgressBar
+from core.records import canonical_hash
 from data.conditions import ConditionSource
 from evaluation.chunks import Chunk, ChunkStore, chunks_of
-from evaluation.features.extractor import FeatureExtractor, Features, require_finite
+from evaluation.features.extractor import CaptionScorer, FeatureExtractor, Features, require_finite
 from evaluation.generate import Generator
 from evaluation.image_files import ImageFiles, NoFiles
 from evaluation.metrics.collectors import Collects, start_all
 from evaluation.metrics.frechet import FrechetDistance
-from evaluation.metrics.metric import Metric
+from evaluation.metrics.metric import CaptionMetric, Metric
 from evaluation.metrics.statistics import Gather
 from evaluation.reference.reference import Reference
 from train.lines import read_lines
@@ -59,6 +60,24 @@ class Evaluator:
     protocol: MeasurementProtocol
     batch_size: int  # images of a process at once, and of a chunk; does not affect results
     metrics: Mapping[str, Metric] = field(default_factory=lambda: {"frechet": FrechetDistance()})
+    captions: Sequence[str] | None = None  # of image i at index i, where images have captions
+
+    def __post_init__(self) -> None:
+        assert self.captions is None or len(self.captions) == self.protocol.num_images
+        assert self.captions is not None or self.scorer is None, "require_metrics refuses these"
+
+    @property
+    def scorer(self) -> CaptionScorer | None:
+        """Return what compares images with their captions, if a metric does."""
+        found = (metric.scorer for metric in self.metrics.values() if isinstance(metric, CaptionMetric))
+        return next(found, None)
+
+    @property
+    def features_hash(self) -> str:
+        """Return the hash of everything that determines the features of a chunk's images."""
+        if (scorer := self.scorer) is None:
+            return self.extractor.hash
+        return canonical_hash([self.extractor.hash, scorer.hash, list(self.captions or ())], spaced=True)
 
     def require(self, image_size: int, num_classes: int) -> None:
         """Raise ValueError, before images are generated, where the reference or a metric does not fit."""
@@ -80,7 +99,7 @@ class Evaluator:
         """
         self.require(generator.spec.image_size, generator.spec.num_classes)
         protocol, runtime = self.protocol, generator.runtime
-        runtime.require_same({"feature extractor": self.extractor.hash, "reference": self.reference.hash})
+        runtime.require_same({"feature extractor": self.features_hash, "reference": self.reference.hash})
         store, files = store or ChunkStore(), files or NoFiles()
         condition = protocol.condition_of(generator.conditions)
         classes = generator.conditions.classes(condition)
@@ -137,10 +156,18 @@ class Evaluator:
         images = generator.images_in_step(indices, condition, at_most)
         if chunk is None or not wants:
             return kept
-        features = require_finite(self.extractor(images), self.extractor)
+        features = self._seen(images, indices)
         files.write(chunk, images)
         store.write(chunk, features)
         return features
+
+    def _seen(self, images: NDArray[np.uint8], indices: NDArray[np.int64]) -> Features:
+        """Return the features of images [B, H, W, C] with these indices [B], with the scores of their captions."""
+        features = require_finite(self.extractor(images), self.extractor)
+        if (scorer := self.scorer) is None:
+            return features
+        assert self.captions is not None
+        return features._replace(captioned=scorer(images, [self.captions[index] for index in indices]))
 
     def _numbers(self, collected: Mapping[Collects, Any], device: torch.device) -> dict[str, float]:
         """Return the numbers of all metrics; ``device`` computes matrix products."""
@@ -157,12 +184,14 @@ class Evaluator:
             "feature_extractor_hash": self.extractor.hash,
             "reference_hash": self.reference.hash,
             "metrics": {name: dict(metric.settings) for name, metric in self.metrics.items()},
+            **({} if self.captions is None else {"captions_hash": canonical_hash(list(self.captions), spaced=True)}),
         }
 
     def _facts(self, generator: Generator) -> dict[str, Any]:
         """Return the facts that define a number: extractor, reference, decoder, protocol, settings of the metrics."""
         return {
             "feature_extractor": self.extractor.title,
+            **({} if self.scorer is None else {"caption_scorer": self.scorer.title}),
             **self.extractor.facts,
             "reference": self.reference.name,
             "reference_images": self.reference.statistics.count,

@@ -186,7 +186,7 @@ class EvaluationChunks:
             "weights": weights,
             "made of": [source.hash for source in checkpoint.sources],
             "protocol": asdict(evaluator.protocol),
-            "feature_extractor": evaluator.extractor.hash,
+            "feature_extractor": evaluator.features_hash,
         }
         self._label = f"{self._label_of(checkpoint.hash)}{canonical_hash(way, spaced=True)[:16]}"
         self._identity = {**self._code, **way, "batch_size": evaluator.batch_size}

@@ -254,7 +254,7 @@ def _evaluation_hook(
 
     # Settings, source code and data determine the weights of a step, so equal ones make a killed run's chunks usable.
     origin = {**facts_of_process(config.plain()), "manifest": manifest.hash, "protocol": asdict(evaluator.protocol)}
-    chunks = TrainingChunks(folder.path / CHUNKS, {**origin, "feature_extractor": evaluator.extractor.hash})
+    chunks = TrainingChunks(folder.path / CHUNKS, {**origin, "feature_extractor": evaluator.features_hash})
 
     def measure(store: ChunkStore) -> dict[str, Any]:
         return evaluator.evaluate(generator, progress, store)

@@ -94,6 +94,8 @@ class EvaluationRecord:
     recall: Number | None = None
     kernel_distance: Number | None = None
     kid: Number | None = None
+    clip_score: Number | None = None
+    captions_hash: Text | None = None  # absent where images have no captions
     sampling_gmacs: Cost | None = None  # of one image; absent in lines of earlier versions
 
 

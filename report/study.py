@@ -17,7 +17,7 @@ from report.records import DISTANCE, Record, num_calls, num_sampling_steps
 from report.runs import read_runs
 from report.seeds import by_model
 
-# The facts that all points of one figure share.
+# The facts that all points of one figure share; images without captions have no captions_hash.
 PROTOCOL_KEYS = (
     "step",
     "weights",
@@ -30,6 +30,7 @@ PROTOCOL_KEYS = (
     "decoder",
     "reference_hash",
     "feature_extractor_hash",
+    "captions_hash",
 )
 SHAPE = ("family", "size", "patch_size", "width", "depth", "block")  # of a network, where it has them
 COLUMNS = (
@@ -64,6 +65,7 @@ MEASURES = (
     Measure("recall", "Recall", "precision_recall", "higher"),
     Measure("kernel_distance", "Kernel distance", "kernel", "lower"),
     Measure("kid", "KID", "kid", "lower"),
+    Measure("clip_score", "CLIP score", "clip_score", "higher"),
     Measure("recognized_fraction", "Fraction recognized as its class", "", "higher"),
 )
 
@@ -270,7 +272,7 @@ def _of_shared_protocol(by_run: dict[str, list[Record]], sweep: Path) -> dict[st
 def protocol_of(record: Mapping[str, Any], metric: str = "", but: Sequence[str] = ()) -> str:
     """Return a record's PROTOCOL_KEYS, without those in ``but``, and the settings of a metric, as JSON."""
     settings = record.get("metrics", {}).get(metric)
-    return json.dumps([settings, *(record[key] for key in PROTOCOL_KEYS if key not in but)], sort_keys=True)
+    return json.dumps([settings, *(record.get(key) for key in PROTOCOL_KEYS if key not in but)], sort_keys=True)
 
 
 def _protocols(several_objectives: bool, own_decoders: bool) -> list[Callable[[Record], str]]:
@@ -322,15 +324,15 @@ def _why_no_curve(by_run: dict[str, list[Record]]) -> str:
             key = next((key for key in _differing(one, other) if key not in may_differ), "sampler")
             way = "at one number of network calls" if several and key == "sampler" else "the same way"
             return (
-                f"{first} and {name} cannot share a curve: {key} is {json.dumps(one[key])} in one and "
-                f"{json.dumps(other[key])} in the other; evaluate both {way} with `ditscale evaluate`."
+                f"{first} and {name} cannot share a curve: {key} is {json.dumps(one.get(key))} in one and "
+                f"{json.dumps(other.get(key))} in the other; evaluate both {way} with `ditscale evaluate`."
             )
         shared = {way: record for way, record in shared.items() if way in ways}
     raise AssertionError("all of them share a protocol")
 
 
 def _differing(one: Record, other: Record) -> list[str]:
-    return [key for key in PROTOCOL_KEYS if one[key] != other[key]]
+    return [key for key in PROTOCOL_KEYS if one.get(key) != other.get(key)]
 
 
 def _with_several(points: dict[tuple[str, int], Record]) -> dict[str, list[Record]]:

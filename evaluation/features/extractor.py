@@ -1,5 +1,6 @@
 """Define the interface of feature extractors; images are compared by their features."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -14,6 +15,7 @@ class Features(NamedTuple):
     classes: NDArray[np.int64] | None = None  # [B], the recognized class, if the extractor knows the data's classes
     spatial: NDArray[np.float32] | None = None  # [B, num_spatial], a flattened map with positions, for sFID
     logits: NDArray[np.float32] | None = None  # [B, num_classes], over the extractor's classes, for Inception Score
+    captioned: NDArray[np.float32] | None = None  # [B, 2], of a `CaptionScorer`, where a metric has one
 
     @classmethod
     def concatenate(cls, batches: "list[Features]") -> "Features":
@@ -47,4 +49,19 @@ class FeatureExtractor(Protocol):
 
     def __call__(self, images: NDArray[np.uint8]) -> Features:
         """Return the features of images [B, H, W, C] uint8."""
+        ...
+
+
+class CaptionScorer(Protocol):
+    """Compares images with their captions, for a metric, while images are generated."""
+
+    title: str  # for the record
+    hash: str  # identifies everything that determines the scores of an image and its caption
+
+    def to(self, device: torch.device) -> None:
+        """Compute on ``device`` from now on, if that changes results by no more than rounding."""
+        ...
+
+    def __call__(self, images: NDArray[np.uint8], captions: Sequence[str]) -> NDArray[np.float32]:
+        """Return [B, 2] of images [B, H, W, C] and their captions: their similarity, and 1 for a truncated caption."""
         ...

@@ -153,6 +153,42 @@ class SplitSumsCollector:
         )
 
 
+@dataclass(frozen=True)
+class CaptionSums:
+    """The number of images, the sum of the similarities to their captions that are positive, and truncated captions."""
+
+    count: int
+    positive: float
+    truncated: int
+
+
+@dataclass(frozen=True)
+class CaptionSumsOf:
+    """Collects sums over the scores of a `CaptionScorer`."""
+
+    def start(self, num_images: int) -> "CaptionSumsCollector":
+        """Return a collector without images."""
+        return CaptionSumsCollector()
+
+
+class CaptionSumsCollector:
+    """Collects the sums in float64."""
+
+    def __init__(self) -> None:
+        self._sums = np.zeros((1, 3))  # count, positive, truncated
+
+    def add(self, indices: NDArray[np.int64], features: Features) -> None:
+        """Add a batch to the sums."""
+        assert features.captioned is not None
+        similarity, truncated = features.captioned.astype(np.float64).T
+        self._sums += [[len(indices), similarity.clip(min=0).sum(), truncated.sum()]]
+
+    def merged(self, gather: Gather) -> CaptionSums:
+        """Return the sums over all processes."""
+        count, positive, truncated = gather(self._sums).sum(axis=0).tolist()
+        return CaptionSums(int(count), positive, int(truncated))
+
+
 def start_all(kinds: Sequence[Collects], num_images: int) -> dict[Collects, Collector]:
     """Return one new collector for each different kind."""
     return {kind: kind.start(num_images) for kind in dict.fromkeys(kinds)}

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import torch
 
-from evaluation.features.extractor import FeatureExtractor
+from evaluation.features.extractor import CaptionScorer, FeatureExtractor
 from evaluation.features.inception import InceptionFeatures
 from evaluation.metrics.collectors import Collects
 from evaluation.reference.reference import Reference
@@ -31,6 +31,16 @@ class Metric(Protocol):
     def compute(self, samples: Any, reference: Reference, device: torch.device) -> dict[str, float]:
         """Return numbers by name from what was collected of all images. ``device`` may compute matrix products."""
         ...
+
+
+class CaptionMetric:
+    """The base of a `Metric` of images and their captions.
+
+    Its scorer sees the images while they are generated, and its collector gets the scores as ``Features.captioned``.
+    An evaluation has one scorer at most, and is refused where its images have no captions.
+    """
+
+    scorer: CaptionScorer
 
 
 def require_inception(metric: str, extractor: FeatureExtractor) -> None:

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from core.batch import Denoiser
-from core.closest import closest
 from core.progress import ProgressBar
 from core.records import validate
 from core.urls import redacted_config
@@ -28,9 +27,9 @@ from diffusion.samplers import Sampler
 from evaluation.evaluate import Evaluator, MeasurementProtocol
 from evaluation.features.extractor import FeatureExtractor
 from evaluation.generate import Generator
-from evaluation.metrics.metric import Metric
 from evaluation.reference.reference import make_reference, read_reference
 from launch.builders.components import build, build_saved, target_of
+from launch.builders.metrics import build_metrics, require_metrics
 from launch.builders.normalization import normalized, saved_normalization
 from launch.builders.runs import checkpoint_hash, pinned_sources, read_checkpoint
 from launch.builders.saved_configs import component, setting
@@ -224,23 +223,15 @@ def build_evaluator(
     runtime: Processes,
     progress: ProgressBar,
     names: Sequence[str] | None = None,
+    captions: Sequence[str] | None = None,
 ) -> Evaluator:
     """Return the evaluator of a config's ``evaluation``, with the metrics in ``names``, by default the config's.
 
-    Raises ValueError for an unknown metric.
+    ``captions`` are those of the images, by index, where they have captions. Raises ValueError as `require_metrics`.
     """
     settings, data = config.evaluation, config.data
     names = settings.metrics if names is None else names
-    if not names:
-        raise ValueError(
-            f"evaluation.metrics is empty; choose among {', '.join(settings.metric)}, or set evaluate_every=null."
-        )
-    for name in names:
-        if name not in settings.metric:
-            raise ValueError(
-                f"There is no metric {name!r}{closest(name, settings.metric)} The metrics are: "
-                f"{', '.join(settings.metric)}."
-            )
+    require_metrics(settings.metric, names, captions is not None)
     protocol = MeasurementProtocol(
         sampler=_named_settings(config.sampler),
         guidance=_named_settings(config.guidance),
@@ -255,8 +246,8 @@ def build_evaluator(
         reference = make_reference(source, data.image_size, extractor, build(data.crop), data.apply_exif)
     else:
         reference = read_reference(Path(settings.reference), extractor, Path(settings.cache), progress)
-    metrics: dict[str, Metric] = {name: build(settings.metric[name]) for name in names}
-    return Evaluator(extractor, reference, protocol, settings.batch_size, metrics)
+    metrics = build_metrics(settings.metric, names, runtime)
+    return Evaluator(extractor, reference, protocol, settings.batch_size, metrics, captions)
 
 
 class Source(NamedTuple):

@@ -12,6 +12,7 @@ from conftest import TINY_RUN, command, json_lines, run_process
 from inception_weights import PREFIX, random_weights
 from on_device import DEVICE, distance, make_runtime, no_waiting
 from pictures import make_autoencoder, photo
+from small_text_encoders import write_whole_clip
 from tiny_run import Case
 from tiny_samples import SAMPLERS, new_generator
 from torch import Tensor
@@ -22,6 +23,7 @@ from data.encodings import EncodeImages
 from data.images import CenterCrop, Preparation
 from evaluation.features.inception import InceptionFeatures
 from evaluation.generate import Generator
+from evaluation.metrics.clip_score import CLIPScore
 from evaluation.metrics.kernel import KernelDistance
 from evaluation.metrics.manifolds import PrecisionRecall
 from evaluation.metrics.statistics import FeatureStatistics
@@ -115,6 +117,17 @@ def test_inception_features_are_the_cpus(tmp_path: Path) -> None:
     for name in ("vectors", "spatial", "logits"):
         one, other = (torch.from_numpy(getattr(part, name)) for part in (found, expected))
         assert distance(one, other) < FLOAT32, name
+
+
+@pytest.mark.usefixtures("_tf32_elsewhere")
+def test_clip_scores_are_the_cpus(tmp_path: Path) -> None:
+    scorer = CLIPScore(str(write_whole_clip(tmp_path)), batch_size=3).scorer
+    images, captions = np.stack([photo(number, 64, 64) for number in range(5)]), ["a drawing", "", "of", "a", "a three"]
+    expected = scorer(images, captions)
+    scorer.to(DEVICE)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        found = scorer(images, captions)
+    assert distance(torch.from_numpy(found), torch.from_numpy(expected)) < FLOAT32
 
 
 @pytest.mark.usefixtures("_tf32_elsewhere")

@@ -47,6 +47,29 @@ def write_small_clip(folder: Path, **changes: object) -> Path:
     return folder
 
 
+def write_whole_clip(folder: Path, sides: int = 28) -> Path:
+    """Write a CLIP with both encoders, whose images of ``sides`` pixels have 4 patches, and their preparation.
+
+    Its weights are larger than at the start of training, so that images and captions have cosines of both signs.
+    """
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig
+
+    text = CLIPTextConfig.from_pretrained(write_small_clip(folder))
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"image_size": sides, "patch_size": sides // 2}
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision, projection_dim=8))
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight *= 8
+    model.save_pretrained(folder)
+    means = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28], "resample": 3}
+    sizes = {"size": {"shortest_edge": sides}, "crop_size": {"height": sides, "width": sides}}
+    (folder / "preprocessor_config.json").write_text(json.dumps({**sizes, **means}))
+    return folder
+
+
 def write_small_t5(folder: Path, **changes: object) -> Path:
     """Write a T5 with 16 channels, encoder and decoder, whose tokenizer knows letters and some words."""
     from transformers import T5Config, T5ForConditionalGeneration, T5Tokenizer

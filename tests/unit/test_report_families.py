@@ -152,7 +152,8 @@ def u_net(sweep: Path, name: str, **changes: Any) -> None:
 
 def test_u_nets_on_latents_of_their_own_share_a_curve_with_dits_of_one_decoder(tmp_path: Path) -> None:
     write_run(tmp_path, "dit", papers_record(1152, 28, 20.0))
-    same = {key: papers_record(1152, 28, 20.0)[key] for key in PROTOCOL_KEYS if key != "decoder"}
+    record = papers_record(1152, 28, 20.0)
+    same = {key: record[key] for key in record.keys() & set(PROTOCOL_KEYS) - {"decoder"}}
     u_net(tmp_path, "adm", **same)
     u_net(tmp_path, "ldm", **same, family="LDM", decoder="ldm-vq-f4 1")
     study = read_study(tmp_path)
