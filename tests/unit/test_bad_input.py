@@ -87,7 +87,7 @@ def fails(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.C
         (["encode", "data.image_size=abc"], "data.image_size is 'abc', but it must be of type integer"),
         (["report"], "sweep is missing; give it as sweep=VALUE"),
         (["encode", "data=folder"], "data.name is missing; give it as data.name=VALUE"),
-        (["report", "sweep=nowhere"], "no sweep folder nowhere"),
+        (["report", "sweep=nowhere"], "no sweep nowhere"),
         (["encode", "data.image_size=16", "data.shards=new"], "is 8x8, but data.image_size is 16"),
         (["train", "runtime.device=cuda"], "PyTorch sees 0 GPUs"),
         pytest.param(
