@@ -8,6 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from core.progress import ProgressBar
 from core.remote import is_remote
+from data.captions import Captioned
 from data.encode import encode
 from data.encodings import Encoding
 from data.manifest import Manifest
@@ -53,6 +54,8 @@ def encode_shards(config: EncodeSettings, progress: ProgressBar, words: Iterable
         **({} if config.teacher is None else {"teacher": build(config.teacher)}),
     )
     source: Source = build(data.source)
+    if config.captions is not None:
+        source = Captioned(source, build(config.captions))
     workers = workers_from_environment(config.threads)
     if workers.rank == 0:
         for note in notes_of(source):
