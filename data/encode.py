@@ -21,9 +21,10 @@ from core.atomic import require_no_folder, write_bytes
 from core.locks import HeldError, acquired
 from core.progress import Progress, ProgressBar
 from core.reading import sha256_of
+from data.caption_file import write_captions
 from data.channel_sums import channel_statistics, channel_sums
 from data.encodings import Encoding
-from data.manifest import FORMAT_VERSION, MANIFEST_NAME, MAX_SOURCE_ID, Manifest
+from data.manifest import CAPTIONS_NAME, FORMAT_VERSION, MANIFEST_NAME, MAX_SOURCE_ID, CaptionsSpec, Manifest
 from data.pipeline import Encoded, encoded_batches
 from data.plan import Plan, shard_name
 from data.shard_index import INDEX_NAME, LABELS_NAME, write_index
@@ -35,6 +36,7 @@ SKIPPED_NAME = "skipped.jsonl"
 CLASSES_NAME = "classes.json"
 _POLL_SEC = 1.0
 _FLOAT16_OVERFLOW = 65520.0  # the smallest number that rounds to infinity
+_MOST_CAPTIONS = 2**24  # characters of a shard's captions, so that its sidecar is small enough to be read
 _OUR_SHARD = re.compile(r"shard-\d{6,}\.tar")
 _ASIDE = re.compile(r"\.([^.]+)\..*\d+\.tmp")  # as `core.atomic` names a file while it is written
 
@@ -118,7 +120,7 @@ def require_same_plan(folder: Path, plan: Plan) -> None:
         differences = present.spec.differences(plan.spec)
         if present.teacher != plan.teacher:
             differences.append(f"teacher is {present.teacher or 'none'} and not {plan.teacher or 'none'}")
-        differences = differences or ["the images, the seed or the shard size differ"]
+        differences = differences or ["the images, the seed or the shard size differ, or captions do"]
         raise ValueError(
             f"{folder} already holds other shards: {'; '.join(differences)}; encode into another data.shards."
         )
@@ -129,7 +131,7 @@ def _require_no_folders(folder: Path, shards: Iterable[int]) -> None:
     for shard in shards:
         require_no_folder(folder / shard_name(shard))
         require_no_folder(sidecar_path(folder / shard_name(shard)))
-    for name in (SKIPPED_NAME, CLASSES_NAME, INDEX_NAME, LABELS_NAME, MANIFEST_NAME):
+    for name in (SKIPPED_NAME, CLASSES_NAME, INDEX_NAME, LABELS_NAME, CAPTIONS_NAME, MANIFEST_NAME):
         require_no_folder(folder / name)
 
 
@@ -211,6 +213,7 @@ def _write(folder: Path, plan: Plan, batches: list[Encoded]) -> None:
     examples = [example for batch in batches for example in batch.examples]
     labels = [example.label for example in examples]
     _require_storable(path, moments, examples)
+    captions = [list(example.captions) for example in examples]
     sums = channel_sums(moments, plan.spec.channels)
     if not sums.is_finite:
         raise ValueError(
@@ -228,6 +231,7 @@ def _write(folder: Path, plan: Plan, batches: list[Encoded]) -> None:
         source_ids=[example.source_id for example in examples],
         skipped=[skip for batch in batches for skip in _skips(batch)],
         sums=sums,
+        captions=captions if any(captions) else None,
     ).save(folder)
 
 
@@ -246,6 +250,19 @@ def _require_storable(path: Path, moments: NDArray[np.float32], examples: Sequen
                 f"{example.source_id[:80]}... is a name of {len(example.source_id)} characters, but {INDEX_NAME} holds "
                 f"{MAX_SOURCE_ID}; give that image a shorter one."
             )
+    _require_captions_of_all_or_none([(example.source_id, bool(example.captions)) for example in examples])
+    if (size := sum(len(caption) for example in examples for caption in example.captions)) > _MOST_CAPTIONS:
+        raise ValueError(
+            f"The captions of {path} have {size} characters, but those of a shard may have {_MOST_CAPTIONS}; set a "
+            "smaller data.samples_per_shard."
+        )
+
+
+def _require_captions_of_all_or_none(images: Sequence[tuple[str, bool]]) -> None:
+    """Raise ValueError, naming one of each, where some images have captions and others have none."""
+    with_, without = (next((name for name, has in images if has is wanted), None) for wanted in (True, False))
+    if with_ is not None and without is not None:
+        raise ValueError(f"{with_} has a caption, but {without} has none; give captions to all images or to none.")
 
 
 def _wait_for_all(folder: Path, plan: Plan, owned: range, tally: _Tally, bar: Progress) -> list[Sidecar]:
@@ -288,6 +305,7 @@ def finish(folder: Path, plan: Plan, sidecars: Sequence[Sidecar], max_skipped_fr
     labels = [label for sidecar in sidecars for label in sidecar.labels]
     source_ids = [name for sidecar in sidecars for name in sidecar.source_ids]
     write_index(folder, labels, source_ids, [sidecar.layout for sidecar in sidecars])
+    captions = _write_captions(folder, sidecars)
     mean, std = channel_statistics([sidecar.sums for sidecar in sidecars])
     manifest = Manifest(
         format_version=FORMAT_VERSION,
@@ -301,9 +319,21 @@ def finish(folder: Path, plan: Plan, sidecars: Sequence[Sidecar], max_skipped_fr
         num_skipped=len(skipped),
         labels_sha256=sha256_of(folder / LABELS_NAME),
         teacher=plan.teacher,
+        captions=captions,
     )
     manifest.save(folder)
     return manifest
+
+
+def _write_captions(folder: Path, sidecars: Sequence[Sidecar]) -> CaptionsSpec | None:
+    """Write the captions of all rows, or delete the file of an earlier, unfinished plan where there are none."""
+    filled = [sidecar for sidecar in sidecars if sidecar.labels]  # others have no rows
+    _require_captions_of_all_or_none([(sidecar.source_ids[0], sidecar.captions is not None) for sidecar in filled])
+    captions = [sidecar.captions for sidecar in filled if sidecar.captions is not None]
+    if captions:
+        return write_captions(folder, captions)
+    _remove_file(folder / CAPTIONS_NAME)
+    return None
 
 
 def classes_text(class_names: Sequence[str]) -> bytes:

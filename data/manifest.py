@@ -20,6 +20,7 @@ from core.remote import DEFAULT_RETRY, DamagedError, Retry, is_remote, join, rea
 
 FORMAT_VERSION: Final = 2
 MANIFEST_NAME = "manifest.json"
+CAPTIONS_NAME = "captions.npz"
 FORMAT = "the format of shards"  # named in errors as the origin of the other files' names
 MAX_MANIFEST_BYTES = 2**25  # 190,000 shards
 MAX_SOURCE_ID = 1024  # characters
@@ -158,6 +159,22 @@ class ShardEntry:
 
 
 @dataclass(frozen=True)
+class CaptionsSpec:
+    """The file with the captions of all samples."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    sha256: Sha256
+    bytes: Annotated[int, Field(ge=1, le=2**50)]
+    count: Annotated[int, Field(ge=1, le=2**40)]  # captions; each sample has at least one
+
+    @property
+    def entry(self) -> ShardEntry:
+        """Return the file as it is opened or fetched, in the way of a shard."""
+        return ShardEntry(CAPTIONS_NAME, self.count, self.bytes, self.sha256)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The description of a folder of shards. ``latent_mean`` and ``latent_std`` are per channel and unscaled."""
 
@@ -174,6 +191,7 @@ class Manifest:
     num_skipped: Count  # images that could not be read; skipped.jsonl lists them with the reasons
     labels_sha256: Sha256 | None = None  # None in folders of earlier versions, which have no labels.npz
     teacher: TeacherSpec | None = None  # None where no features are stored
+    captions: CaptionsSpec | None = None  # None where samples have no captions
 
     @property
     def num_samples(self) -> int:
@@ -197,8 +215,9 @@ class Manifest:
         It leaves out ``labels_sha256``, so that data keep their identity when this version completes their folder.
         """
         content = {name: value for name, value in asdict(self).items() if name != "labels_sha256"}
-        if self.teacher is None:
-            del content["teacher"]
+        for name in ("teacher", "captions"):
+            if content[name] is None:
+                del content[name]
         return hashlib.sha256(json.dumps(content, indent=1).encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
@@ -229,8 +248,14 @@ class Manifest:
         check(Manifest, content, path)
         spec = LatentSpec(**content.pop("spec"))
         shards = [ShardEntry(**shard) for shard in content.pop("shards")]
-        teacher = content.pop("teacher", None)
-        manifest = cls(spec=spec, shards=shards, teacher=teacher and TeacherSpec(**teacher), **content)
+        teacher, captions = content.pop("teacher", None), content.pop("captions", None)
+        manifest = cls(
+            spec=spec,
+            shards=shards,
+            teacher=teacher and TeacherSpec(**teacher),
+            captions=captions and CaptionsSpec(**captions),
+            **content,
+        )
         _require_plausible(manifest, path)
         return manifest
 
@@ -285,6 +310,8 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
             yield f"{name} has {len(values)} numbers, but spec.channels is {spec.channels}"
     if manifest.num_samples == 0:
         yield "it has no sample"
+    if manifest.captions is not None and manifest.captions.count < manifest.num_samples:
+        yield f"captions.count is {manifest.captions.count}, but there are {manifest.num_samples} samples"
     sample_bytes = spec.sample_bytes + (manifest.teacher.sample_bytes(spec) if manifest.teacher else 0)
     for shard in manifest.shards:
         if shard.count * sample_bytes > shard.bytes:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ from core.npy import LONGEST_HEADER, parse_header
 from core.reading import DamagedFileError, remedied
 from core.remote import DEFAULT_RETRY, Retry, is_remote, join
 from data.cache import Cache
+from data.caption_file import CaptionFile
+from data.manifest import CAPTIONS_NAME
 from data.mapped_file import MappedFile, fill_by_descriptor, fill_rows
 from data.shard_files import LocalShardFiles, RemoteShardFiles, ShardFiles
 from data.shard_index import index_file, labels_file, read_index, read_source_ids
@@ -72,6 +75,23 @@ class MappedShards:
         content = self._files.read(file)
         with remedied(self._files.repair):
             return read_source_ids(content, self.manifest, join(self.place, file.name))
+
+    def captions_of(self, row: int) -> list[str]:
+        """Return the captions of a row, at least one, read from their file on each call.
+
+        Raises ValueError where the shards have no captions, and DamagedFileError where their file is damaged.
+        """
+        with remedied(self._files.repair):
+            return self._captions.of_rows(row, row + 1)[0]
+
+    @cached_property
+    def _captions(self) -> CaptionFile:
+        """The captions of all rows: their file is mapped when they are first needed."""
+        if self.manifest.captions is None:
+            raise ValueError(
+                f"The shards in {self.place} have no captions; encode images with captions into another data.shards."
+            )
+        return CaptionFile(self._files.map_captions(), self.manifest, join(self.place, CAPTIONS_NAME))
 
     def labels_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the labels of rows, [len(rows)]."""
