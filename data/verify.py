@@ -4,6 +4,7 @@ Only manifest, indices and shards are required. Sidecars, ``classes.json`` and
 ``skipped.jsonl`` may be missing, for example from a copy of the folder; where they exist, they must be correct.
 """
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +20,19 @@ from core.progress import ProgressBar
 from core.reading import DamagedFileError, is_absent, open_regular, read_regular, sha256_of
 from core.records import check, parse_object
 from data.caption_file import CaptionFile, open_captions
+from data.caption_tokens import read_empty_caption
 from data.channel_sums import ChannelSums, channel_statistics, statistics_agree
 from data.encode import CLASSES_NAME, SKIPPED_NAME, classes_text, skipped_text
 from data.manifest import CAPTIONS_NAME, FORMAT, MANIFEST_NAME, Manifest, ShardEntry
-from data.shard_index import INDEX_NAME, IndexFile, index_file, labels_file, read_index, read_source_ids
+from data.shard_index import (
+    INDEX_NAME,
+    IndexFile,
+    empty_caption_file,
+    index_file,
+    labels_file,
+    read_index,
+    read_source_ids,
+)
 from data.shard_tars import Layout, ShardFacts, facts_of
 from data.sidecars import Sidecar, SkippedImage, read_sidecar, sidecar_path
 
@@ -82,6 +92,7 @@ def verify(folder: Path, progress: ProgressBar, threads: int = 2) -> tuple[Manif
             checked.append(result)
     damages += _statistics(manifest, checked)
     damages += _texts(folder, manifest, [result.sidecar for result in checked])
+    damages += _empty_caption(folder, manifest)
     return manifest, damages
 
 
@@ -90,6 +101,7 @@ def files_of(folder: Path, manifest: Manifest) -> list[str]:
     sidecars = [sidecar_path(folder / shard.name) for shard in manifest.shards]
     optional = [path for path in (*sidecars, folder / CLASSES_NAME, folder / SKIPPED_NAME) if os.path.lexists(path)]
     captions = [] if manifest.captions is None else [CAPTIONS_NAME]
+    captions += [file.name for file in [empty_caption_file(manifest)] if file is not None]
     required = [MANIFEST_NAME, *_index_files(manifest), *captions, *(shard.name for shard in manifest.shards)]
     return [*required, *(path.name for path in optional)]
 
@@ -160,14 +172,21 @@ def _checked(folder: Path, manifest: Manifest, number: int, indices: _Indices) -
     source_ids = indices.rows[INDEX_NAME][number].source_ids if INDEX_NAME in indices.rows else None
     captions = None
     if (file := indices.captions) is not None:
-        rows_of = partial(file.of_rows, *indices.first_rows[number : number + 2])
-        captions = _attempt(damages, folder, CAPTIONS_NAME, rows_of)
+        read = partial(_captions, file, manifest, *indices.first_rows[number : number + 2])
+        captions = _attempt(damages, folder, CAPTIONS_NAME, read)
     path = sidecar_path(folder / shard.name)
     sidecar = None
     if os.path.lexists(path):
         stated = _Stated(source_ids, captions)
         sidecar = _attempt(damages, folder, path.name, lambda: _sidecar(folder, manifest, shard, stated, facts))
     return _Checked(damages, facts.sums if facts else None, sidecar)
+
+
+def _captions(file: CaptionFile, manifest: Manifest, start: int, stop: int) -> list[list[str]]:
+    """Return the captions of rows, after checking their token ids. Raises DamagedFileError."""
+    if manifest.captions is not None and manifest.captions.tokens is not None:
+        file.tokens_of_rows(start, stop)
+    return file.of_rows(start, stop)
 
 
 def _facts(folder: Path, manifest: Manifest, shard: ShardEntry) -> ShardFacts:
@@ -222,6 +241,24 @@ def _statistics(manifest: Manifest, checked: Sequence[_Checked]) -> list[Damage]
         if not statistics_agree(found, expected, manifest.latent_std):
             return [Damage(MANIFEST_NAME, f"has latent_{name} {expected}, but the shards have {found}")]
     return []
+
+
+def _empty_caption(folder: Path, manifest: Manifest) -> list[Damage]:
+    file = empty_caption_file(manifest)
+    damages: list[Damage] = []
+    if file is not None:
+        _attempt(damages, folder, file.name, partial(_require_empty_caption, folder, manifest, file))
+    return damages
+
+
+def _require_empty_caption(folder: Path, manifest: Manifest, file: IndexFile) -> None:
+    path = inside(folder, file.name, FORMAT)
+    content = read_regular(path, file.max_bytes)
+    if (found := hashlib.sha256(content).hexdigest()) != file.sha256:
+        raise DamagedFileError(f"{path} has sha256 {found}, not {file.sha256}.")
+    assert manifest.captions is not None
+    assert manifest.captions.tokens is not None
+    read_empty_caption(content, manifest.captions.tokens.encoder, str(path))
 
 
 def _texts(folder: Path, manifest: Manifest, sidecars: Sequence[Sidecar | None]) -> list[Damage]:

@@ -30,8 +30,15 @@ COMPONENTS = ("source", "autoencoder", "crop")
 OF_THE_JOB = ("seed", "batch_size", "max_skipped_fraction")  # of `encode`, besides `encoding`
 _GROUPS = {"data/source": "source", "data/crop": "crop", "model/autoencoder": "autoencoder"}
 _OF_AUTOENCODER = ("downscale", "channels", "scale", "shift", "precision")  # settings that the manifest has
-_OPTIONAL = ("teacher", "captions")  # components of `encode` that may be None
-_PATHS = ("root", "tars", "pretrained", "file")  # settings of sources and of those that may be paths
+_OPTIONAL = ("teacher", "captions", "text_encoder")  # components of `encode` that may be None
+_PATHS = (
+    "root",
+    "tars",
+    "pretrained",
+    "file",
+    "folder",
+    "tokenizer",
+)  # settings that may be paths
 _OVERRIDES = {  # the command-line override for a field of the manifest
     "source": "data.name={}",
     "image_size": "data.image_size={}",
