@@ -195,8 +195,9 @@ class MappedShards:
         return out
 
     def close(self) -> None:
-        """Release all shards and stop fetching."""
+        """Release all shards and captions, and stop fetching."""
         self._keep_views({})
+        self.__dict__.pop("_captions", None)  # of the cached property
         self._files.close()
 
     def _shards_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:

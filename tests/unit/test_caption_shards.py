@@ -19,12 +19,13 @@ from test_shards import contents
 from core.npz import write_npz
 from core.reading import sha256_of
 from data.cache import Cache
+from data.caption_file import captions_to_store
 from data.captions import Captioned, Templates
 from data.encode import Workers
 from data.images import UnreadableImageError
 from data.manifest import Manifest
 from data.shards import MappedShards
-from data.sources import Example
+from data.sources import MAX_CAPTION, Example, Prepared
 from data.verify import files_of, verify
 
 
@@ -104,6 +105,15 @@ def test_an_image_without_a_caption_beside_others_is_refused(tmp_path: Path) -> 
         encode(tmp_path / "one", Described(without=3))
     with pytest.raises(ValueError, match=r"pattern-\d+ has a caption, but pattern-3 has none; give captions to all"):
         encode(tmp_path / "two", Described(without=3), samples_per_shard=1)  # alone in its shard
+
+
+def test_captions_too_large_for_the_record_of_a_shard_are_refused(tmp_path: Path) -> None:
+    example = Prepared("a", np.zeros(1), 0, ("x" * MAX_CAPTION,))
+    assert captions_to_store(tmp_path / "shard-000000.tar", [example] * 1024, None) == [["x" * MAX_CAPTION]] * 1024
+    with pytest.raises(
+        ValueError, match=r"000000.tar have 16793600 characters, .* 16777216; set a smaller data.samples"
+    ):
+        captions_to_store(tmp_path / "shard-000000.tar", [example] * 1025, None)
 
 
 def test_parallel_repeated_and_stopped_encodings_give_the_same_bytes(tmp_path: Path, sound: Path) -> None:
