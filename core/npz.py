@@ -2,25 +2,28 @@
 
 import io
 import math
+import struct
 import zipfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from core.archives import PIECE_BYTES, members_of, opened
 from core.atomic import atomic_file
-from core.npy import Header, read_foreign_header, read_header
+from core.npy import LONGEST_HEADER, Header, parse_header, read_foreign_header, read_header
 from core.reading import DamagedFileError
 
 _BLOCK_BYTES = 2**26
 _SUFFIX = ".npy"
 _ENTRY = b"PK\x01\x02"  # signature of each entry in the directory of a zip file
 _MOST_ENTRIES = 64
+_MEMBER = struct.Struct("<4s2xHH16xHH")  # before each member: signature, flags, method, lengths of name and extra field
+_MEMBER_SIGNATURE = b"PK\x03\x04"
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,37 @@ def _read_own(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], 
         header = read_header(content, name, array)
         _require_size(header, member, f"{array} in {name}")
         return _read_whole(content, header)
+
+
+class Place(NamedTuple):
+    """The header of an array in an npz file, and the offset of its values in bytes."""
+
+    offset: int
+    header: Header
+
+
+def places_in(read: Callable[[int, int], bytes], size: int, name: str, wanted: Sequence[str]) -> dict[str, Place]:
+    """Return the places of the ``wanted`` arrays, with which an ``.npz`` of `write_npz` begins, in this order.
+
+    ``read(start, count)`` returns bytes of the file, fewer behind its end at ``size``; no values are read, so that the
+    caller must know by a hash that they are whole. Raises DamagedFileError that names the file where the arrays are
+    others, are compressed or do not lie in the file.
+    """
+    position, places = 0, {}
+    for array in wanted:
+        start = read(position, _MEMBER.size)
+        signature, _, method, name_bytes, more = _MEMBER.unpack(start.ljust(_MEMBER.size, b"\0"))
+        begin = position + _MEMBER.size + name_bytes + more
+        member = f"{array}{_SUFFIX}".encode()
+        is_ours = signature == _MEMBER_SIGNATURE and method == zipfile.ZIP_STORED
+        if not is_ours or read(position + _MEMBER.size, name_bytes) != member:
+            raise DamagedFileError(f"{name} is damaged: it has no array called {array} at byte {position}.")
+        header = parse_header(read(begin, LONGEST_HEADER), name, array)
+        places[array] = Place(begin + header.num_bytes, header)
+        position = begin + header.num_bytes + header.num_value_bytes
+        if position > size:
+            raise DamagedFileError(f"{name} is damaged: {array} would end at byte {position} of {size}.")
+    return places
 
 
 def headers_of(path: Path) -> dict[str, Header]:

@@ -21,15 +21,25 @@ from core.atomic import require_no_folder, write_bytes
 from core.locks import HeldError, acquired
 from core.progress import Progress, ProgressBar
 from core.reading import sha256_of
+from data.caption_file import captions_to_store, require_all_or_none, write_captions
 from data.channel_sums import channel_statistics, channel_sums
 from data.encodings import Encoding
-from data.manifest import FORMAT_VERSION, MANIFEST_NAME, MAX_SOURCE_ID, Manifest
+from data.manifest import (
+    CAPTIONS_NAME,
+    EMPTY_CAPTION_NAME,
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    MAX_SOURCE_ID,
+    CaptionsSpec,
+    Manifest,
+)
 from data.pipeline import Encoded, encoded_batches
 from data.plan import Plan, shard_name
 from data.shard_index import INDEX_NAME, LABELS_NAME, write_index
 from data.shard_tars import write_shard
 from data.sidecars import Sidecar, SkippedImage, finished, sidecar_path, sound
 from data.sources import Prepared, Source
+from data.text_encoders import TextEncoder
 
 SKIPPED_NAME = "skipped.jsonl"
 CLASSES_NAME = "classes.json"
@@ -60,15 +70,16 @@ def encode(
     progress: ProgressBar,
     max_skipped_fraction: float = 0.01,
     workers: Workers = Workers(),
+    text: TextEncoder | None = None,
 ) -> Manifest | None:
-    """Encode a source into ``folder``, keeping undamaged shards of an earlier run.
+    """Encode a source into ``folder``, keeping undamaged shards of an earlier run; ``text`` tokenizes its captions.
 
     Returns the manifest on the first process and None on the others. Raises ValueError where the folder holds shards of
     another plan, another job is writing to it, an image does not fit, or more than ``max_skipped_fraction`` of the
     images cannot be read.
     """
     spec = encoding.spec(name, len(source.class_names))
-    plan = Plan.of(source, spec, samples_per_shard, seed, encoding.teacher)
+    plan = Plan.of(source, spec, samples_per_shard, seed, encoding.teacher, None if text is None else text.spec())
     with _claimed(folder, workers):
         require_same_plan(folder, plan)
         _require_few_skipped(folder, [], plan, max_skipped_fraction)
@@ -85,7 +96,7 @@ def encode(
             if workers.rank != 0:
                 return None
             sidecars = _wait_for_all(folder, plan, owned, tally, bar)
-        return finish(folder, plan, sidecars, max_skipped_fraction)
+        return finish(folder, plan, sidecars, max_skipped_fraction, text)
 
 
 @contextmanager
@@ -118,7 +129,10 @@ def require_same_plan(folder: Path, plan: Plan) -> None:
         differences = present.spec.differences(plan.spec)
         if present.teacher != plan.teacher:
             differences.append(f"teacher is {present.teacher or 'none'} and not {plan.teacher or 'none'}")
-        differences = differences or ["the images, the seed or the shard size differ"]
+        text = present.captions and present.captions.tokens and present.captions.tokens.encoder
+        if text != plan.text:
+            differences.append(f"the text encoder is {text or 'none'} and not {plan.text or 'none'}")
+        differences = differences or ["the images, the seed or the shard size differ, or captions do"]
         raise ValueError(
             f"{folder} already holds other shards: {'; '.join(differences)}; encode into another data.shards."
         )
@@ -129,7 +143,8 @@ def _require_no_folders(folder: Path, shards: Iterable[int]) -> None:
     for shard in shards:
         require_no_folder(folder / shard_name(shard))
         require_no_folder(sidecar_path(folder / shard_name(shard)))
-    for name in (SKIPPED_NAME, CLASSES_NAME, INDEX_NAME, LABELS_NAME, MANIFEST_NAME):
+    of_captions = (CAPTIONS_NAME, EMPTY_CAPTION_NAME)
+    for name in (SKIPPED_NAME, CLASSES_NAME, INDEX_NAME, LABELS_NAME, *of_captions, MANIFEST_NAME):
         require_no_folder(folder / name)
 
 
@@ -211,6 +226,7 @@ def _write(folder: Path, plan: Plan, batches: list[Encoded]) -> None:
     examples = [example for batch in batches for example in batch.examples]
     labels = [example.label for example in examples]
     _require_storable(path, moments, examples)
+    captions = captions_to_store(path, examples, plan.text)
     sums = channel_sums(moments, plan.spec.channels)
     if not sums.is_finite:
         raise ValueError(
@@ -228,6 +244,7 @@ def _write(folder: Path, plan: Plan, batches: list[Encoded]) -> None:
         source_ids=[example.source_id for example in examples],
         skipped=[skip for batch in batches for skip in _skips(batch)],
         sums=sums,
+        captions=captions,
     ).save(folder)
 
 
@@ -272,7 +289,13 @@ def _wait_for_all(folder: Path, plan: Plan, owned: range, tally: _Tally, bar: Pr
     return [found[shard] for shard in range(plan.num_shards)]
 
 
-def finish(folder: Path, plan: Plan, sidecars: Sequence[Sidecar], max_skipped_fraction: float) -> Manifest:
+def finish(
+    folder: Path,
+    plan: Plan,
+    sidecars: Sequence[Sidecar],
+    max_skipped_fraction: float,
+    text: TextEncoder | None = None,
+) -> Manifest:
     """Merge the sidecars into index and manifest, and delete shards of an earlier, unfinished plan.
 
     Raises ValueError where more than ``max_skipped_fraction`` of the images could not be read.
@@ -288,6 +311,7 @@ def finish(folder: Path, plan: Plan, sidecars: Sequence[Sidecar], max_skipped_fr
     labels = [label for sidecar in sidecars for label in sidecar.labels]
     source_ids = [name for sidecar in sidecars for name in sidecar.source_ids]
     write_index(folder, labels, source_ids, [sidecar.layout for sidecar in sidecars])
+    captions = _write_captions(folder, sidecars, text)
     mean, std = channel_statistics([sidecar.sums for sidecar in sidecars])
     manifest = Manifest(
         format_version=FORMAT_VERSION,
@@ -301,9 +325,23 @@ def finish(folder: Path, plan: Plan, sidecars: Sequence[Sidecar], max_skipped_fr
         num_skipped=len(skipped),
         labels_sha256=sha256_of(folder / LABELS_NAME),
         teacher=plan.teacher,
+        captions=captions,
     )
     manifest.save(folder)
     return manifest
+
+
+def _write_captions(folder: Path, sidecars: Sequence[Sidecar], text: TextEncoder | None) -> CaptionsSpec | None:
+    """Write the captions of all rows; delete the files of an earlier, unfinished plan that this one does not have."""
+    filled = [sidecar for sidecar in sidecars if sidecar.labels]  # others have no rows
+    require_all_or_none([(sidecar.source_ids[0], sidecar.captions is not None) for sidecar in filled])
+    captions = [sidecar.captions for sidecar in filled if sidecar.captions is not None]
+    if not captions or text is None:
+        _remove_file(folder / EMPTY_CAPTION_NAME)
+    if captions:
+        return write_captions(folder, captions, text)
+    _remove_file(folder / CAPTIONS_NAME)
+    return None
 
 
 def classes_text(class_names: Sequence[str]) -> bytes:

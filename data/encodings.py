@@ -10,7 +10,7 @@ from torch import Tensor
 from data.images import Preparation, UnreadableImageError, to_unit_range
 from data.manifest import LatentSpec, TeacherSpec
 from data.plan import latent_spec
-from data.sources import Prepared, Source, prepared, require_label
+from data.sources import Prepared, Source, cleaned_captions, prepared, require_label
 from data.teachers import Teacher
 from model.autoencoder import Autoencoder
 
@@ -140,7 +140,7 @@ class ImportLatents:
 
     def prepare(self, source: Source, index: int) -> Prepared:
         """Return moments [2c, h, w] float32. Raises ValueError for another shape."""
-        source_id, content, label = source[index]
+        source_id, content, label, captions = source[index]
         require_label(source, source_id, label)
         assert not isinstance(content, bytes), "a source of latents gives arrays"
         spec = self.spec(source.name, len(source.class_names))
@@ -153,7 +153,7 @@ class ImportLatents:
             )
         if not np.isfinite(values).all():
             raise UnreadableImageError("the latent has values that are not finite", source_id)
-        return Prepared(source_id, self._moments(values, channels), label)
+        return Prepared(source_id, self._moments(values, channels), label, cleaned_captions(captions, source_id))
 
     def _moments(self, values: NDArray[np.float32], channels: int) -> NDArray[np.float32]:
         """Return mean and log-variance of the unscaled latent, [2c, h, w]."""

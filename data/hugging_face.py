@@ -6,17 +6,42 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+from core.reading import DamagedFileError
 from core.records import canonical_hash
+from data.captions import caption_texts
 from data.files import Files, given
 from data.images import UnreadableImageError
 from data.named_files import named_files
-from data.sources import Example
+from data.sources import Example, required_captions
 
 Result = TypeVar("Result")
 
 _ARROW_FILE = b"ARROW1"  # start of Arrow's file format; `save_to_disk` writes the stream format
+
+
+class _Columns(NamedTuple):
+    """The names of the columns that are read; None where there is none."""
+
+    image: str
+    label: str | None
+    caption: str | None
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name in self if name is not None]
+
+    @property
+    def settings(self) -> str:
+        return "data.source.image_column and data.source.label_column" + (
+            "" if self.caption is None else " and data.source.caption_column"
+        )
+
+    @property
+    def identity(self) -> list[str | None]:
+        """Return the part of a fingerprint, which is that of earlier versions where there are no captions."""
+        return [self.image, self.label, *([] if self.caption is None else [self.caption])]
 
 
 class ParquetImages:
@@ -24,6 +49,7 @@ class ParquetImages:
 
     ``root`` is a folder, one file or a pattern (``data/train-*.parquet``). Row groups are decoded whole, so the encode
     job mixes images within runs of row groups, and this source caches the most recent ones, up to ``cache_bytes``.
+    Without a ``label_column``, there is one class, named ``images``. A ``caption_column`` has texts or lists of them.
     Raises ValueError for damaged files, and for missing columns or packages.
     """
 
@@ -31,11 +57,16 @@ class ParquetImages:
     notes = ()
 
     def __init__(
-        self, root: str | None, image_column: str = "image", label_column: str = "label", cache_bytes: int = 2 * 2**30
+        self,
+        root: str | None,
+        image_column: str = "image",
+        label_column: str | None = "label",
+        caption_column: str | None = None,
+        cache_bytes: int = 2 * 2**30,
     ) -> None:
         root, parquet = given(root, "root"), _pyarrow("parquet")
         self._files, self._names, self.left_out = named_files(root, ".parquet")
-        self._columns = [image_column, label_column]
+        self._columns = _Columns(image_column, label_column, caption_column)
         self._tables = [_sound(self._files, name, parquet.ParquetFile, self._files.open(name)) for name in self._names]
         self._groups = [
             (number, group) for number, table in enumerate(self._tables) for group in range(table.num_row_groups)
@@ -65,7 +96,7 @@ class ParquetImages:
                 self._cache[block] = _sound(
                     self._files,
                     self._names[number],
-                    lambda: self._tables[number].read_row_group(group, columns=self._columns),
+                    lambda: self._tables[number].read_row_group(group, columns=self._columns.names),
                 )
                 while len(self._cache) > 1 and sum(table.nbytes for table in self._cache.values()) > self._cache_bytes:
                     self._cache.popitem(last=False)
@@ -76,6 +107,7 @@ class ParquetImages:
 class SavedDataset:
     """A source of a local folder that ``datasets.Dataset.save_to_disk`` wrote; its Arrow files are memory-mapped.
 
+    Its columns are those of `ParquetImages`.
     Raises ValueError for damaged files, for missing columns or packages, and for a URL.
     """
 
@@ -83,15 +115,21 @@ class SavedDataset:
     block_sizes = None
     notes = ()
 
-    def __init__(self, root: str | None, image_column: str = "image", label_column: str = "label") -> None:
+    def __init__(
+        self,
+        root: str | None,
+        image_column: str = "image",
+        label_column: str | None = "label",
+        caption_column: str | None = None,
+    ) -> None:
         root, pyarrow = given(root, "root"), _pyarrow(None)
         files, names, self.left_out = named_files(root, ".arrow")
         if not files.is_near:
             raise ValueError(f"{root} is not local, but a saved dataset is memory-mapped; copy it, or use parquet.")
-        self._columns = [image_column, label_column]
+        self._columns = _Columns(image_column, label_column, caption_column)
         tables = [_sound(files, name, _mapped, files, name) for name in names]
         self.class_names = _classes(names, [table.schema for table in tables], self._columns)
-        self._table = pyarrow.concat_tables([table.select(self._columns) for table in tables])
+        self._table = pyarrow.concat_tables([table.select(self._columns.names) for table in tables])
         _require_rows(self._table.num_rows, names, root)
         self.fingerprint = _fingerprint(files, names, self._columns)
 
@@ -120,16 +158,28 @@ def _sound(files: Files, name: str, action: Callable[..., Result], *arguments: A
         raise ValueError(f"{files.place}/{name} cannot be read ({reason}); fetch or make it again.") from error
 
 
-def _example(source_id: str, table: Any, row: int, columns: list[str]) -> Example:
-    image, label = (table.column(name)[row].as_py() for name in columns)
+def _example(source_id: str, table: Any, row: int, columns: _Columns) -> Example:
+    image, label, caption = (None if name is None else table.column(name)[row].as_py() for name in columns)
     content = image.get("bytes") if isinstance(image, dict) else image
     if not isinstance(content, bytes):
         path = image.get("path") if isinstance(image, dict) else None
         elsewhere = f", but the path {path!r}; write the data set with its images embedded" if path else ""
         raise UnreadableImageError(f"the row holds no bytes of an image{elsewhere}", source_id)
+    if columns.label is None:
+        label = 0
     if not isinstance(label, int):
         raise ValueError(f"{source_id} has the label {label!r}, but a label is a whole number.")
-    return Example(source_id, content, label)
+    return Example(source_id, content, label, _captions(source_id, caption, columns))
+
+
+def _captions(source_id: str, caption: Any, columns: _Columns) -> tuple[str, ...]:
+    if columns.caption is None:
+        return ()
+    texts = [each for each in caption if each is not None] if isinstance(caption, list) else caption
+    try:
+        return required_captions(caption_texts(texts, f"the column {columns.caption!r}"), source_id)
+    except DamagedFileError as error:
+        raise UnreadableImageError(str(error).rstrip("."), source_id) from error
 
 
 def _pyarrow(module: str | None) -> Any:
@@ -146,17 +196,22 @@ def _require_rows(number: int, names: Sequence[str], root: str) -> None:
         raise ValueError(f"The {len(names)} files of {root} have 0 rows; is it the right folder?")
 
 
-def _classes(names: Sequence[str], schemas: Sequence[Any], columns: list[str]) -> list[str]:
+def _classes(names: Sequence[str], schemas: Sequence[Any], columns: _Columns) -> list[str]:
     """Return the classes of all files.
 
-    Raises ValueError where a column is missing or holds no images, or where the files name different classes.
+    Raises ValueError where a column is missing or holds no images or no texts, or where the files name different
+    classes.
     """
     for name, schema in zip(names, schemas, strict=True):
         _require_columns(schema, columns, name)
-        _require_images(schema, columns[0], name)
-    first = _class_names(schemas[0], columns[1])
+        _require_images(schema, columns.image, name)
+        if columns.caption is not None:
+            _require_texts(schema, columns.caption, name)
+    if columns.label is None:
+        return ["images"]
+    first = _class_names(schemas[0], columns.label)
     for name, schema in zip(names, schemas, strict=True):
-        if (found := _described_classes(schema, columns[1])) not in (None, first):
+        if (found := _described_classes(schema, columns.label)) not in (None, first):
             raise ValueError(
                 f"{name} names {len(found or [])} classes that differ from the {len(first)} of {names[0]}; read them "
                 "as two data sets."
@@ -164,13 +219,21 @@ def _classes(names: Sequence[str], schemas: Sequence[Any], columns: list[str]) -
     return first
 
 
-def _require_columns(schema: Any, columns: list[str], name: str) -> None:
-    for column in columns:
+def _require_columns(schema: Any, columns: _Columns, name: str) -> None:
+    for column in columns.names:
         if column not in schema.names:
-            raise ValueError(
-                f"{name} has no column {column!r}, but {', '.join(schema.names)}; set data.source.image_column and "
-                "data.source.label_column."
-            )
+            raise ValueError(f"{name} has no column {column!r}, but {', '.join(schema.names)}; set {columns.settings}.")
+
+
+def _require_texts(schema: Any, column: str, name: str) -> None:
+    """Raise ValueError where a column holds neither texts nor lists of texts."""
+    types, kind = _pyarrow("types"), schema.field(column).type
+    inner = kind.value_type if types.is_list(kind) or types.is_large_list(kind) else kind
+    if not (types.is_string(inner) or types.is_large_string(inner)):
+        raise ValueError(
+            f"{name} has values of type {kind} in the column {column!r}, but captions are texts or lists of texts; set "
+            "data.source.caption_column."
+        )
 
 
 def _require_images(schema: Any, column: str, name: str) -> None:
@@ -208,6 +271,6 @@ def _described_classes(schema: Any, label_column: str) -> list[str] | None:
         return None
 
 
-def _fingerprint(files: Files, names: list[str], columns: list[str]) -> str:
+def _fingerprint(files: Files, names: list[str], columns: _Columns) -> str:
     listing = [(name, files.sizes[name]) for name in names]
-    return canonical_hash([listing, columns], spaced=True)
+    return canonical_hash([listing, columns.identity], spaced=True)

@@ -26,26 +26,26 @@ class ImageFolder:
     def __init__(self, root: str | None) -> None:
         root = given(root, "root")
         self._files: Listing = ZipFiles(root) if is_zip(root) else Files(root)
-        self._paths = self._files.with_suffix(*image_suffixes())
-        if not self._paths:
+        self.paths = self._files.with_suffix(*image_suffixes())
+        if not self.paths:
             way_out = "; point data.source.root to the folder that holds one folder of images per class"
             raise ValueError(
                 f"There are no images among the {len(self._files.sizes)} files in {root}"
                 f"{instead(self._files) or way_out}."
             )
-        left_out = left_out_images(self._files, set(self._paths))
-        labelled = labels_of_file(self._files, self._paths) or classes_of_folders(self._files, self._paths, left_out)
+        left_out = left_out_images(self._files, set(self.paths))
+        labelled = labels_of_file(self._files, self.paths) or classes_of_folders(self._files, self.paths, left_out)
         self.class_names, self._labels, self.notes = labelled.class_names, labelled.labels, labelled.notes
         self.left_out = [*left_out, *labelled.left_out]
-        listing = [(path, self._files.sizes[path]) for path in self._paths]
+        listing = [(path, self._files.sizes[path]) for path in self.paths]
         content = listing if labelled.identity is None else [listing, labelled.identity]
         self.fingerprint = canonical_hash(content, spaced=True)
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self.paths)
 
     def __getitem__(self, index: int) -> Example:
-        path = self._paths[index]
+        path = self.paths[index]
         try:
             return Example(path, self._files.read(path), self._labels[index])
         except (OSError, DamagedFileError) as error:

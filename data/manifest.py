@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field
 
@@ -20,6 +20,8 @@ from core.remote import DEFAULT_RETRY, DamagedError, Retry, is_remote, join, rea
 
 FORMAT_VERSION: Final = 2
 MANIFEST_NAME = "manifest.json"
+CAPTIONS_NAME = "captions.npz"
+EMPTY_CAPTION_NAME = "empty_caption.npz"
 FORMAT = "the format of shards"  # named in errors as the origin of the other files' names
 MAX_MANIFEST_BYTES = 2**25  # 190,000 shards
 MAX_SOURCE_ID = 1024  # characters
@@ -158,6 +160,65 @@ class ShardEntry:
 
 
 @dataclass(frozen=True)
+class TextSpec:
+    """The identity of a text encoder and the shape of what it gives."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: Text
+    revision: Text  # hash of config, weights and tokenizer
+    layer: Text  # whose tokens are used
+    precision: Literal["fp32", "bf16"]
+    length: Annotated[int, Field(ge=1, le=2**12)]  # M
+    dim: Annotated[int, Field(ge=1, le=2**20)]  # D
+    pooled_dim: Annotated[int, Field(ge=1, le=2**20)]  # P
+
+    @property
+    def max_empty_bytes(self) -> int:
+        """Return the bytes of the largest ``empty_caption.npz`` of this encoder."""
+        return 2**14 + self.length * (2 * self.dim + 1) + 2 * self.pooled_dim
+
+    def __str__(self) -> str:
+        tokens = f"{self.length} tokens of {self.dim}"
+        return f"{self.name} {self.revision} ({tokens}, layer {self.layer}, {self.precision})"
+
+
+@dataclass(frozen=True)
+class TokensSpec:
+    """The token ids beside the captions, and the embedding of the empty caption, by one text encoder."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    encoder: TextSpec
+    num_truncated: Annotated[int, Field(ge=0, le=2**40)]  # captions longer than the encoder's length
+    empty_sha256: Sha256  # of empty_caption.npz
+
+
+@dataclass(frozen=True)
+class CaptionsSpec:
+    """The file with the captions of all samples."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    sha256: Sha256
+    bytes: Annotated[int, Field(ge=1, le=2**50)]
+    count: Annotated[int, Field(ge=1, le=2**40)]  # captions; each sample has at least one
+    tokens: TokensSpec | None = None  # None where texts alone are stored
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> "CaptionsSpec":
+        """Return the part of a manifest, after its fields were checked."""
+        tokens = content.pop("tokens", None)
+        encoder = tokens and TextSpec(**tokens.pop("encoder"))
+        return cls(**content, tokens=tokens and TokensSpec(encoder=encoder, **tokens))
+
+    @property
+    def entry(self) -> ShardEntry:
+        """Return the file as it is opened or fetched, in the way of a shard."""
+        return ShardEntry(CAPTIONS_NAME, self.count, self.bytes, self.sha256)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The description of a folder of shards. ``latent_mean`` and ``latent_std`` are per channel and unscaled."""
 
@@ -174,6 +235,7 @@ class Manifest:
     num_skipped: Count  # images that could not be read; skipped.jsonl lists them with the reasons
     labels_sha256: Sha256 | None = None  # None in folders of earlier versions, which have no labels.npz
     teacher: TeacherSpec | None = None  # None where no features are stored
+    captions: CaptionsSpec | None = None  # None where samples have no captions
 
     @property
     def num_samples(self) -> int:
@@ -196,15 +258,13 @@ class Manifest:
 
         It leaves out ``labels_sha256``, so that data keep their identity when this version completes their folder.
         """
-        content = {name: value for name, value in asdict(self).items() if name != "labels_sha256"}
-        if self.teacher is None:
-            del content["teacher"]
+        content = {name: value for name, value in _without_none(asdict(self)).items() if name != "labels_sha256"}
         return hashlib.sha256(json.dumps(content, indent=1).encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
         """Write ``manifest.json``, with a hash of its content; it must be the last file written to the folder."""
-        content = {name: value for name, value in asdict(self).items() if value is not None}
-        write_bytes(folder / MANIFEST_NAME, json.dumps(seal(content), indent=1).encode())
+        content = seal(_without_none(asdict(self)))
+        write_bytes(folder / MANIFEST_NAME, json.dumps(content, indent=1).encode())
 
     @classmethod
     def load(cls, folder: Path | str, retry: Retry = DEFAULT_RETRY) -> "Manifest":
@@ -229,8 +289,14 @@ class Manifest:
         check(Manifest, content, path)
         spec = LatentSpec(**content.pop("spec"))
         shards = [ShardEntry(**shard) for shard in content.pop("shards")]
-        teacher = content.pop("teacher", None)
-        manifest = cls(spec=spec, shards=shards, teacher=teacher and TeacherSpec(**teacher), **content)
+        teacher, captions = content.pop("teacher", None), content.pop("captions", None)
+        manifest = cls(
+            spec=spec,
+            shards=shards,
+            teacher=teacher and TeacherSpec(**teacher),
+            captions=captions and CaptionsSpec.of(captions),
+            **content,
+        )
         _require_plausible(manifest, path)
         return manifest
 
@@ -249,6 +315,15 @@ class Manifest:
                 f"The shards in {folder} disagree with the config: {'; '.join(differences)} as configured; "
                 "point data.shards to other shards, or encode these again."
             )
+
+
+def _without_none(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return fields without those that are None, as earlier versions, which did not have them, wrote records."""
+    return {
+        name: _without_none(value) if isinstance(value, dict) else value
+        for name, value in fields.items()
+        if value is not None
+    }
 
 
 def _content(folder: Path | str, path: str, retry: Retry) -> bytes:
@@ -285,6 +360,11 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
             yield f"{name} has {len(values)} numbers, but spec.channels is {spec.channels}"
     if manifest.num_samples == 0:
         yield "it has no sample"
+    if manifest.captions is not None and manifest.captions.count < manifest.num_samples:
+        yield f"captions.count is {manifest.captions.count}, but there are {manifest.num_samples} samples"
+    tokens = manifest.captions and manifest.captions.tokens
+    if manifest.captions and tokens and tokens.num_truncated > manifest.captions.count:
+        yield f"{tokens.num_truncated} captions are truncated, but there are {manifest.captions.count}"
     sample_bytes = spec.sample_bytes + (manifest.teacher.sample_bytes(spec) if manifest.teacher else 0)
     for shard in manifest.shards:
         if shard.count * sample_bytes > shard.bytes:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from core.draws import Philox, Purpose, permutation
 from core.records import canonical_hash
 from data.images import Preparation
-from data.manifest import FORMAT_VERSION, AutoencoderIdentity, LatentSpec, TeacherSpec
+from data.manifest import FORMAT_VERSION, AutoencoderIdentity, LatentSpec, TeacherSpec, TextSpec
 from data.sources import Source
 from data.unread import LeftOut
 from model.autoencoder import Autoencoder
@@ -64,15 +64,23 @@ class Plan:
     source_fingerprint: str
     left_out: tuple[LeftOut, ...] = ()  # files of the source without a row; not part of the plan's identity
     teacher: TeacherSpec | None = None  # whose features are stored
+    text: TextSpec | None = None  # whose token ids of captions are stored
 
     @classmethod
     def of(
-        cls, source: Source, spec: LatentSpec, samples_per_shard: int, seed: int, teacher: TeacherSpec | None = None
+        cls,
+        source: Source,
+        spec: LatentSpec,
+        samples_per_shard: int,
+        seed: int,
+        teacher: TeacherSpec | None = None,
+        text: TextSpec | None = None,
     ) -> "Plan":
-        """Return the plan of a source: a function of its listing, the spec, shard size, seed and teacher."""
+        """Return the plan of a source: a function of its listing, the spec, shard size, seed, teacher, text encoder."""
         order = encoding_order(Philox(seed), len(source), source.block_sizes, samples_per_shard)
         left_out = tuple(source.left_out)
-        return cls(spec, source.class_names, order, samples_per_shard, seed, source.fingerprint, left_out, teacher)
+        names, fingerprint = source.class_names, source.fingerprint
+        return cls(spec, names, order, samples_per_shard, seed, fingerprint, left_out, teacher, text)
 
     @property
     def hash(self) -> str:
@@ -81,6 +89,8 @@ class Plan:
         content |= {"source": self.source_fingerprint, "samples_per_shard": self.samples_per_shard}
         if self.teacher is not None:
             content["teacher"] = asdict(self.teacher)
+        if self.text is not None:
+            content["text"] = asdict(self.text)
         return canonical_hash(content, spaced=True)
 
     @cached_property

@@ -41,6 +41,10 @@ class ShardFiles(Protocol):
         """Return the bytes of an expected shard, mapped read-only; wait until they are local."""
         ...
 
+    def map_captions(self) -> MappedFile:
+        """Return the bytes of the captions, which have the hash that the manifest states, mapped read-only."""
+        ...
+
     def expect(self, shards: Sequence[int]) -> None:
         """Announce the shards that are needed now and next, in this order; all others may be evicted."""
         ...
@@ -83,6 +87,12 @@ class LocalShardFiles:
         """Return the bytes of a shard, mapped read-only."""
         with self._open(self.manifest.shards[shard], verify=False) as file:
             return MappedFile.of(file.fileno(), self._by_position)
+
+    def map_captions(self) -> MappedFile:
+        """Return the bytes of the captions, mapped read-only; their hash is always checked."""
+        assert self.manifest.captions is not None, "these shards have no captions"
+        with self._open(self.manifest.captions.entry, verify=True) as file:
+            return MappedFile.of(file.fileno(), by_position=True)
 
     def expect(self, shards: Sequence[int]) -> None:
         """Do nothing: all shards are local."""
@@ -155,6 +165,7 @@ class RemoteShardFiles:
         self.manifest = Manifest.load(url, retry)
         cache.by_position = _allow_open_files(len(self.manifest.shards))
         self._ahead = FetchedAhead(self._mapped, num_threads)
+        self._captions_bytes = 0  # of the cache, once they are mapped
 
     def read(self, file: IndexFile) -> bytes:
         """Return the content of an index of the shards."""
@@ -170,17 +181,31 @@ class RemoteShardFiles:
     def require_room(self, num_shards: int, can_be_fewer: bool) -> None:
         """Raise ValueError where the cache cannot hold that many shards."""
         largest = sorted((shard.bytes for shard in self.manifest.shards), reverse=True)[:num_shards]
-        if (needed := sum(largest)) > self._cache.limit_bytes:
+        if (needed := sum(largest)) > self._cache.limit_bytes - self._captions_bytes:
             fewer = "choose data/order=windowed with fewer data.order.shards_per_window"
             raise ValueError(
                 f"data.cache_bytes is {self._cache.limit_bytes}, but the {len(largest)} shards of {self._url} that "
-                f"data.order needs at a time have {needed} bytes; raise data.cache_bytes, or "
+                f"data.order needs at a time have {needed} bytes{self._beside()}; raise data.cache_bytes, or "
                 f"{fewer if can_be_fewer else 'encode with a smaller data.samples_per_shard'}."
             )
 
     def map(self, shard: int) -> MappedFile:
         """Return the bytes of a shard, mapped read-only; wait until they are local."""
         return self._ahead.get(shard)
+
+    def map_captions(self) -> MappedFile:
+        """Return the bytes of the captions, mapped read-only; they stay in the cache. Raises ValueError for no room."""
+        assert self.manifest.captions is not None, "these shards have no captions"
+        entry = self.manifest.captions.entry
+        if entry.bytes > self._cache.limit_bytes:
+            raise ValueError(
+                f"data.cache_bytes is {self._cache.limit_bytes}, but the captions of {self._url} have {entry.bytes} "
+                "bytes; raise data.cache_bytes."
+            )
+        file = CachedFile(entry.sha256, entry.bytes)
+        mapped = self._cache.map(file, lambda path: self._fetch(entry, path), verify=True)
+        self._captions_bytes = entry.bytes
+        return mapped
 
     def expect(self, shards: Sequence[int]) -> None:
         """Announce the shards that are needed now and next, and start to fetch the missing ones."""
@@ -191,6 +216,9 @@ class RemoteShardFiles:
         """Stop the background threads."""
         self._cache.stopped.set()
         self._ahead.close()
+
+    def _beside(self) -> str:
+        return f" beside {self._captions_bytes} of captions" if self._captions_bytes else ""
 
     def _mapped(self, shard: int) -> MappedFile:
         entry = self.manifest.shards[shard]

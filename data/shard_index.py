@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from core.npz import read_npz, write_npz
 from core.reading import DamagedFileError
-from data.manifest import MAX_SOURCE_ID, Manifest
+from data.manifest import EMPTY_CAPTION_NAME, MAX_SOURCE_ID, Manifest
 from data.shard_tars import Layout
 
 INDEX_NAME = "index.npz"
@@ -46,6 +46,14 @@ def labels_file(manifest: Manifest) -> IndexFile:
     if manifest.labels_sha256 is None:
         return index_file(manifest)
     return IndexFile(LABELS_NAME, manifest.labels_sha256, manifest.max_labels_bytes)
+
+
+def empty_caption_file(manifest: Manifest) -> IndexFile | None:
+    """Return ``empty_caption.npz``, or None where no text encoder was given."""
+    tokens = manifest.captions and manifest.captions.tokens
+    if not tokens:
+        return None
+    return IndexFile(EMPTY_CAPTION_NAME, tokens.empty_sha256, tokens.encoder.max_empty_bytes)
 
 
 def write_index(folder: Path, labels: Sequence[int], source_ids: Sequence[str], layouts: Sequence[Layout]) -> None:

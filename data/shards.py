@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +13,12 @@ from core.npy import LONGEST_HEADER, parse_header
 from core.reading import DamagedFileError, remedied
 from core.remote import DEFAULT_RETRY, Retry, is_remote, join
 from data.cache import Cache
+from data.caption_file import CaptionFile
+from data.caption_tokens import CaptionTokens, EmptyCaption, read_empty_caption
+from data.manifest import CAPTIONS_NAME, TextSpec
 from data.mapped_file import MappedFile, fill_by_descriptor, fill_rows
 from data.shard_files import LocalShardFiles, RemoteShardFiles, ShardFiles
-from data.shard_index import index_file, labels_file, read_index, read_source_ids
+from data.shard_index import empty_caption_file, index_file, labels_file, read_index, read_source_ids
 from data.shard_tars import features_distance
 
 
@@ -72,6 +76,47 @@ class MappedShards:
         content = self._files.read(file)
         with remedied(self._files.repair):
             return read_source_ids(content, self.manifest, join(self.place, file.name))
+
+    def captions_of(self, row: int) -> list[str]:
+        """Return the captions of a row, at least one, read from their file on each call.
+
+        Raises ValueError where the shards have no captions, and DamagedFileError where their file is damaged.
+        """
+        with remedied(self._files.repair):
+            return self._captions.of_rows(row, row + 1)[0]
+
+    def tokens_of(self, row: int) -> CaptionTokens:
+        """Return token ids and mask [n, M] of the n captions of a row. Raises ValueError as `captions_of` does."""
+        self._require_tokens()
+        with remedied(self._files.repair):
+            return self._captions.tokens_of_rows(row, row + 1)[0]
+
+    @property
+    def empty_caption(self) -> EmptyCaption:
+        """Return the embedding of the empty caption, read on each call. Raises ValueError where there is none."""
+        spec, file = self._require_tokens(), empty_caption_file(self.manifest)
+        assert file is not None
+        content = self._files.read(file)
+        with remedied(self._files.repair):
+            return read_empty_caption(content, spec, join(self.place, file.name))
+
+    def _require_tokens(self) -> TextSpec:
+        captions = self.manifest.captions
+        if captions is None or captions.tokens is None:
+            raise ValueError(
+                f"The shards in {self.place} have no token ids; encode images with captions and a data/text_encoder "
+                "into another data.shards."
+            )
+        return captions.tokens.encoder
+
+    @cached_property
+    def _captions(self) -> CaptionFile:
+        """The captions of all rows: their file is mapped when they are first needed."""
+        if self.manifest.captions is None:
+            raise ValueError(
+                f"The shards in {self.place} have no captions; encode images with captions into another data.shards."
+            )
+        return CaptionFile(self._files.map_captions(), self.manifest, join(self.place, CAPTIONS_NAME))
 
     def labels_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the labels of rows, [len(rows)]."""
@@ -150,8 +195,9 @@ class MappedShards:
         return out
 
     def close(self) -> None:
-        """Release all shards and stop fetching."""
+        """Release all shards and captions, and stop fetching."""
         self._keep_views({})
+        self.__dict__.pop("_captions", None)  # of the cached property
         self._files.close()
 
     def _shards_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -15,6 +15,9 @@ from data.channel_sums import ChannelSums
 from data.manifest import FORMAT, MAX_SOURCE_ID, LatentSpec, Sha256, ShardEntry
 from data.plan import Plan, shard_name
 from data.shard_tars import Layout, facts_of
+from data.sources import MAX_CAPTION
+
+Caption = Annotated[str, Field(min_length=1, max_length=MAX_CAPTION)]
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,14 @@ class Sidecar:
     source_ids: list[Annotated[str, Field(max_length=MAX_SOURCE_ID)]]
     skipped: list[SkippedImage]
     sums: ChannelSums
+    captions: list[Annotated[list[Caption], Field(min_length=1)]] | None = None  # of each sample
 
     def save(self, folder: Path) -> None:
         """Write the record with a hash of its content; call it after the shard is written."""
-        write_bytes(sidecar_path(folder / self.entry.name), json.dumps(seal(asdict(self))).encode())
+        content = asdict(self)
+        if self.captions is None:  # else the record is as earlier versions wrote it
+            del content["captions"]
+        write_bytes(sidecar_path(folder / self.entry.name), json.dumps(seal(content)).encode())
 
 
 def sidecar_path(shard: Path) -> Path:
@@ -69,6 +76,7 @@ def read_sidecar(folder: Path, shard: str, spec: LatentSpec) -> tuple[Sidecar, b
         source_ids=content["source_ids"],
         skipped=[SkippedImage(**skip) for skip in content["skipped"]],
         sums=ChannelSums(**content["sums"]),
+        captions=content.get("captions"),
     )
     if fault := _contradiction(sidecar, shard, spec):
         raise DamagedFileError(f"{path} is damaged: {fault}.")
@@ -82,6 +90,8 @@ def _contradiction(sidecar: Sidecar, shard: str, spec: LatentSpec) -> str | None
         return f"it is the record of {entry.name!r}"
     if not entry.count == len(sidecar.labels) == len(sidecar.source_ids):
         return f"it has {len(sidecar.labels)} labels and {len(sidecar.source_ids)} names of {entry.count} samples"
+    if sidecar.captions is not None and len(sidecar.captions) != entry.count:
+        return f"it has captions of {len(sidecar.captions)} of {entry.count} samples"
     if max(sidecar.labels, default=0) >= spec.num_classes:
         return f"it has the label {max(sidecar.labels)}, but there are {spec.num_classes} classes"
     if not sidecar.layout.fits(entry.count, spec, entry.bytes):
@@ -100,12 +110,14 @@ def finished(folder: Path, shard: int, plan: Plan) -> Sidecar | None:
 def sound(folder: Path, shard: int, plan: Plan) -> Sidecar | None:
     """Return the record as `finished` does, if the shard's hash, labels and layout match it; otherwise None.
 
-    For a record without a hash, the sums of the shard's values must match too.
+    For a record without a hash, the sums of the shard's values must match too, and it must have no captions.
     """
     found = _found(folder, shard, plan)
     if found is None:
         return None
     sidecar, is_sealed = found
+    if not is_sealed and sidecar.captions is not None:  # which nothing in the shard confirms
+        return None
     try:
         path = inside(folder, sidecar.entry.name, FORMAT)
         if (path.stat().st_size, sha256_of(path)) != (sidecar.entry.bytes, sidecar.entry.sha256):

@@ -1,7 +1,8 @@
 """Define the interface of image sources, the source of scikit-learn's digits, and the preparation of examples."""
 
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
@@ -11,6 +12,9 @@ from numpy.typing import NDArray
 from data.images import Crop, ExactSize, Preparation, UnreadableImageError
 from data.unread import LeftOut
 
+MAX_CAPTION = 2**14  # characters
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
 
 class Example(NamedTuple):
     """One labeled image as it is stored."""
@@ -18,6 +22,7 @@ class Example(NamedTuple):
     source_id: str  # names the image within its source
     content: bytes | NDArray[Any]  # an encoded image; pixels [H, W, C] uint8; or a latent [c or 2c, h, w]
     label: int
+    captions: tuple[str, ...] = ()  # several texts may describe one image
 
 
 class Source(Protocol):
@@ -75,6 +80,7 @@ class Prepared(NamedTuple):
     source_id: str
     values: NDArray[Any]  # an image [image_size, image_size, C] uint8, or imported moments [2c, h, w] float32
     label: int
+    captions: tuple[str, ...] = ()  # as `cleaned_captions` returns them
 
 
 def require_label(source: Source, source_id: str, label: int) -> None:
@@ -85,6 +91,30 @@ def require_label(source: Source, source_id: str, label: int) -> None:
         raise ValueError(
             f"Image {source_id} of {source.name} has label {label}, but there are {count} classes; {rule}."
         )
+
+
+def cleaned_captions(captions: Iterable[str], source_id: str) -> tuple[str, ...]:
+    """Return captions without empty ones; white space and control characters are collapsed to single blanks.
+
+    Raises UnreadableImageError where one has more than ``MAX_CAPTION`` characters or cannot be written in UTF-8.
+    """
+    cleaned = [" ".join(_CONTROL.sub(" ", caption).split()) for caption in captions]
+    for caption in cleaned:
+        if len(caption) > MAX_CAPTION:
+            reason = f"a caption of it has {len(caption)} characters, but at most {MAX_CAPTION} are stored"
+            raise UnreadableImageError(reason, source_id)
+        try:
+            caption.encode()
+        except UnicodeEncodeError:  # half of a pair of surrogates, which JSON can state
+            raise UnreadableImageError("a caption of it has a character that UTF-8 does not have", source_id) from None
+    return tuple(filter(None, cleaned))
+
+
+def required_captions(captions: Iterable[str], source_id: str) -> tuple[str, ...]:
+    """Return captions as `cleaned_captions` does. Raises UnreadableImageError where none is left."""
+    if not (cleaned := cleaned_captions(captions, source_id)):
+        raise UnreadableImageError("it has no caption", source_id)
+    return cleaned
 
 
 def require_nothing_left_out(source: Source, otherwise: str = "") -> None:
@@ -106,10 +136,10 @@ def prepared(source: Source, index: int, preparation: Preparation) -> Prepared:
     Raises UnreadableImageError for an image to skip, and ValueError that names the image where its size or label is
     invalid.
     """
-    source_id, content, label = source[index]
+    source_id, content, label, captions = source[index]
     require_label(source, source_id, label)
     try:
-        return Prepared(source_id, preparation(content), label)
+        return Prepared(source_id, preparation(content), label, cleaned_captions(captions, source_id))
     except UnreadableImageError as error:
         raise UnreadableImageError(error.reason, source_id) from error
     except ValueError as error:

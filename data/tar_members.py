@@ -23,6 +23,7 @@ class Member(NamedTuple):
     offset: int  # bytes
     size: int  # bytes
     label: int
+    caption: tuple[int, int] | None = None  # offset and size
 
     @property
     def source_id(self) -> str:
@@ -34,8 +35,10 @@ class Member(NamedTuple):
 class _Found:
     """The headers of a tar, grouped by the keys of samples."""
 
+    beside: str  # suffix of the member that each sample has: .cls, or that of captions
     places: dict[str, tuple[int, int]] = field(default_factory=dict)  # offset and size
     labels: dict[str, int] = field(default_factory=dict)
+    captions: dict[str, tuple[int, int]] = field(default_factory=dict)  # offset and size
     others: dict[str, list["_Other"]] = field(default_factory=lambda: defaultdict(list))
 
 
@@ -48,27 +51,33 @@ class _Other(NamedTuple):
     is_dotted: bool = False  # whether its name has several dots
 
 
-def read_tar(file: Any, tar_name: str, suffixes: Sequence[str]) -> tuple[list[Member], list[LeftOut]]:
+def read_tar(
+    file: Any, tar_name: str, suffixes: Sequence[str], caption: str | None = None
+) -> tuple[list[Member], list[LeftOut]]:
     """Return the samples ``KEY.SUFFIX`` with labels ``KEY.cls`` of a tar, in order, and those left out.
 
     A key without such a sample may have an image in another format that Pillow reads. It is left out where its sample
     is a link, a device or in a format that is not read, or has several dots in its name, since the key ends at the
-    first dot. Raises ValueError that names the tar and the key where a label is missing or not a number, a key is
-    duplicated, or the tar is damaged.
+    first dot. Where the suffix of a ``caption`` is given, no label is read and each is 0, and samples without a caption
+    and captions without a sample are left out. Raises ValueError that names the tar and the key where a label is
+    missing or not a number, a key is duplicated, or the tar is damaged.
     """
-    found = _Found()
+    found = _Found(beside=caption or ".cls")
     for tar, info in _infos(file, tar_name):
         key, suffix = split_key(info.name)
         is_file = info.isreg() and not info.issparse()
         if info.isdir():
             continue
-        if not is_file or (suffix != ".cls" and suffix not in suffixes):
+        if not is_file or (suffix != found.beside and suffix not in suffixes):
             if not is_litter(info.name.removeprefix("./")):
                 found.others[key].append(_other(info, suffix, is_file, suffixes))
             continue
-        if key in (found.labels if suffix == ".cls" else found.places):
+        if key in (found.labels if suffix == found.beside else found.places):
             raise ValueError(f"{tar_name} has {key}{suffix} twice; keys must be unique within a tar.")
-        if suffix == ".cls":
+        if suffix == caption:
+            found.captions[key] = (info.offset_data, info.size)
+            found.labels[key] = 0
+        elif suffix == ".cls":
             content = tar.extractfile(info)
             assert content is not None
             found.labels[key] = _label(content.read(_LABEL_BYTES + 1), tar_name, key)
@@ -155,10 +164,23 @@ def _paired(found: _Found, tar_name: str) -> tuple[list[Member], list[LeftOut]]:
                 left_out.append(_left_out(tar_name, unread))
             found.labels.pop(key, None)
         elif readable is not None:
-            left_out.append(LeftOut(f"{tar_name}/{readable.name}", "it has no .cls", True))
-    _require_pairs(found, tar_name)
-    members = [Member(tar_name, key, *place, found.labels[key]) for key, place in found.places.items()]
+            left_out.append(LeftOut(f"{tar_name}/{readable.name}", f"it has no {found.beside}", True))
+    if found.beside == ".cls":
+        _require_pairs(found, tar_name)
+    odd = sorted(found.places.keys() ^ found.labels.keys())
+    left_out += [_without_half(found, tar_name, key) for key in odd]
+    members = [
+        Member(tar_name, key, *place, found.labels[key], found.captions.get(key))
+        for key, place in found.places.items()
+        if key in found.labels
+    ]
     return members, left_out
+
+
+def _without_half(found: _Found, tar_name: str, key: str) -> LeftOut:
+    if key in found.places:
+        return LeftOut(f"{tar_name}/{key}", f"it has no {found.beside}, which should be its caption", True)
+    return LeftOut(f"{tar_name}/{key}{found.beside}", "it is a caption without its image", True)
 
 
 def _left_out(tar_name: str, other: _Other) -> LeftOut:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from core.precision import exact_float32
 from core.reading import DamagedFileError, sha256_of
+from data.manifest import TextSpec
 from data.pretrained import built, read_config, read_weights, require_files, require_heads, transformers_for
 
 Precision = Literal["fp32", "bf16"]
@@ -40,19 +41,6 @@ class EncodedText(NamedTuple):
     tokens: Tensor  # [B, M, D] float32
     mask: Tensor  # [B, M] bool, False at padding
     pooled: Tensor  # [B, P] float32
-
-
-@dataclass(frozen=True)
-class TextSpec:
-    """The identity of a text encoder and the shape of what it gives."""
-
-    name: str
-    revision: str  # hash of config, weights and tokenizer
-    layer: str  # whose tokens are used
-    precision: Precision
-    length: int  # M
-    dim: int  # D
-    pooled_dim: int  # P
 
 
 class TextEncoder(Protocol):
@@ -124,11 +112,12 @@ class CLIPText(_Text):
 
     def __init__(
         self,
-        folder: str,
+        folder: str | None,
         tokenizer: str | None = None,
         layer: Literal["last", "penultimate"] = "last",
         precision: Precision = "fp32",
     ) -> None:
+        folder = _given(folder)
         _require_one_of("layer", layer, ("last", "penultimate"))
         _require_one_of("precision", precision, ("fp32", "bf16"))
         transformers = transformers_for("A text encoder")
@@ -160,11 +149,14 @@ class T5Text(_Text):
     name = "t5"
 
     def __init__(
-        self, folder: str, tokenizer: str | None = None, length: int = 120, precision: Precision = "fp32"
+        self, folder: str | None, tokenizer: str | None = None, length: int = 120, precision: Precision = "fp32"
     ) -> None:
+        folder = _given(folder)
         _require_one_of("precision", precision, ("fp32", "bf16"))
         if not 1 <= length <= _MOST_LENGTH:
-            raise ValueError(f"text.length is {length}, but it must be from 1 to {_MOST_LENGTH}; PixArt-alpha has 120.")
+            raise ValueError(
+                f"text_encoder.length is {length}, but it must be from 1 to {_MOST_LENGTH}; PixArt-alpha has 120."
+            )
         transformers = transformers_for("A text encoder")
         config, *weights = require_files(folder, "T5", _remedy("google/t5-v1_1-xxl"))
         shape = read_config(config, _T5Shape, {"t5": None}, "T5")
@@ -184,7 +176,7 @@ class T5Text(_Text):
         return tokens, tokens.float().where(kept, 0).sum(dim=1) / kept.sum(dim=1)
 
 
-_TOKENIZER = "text.tokenizer"  # the setting that takes a folder
+_TOKENIZER = "text_encoder.tokenizer"  # the setting that takes a folder
 _DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -285,9 +277,15 @@ def _hash_of(files: Sequence[Path], tokenizer: Any) -> str:
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
+def _given(folder: str | None) -> str:
+    if not folder:
+        raise ValueError("text_encoder.folder is missing; give it as text_encoder.folder=PATH.")
+    return folder
+
+
 def _require_one_of(name: str, value: str, values: Sequence[str]) -> None:
     if value not in values:
-        raise ValueError(f"text.{name} is {value!r}, but it must be {' or '.join(values)}.")
+        raise ValueError(f"text_encoder.{name} is {value!r}, but it must be {' or '.join(values)}.")
 
 
 def _remedy(page: str) -> str:

@@ -4,10 +4,12 @@ Only manifest, indices and shards are required. Sidecars, ``classes.json`` and
 ``skipped.jsonl`` may be missing, for example from a copy of the folder; where they exist, they must be correct.
 """
 
+import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -17,10 +19,20 @@ from core.names import inside
 from core.progress import ProgressBar
 from core.reading import DamagedFileError, is_absent, open_regular, read_regular, sha256_of
 from core.records import check, parse_object
+from data.caption_file import CaptionFile, open_captions
+from data.caption_tokens import read_empty_caption
 from data.channel_sums import ChannelSums, channel_statistics, statistics_agree
 from data.encode import CLASSES_NAME, SKIPPED_NAME, classes_text, skipped_text
-from data.manifest import FORMAT, MANIFEST_NAME, Manifest, ShardEntry
-from data.shard_index import INDEX_NAME, IndexFile, index_file, labels_file, read_index, read_source_ids
+from data.manifest import CAPTIONS_NAME, FORMAT, MANIFEST_NAME, Manifest, ShardEntry
+from data.shard_index import (
+    INDEX_NAME,
+    IndexFile,
+    empty_caption_file,
+    index_file,
+    labels_file,
+    read_index,
+    read_source_ids,
+)
 from data.shard_tars import Layout, ShardFacts, facts_of
 from data.sidecars import Sidecar, SkippedImage, read_sidecar, sidecar_path
 
@@ -32,6 +44,14 @@ class Damage(NamedTuple):
 
     file: str
     reason: str
+
+
+class _Indices(NamedTuple):
+    """What the files beside the shards state of all rows; those of damaged ones are missing."""
+
+    rows: dict[str, list["_Rows"]]  # of each shard, by the name of the index that has them
+    first_rows: list[int]  # of each shard, and the number of rows
+    captions: CaptionFile | None
 
 
 class _Rows(NamedTuple):
@@ -53,9 +73,9 @@ class _Checked(NamedTuple):
 def verify(folder: Path, progress: ProgressBar, threads: int = 2) -> tuple[Manifest, list[Damage]]:
     """Return the manifest and every file that is damaged or contradicts the shards.
 
-    The checks cover sizes, hashes, every sample's label, offset, shape, dtype and values, the statistics, and all
-    content of index, sidecars, ``classes.json`` and ``skipped.jsonl``. Raises ValueError where the manifest itself is
-    missing or damaged.
+    The checks cover sizes, hashes, every sample's label, offset, shape, dtype, values and captions, the statistics, and
+    all content of index, sidecars, ``classes.json`` and ``skipped.jsonl``. Raises ValueError where the manifest itself
+    is missing or damaged.
     """
     manifest = Manifest.load(folder)
     damages: list[Damage] = []
@@ -72,6 +92,7 @@ def verify(folder: Path, progress: ProgressBar, threads: int = 2) -> tuple[Manif
             checked.append(result)
     damages += _statistics(manifest, checked)
     damages += _texts(folder, manifest, [result.sidecar for result in checked])
+    damages += _empty_caption(folder, manifest)
     return manifest, damages
 
 
@@ -79,7 +100,9 @@ def files_of(folder: Path, manifest: Manifest) -> list[str]:
     """Return the names of the files that `verify` reads."""
     sidecars = [sidecar_path(folder / shard.name) for shard in manifest.shards]
     optional = [path for path in (*sidecars, folder / CLASSES_NAME, folder / SKIPPED_NAME) if os.path.lexists(path)]
-    required = [MANIFEST_NAME, *_index_files(manifest), *(shard.name for shard in manifest.shards)]
+    captions = [] if manifest.captions is None else [CAPTIONS_NAME]
+    captions += [file.name for file in [empty_caption_file(manifest)] if file is not None]
+    required = [MANIFEST_NAME, *_index_files(manifest), *captions, *(shard.name for shard in manifest.shards)]
     return [*required, *(path.name for path in optional)]
 
 
@@ -101,14 +124,22 @@ def _attempt(damages: list[Damage], folder: Path, name: str, action: Callable[[]
     return None
 
 
-def _indices(damages: list[Damage], folder: Path, manifest: Manifest) -> dict[str, list[_Rows]]:
-    """Return the entries of each shard by the name of the index that has them, without those of damaged ones."""
+def _indices(damages: list[Damage], folder: Path, manifest: Manifest) -> _Indices:
+    """Return what the indices and the file of captions state, without damaged ones."""
     found = {}
     for name, file in _index_files(manifest).items():
         rows = _attempt(damages, folder, name, partial(_rows, folder, manifest, file))
         if rows is not None:
             found[name] = rows
-    return found
+    captions = None
+    if manifest.captions is not None:
+        opened = partial(_opened_captions, folder, manifest)
+        captions = _attempt(damages, folder, CAPTIONS_NAME, opened)
+    return _Indices(found, [0, *accumulate(shard.count for shard in manifest.shards)], captions)
+
+
+def _opened_captions(folder: Path, manifest: Manifest) -> CaptionFile:
+    return open_captions(inside(folder, CAPTIONS_NAME, FORMAT), manifest)
 
 
 def _rows(folder: Path, manifest: Manifest, file: IndexFile) -> list[_Rows]:
@@ -127,23 +158,35 @@ def _rows(folder: Path, manifest: Manifest, file: IndexFile) -> list[_Rows]:
     return rows
 
 
-def _checked(folder: Path, manifest: Manifest, number: int, indices: Mapping[str, list[_Rows]]) -> _Checked:
+def _checked(folder: Path, manifest: Manifest, number: int, indices: _Indices) -> _Checked:
     damages: list[Damage] = []
     shard = manifest.shards[number]
     facts = _attempt(damages, folder, shard.name, lambda: _facts(folder, manifest, shard))
-    for name, rows in indices.items():
+    for name, rows in indices.rows.items():
         if facts is None:
             break
         if facts.labels != rows[number].labels:
             damages.append(Damage(name, f"has other labels than {shard.name}"))
         if facts.layout != rows[number].layout:
             damages.append(Damage(name, f"has {rows[number].layout} for {shard.name}, which has {facts.layout}"))
-    source_ids = indices[INDEX_NAME][number].source_ids if INDEX_NAME in indices else None
+    source_ids = indices.rows[INDEX_NAME][number].source_ids if INDEX_NAME in indices.rows else None
+    captions = None
+    if (file := indices.captions) is not None:
+        read = partial(_captions, file, manifest, *indices.first_rows[number : number + 2])
+        captions = _attempt(damages, folder, CAPTIONS_NAME, read)
     path = sidecar_path(folder / shard.name)
     sidecar = None
     if os.path.lexists(path):
-        sidecar = _attempt(damages, folder, path.name, lambda: _sidecar(folder, manifest, shard, source_ids, facts))
+        stated = _Stated(source_ids, captions)
+        sidecar = _attempt(damages, folder, path.name, lambda: _sidecar(folder, manifest, shard, stated, facts))
     return _Checked(damages, facts.sums if facts else None, sidecar)
+
+
+def _captions(file: CaptionFile, manifest: Manifest, start: int, stop: int) -> list[list[str]]:
+    """Return the captions of rows, after checking their token ids. Raises DamagedFileError."""
+    if manifest.captions is not None and manifest.captions.tokens is not None:
+        file.tokens_of_rows(start, stop)
+    return file.of_rows(start, stop)
 
 
 def _facts(folder: Path, manifest: Manifest, shard: ShardEntry) -> ShardFacts:
@@ -158,16 +201,25 @@ def _facts(folder: Path, manifest: Manifest, shard: ShardEntry) -> ShardFacts:
     return facts_of(path, manifest.spec, shard.count, teacher=manifest.teacher)
 
 
-def _sidecar(
-    folder: Path, manifest: Manifest, shard: ShardEntry, source_ids: list[str] | None, facts: ShardFacts | None
-) -> Sidecar:
+class _Stated(NamedTuple):
+    """What the other files say of a shard's rows; None where they are damaged, or there are no captions."""
+
+    source_ids: list[str] | None
+    captions: list[list[str]] | None
+
+
+def _sidecar(folder: Path, manifest: Manifest, shard: ShardEntry, stated: _Stated, facts: ShardFacts | None) -> Sidecar:
     """Read a shard's sidecar. Raises OSError or ValueError where it contradicts the shard, manifest or index."""
     sidecar, _ = read_sidecar(folder, shard.name, manifest.spec)
     path = sidecar_path(folder / shard.name)
     if (sidecar.plan, sidecar.entry) != (manifest.plan_hash, shard):
         raise DamagedFileError(f"{path} records another plan or other bytes of {shard.name} than the manifest.")
-    if source_ids is not None and sidecar.source_ids != source_ids:
+    if stated.source_ids is not None and sidecar.source_ids != stated.source_ids:
         raise DamagedFileError(f"{path} has other names of images than {INDEX_NAME}.")
+    if stated.captions is not None and (sidecar.captions or []) != stated.captions:
+        raise DamagedFileError(f"{path} has other captions than {CAPTIONS_NAME}.")
+    if manifest.captions is None and sidecar.captions is not None:
+        raise DamagedFileError(f"{path} has captions, but {MANIFEST_NAME} has none.")
     if facts is not None:
         if (sidecar.labels, sidecar.layout) != (facts.labels, facts.layout):
             raise DamagedFileError(f"{path} has other labels or another layout than {shard.name}.")
@@ -189,6 +241,24 @@ def _statistics(manifest: Manifest, checked: Sequence[_Checked]) -> list[Damage]
         if not statistics_agree(found, expected, manifest.latent_std):
             return [Damage(MANIFEST_NAME, f"has latent_{name} {expected}, but the shards have {found}")]
     return []
+
+
+def _empty_caption(folder: Path, manifest: Manifest) -> list[Damage]:
+    file = empty_caption_file(manifest)
+    damages: list[Damage] = []
+    if file is not None:
+        _attempt(damages, folder, file.name, partial(_require_empty_caption, folder, manifest, file))
+    return damages
+
+
+def _require_empty_caption(folder: Path, manifest: Manifest, file: IndexFile) -> None:
+    path = inside(folder, file.name, FORMAT)
+    content = read_regular(path, file.max_bytes)
+    if (found := hashlib.sha256(content).hexdigest()) != file.sha256:
+        raise DamagedFileError(f"{path} has sha256 {found}, not {file.sha256}.")
+    assert manifest.captions is not None
+    assert manifest.captions.tokens is not None
+    read_empty_caption(content, manifest.captions.tokens.encoder, str(path))
 
 
 def _texts(folder: Path, manifest: Manifest, sidecars: Sequence[Sidecar | None]) -> list[Damage]:

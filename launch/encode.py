@@ -8,9 +8,10 @@ from hydra.core.hydra_config import HydraConfig
 
 from core.progress import ProgressBar
 from core.remote import is_remote
+from data.captions import Captioned
 from data.encode import encode
 from data.encodings import Encoding
-from data.manifest import Manifest
+from data.manifest import CaptionsSpec, Manifest
 from data.sources import Source
 from launch.builders.build import build_preparation
 from launch.builders.components import build
@@ -30,6 +31,15 @@ def encode_job(config: EncodeSettings, progress: ProgressBar) -> None:
             f"{manifest.num_samples} samples of {manifest.spec.num_classes} classes in {len(manifest.shards)} "
             f"shards, {size / 2**20:.1f} MiB{skipped}: {Path(config.data.shards) / 'manifest.json'}"
         )
+        if manifest.captions is not None:
+            print(f"{manifest.captions.count} captions{_truncated(manifest.captions)}")
+
+
+def _truncated(captions: CaptionsSpec) -> str:
+    """Return how many captions are longer than the text encoder's length; empty where there is no encoder."""
+    if (tokens := captions.tokens) is None:
+        return ""
+    return f", {tokens.num_truncated} of them truncated to the {tokens.encoder.length} tokens of {tokens.encoder.name}"
 
 
 def encode_shards(config: EncodeSettings, progress: ProgressBar, words: Iterable[str] | None = None) -> Manifest | None:
@@ -53,6 +63,8 @@ def encode_shards(config: EncodeSettings, progress: ProgressBar, words: Iterable
         **({} if config.teacher is None else {"teacher": build(config.teacher)}),
     )
     source: Source = build(data.source)
+    if config.captions is not None:
+        source = Captioned(source, build(config.captions))
     workers = workers_from_environment(config.threads)
     if workers.rank == 0:
         for note in notes_of(source):
@@ -68,6 +80,7 @@ def encode_shards(config: EncodeSettings, progress: ProgressBar, words: Iterable
         progress=progress,
         max_skipped_fraction=config.max_skipped_fraction,
         workers=workers,
+        text=None if config.text_encoder is None else build(config.text_encoder),
     )
     if manifest is not None:
         write_record(Path(data.shards), config)

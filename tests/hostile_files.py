@@ -45,7 +45,7 @@ DATA = [
 ]
 NETWORK = ["model.width=16", "model.depth=2", "model.num_heads=2", "model.patch_size=4"]
 SCHEDULE = "diffusion.schedule.num_steps=20"  # each is a pass through the network where likelihoods are measured
-ENCODE = ["encode", *DATA, "data.samples_per_shard=10"]
+ENCODE = ["encode", *DATA, "data.samples_per_shard=10", "data/captions=templates"]
 KERNEL = "evaluation.metric.kernel.subset_size=4"
 MEASURED = ["evaluation.num_images=8", "sampler.steps=2", "evaluation.features.epochs=1", "runtime=cpu"]
 TRAIN = [

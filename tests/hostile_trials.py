@@ -34,6 +34,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "shards/manifest.json": ("verify", "encode", "resume", "evaluate"),
     "shards/index.npz": ("verify", "encode"),
     "shards/labels.npz": ("verify", "encode", "resume", "evaluate"),
+    "shards/captions.npz": ("verify", "encode"),
     "shards/shard-000001.tar": ("verify", "encode", "resume", "evaluate"),
     "shards/shard-000001.json": ("verify", "encode"),
     "shards/classes.json": ("verify", "encode"),

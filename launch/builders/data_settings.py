@@ -30,7 +30,15 @@ COMPONENTS = ("source", "autoencoder", "crop")
 OF_THE_JOB = ("seed", "batch_size", "max_skipped_fraction")  # of `encode`, besides `encoding`
 _GROUPS = {"data/source": "source", "data/crop": "crop", "model/autoencoder": "autoencoder"}
 _OF_AUTOENCODER = ("downscale", "channels", "scale", "shift", "precision")  # settings that the manifest has
-_PATHS = ("root", "tars", "pretrained")  # settings of sources and teachers that may be paths
+_OPTIONAL = ("teacher", "captions", "text_encoder")  # components of `encode` that may be None
+_PATHS = (
+    "root",
+    "tars",
+    "pretrained",
+    "file",
+    "folder",
+    "tokenizer",
+)  # settings that may be paths
 _OVERRIDES = {  # the command-line override for a field of the manifest
     "source": "data.name={}",
     "image_size": "data.image_size={}",
@@ -46,8 +54,9 @@ def write_record(folder: Path, config: EncodeSettings) -> None:
     data = plain["data"]
     source = {key: _absolute(key, value) for key, value in data["source"].items()}
     job = {key: plain[key] for key in (*OF_THE_JOB, "encoding")}
-    if plain["teacher"] is not None:  # else the file is as earlier versions wrote it
-        job["teacher"] = {key: _absolute(key, value) for key, value in plain["teacher"].items()}
+    for name in _OPTIONAL:
+        if plain[name] is not None:  # else the file is as earlier versions wrote it
+            job[name] = {key: _absolute(key, value) for key, value in plain[name].items()}
     content = {
         "format_version": 1,
         "data": {**{key: data[key] for key in (*SCALARS, *COMPONENTS)}, "source": source},
@@ -147,9 +156,7 @@ def _data_of(data: Mapping[str, Any], said_by: str) -> dict[str, Any]:
 def _encoding_of(section: Mapping[str, Any], said_by: str) -> dict[str, Any]:
     found = {key: plain_value(section.get(key), key, said_by) for key in OF_THE_JOB}
     found["encoding"] = from_file(section.get("encoding"), "encoding", said_by)
-    if "teacher" in section:
-        found["teacher"] = from_file(section["teacher"], "teacher", said_by)
-    return found
+    return found | {name: from_file(section[name], name, said_by) for name in _OPTIONAL if name in section}
 
 
 def _of_manifest(spec: LatentSpec) -> dict[str, Any]:

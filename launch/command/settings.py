@@ -117,6 +117,8 @@ class EncodeSettings(Settings):
     data: DataSettings = field(default_factory=DataSettings)
     encoding: Any = MUST_BE_GIVEN
     teacher: Any = None  # network whose features of the images are stored too
+    captions: Any = None  # captions in place of those of the source
+    text_encoder: Any = None  # whose token ids of the captions are stored too
     seed: int = 0  # of the fixed permutation that mixes the classes across shards
     batch_size: int = positive(64)  # images per call of the autoencoder; another size may round differently
     device: Device = Device.auto

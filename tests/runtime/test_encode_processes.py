@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from pictures import make_autoencoder, make_image_folder
+from small_text_encoders import write_small_clip
 from warm_python import TRAINING, run_warm_python, run_with_little_room, start_warm_python
 
 from data.manifest import Manifest
@@ -20,10 +21,11 @@ SHARDS = 12
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with 96 images and a small random autoencoder."""
+    """Return a folder with 96 images, a small random autoencoder and a small random text encoder."""
     folder = tmp_path_factory.mktemp("inputs")
     make_image_folder(folder / "images", per_class=32)
     make_autoencoder(folder / "autoencoder")
+    write_small_clip(folder / "clip")
     return folder
 
 
@@ -36,6 +38,9 @@ def words(inputs: Path) -> list[str]:
         f"data.autoencoder.pretrained={inputs / 'autoencoder'}",
         "data.autoencoder.precision=fp32",
         "data.image_size=32",
+        "data/captions=templates",
+        "data/text_encoder=clip",
+        f"text_encoder.folder={inputs / 'clip'}",
         "data.samples_per_shard=8",
         "data.shards=shards",
         "batch_size=4",
@@ -153,7 +158,7 @@ def test_verify_and_repair_from_the_command_line(whole: dict[str, bytes], words:
     path.write_bytes(path.read_bytes()[:1000])
     shown = encoding("verify", "data.shards=shards", cwd=tmp_path, expect=2)
     assert "shard-000004.tar has 1000 bytes, not" in shown
-    assert "1 of 28 files in shards are damaged: shard-000004.tar" in shown  # 12 shards and sidecars, and 4 more
+    assert "1 of 30 files in shards are damaged: shard-000004.tar" in shown  # 12 shards and sidecars, and 6 more
     assert "match the manifest" in encoding("verify", *words, "repair=true", cwd=tmp_path)
     assert contents(tmp_path / "shards") == whole
 
@@ -161,7 +166,8 @@ def test_verify_and_repair_from_the_command_line(whole: dict[str, bytes], words:
 def test_a_model_trains_on_encoded_images_and_its_samples_are_decoded(words: list[str], tmp_path: Path) -> None:
     """Run from images to latents to a run to pictures, with an autoencoder of four channels."""
     encoding("encode", *words, cwd=tmp_path)
-    data = [word for word in words if word.startswith("data") and "source" not in word]
+    others = ("source", "captions", "text_encoder")
+    data = [word for word in words if word.startswith("data") and not any(other in word for other in others)]
     size = ["model.width=16", "model.depth=1", "model.num_heads=2", "model.patch_size=4", "batch_size=8"]
     steps = ["total_steps=4", "log_every=2", "checkpoint_every=2", "sampler.steps=2", "sample_every=4"]
     encoding("train", *data, *size, *steps, "train/logger=none", "run_dir=run", "precision=fp32", cwd=tmp_path)

@@ -112,6 +112,7 @@ def test_only_names_of_shards_become_paths(folder: Path, name: object) -> None:
         verify(folder, silent_progress)
 
 
+CAPTIONS = {"sha256": "0" * 64, "bytes": 1000, "count": 50}
 MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "a count below zero": lambda content: content["shards"][0].update(count=-1),
     "a count in quotes": lambda content: content["shards"][0].update(count="16"),
@@ -125,6 +126,11 @@ MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "null shards": lambda content: content.update(shards=None),
     "null spec": lambda content: content.update(spec=None),
     "no index": lambda content: content.pop("index_sha256"),
+    "captions that are a number": lambda content: content.update(captions=7),
+    "fewer captions than samples": lambda content: content.update(captions={**CAPTIONS, "count": 49}),
+    "captions of no size": lambda content: content.update(captions={**CAPTIONS, "bytes": 0}),
+    "captions elsewhere": lambda content: content.update(captions={**CAPTIONS, "name": "../captions.npz"}),
+    "a hash of captions that is a path": lambda content: content.update(captions={**CAPTIONS, "sha256": "../x"}),
     "a hash of labels that is a number": lambda content: content.update(labels_sha256=7),
     "another type": lambda content: content["spec"].update(dtype="object"),
     "no downscale": lambda content: content["spec"].update(downscale=0),

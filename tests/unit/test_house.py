@@ -149,7 +149,7 @@ GROUPS = sorted(override_of(path) for path in CONF.rglob("*.yaml") if len(path.r
 
 # Groups of which a choice decides what others there are: each choice is composed alone.
 DECISIVE = {"experiment", "data", "data/encoding", "diffusion", "evaluation", "evaluation/image_set", "model"}
-DECISIVE |= {"data/teacher", "diffusion/path", "diffusion/times"}
+DECISIVE |= {"data/teacher", "data/captions", "data/text_encoder", "diffusion/path", "diffusion/times"}
 
 
 def combined(overrides: list[str]) -> list[list[str]]:
@@ -166,7 +166,8 @@ def test_every_config_file_builds_what_exists_with_settings_that_it_has(override
     more = ["guidance.guide=x"] if any(override.endswith("autoguidance") for override in overrides) else []
     more += ["data.name=x"] if overrides == ["data=folder"] else []
     # Groups that training has not.
-    homes = {"data/encoding": "encode", "data/teacher": "encode", "evaluation/image_set": "reference"}
+    homes = {f"data/{group}": "encode" for group in ("encoding", "teacher", "captions", "text_encoder")}
+    homes["evaluation/image_set"] = "reference"
     job = next((job for group, job in homes.items() if overrides[0].startswith(group)), "train")
     more += ["diffusion=flow"] if overrides[0].startswith(("diffusion/path=", "diffusion/times=")) else []
     given = [f"+{o}" if o.startswith("model/embedding=") else o for o in overrides]  # a group without a default

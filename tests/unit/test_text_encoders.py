@@ -217,7 +217,7 @@ def damage(folder: Path, kind: str) -> None:
         ("no config", r"There is no .*config\.json; copy config\.json, the weights and the tokenizer from its page"),
         ("no weights", r"There is no .*model\.safetensors; copy"),
         ("cut weights", r"model\.safetensors does not hold a readable"),
-        ("no tokenizer", r"There is no tokenizer in .*; copy it there, or name its folder by text\.tokenizer=PATH"),
+        ("no tokenizer", r"There is no tokenizer in .*; copy it there, or name its folder by text_encoder\.tok"),
         ("damaged tokenizer", "does not hold a readable tokenizer"),
         ("another model", "is of a bert, not of a"),
         ("a smaller vocabulary", r"config asks for|token id \d+, but the network embeds 20"),
@@ -239,9 +239,15 @@ def test_a_folder_that_is_not_whole_is_refused_in_one_sentence(
 @pytest.mark.parametrize(
     ("build", "sentence"),
     [
-        (lambda folder: CLIPText(folder, layer="first"), "text.layer is 'first', but it must be last or penultimate."),
-        (lambda folder: T5Text(folder, precision="fp16"), "text.precision is 'fp16', but it must be fp32 or bf16."),
-        (lambda folder: T5Text(folder, length=0), "text.length is 0, but it must be from 1 to 4096; PixArt-alpha has"),
+        (
+            lambda folder: CLIPText(folder, layer="first"),
+            "text_encoder.layer is 'first', but it must be last or",
+        ),
+        (
+            lambda folder: T5Text(folder, precision="fp16"),
+            "text_encoder.precision is 'fp16', but it must be fp32 or",
+        ),
+        (lambda folder: T5Text(folder, length=0), "text_encoder.length is 0, but it must be from 1 to 4096; PixArt"),
     ],
 )
 def test_settings_that_do_not_exist_are_refused(tmp_path: Path, build: Callable[[str], Any], sentence: str) -> None:
