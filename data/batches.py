@@ -13,10 +13,11 @@ from core.batch import FEATURES, WEIGHT, Batch
 from core.buffers import Buffers
 from core.draws import Philox, Purpose, Streams, Times, draw_choices
 from core.prefetch import DEPTH
+from core.samples import Samples, samples_of
 from core.threads import ONE_THREAD, Threads
 from data.conditions import ConditionSource, with_dropped
 from data.order import Order, positions_of_step
-from data.shards import MappedShards
+from data.shards import MappedShards, Places
 from model.autoencoder import Autoencoder
 
 CHUNK = 32  # samples that are read and drawn at once, so that intermediate values fit the CPU's cache
@@ -133,16 +134,34 @@ class TrainingBatches:
     def _fill_window(self, part: "_Part") -> None:
         can_share = self.shards.map_rows(part.rows)
         threads = self._threads if can_share else ONE_THREAD
-        threads.over_rows(len(part.rows), lambda share: self._fill_chunks(part.rows_of(share)))
-
-    def _fill_chunks(self, part: "_Part") -> None:
-        streams = self._new_streams(self.seed)  # threads do not share one
-        sample = self.shards.manifest.spec.sample_shape[1:]
-        chunk = self._buffers.empty((min(CHUNK, len(part.rows)), *sample), np.float16)
-        places = self.shards.places(part.rows, part.flips)  # of the whole share: one call holds the GIL as long as one
+        places = self.shards.places(part.rows, part.flips)
         features = None if part.features is None else self.shards.feature_places(part.rows, part.flips)
-        for first in range(0, len(part.rows), CHUNK):
-            here = slice(first, first + CHUNK)
+        samples = samples_of(
+            self.shards.compiled_reads(places),
+            self._streams.compiled(Purpose.POSTERIOR, 0),
+            self.autoencoder.compiled_draw(),
+            self._streams.compiled(Purpose.NOISE, 0),
+        )
+        threads.over_rows(len(part.rows), lambda share: self._fill_share(part, places, features, samples, share))
+
+    def _fill_share(
+        self, part: "_Part", places: Places, features: Places | None, samples: Samples | None, share: slice
+    ) -> None:
+        """Fill some of the samples: by one compiled call if possible, which leaves the rest where a file was cut."""
+        shape = (min(CHUNK, share.stop - share.start), *self.shards.manifest.spec.sample_shape[1:])
+        chunk = self._buffers.empty(shape, np.float16)
+        done = share.start if samples is None else samples.fill(part.positions, part.latents, part.noise, chunk, share)
+        if features is not None and part.features is not None:
+            self.shards.read(features.of(slice(share.start, done)), part.features[share.start : done])
+        if done < share.stop:
+            self._fill_chunks(part, places, features, chunk, slice(done, share.stop))
+
+    def _fill_chunks(
+        self, part: "_Part", places: Places, features: Places | None, chunk: NDArray[np.float16], share: slice
+    ) -> None:
+        streams = self._new_streams(self.seed)  # threads do not share one
+        for first in range(share.start, share.stop, CHUNK):
+            here = slice(first, min(first + CHUNK, share.stop))
             positions, latents, noise = part.positions[here], part.latents[here], part.noise[here]
             moments = self.shards.read(places.of(here), chunk[: len(positions)])
             if features is not None and part.features is not None:

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from core.npy import LONGEST_HEADER, parse_header
 from core.reading import DamagedFileError, remedied
 from core.remote import DEFAULT_RETRY, Retry, is_remote, join
+from core.samples import Reads
 from data.cache import Cache
-from data.mapped_file import MappedFile, fill_by_descriptor, fill_rows
+from data.mapped_file import MappedFile, compiled_reads, fill_by_descriptor, fill_rows
 from data.shard_files import LocalShardFiles, RemoteShardFiles, ShardFiles
 from data.shard_index import index_file, labels_file, read_index, read_source_ids
 from data.shard_tars import features_distance
@@ -148,6 +149,10 @@ class MappedShards:
             place = join(self.place, self.manifest.shards[shards[filled]].name)
             raise DamagedFileError(f"{place} was cut while this job ran; {self._files.repair}.")
         return out
+
+    def compiled_reads(self, places: Places) -> Reads | None:
+        """Return the compiled function by which `read` reads at these places, or None where another does."""
+        return compiled_reads(self._descriptors[places.shards], places.offsets, self._views)
 
     def close(self) -> None:
         """Release all shards and stop fetching."""
