@@ -45,23 +45,23 @@ class Latents(NamedTuple):
     scale: NDArray[np.float32]  # [1 or c]
 
 
-class Samples(NamedTuple):
-    """The compiled parts for samples of one batch."""
+class SampleFiller(NamedTuple):
+    """The compiled parts of samples, which are the same for all batches of a run."""
 
-    reads: Reads
     posterior: Normals
     latents: Latents
     noise: Normals
 
     def fill(
         self,
+        reads: Reads,
         positions: NDArray[np.int64],
         latents: NDArray[np.float32],
         noise: NDArray[np.float32],
         moments: NDArray[np.float16],
         rows: slice,
     ) -> int:
-        """Fill some rows of ``latents`` and ``noise`` [B, c, h, w]; return the first one that is not filled.
+        """Fill some rows of ``latents`` and ``noise`` [B, c, h, w]; return the first one that was not filled.
 
         That is ``rows.stop``, except where a file was cut. ``moments`` [samples, 2c, h, w] has the memory for as many
         samples as are read at once.
@@ -69,10 +69,11 @@ class Samples(NamedTuple):
         compiled = FAST_SAMPLES.get(0)
         if compiled is None:
             return int(rows.start)
-        functions = (self.reads.read_rows, self.posterior.fill_normals, self.latents.fill_latents)
+        functions = (reads.read_rows, self.posterior.fill_normals, self.latents.fill_latents)
         return compiled.fill_samples(
             compiled.references_to(*functions),
-            *self.reads[1:3],
+            reads.descriptors,
+            reads.offsets,
             positions,
             self.posterior.key,
             self.noise.key,
@@ -101,11 +102,9 @@ def _load_samples() -> CompiledSamples:
 FAST_SAMPLES = Deferred("batches", _load_samples, worth=0, without="slower where several threads make them")
 
 
-def samples_of(
-    reads: Reads | None, posterior: Normals | None, latents: Latents | None, noise: Normals | None
-) -> Samples | None:
+def sample_filler(posterior: Normals | None, latents: Latents | None, noise: Normals | None) -> SampleFiller | None:
     """Return the parts where none is missing."""
-    if reads is None or posterior is None or latents is None or noise is None:
+    if posterior is None or latents is None or noise is None:
         return None
     assert posterior.fill_normals is noise.fill_normals, "one generator draws both"
-    return Samples(reads, posterior, latents, noise)
+    return SampleFiller(posterior, latents, noise)

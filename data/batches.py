@@ -13,7 +13,7 @@ from core.batch import FEATURES, WEIGHT, Batch
 from core.buffers import Buffers
 from core.draws import Philox, Purpose, Streams, Times, draw_choices
 from core.prefetch import DEPTH
-from core.samples import Samples, samples_of
+from core.samples import Reads, SampleFiller, sample_filler
 from core.threads import ONE_THREAD, Threads
 from data.conditions import ConditionSource, with_dropped
 from data.order import Order, positions_of_step
@@ -71,6 +71,7 @@ class TrainingBatches:
         self._streams = streams(seed)
         self._threads = Threads(threads)
         self._buffers = Buffers()
+        self._filler: SampleFiller | None = None
 
     def from_step(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """Yield the batches of steps first_step .. last_step - 1; a resumed run needs only the step number."""
@@ -127,39 +128,50 @@ class TrainingBatches:
         while start < len(batch.positions):
             window = self.order.window(int(batch.positions[start]))
             stop = min(len(batch.positions), window.last - int(batch.positions[0]))
-            self.shards.expect([*window.shards.tolist(), *self.order.window(window.last).shards.tolist()])
+            windows = (window, self.order.window(window.last))
+            self.shards.expect(shard for window in windows for shard in window.shards.tolist())
             self._fill_window(batch.rows_of(slice(start, stop)))
             start = stop
 
     def _fill_window(self, part: "_Part") -> None:
-        can_share = self.shards.map_rows(part.rows)
-        threads = self._threads if can_share else ONE_THREAD
         places = self.shards.places(part.rows, part.flips)
+        can_share = self.shards.map_places(places)
+        threads = self._threads if can_share else ONE_THREAD
         features = None if part.features is None else self.shards.feature_places(part.rows, part.flips)
-        samples = samples_of(
-            self.shards.compiled_reads(places),
-            self._streams.compiled(Purpose.POSTERIOR, 0),
-            self.autoencoder.compiled_draw(),
-            self._streams.compiled(Purpose.NOISE, 0),
-        )
-        threads.over_rows(len(part.rows), lambda share: self._fill_share(part, places, features, samples, share))
+        filler = self._compiled_filler()
+        reads = filler and self.shards.compiled_reads(places)
 
-    def _fill_share(
-        self, part: "_Part", places: Places, features: Places | None, samples: Samples | None, share: slice
-    ) -> None:
-        """Fill some of the samples: by one compiled call if possible, which leaves the rest where a file was cut."""
-        shape = (min(CHUNK, share.stop - share.start), *self.shards.manifest.spec.sample_shape[1:])
-        chunk = self._buffers.empty(shape, np.float16)
-        done = share.start if samples is None else samples.fill(part.positions, part.latents, part.noise, chunk, share)
+        def fill(share: slice) -> None:
+            done = share.start
+            if filler is not None and reads is not None:
+                done = self._fill_at_once(part, filler, reads, features, share)
+            self._fill_chunks(part, places, features, slice(done, share.stop))
+
+        threads.over_rows(len(part.rows), fill)
+
+    def _compiled_filler(self) -> SampleFiller | None:
+        """Return the compiled parts of samples, once all of them are at hand."""
+        if self._filler is None:
+            self._filler = sample_filler(
+                self._streams.compiled(Purpose.POSTERIOR, 0),
+                self.autoencoder.compiled_draw(),
+                self._streams.compiled(Purpose.NOISE, 0),
+            )
+        return self._filler
+
+    def _fill_at_once(
+        self, part: "_Part", filler: SampleFiller, reads: Reads, features: Places | None, share: slice
+    ) -> int:
+        """Fill a thread's share by one compiled call; return the first row that is not filled, where a file was cut."""
+        done = filler.fill(reads, part.positions, part.latents, part.noise, self._chunk(share), share)
         if features is not None and part.features is not None:
             self.shards.read(features.of(slice(share.start, done)), part.features[share.start : done])
-        if done < share.stop:
-            self._fill_chunks(part, places, features, chunk, slice(done, share.stop))
+        return done
 
-    def _fill_chunks(
-        self, part: "_Part", places: Places, features: Places | None, chunk: NDArray[np.float16], share: slice
-    ) -> None:
-        streams = self._new_streams(self.seed)  # threads do not share one
+    def _fill_chunks(self, part: "_Part", places: Places, features: Places | None, share: slice) -> None:
+        if share.start == share.stop:
+            return
+        streams, chunk = self._new_streams(self.seed), self._chunk(share)  # threads do not share one
         for first in range(share.start, share.stop, CHUNK):
             here = slice(first, min(first + CHUNK, share.stop))
             positions, latents, noise = part.positions[here], part.latents[here], part.noise[here]
@@ -170,6 +182,12 @@ class TrainingBatches:
             posterior = torch.from_numpy(latents)
             self.autoencoder.draw(torch.from_numpy(moments), posterior, out=posterior)
             streams.fill(noise.reshape(len(noise), -1), positions, Purpose.NOISE, 0)
+
+
+    def _chunk(self, share: slice) -> NDArray[np.float16]:
+        """Return memory for the moments of a chunk, [samples, 2c, h, w]."""
+        shape = self.shards.manifest.spec.sample_shape[1:]
+        return self._buffers.empty((min(CHUNK, share.stop - share.start), *shape), np.float16)
 
 
 class _Part(NamedTuple):

@@ -76,7 +76,7 @@ class MappedShards:
 
     def labels_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the labels of rows, [len(rows)]."""
-        return self.labels[rows].astype(np.int64)
+        return self.labels[rows].astype(np.int64, copy=False)
 
     def expect(self, shards: Iterable[int]) -> None:
         """Announce the shards that are read now and next, in this order; prefetch remote ones and release all others.
@@ -90,9 +90,9 @@ class MappedShards:
         self._keep_views({shard: self._views[shard] for shard in expected if shard in self._views})
         self._files.expect(expected)
 
-    def map_rows(self, rows: NDArray[np.int64]) -> bool:
-        """Map the shards of local or announced rows; return whether several threads may gather these rows at once."""
-        shards = set(self._unmapped(self._shards_of(rows)).tolist())
+    def map_places(self, places: Places) -> bool:
+        """Map the shards of local or announced places; return whether several threads may read there at once."""
+        shards = set(self._unmapped(places.shards).tolist())
         if not self._files.keeps_all and not self._expected.issuperset(shards):
             return False
         for shard in shards:
