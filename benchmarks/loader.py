@@ -257,7 +257,7 @@ def by_threads(folder: Path, autoencoder: Autoencoder, counts: Sequence[int]) ->
 
 
 def sizes_of(batches: TrainingBatches) -> Iterator[int]:
-    return (len(batches.batch(step).x_0) for step in range(RESUMED_STEP, 10**9))
+    return (len(batch.x_0) for batch in batches.from_step(RESUMED_STEP, 10**9))
 
 
 def anonymous_mib() -> int:

@@ -60,7 +60,7 @@ def compiled_reads(descriptors: NDArray[np.int32], offsets: NDArray[np.int64], f
 
     ``files`` has the files of the descriptors, and keeps them open.
     """
-    if len(descriptors) and descriptors.min() >= 0 and (read_rows := FAST_READS.get(0)):
+    if (read_rows := FAST_READS.get(0)) and not len(descriptors[descriptors < 0]):
         return Reads(read_rows, descriptors, offsets, files)
     return None
 

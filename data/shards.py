@@ -92,7 +92,9 @@ class MappedShards:
 
     def map_places(self, places: Places) -> bool:
         """Map the shards of local or announced places; return whether several threads may read there at once."""
-        shards = set(self._unmapped(places.shards).tolist())
+        if not len(unmapped := self._unmapped(places.shards)):
+            return True
+        shards = set(unmapped.tolist())
         if not self._files.keeps_all and not self._expected.issuperset(shards):
             return False
         for shard in shards:
