@@ -66,8 +66,8 @@ def references_to(read_rows, fill_normals, fill_latents):  # type: ignore[no-unt
     """Return references to the three functions, which must exist as long as these: [3, words]."""
     references = np.zeros((3, _WORDS), np.int64)
     _store(references[0], read_rows)  # type: ignore[call-arg] # the context is numba's
-    _store(references[1], fill_normals)  # type: ignore[call-arg]
-    _store(references[2], fill_latents)  # type: ignore[call-arg]
+    _store(references[1], fill_normals)
+    _store(references[2], fill_latents)
     return references
 
 
@@ -96,8 +96,8 @@ def fill_samples(  # type: ignore[no-untyped-def]
 
     ``moments`` [rows of a part, 2c, n] is overwritten. Return the first row that is not filled.
     """
-    read_rows, fill_normals = _read_of(references[0]), _normals_of(references[1])  # type: ignore[call-arg, var-annotated]
-    fill_latents = _latents_of(references[2])  # type: ignore[call-arg, var-annotated]
+    read_rows, fill_normals = _read_of(references[0]), _normals_of(references[1])
+    fill_latents = _latents_of(references[2])
     most, channels, length = moments.shape[0], moments.shape[1] // 2, moments.shape[2]
     num_bytes = 4 * channels * length
     for start in range(first, last, most):

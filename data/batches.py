@@ -151,11 +151,10 @@ class TrainingBatches:
             start = stop
 
     def _fill_window(self, part: "_Part") -> None:
-        can_share = self.shards.map_places(part.places)
+        can_share, reads = self.shards.map_places(part.places)
         threads = self._threads if can_share else ONE_THREAD
         features = None if part.features is None else self.shards.feature_places(part.rows, part.flips)
         filler = self._compiled_filler()
-        reads = filler and self.shards.compiled_reads(part.places)
 
         def fill(share: slice) -> None:
             done = share.start

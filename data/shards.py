@@ -90,16 +90,21 @@ class MappedShards:
         self._keep_views({shard: self._views[shard] for shard in expected if shard in self._views})
         self._files.expect(expected)
 
-    def map_places(self, places: Places) -> bool:
-        """Map the shards of local or announced places; return whether several threads may read there at once."""
-        if not len(unmapped := self._unmapped(places.shards)):
-            return True
-        shards = set(unmapped.tolist())
+    def map_places(self, places: Places) -> tuple[bool, Reads | None]:
+        """Map the shards of local or announced places, so that they can be read in another way than by `read` alone.
+
+        Return whether several threads may read there at once, and the compiled function by which `read` reads, or None
+        where another does.
+        """
+        descriptors = self._descriptors[places.shards]
+        shards = set(places.shards[descriptors < 0].tolist())  # those without one may be mapped all the same
         if not self._files.keeps_all and not self._expected.issuperset(shards):
-            return False
-        for shard in shards:
-            self._view(shard)
-        return True
+            return False, None
+        if shards:
+            for shard in shards:
+                self._view(shard)
+            descriptors = self._descriptors[places.shards]
+        return True, compiled_reads(descriptors, places.offsets, self._views)
 
     def require_room(self, num_shards: int, can_be_fewer: bool) -> None:
         """Raise ValueError where a cache cannot hold that many shards; it says whether another order needs fewer."""
@@ -152,10 +157,6 @@ class MappedShards:
             raise DamagedFileError(f"{place} was cut while this job ran; {self._files.repair}.")
         return out
 
-    def compiled_reads(self, places: Places) -> Reads | None:
-        """Return the compiled function by which `read` reads at these places, or None where another does."""
-        return compiled_reads(self._descriptors[places.shards], places.offsets, self._views)
-
     def close(self) -> None:
         """Release all shards and stop fetching."""
         self._keep_views({})
@@ -163,10 +164,6 @@ class MappedShards:
 
     def _shards_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.searchsorted(self._first_rows, rows, side="right") - 1
-
-    def _unmapped(self, shards: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return those without a descriptor, which may be mapped all the same."""
-        return shards[self._descriptors[shards] < 0]
 
     def _keep_views(self, views: dict[int, MappedFile]) -> None:
         """Release all other views: their descriptors are closed when nothing reads them."""
