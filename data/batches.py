@@ -160,7 +160,8 @@ class TrainingBatches:
             done = share.start
             if filler is not None and reads is not None:
                 done = self._fill_at_once(part, filler, reads, features, share)
-            self._fill_chunks(part, features, slice(done, share.stop))
+            if done < share.stop:
+                self._fill_chunks(part, features, slice(done, share.stop))
 
         threads.over_rows(len(part.rows), fill)
 
@@ -184,8 +185,6 @@ class TrainingBatches:
         return done
 
     def _fill_chunks(self, part: "_Part", features: Places | None, share: slice) -> None:
-        if share.start == share.stop:
-            return
         streams, chunk = self._new_streams(self.seed), self._chunk(share)  # threads do not share one
         for first in range(share.start, share.stop, CHUNK):
             here = slice(first, min(first + CHUNK, share.stop))

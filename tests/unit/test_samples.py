@@ -152,6 +152,21 @@ def test_without_one_of_the_parts_the_others_are_called_one_by_one_and_nothing_i
     assert capsys.readouterr().out == ""
 
 
+def test_where_the_loop_cannot_be_compiled_one_note_says_so_and_batches_are_the_same(
+    folder: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = make(MappedShards(folder)).batch(3)
+
+    def load() -> core.samples.CompiledSamples:
+        raise RuntimeError("no such intrinsic")
+
+    monkeypatch.setattr(core.samples, "FAST_SAMPLES", Deferred("batches", load, 0, core.samples.SLOWER))
+    batches = make(MappedShards(folder), threads=3)
+    found = [batches.batch(step) for step in (2, 3)][1]
+    assert all(map(torch.equal, tree_leaves(found), tree_leaves(expected)))
+    assert capsys.readouterr().out == f"note: batches are not compiled, and {core.samples.SLOWER}: no such intrinsic.\n"
+
+
 def test_an_autoencoder_that_offers_nothing_draws_itself(folder: Path, calls: Calls) -> None:
     shards = MappedShards(folder)
     batches = make(shards, autoencoder=IdentityAutoencoder(1))
