@@ -35,6 +35,7 @@ from core.npz import write_npz
 from core.philox32 import FAST_PHILOX32, Philox32
 from core.prefetch import DEPTH, prefetch
 from core.reading import sha256_of
+from core.samples import FAST_SAMPLES
 from data.batches import TrainingBatches
 from data.conditions import ClassLabels
 from data.encode import encode
@@ -256,7 +257,7 @@ def by_threads(folder: Path, autoencoder: Autoencoder, counts: Sequence[int]) ->
 
 
 def sizes_of(batches: TrainingBatches) -> Iterator[int]:
-    return (len(batches.batch(step).x_0) for step in range(RESUMED_STEP, 10**9))
+    return (len(batch.x_0) for batch in batches.from_step(RESUMED_STEP, 10**9))
 
 
 def anonymous_mib() -> int:
@@ -281,7 +282,7 @@ ORDERS: dict[str, Callable[[list[int]], Order]] = {
 
 def main() -> None:
     torch.set_num_threads(1)
-    compiled: tuple[Deferred[Any], ...] = (FAST_DRAWS, FAST_PHILOX32, FAST_LATENTS, FAST_READS)
+    compiled: tuple[Deferred[Any], ...] = (FAST_DRAWS, FAST_PHILOX32, FAST_LATENTS, FAST_READS, FAST_SAMPLES)
     for functions in compiled:  # as they are after the first batches of a run
         assert functions.get(functions.worth) is not None
     cores = os.sched_getaffinity(0)

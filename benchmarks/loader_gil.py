@@ -24,12 +24,14 @@ from core.draws import Philox
 from core.fast_draws import FAST_DRAWS
 from core.latents import FAST_LATENTS
 from core.philox32 import FAST_PHILOX32, Philox32
+from core.samples import FAST_SAMPLES
 from data.batches import TrainingBatches
 from data.mapped_file import FAST_READS
 from data.order import GlobalOrder
 from data.shards import MappedShards
 
 PARTS, BATCHES, WARM_UP = 25, 20, 100
+WORDS, SAMPLES = "fill_first_words", "fill_samples"  # the compiled functions that Python calls for each batch
 
 
 class Clock:
@@ -53,15 +55,11 @@ class Clock:
 @contextmanager
 def timed_calls(clock: Clock) -> Iterator[None]:
     """Time the compiled functions that each batch calls."""
-    compiled: tuple[Deferred[Any], ...] = (FAST_DRAWS, FAST_PHILOX32, FAST_LATENTS, FAST_READS)
+    compiled: tuple[Deferred[Any], ...] = (FAST_DRAWS, FAST_PHILOX32, FAST_LATENTS, FAST_READS, FAST_SAMPLES)
     before = [functions.get(functions.worth) for functions in compiled]
     assert None not in before, "a function could not be compiled"
-    for functions, loaded in zip(compiled, before, strict=True):
-        if isinstance(loaded, tuple):
-            calls = {name: clock.timed(value) for name, value in loaded._asdict().items() if callable(value)}
-            functions._loaded = loaded._replace(**calls)
-        else:
-            functions._loaded = clock.timed(loaded)
+    for functions, names in ((FAST_DRAWS, WORDS), (FAST_PHILOX32, WORDS), (FAST_SAMPLES, SAMPLES)):
+        functions._loaded = functions._loaded._replace(**{names: clock.timed(getattr(functions._loaded, names))})
     yield
     for functions, loaded in zip(compiled, before, strict=True):
         functions._loaded = loaded
@@ -69,13 +67,12 @@ def timed_calls(clock: Clock) -> Iterator[None]:
 
 def microseconds(batches: TrainingBatches, clock: Clock) -> dict[str, float]:
     """Return the time of a sample, and that outside of timed calls."""
-    step, found = RESUMED_STEP, list[tuple[float, float]]()
+    made, found = batches.from_step(RESUMED_STEP, 10**9), list[tuple[float, float]]()
     for part in range(1 + PARTS):
         clock.seconds, started = 0.0, time.thread_time()
         count = BATCHES if part else WARM_UP
         for _ in range(count):
-            batches.batch(step)
-            step += 1
+            next(made)
         whole = time.thread_time() - started
         found.append((whole / count / BATCH_SIZE * 1e6, (whole - clock.seconds) / count / BATCH_SIZE * 1e6))
     alls, holding = zip(*found[1:], strict=True)

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from benchmarks.commit import current_commit
 from benchmarks.loader import processor
-from core.compiled_philox32 import _normal, _signed_bits, fill_normals
+from core.compiled_philox32 import _normal, _signed_bits
 from core.draws import Purpose
 from core.normal_table import FIRST_INDEX, normal_table
+from core.philox32 import load_philox32
 from core.tensor_philox32 import UNIT
 
 PART = 2**20
@@ -59,10 +60,11 @@ def every_word() -> dict[str, Any]:
 
 def sampled(seed: int, purpose: Purpose) -> Iterator[NDArray[np.float32]]:
     """Yield SAMPLES normals of consecutive positions."""
+    function = load_philox32().normals(purpose, seed)
     for first in range(0, SAMPLES // LENGTH, PART // LENGTH):
         positions = np.arange(first, first + PART // LENGTH)
         normals = np.empty((len(positions), LENGTH), np.float32)
-        fill_normals(normals, positions, np.uint64(purpose), np.uint64(seed), normal_table())
+        function.write(normals, positions)
         yield normals
 
 
@@ -106,9 +108,10 @@ def sample() -> dict[str, Any]:
 def nanoseconds() -> float:
     """Return the least processor time of a normal."""
     normals, positions, found = np.empty((256, LENGTH), np.float32), np.arange(256), []
+    function = load_philox32().normals(Purpose.NOISE, 0)
     for _ in range(50):
         started = time.process_time()
-        fill_normals(normals, positions, np.uint64(2), np.uint64(0), normal_table())
+        function.write(normals, positions)
         found.append((time.process_time() - started) / normals.size * 1e9)
     return round(min(found), 2)
 

@@ -14,7 +14,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from core.numba_functions import compiled
-from core.ziggurat import R
+from core.ziggurat import SIDES, R
 
 _ZERO, _ONE, _TWO, _THREE, _FOUR, _COPIED = (np.uint64(value) for value in (0, 1, 2, 3, 4, 16))
 # Multipliers and increments of the keys of Philox 4x64 (Salmon et al. 2011).
@@ -26,6 +26,7 @@ _HALVES_PER_BLOCK = np.uint64(8)
 _TAIL = np.float32(R)
 _PER_TAIL = np.float32(1 / R)
 _UNIT = np.float32(2.0**-24)
+_SIDES = SIDES
 
 
 @intrinsic
@@ -176,21 +177,33 @@ def _put(normals, outside, halves, stream, tables, out):  # type: ignore[no-unty
         done += np.uint64(is_accepted)
 
 
-@compiled("void(float32[:, ::1], int64[::1], uint64, uint64, uint64, int64, float32[::1], int32[::1], float32[::1])")
-def fill_normals(out, positions, seed, purpose, draw, spare_halves, widths, limits, heights):  # type: ignore[no-untyped-def]
+@njit(nogil=True, error_model="numpy")
+def fill_with_spare(out, positions, key, table, spare_halves):  # type: ignore[no-untyped-def]
     """Write the normals of one stream to each row of ``out`` [B, n].
 
     ``spare_halves`` are made in addition to n. Normals that need more than these are made one by one.
     """
+    seed, purpose, draw = key[0], key[1], key[2]
+    widths, limits, heights = table[:_SIDES], table[_SIDES : 2 * _SIDES], table[2 * _SIDES :]
     num_blocks = (out.shape[1] + spare_halves + 7) // 8
     words = np.empty(4 * (num_blocks + 2), np.uint64)
     normals = np.empty(8 * num_blocks, np.float32)
     outside = np.empty(8 * num_blocks, np.uint32)
-    halves, tables = words.view(np.uint32), (widths, limits, heights)
+    halves = words.view(np.uint32)
+    tables = (widths.view(np.float32), limits.view(np.int32), heights.view(np.float32))
     for row in range(len(positions)):
         stream = (np.uint64(positions[row]), purpose, draw, seed)
         num_outside = _all_from_cores(words, halves, normals, outside, stream, tables)
         _put(normals, outside[:num_outside], halves, stream, tables, out[row])
+
+
+@compiled("void(float32[:, ::1], int64[::1], uint64[::1], uint32[::1])")
+def fill_normals(out, positions, key, table):  # type: ignore[no-untyped-def]
+    """Write the normals of one stream to each row of ``out`` [B, n].
+
+    ``key`` has the seed, the purpose and the draw, ``table`` the bits of a ziggurat's tables.
+    """
+    fill_with_spare(out, positions, key, table, out.shape[1] // 64 + 16)  # one in 80 normals takes more than 32 bits
 
 
 @compiled("void(uint64[::1], int64[::1], uint64, uint64)")

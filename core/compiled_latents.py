@@ -42,4 +42,5 @@ def fill_latents(moments, posterior, deviations, shift, scale, out):  # type: ig
                 number = _number(mean[place])  # type: ignore[call-arg, var-annotated] # the context is numba's
                 sample = number + drawn[place] * normal[place]
                 drawn[place] = (sample - moved) * factor
-            latent[:] = drawn
+            for place in range(length):
+                latent[place] = drawn[place]

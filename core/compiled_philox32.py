@@ -78,9 +78,10 @@ def _fill_bits(bits, first, position, stream, seed):  # type: ignore[no-untyped-
             bits[place + 3 * LANES + lane] = _signed_bits(word_3)
 
 
-@compiled("void(float32[:, ::1], int64[::1], uint64, uint64, uint32[::1])")
-def fill_normals(out, positions, stream, seed, table):  # type: ignore[no-untyped-def]
-    """Write the normals of one stream to each row of ``out`` [B, n]."""
+@compiled("void(float32[:, ::1], int64[::1], uint64[::1], uint32[::1])")
+def fill_normals(out, positions, key, table):  # type: ignore[no-untyped-def]
+    """Write the normals of one stream to each row of ``out`` [B, n]; ``key`` has the stream and the seed."""
+    stream, seed = key[0], key[1]
     bits, entries = np.empty(_PART, np.uint32), np.empty(_PART, np.uint32)
     indices = bits.view(np.uint16)  # each second one, with the sign
     for row in range(len(positions)):

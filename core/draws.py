@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.fast_draws import FAST_DRAWS
+from core.samples import Normals
 
 
 class Purpose(IntEnum):
@@ -88,6 +89,10 @@ class Streams(Protocol):
         """Write the standard normals of each position's stream to its row of ``normals`` [B, n]."""
         ...
 
+    def compiled(self, purpose: Purpose, draw: int) -> Normals | None:
+        """Return the compiled function by which `fill` draws, or None where another one draws."""
+        ...
+
     def times(self, positions: NDArray[np.int64], times: Times) -> NDArray[np.generic]:
         """Return the t of each position, [B] of the dtype of ``times``."""
         ...
@@ -108,7 +113,7 @@ class Philox:
         self._generator = np.random.Generator(self._bits)
         self._state = self._bits.state  # of a fresh generator: nothing is buffered
         self._counter = self._state["state"]["counter"]
-        self._seed = np.uint64(seed)
+        self._seed = seed
 
     def at(self, position: int, purpose: Purpose, draw: int = 0) -> np.random.Generator:
         """Return the generator of one stream, at its start. It is valid until the next call of `at`."""
@@ -121,7 +126,7 @@ class Philox:
         """Return the first 64 bits of the stream of each position, [B]."""
         words = np.empty(len(positions), np.uint64)
         if compiled := FAST_DRAWS.get(len(positions)):
-            compiled.fill_first_words(words, positions, self._seed, np.uint64(purpose))
+            compiled.fill_first_words(words, positions, np.uint64(self._seed), np.uint64(purpose))
         else:
             for i, position in enumerate(positions.tolist()):
                 words[i] = self.at(position, purpose).bit_generator.random_raw()
@@ -130,10 +135,15 @@ class Philox:
     def fill(self, normals: NDArray[np.float32], positions: NDArray[np.int64], purpose: Purpose, draw: int) -> None:
         """Write the standard normals of each position's stream to its row of ``normals`` [B, n]."""
         if compiled := FAST_DRAWS.get(normals.size):
-            compiled.normals(normals, positions, self._seed, np.uint64(purpose), np.uint64(draw))
+            compiled.normals(self._seed, purpose, draw).write(normals, positions)
         else:
             for row, position in zip(normals, positions.tolist(), strict=True):
                 self.at(position, purpose, draw).standard_normal(dtype=np.float32, out=row)
+
+    def compiled(self, purpose: Purpose, draw: int) -> Normals | None:
+        """Return the compiled function by which `fill` draws, or None where numpy draws."""
+        compiled = FAST_DRAWS.get(0)
+        return compiled and compiled.normals(self._seed, purpose, draw)
 
     def times(self, positions: NDArray[np.int64], times: Times) -> NDArray[np.generic]:
         """Return the t of each position, [B] of the dtype of ``times``."""

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.deferred import Deferred
-from core.ziggurat import Tables, tables
+from core.samples import Normals
+from core.ziggurat import tables
 
 _CHECKED = (16, 4099)  # streams, and normals of each
 
@@ -18,18 +19,17 @@ class CompiledDraws(NamedTuple):
 
     fill_normals: Callable[..., None]
     fill_first_words: Callable[..., None]
-    tables: Tables
+    table: NDArray[np.uint32]
 
-    def normals(self, out: NDArray[np.float32], positions: NDArray[np.int64], *stream: np.uint64) -> None:
-        """Write normals to each row of ``out`` [B, n] from the ``stream`` (seed, purpose, draw) of its position."""
-        spare = out.shape[1] // 64 + 16  # one in 80 normals takes more than 32 bits
-        self.fill_normals(out, positions, *stream, spare, *self.tables)
+    def normals(self, seed: int, purpose: int, draw: int) -> Normals:
+        """Return the function that draws the normals of these streams."""
+        return Normals(self.fill_normals, np.array([seed, purpose, draw], np.uint64), self.table)
 
 
 def load_draws() -> CompiledDraws:
     """Return the compiled draws. Raises any exception of numba, or ArithmeticError where they differ from numpy's."""
     compiled = import_module("core.compiled_draws")
-    draws = CompiledDraws(compiled.fill_normals, compiled.fill_first_words, tables())
+    draws = CompiledDraws(compiled.fill_normals, compiled.fill_first_words, tables().bits())
     if not _equal_numpys(draws):
         raise ArithmeticError("they differ from numpy's on this machine")
     return draws
@@ -39,11 +39,10 @@ FAST_DRAWS = Deferred("draws", load_draws, worth=2**24)  # normals; numpy draws 
 
 
 def _equal_numpys(draws: CompiledDraws) -> bool:
-    seed, purpose = np.uint64(1), np.uint64(2)
     positions, found = np.arange(_CHECKED[0]), np.empty(_CHECKED, np.float32)
-    draws.normals(found, positions, seed, purpose, np.uint64(3))
+    draws.normals(1, 2, 3).write(found, positions)
     words = np.empty(len(positions), np.uint64)
-    draws.fill_first_words(words, positions, seed, purpose)
+    draws.fill_first_words(words, positions, np.uint64(1), np.uint64(2))
     return all(
         np.array_equal(row, _generator(position, 3).standard_normal(_CHECKED[1], dtype=np.float32))
         and word == _generator(position, 0).bit_generator.random_raw()

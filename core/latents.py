@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from core.deferred import Deferred
+from core.samples import Latents
 
 
 def drawn_latents(
@@ -26,6 +27,12 @@ def drawn_latents(
         return compiled.latents(moments, posterior, shift, scale, torch.empty_like(posterior) if out is None else out)
     latents = _by_pytorch(moments, posterior, shift, scale)
     return latents if out is None else out.copy_(latents)
+
+
+def compiled_latents(shift: Tensor, scale: Tensor) -> Latents | None:
+    """Return the compiled function by which `drawn_latents` draws, or None where PyTorch does."""
+    compiled = FAST_LATENTS.get(0)
+    return compiled and compiled.of(shift, scale)
 
 
 def _by_pytorch(moments: Tensor, posterior: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -52,16 +59,19 @@ class CompiledLatents(NamedTuple):
     def latents(self, moments: Tensor, posterior: Tensor, shift: Tensor, scale: Tensor, out: Tensor) -> Tensor:
         """Return ``out`` with the same as PyTorch's operations."""
         rows, channels, length = *posterior.shape[:2], math.prod(posterior.shape[2:])
-        mean, factor = ((value.detach() if value.requires_grad else value).numpy() for value in (shift, scale))
-        self.fill_latents(
+        fill_latents, *inputs = self.of(shift, scale)
+        fill_latents(
             moments.numpy().view(np.uint16).reshape(rows, 2 * channels, length),
             posterior.numpy().reshape(rows, channels, length),
-            self.deviations,
-            mean.reshape(-1),
-            factor.reshape(-1),
+            *inputs,
             out.numpy().reshape(rows, channels, length),
         )
         return out
+
+    def of(self, shift: Tensor, scale: Tensor) -> Latents:
+        """Return the function with what it takes for these numbers, which are [1, 1 or c, 1, 1]."""
+        mean, factor = ((value.detach() if value.requires_grad else value).numpy() for value in (shift, scale))
+        return Latents(self.fill_latents, self.deviations, mean.reshape(-1), factor.reshape(-1))
 
 
 def load_latents() -> CompiledLatents:

@@ -8,8 +8,11 @@ from numba import njit
 Function = Callable[..., Any]
 
 
-def compiled(signature: str) -> Callable[[Function], Function]:
-    """Compile a function at once, or load it from numba's cache. It runs without the GIL, and each operation rounds."""
+def compiled(signature: Any) -> Callable[[Function], Function]:
+    """Compile a function of this signature at once, or load it from numba's cache.
+
+    ``signature`` is numba's object or a text. The function runs without the GIL, and each operation rounds.
+    """
 
     def decorate(function: Function) -> Function:
         try:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from core.deferred import Deferred
 from core.draws import Purpose, Times, require_seed
 from core.normal_table import normal_table
+from core.samples import Normals
 from core.tensor_philox32 import normals_of_words, stream_words
 
 _PURPOSES, _DRAWS = 2**8, 2**24
@@ -41,9 +42,14 @@ class Philox32:
         """Write the standard normals of each position's stream to its row of ``normals`` [B, n]."""
         stream = _stream(purpose, draw)
         if compiled := FAST_PHILOX32.get(normals.size):
-            compiled.fill_normals(normals, positions, np.uint64(stream), np.uint64(self._seed), normal_table())
+            compiled.normals(stream, self._seed).write(normals, positions)
         else:
             _fill_normals(normals, positions, stream, self._seed)
+
+    def compiled(self, purpose: Purpose, draw: int) -> Normals | None:
+        """Return the compiled function by which `fill` draws, or None where PyTorch draws."""
+        compiled = FAST_PHILOX32.get(0)
+        return compiled and compiled.normals(_stream(purpose, draw), self._seed)
 
     def times(self, positions: NDArray[np.int64], times: Times) -> NDArray[np.generic]:
         """Return the t of each position, [B]."""
@@ -55,6 +61,10 @@ class CompiledPhilox32(NamedTuple):
 
     fill_normals: Callable[..., None]
     fill_first_words: Callable[..., None]
+
+    def normals(self, stream: int, seed: int) -> Normals:
+        """Return the function that draws the normals of a stream."""
+        return Normals(self.fill_normals, np.array([stream, seed], np.uint64), normal_table())
 
 
 def load_philox32() -> CompiledPhilox32:
@@ -90,7 +100,7 @@ def _fill_normals(normals: NDArray[np.float32], positions: NDArray[np.int64], st
 def _equal_pytorchs(compiled: CompiledPhilox32) -> bool:
     positions, stream, seed = np.array(_CHECKED), _stream(Purpose.NOISE, 3), 2**40 + 7
     found, expected = np.empty((2, len(positions), 4099), np.float32)
-    compiled.fill_normals(found, positions, np.uint64(stream), np.uint64(seed), normal_table())
+    compiled.normals(stream, seed).write(found, positions)
     _fill_normals(expected, positions, stream, seed)
     words = np.empty(len(positions), np.uint64)
     compiled.fill_first_words(words, positions, np.uint64(stream), np.uint64(seed))

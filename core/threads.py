@@ -1,7 +1,7 @@
 """Divide work on the rows of arrays between threads."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
 
@@ -24,9 +24,10 @@ class Threads:
             if parts:
                 function(parts[0])
         finally:
-            wait(others)
-        for other in others:
-            other.result()
+            errors = [other.exception() for other in others]
+        for error in errors:
+            if error is not None:
+                raise error
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:

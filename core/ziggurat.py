@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 R = 3.6541528853610088  # the edge where the tail begins
 _LAYERS = 256
+SIDES = 2 * _LAYERS  # of layers: positive ones, then negative ones
 _MAGNITUDES = 2.0**23
 
 
@@ -22,6 +23,10 @@ class Tables(NamedTuple):
     widths: NDArray[np.float32]  # [512] of a magnitude's unit, by layer; negative in the second half
     limits: NDArray[np.int32]  # [512] magnitudes below are inside the layer's core, where each point is accepted
     heights: NDArray[np.float32]  # [256] density at the layer's edge
+
+    def bits(self) -> NDArray[np.uint32]:
+        """Return the bits of all tables, one after another, [1280]."""
+        return np.concatenate([table.view(np.uint32) for table in self])
 
 
 def tables() -> Tables:

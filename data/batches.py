@@ -9,16 +9,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from core.batch import FEATURES, WEIGHT, Batch
+from core.batch import FEATURES, WEIGHT, Batch, Condition
 from core.buffers import Buffers
 from core.draws import Philox, Purpose, Streams, Times, draw_choices
 from core.prefetch import DEPTH
+from core.samples import Reads, SampleFiller, sample_filler
 from core.threads import ONE_THREAD, Threads
 from data.conditions import ConditionSource, with_dropped
 from data.order import Order, positions_of_step
-from data.shards import MappedShards
+from data.shards import MappedShards, Places
 from model.autoencoder import Autoencoder
 
+AHEAD = 4096  # samples of coming batches that are chosen at once: for a few, numpy and PyTorch take as long
 CHUNK = 32  # samples that are read and drawn at once, so that intermediate values fit the CPU's cache
 
 
@@ -70,39 +72,56 @@ class TrainingBatches:
         self._streams = streams(seed)
         self._threads = Threads(threads)
         self._buffers = Buffers()
+        self._filler: SampleFiller | None = None
 
     def from_step(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """Yield the batches of steps first_step .. last_step - 1; a resumed run needs only the step number."""
-        for step in range(first_step, last_step):
-            yield self.batch(step)
+        first, ahead = first_step, 1  # training waits for the first batch
+        while first < last_step:
+            steps = range(first, min(first + ahead, last_step))
+            for step, visits in zip(steps, self._visits(steps), strict=True):
+                yield self._batch(step, visits)
+            first, ahead = steps.stop, max(1, AHEAD * self.world // self.batch_size)
 
     def batch(self, step: int) -> Batch:
         """Return this process's batch of one step."""
-        spec = self.shards.manifest.spec
-        positions = positions_of_step(step, self.batch_size, self.rank, self.world)
+        (visits,) = self._visits(range(step, step + 1))
+        return self._batch(step, visits)
+
+    def _visits(self, steps: range) -> "list[_Visits]":
+        """Return the samples of some steps, all but their latents, noise and features."""
+        positions = np.concatenate([positions_of_step(step, self.batch_size, self.rank, self.world) for step in steps])
         rows = self.order.rows_at(positions)
-        choices = draw_choices(self._streams, positions, self.times, self.class_dropout, self.flip)
-        shape = (len(positions), spec.channels, spec.latent_size, spec.latent_size)
-        with_features = self.target_steps is not None and step < self.target_steps
-        part = _Part(
+        t, dropped, flips = draw_choices(self._streams, positions, self.times, self.class_dropout, self.flip)
+        condition = self.conditions.of_samples(self.shards.labels_of(rows))
+        visits = _Visits(
             positions,
             rows,
-            choices.flip,
+            flips,
+            self.shards.places(rows, flips),
+            torch.from_numpy(t),
+            with_dropped(self.conditions, condition, dropped),
+        )
+        share = len(positions) // len(steps)
+        return [visits.of(slice(first, first + share)) for first in range(0, len(positions), share)]
+
+    def _batch(self, step: int, visits: "_Visits") -> Batch:
+        spec, count = self.shards.manifest.spec, len(visits.rows)
+        shape = (count, spec.channels, spec.latent_size, spec.latent_size)
+        with_features = self.target_steps is not None and step < self.target_steps
+        part = _Part(
+            *visits[:4],
             self._buffers.empty(shape, np.float32),
             self._buffers.empty(shape, np.float32),
-            self._empty_features(len(rows)) if with_features else None,
+            self._empty_features(count) if with_features else None,
         )
         self._fill(part)
         x_0 = torch.from_numpy(part.latents)
-        condition = self.conditions.of_samples(self.shards.labels_of(rows))
         return Batch(
             x_0=x_0,
             noise=torch.from_numpy(part.noise),
-            t=torch.from_numpy(choices.t),
-            condition={
-                **with_dropped(self.conditions, condition, choices.dropped),
-                **self.conditions.of_latents(x_0),
-            },
+            t=visits.t,
+            condition={**visits.condition, **self.conditions.of_latents(x_0)},
             targets={} if self.target_steps is None else self._targets(part),
         )
 
@@ -126,31 +145,79 @@ class TrainingBatches:
         while start < len(batch.positions):
             window = self.order.window(int(batch.positions[start]))
             stop = min(len(batch.positions), window.last - int(batch.positions[0]))
-            self.shards.expect([*window.shards.tolist(), *self.order.window(window.last).shards.tolist()])
-            self._fill_window(batch.rows_of(slice(start, stop)))
+            windows = (window, self.order.window(window.last))
+            self.shards.expect(shard for window in windows for shard in window.shards.tolist())
+            self._fill_window(batch if stop - start == len(batch.positions) else batch.rows_of(slice(start, stop)))
             start = stop
 
     def _fill_window(self, part: "_Part") -> None:
-        can_share = self.shards.map_rows(part.rows)
+        can_share, reads = self.shards.map_places(part.places)
         threads = self._threads if can_share else ONE_THREAD
-        threads.over_rows(len(part.rows), lambda share: self._fill_chunks(part.rows_of(share)))
-
-    def _fill_chunks(self, part: "_Part") -> None:
-        streams = self._new_streams(self.seed)  # threads do not share one
-        sample = self.shards.manifest.spec.sample_shape[1:]
-        chunk = self._buffers.empty((min(CHUNK, len(part.rows)), *sample), np.float16)
-        places = self.shards.places(part.rows, part.flips)  # of the whole share: one call holds the GIL as long as one
         features = None if part.features is None else self.shards.feature_places(part.rows, part.flips)
-        for first in range(0, len(part.rows), CHUNK):
-            here = slice(first, first + CHUNK)
+        filler = self._compiled_filler()
+
+        def fill(share: slice) -> None:
+            done = share.start
+            if filler is not None and reads is not None:
+                done = self._fill_at_once(part, filler, reads, features, share)
+            if done < share.stop:
+                self._fill_chunks(part, features, slice(done, share.stop))
+
+        threads.over_rows(len(part.rows), fill)
+
+    def _compiled_filler(self) -> SampleFiller | None:
+        """Return the compiled parts of samples, once all of them are at hand."""
+        if self._filler is None:
+            self._filler = sample_filler(
+                self._streams.compiled(Purpose.POSTERIOR, 0),
+                self.autoencoder.compiled_draw(),
+                self._streams.compiled(Purpose.NOISE, 0),
+            )
+        return self._filler
+
+    def _fill_at_once(
+        self, part: "_Part", filler: SampleFiller, reads: Reads, features: Places | None, share: slice
+    ) -> int:
+        """Fill a thread's share by one compiled call; return the first row that is not filled, where a file was cut."""
+        done = filler.fill(reads, part.positions, part.latents, part.noise, self._chunk(share), share)
+        if features is not None and part.features is not None:
+            self.shards.read(features.of(slice(share.start, done)), part.features[share.start : done])
+        return done
+
+    def _fill_chunks(self, part: "_Part", features: Places | None, share: slice) -> None:
+        streams, chunk = self._new_streams(self.seed), self._chunk(share)  # threads do not share one
+        for first in range(share.start, share.stop, CHUNK):
+            here = slice(first, min(first + CHUNK, share.stop))
             positions, latents, noise = part.positions[here], part.latents[here], part.noise[here]
-            moments = self.shards.read(places.of(here), chunk[: len(positions)])
+            moments = self.shards.read(part.places.of(here), chunk[: len(positions)])
             if features is not None and part.features is not None:
                 self.shards.read(features.of(here), part.features[here])
             streams.fill(latents.reshape(len(latents), -1), positions, Purpose.POSTERIOR, 0)
             posterior = torch.from_numpy(latents)
             self.autoencoder.draw(torch.from_numpy(moments), posterior, out=posterior)
             streams.fill(noise.reshape(len(noise), -1), positions, Purpose.NOISE, 0)
+
+    def _chunk(self, share: slice) -> NDArray[np.float16]:
+        """Return memory for the moments of a chunk, [samples, 2c, h, w]."""
+        shape = self.shards.manifest.spec.sample_shape[1:]
+        return self._buffers.empty((min(CHUNK, share.stop - share.start), *shape), np.float16)
+
+
+class _Visits(NamedTuple):
+    """Samples of one or more batches, without what has the size of an image."""
+
+    positions: NDArray[np.int64]  # [B], those of a batch are consecutive
+    rows: NDArray[np.int64]  # [B]
+    flips: NDArray[np.bool_]  # [B]
+    places: Places  # [B], of the moments
+    t: Tensor  # [B]
+    condition: Condition  # without the parts that follow from latents
+
+    def of(self, part: slice) -> "_Visits":
+        """Return some of the samples."""
+        positions, rows, flips, places, t, condition = self
+        some = {name: value[part] for name, value in condition.items()}
+        return _Visits(positions[part], rows[part], flips[part], places.of(part), t[part], some)
 
 
 class _Part(NamedTuple):
@@ -159,16 +226,16 @@ class _Part(NamedTuple):
     positions: NDArray[np.int64]  # [B]
     rows: NDArray[np.int64]  # [B]
     flips: NDArray[np.bool_]  # [B]
+    places: Places  # [B], of the moments
     latents: NDArray[np.float32]  # [B, c, h, w]
     noise: NDArray[np.float32]  # [B, c, h, w]
     features: NDArray[np.float16] | None  # [B, T, D]
 
     def rows_of(self, part: slice) -> "_Part":
         """Return some of the samples."""
-        features = None if self.features is None else self.features[part]
-        return _Part(
-            self.positions[part], self.rows[part], self.flips[part], self.latents[part], self.noise[part], features
-        )
+        positions, rows, flips, places, latents, noise, features = self
+        some = None if features is None else features[part]
+        return _Part(positions[part], rows[part], flips[part], places.of(part), latents[part], noise[part], some)
 
 
 def _windows_at_hand(order: Order, batch_size: int, world: int) -> int:

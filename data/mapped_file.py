@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.deferred import Deferred
+from core.samples import Reads
 
 
 class MappedFile(mmap.mmap):
@@ -52,6 +53,16 @@ def fill_by_descriptor(descriptors: NDArray[np.int32], offsets: NDArray[np.int64
     if len(descriptors) and descriptors.min() >= 0 and (read_rows := FAST_READS.get(len(descriptors))):
         return read_rows(descriptors, offsets, out.reshape(len(out), math.prod(out.shape[1:])).view(np.uint8))
     return 0
+
+
+def compiled_reads(descriptors: NDArray[np.int32], offsets: NDArray[np.int64], files: object) -> Reads | None:
+    """Return the compiled function by which rows are read, or None where a descriptor is negative or Python reads.
+
+    ``files`` has the files of the descriptors, and keeps them open.
+    """
+    if (read_rows := FAST_READS.get(0)) and not len(descriptors[descriptors < 0]):
+        return Reads(read_rows, descriptors, offsets, files)
+    return None
 
 
 def fill_rows(files: Sequence[MappedFile], offsets: NDArray[np.int64], out: NDArray[Any], filled: int = 0) -> int:

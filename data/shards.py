@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from core.npy import LONGEST_HEADER, parse_header
 from core.reading import DamagedFileError, remedied
 from core.remote import DEFAULT_RETRY, Retry, is_remote, join
+from core.samples import Reads
 from data.cache import Cache
 from data.caption_file import CaptionFile
 from data.caption_tokens import CaptionTokens, EmptyCaption, read_empty_caption
 from data.manifest import CAPTIONS_NAME, TextSpec
-from data.mapped_file import MappedFile, fill_by_descriptor, fill_rows
+from data.mapped_file import MappedFile, compiled_reads, fill_by_descriptor, fill_rows
 from data.shard_files import LocalShardFiles, RemoteShardFiles, ShardFiles
 from data.shard_index import empty_caption_file, index_file, labels_file, read_index, read_source_ids
 from data.shard_tars import features_distance
@@ -120,7 +121,7 @@ class MappedShards:
 
     def labels_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the labels of rows, [len(rows)]."""
-        return self.labels[rows].astype(np.int64)
+        return self.labels[rows].astype(np.int64, copy=False)
 
     def expect(self, shards: Iterable[int]) -> None:
         """Announce the shards that are read now and next, in this order; prefetch remote ones and release all others.
@@ -134,14 +135,21 @@ class MappedShards:
         self._keep_views({shard: self._views[shard] for shard in expected if shard in self._views})
         self._files.expect(expected)
 
-    def map_rows(self, rows: NDArray[np.int64]) -> bool:
-        """Map the shards of local or announced rows; return whether several threads may gather these rows at once."""
-        shards = set(self._unmapped(self._shards_of(rows)).tolist())
+    def map_places(self, places: Places) -> tuple[bool, Reads | None]:
+        """Map the shards of local or announced places, so that they can be read in another way than by `read` alone.
+
+        Return whether several threads may read there at once, and the compiled function by which `read` reads, or None
+        where another does.
+        """
+        descriptors = self._descriptors[places.shards]
+        shards = set(places.shards[descriptors < 0].tolist())  # those without one may be mapped all the same
         if not self._files.keeps_all and not self._expected.issuperset(shards):
-            return False
-        for shard in shards:
-            self._view(shard)
-        return True
+            return False, None
+        if shards:
+            for shard in shards:
+                self._view(shard)
+            descriptors = self._descriptors[places.shards]
+        return True, compiled_reads(descriptors, places.offsets, self._views)
 
     def require_room(self, num_shards: int, can_be_fewer: bool) -> None:
         """Raise ValueError where a cache cannot hold that many shards; it says whether another order needs fewer."""
@@ -202,10 +210,6 @@ class MappedShards:
 
     def _shards_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.searchsorted(self._first_rows, rows, side="right") - 1
-
-    def _unmapped(self, shards: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return those without a descriptor, which may be mapped all the same."""
-        return shards[self._descriptors[shards] < 0]
 
     def _keep_views(self, views: dict[int, MappedFile]) -> None:
         """Release all other views: their descriptors are closed when nothing reads them."""

@@ -5,6 +5,8 @@ from typing import ClassVar, Protocol, Self
 import torch
 from torch import Tensor
 
+from core.samples import Latents
+
 
 class Autoencoder(Protocol):
     """Converts images in [-1, 1] to latents and back.
@@ -40,6 +42,10 @@ class Autoencoder(Protocol):
         They are written to ``out`` if given, which may be ``posterior``. Each sample's latent depends on that sample
         alone. Several threads may call it at once.
         """
+        ...
+
+    def compiled_draw(self) -> Latents | None:
+        """Return the compiled function by which `draw` draws from float16 on the CPU, or None where another does."""
         ...
 
     def decode(self, latent: Tensor) -> Tensor:
@@ -79,6 +85,10 @@ class IdentityAutoencoder:
         """Return the mean of the moments: [B, 2c, h, w] -> [B, c, h, w]. Nothing is drawn."""
         mean = moments[:, : self.channels]
         return mean.float() if out is None else out.copy_(mean)
+
+    def compiled_draw(self) -> Latents | None:
+        """Return None: to copy the mean is no work."""
+        return None
 
     def decode(self, latent: Tensor) -> Tensor:
         """Return the latents [B, c, h, w] as float32: they are the images."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from core.precision import exact_float32
+from core.samples import Latents
 
 Numbers = float | list[float]
 _OPTIONS = {  # diffusers' class -> the model/autoencoder that reads it
@@ -81,6 +82,10 @@ class FolderAutoencoder:
     def moments(self, images: Tensor) -> Tensor:
         """Encode images [B, C, H, W] float32 in [-1, 1] to [B, 2c, h, w] float32: mean, then log-variance."""
         raise NotImplementedError
+
+    def compiled_draw(self) -> Latents | None:
+        """Return the compiled function by which `draw` draws from float16 on the CPU, or None where PyTorch does."""
+        return None
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from core.latents import drawn_latents
+from core.latents import compiled_latents, drawn_latents
+from core.samples import Latents
 from model.autoencoder_folder import FolderAutoencoder
 
 
@@ -26,3 +27,7 @@ class DiffusersAutoencoder(FolderAutoencoder):
     def draw(self, moments: Tensor, posterior: Tensor, out: Tensor | None = None) -> Tensor:
         """Return latents x_0 [B, c, h, w] float32 from moments [B, 2c, h, w] and standard normals [B, c, h, w]."""
         return drawn_latents(moments, posterior, self._shift, self._scale, out)
+
+    def compiled_draw(self) -> Latents | None:
+        """Return the compiled function by which `draw` draws from float16 on the CPU, or None where PyTorch does."""
+        return compiled_latents(self._shift, self._scale)

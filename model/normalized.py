@@ -6,6 +6,7 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from core.samples import Latents
 from model.autoencoder import Autoencoder
 
 
@@ -58,6 +59,10 @@ class NormalizedAutoencoder:
         """Return normalized latents [B, c, h, w] from moments [B, 2c, h, w] and standard normals [B, c, h, w]."""
         scaled = self._inner.draw(moments, posterior, out)
         return torch.div(scaled - self._mean.to(scaled), self._std.to(scaled), out=out)
+
+    def compiled_draw(self) -> Latents | None:
+        """Return None: PyTorch normalizes, in float64."""
+        return None
 
     def decode(self, latent: Tensor) -> Tensor:
         """Decode normalized latents [B, c, h, w] to images [B, C, H, W] float32, nominally in [-1, 1]."""

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from core.deferred import Deferred
 from core.draws import Philox, Purpose, TimesOfWords, draw_noise, training_draws
 from core.fast_draws import CompiledDraws, load_draws
 from core.rooms import MAY_IMPORT
-from core.ziggurat import R
+from core.ziggurat import R, tables
 from diffusion.times import LogitNormalTimes, LogNormalLevels, MovedTimes, UniformSteps, UniformTimes
 
 LARGEST = 2**63 - 1
@@ -37,7 +38,7 @@ def bits(values: np.ndarray) -> list[int]:
 
 def drawn(compiled: CompiledDraws, positions: list[int], stream: tuple[int, int, int], length: int) -> np.ndarray:
     out = np.full((len(positions), length), np.nan, np.float32)
-    compiled.normals(out, np.array(positions, np.int64), *map(np.uint64, stream))
+    compiled.normals(*stream).write(out, np.array(positions, np.int64))
     return out
 
 
@@ -67,8 +68,8 @@ def test_a_million_normals_with_hundreds_in_the_tail_are_those_of_numpy(compiled
 def test_normals_that_take_more_bits_than_are_made_at_once_are_those_of_numpy(
     compiled: CompiledDraws, spare: int
 ) -> None:
-    out = np.empty((3, 4096), np.float32)
-    compiled.fill_normals(out, np.arange(3), np.uint64(1), np.uint64(2), np.uint64(3), spare, *compiled.tables)
+    out, (_, key, table) = np.empty((3, 4096), np.float32), compiled.normals(1, 2, 3)
+    import_module("core.compiled_draws").fill_with_spare(out, np.arange(3), key, table, spare)
     for position, row in enumerate(out):
         assert bits(row) == bits(numpys(1, position, 2, 3, 4096))
 
@@ -136,11 +137,11 @@ def test_without_numba_numpy_draws_the_same_and_one_note_says_so(
 
 
 def test_compiled_draws_that_differ_are_not_used(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], compiled: CompiledDraws
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Change one of the tables, as a machine would on which an operation rounds otherwise."""
-    widths = np.nextafter(compiled.tables.widths, np.float32(1))
-    monkeypatch.setattr("core.fast_draws.tables", lambda: compiled.tables._replace(widths=widths))
+    widths = np.nextafter(tables().widths, np.float32(1))
+    monkeypatch.setattr("core.fast_draws.tables", lambda: tables()._replace(widths=widths))
     assert Deferred("draws", load_draws, worth=0).get(1) is None
     assert "slower: they differ from numpy's on this machine." in capsys.readouterr().out
 
@@ -162,5 +163,6 @@ def test_no_file_imports_numba_except_those_that_are_loaded_where_it_pays() -> N
         "core/compiled_latents.py",
         "core/compiled_philox32.py",
         "core/compiled_reads.py",
+        "core/compiled_samples.py",
     }
     assert found == {*compiled, "core/numba_functions.py"}

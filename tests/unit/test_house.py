@@ -104,7 +104,7 @@ def test_the_model_room_imports_nothing_that_knows_of_machines() -> None:
         assert used.pop(name) == {"torch", "diffusers"}
     assert set().union(*used.values()) == {"torch"}
     of_core = {name for path in MODEL for name in re.findall(r"from (core\.\w+)", path.read_text())}
-    assert of_core == {"core.precision", "core.latents"}
+    assert of_core == {"core.precision", "core.latents", "core.samples"}
     assert imports_of(ROOT / "core/precision.py") - set(sys.stdlib_module_names) == {"torch"}
 
 

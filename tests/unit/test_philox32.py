@@ -47,7 +47,7 @@ def by_pytorch(positions: list[int], count: int, stream: int, seed: int) -> np.n
 
 def by_numba(compiled: CompiledPhilox32, positions: list[int], count: int, stream: int, seed: int) -> np.ndarray:
     out = np.full((len(positions), count), np.nan, np.float32)
-    compiled.fill_normals(out, np.array(positions), np.uint64(stream), np.uint64(seed), normal_table())
+    compiled.normals(stream, seed).write(out, np.array(positions))
     return out
 
 
