@@ -28,6 +28,7 @@ OVER_IMAGES_SEEN = (
     "kid",
     "kernel_distance",
     "recognized_fraction",
+    "clip_score",
 )
 MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")  # values of WANDB_MODE that wandb accepts
 

@@ -98,7 +98,7 @@ ERRORS = [
     ("train", "remote_dir", "but a run is kept behind gs:// or s3:// only"),
     ("train", "init_from", "has no complete checkpoint"),
     ("train", "replay", "is not a dump of a diverged run"),
-    ("report", "sweep", "no sweep folder"),
+    ("report", "sweep", "There is no sweep"),
 ]
 
 
