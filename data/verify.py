@@ -47,7 +47,7 @@ class Damage(NamedTuple):
 
 
 class _Indices(NamedTuple):
-    """What the files beside the shards state of all rows; those of damaged ones are missing."""
+    """The statements of the files beside the shards on all rows; those of damaged ones are missing."""
 
     rows: dict[str, list["_Rows"]]  # of each shard, by the name of the index that has them
     first_rows: list[int]  # of each shard, and the number of rows
@@ -202,7 +202,7 @@ def _facts(folder: Path, manifest: Manifest, shard: ShardEntry) -> ShardFacts:
 
 
 class _Stated(NamedTuple):
-    """What the other files say of a shard's rows; None where they are damaged, or there are no captions."""
+    """The statements of the other files on a shard's rows; None where they are damaged, or there are no captions."""
 
     source_ids: list[str] | None
     captions: list[list[str]] | None

@@ -1,7 +1,7 @@
-"""The family of weights of CompVis' latent diffusion with classes, whose network is LDM."""
+"""The families of weights of CompVis' programs, and that of latent diffusion with classes, whose network is LDM."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -12,7 +12,46 @@ from model.network import Network
 from model.unet_names import ANCHOR
 
 
-class LatentDiffusion(Family):
+class Unstated(NamedTuple):
+    """The parts of a shape that tensors do not tell; None: as published."""
+
+    num_heads: int | None
+    head_dim: int | None  # channels
+    latent_size: int | None  # side of the latents
+
+
+class CompVisFamily(Family):
+    """Weights of a U-Net whose checkpoints state neither the heads of its transformers nor the size of its latents."""
+
+    def fits(self, network: Network) -> bool:
+        """Return whether the network is of this family."""
+        return network.facts()["family"] == self.name
+
+    def content(self, network: Network, stated: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the content of a checkpoint: its ``state_dict`` alone."""
+        return {"state_dict": self.write(network)}
+
+    def unstated(self, facts: Facts, has_known_heads: bool, why: str) -> Unstated:
+        """Return heads and latent size as settings give them, or else as a run does that starts with the weights.
+
+        Heads that are None are those of the published network. Raises ValueError, with the reason ``why`` they are not
+        known, where nothing tells them.
+        """
+        run = facts.like.config if facts.like is not None and self.fits(facts.like) else None
+        num_heads, head_dim = facts.num_heads, facts.head_dim
+        if num_heads is None and head_dim is None:
+            if run is not None:
+                num_heads, head_dim = run.num_heads, run.head_dim
+            elif not has_known_heads:
+                raise ValueError(
+                    f"these weights do not contain their number of heads, and {why}; give foreign.num_heads, or "
+                    "foreign.head_dim, the channels of a head."
+                )
+        size = run.latent_size if facts.latent_size is None and run is not None else facts.latent_size
+        return Unstated(num_heads, head_dim, size)
+
+
+class LatentDiffusion(CompVisFamily):
     """Weights of LDM, of CompVis' latent diffusion."""
 
     name = "LDM"
@@ -34,31 +73,14 @@ class LatentDiffusion(Family):
 
         Raises ValueError too where neither the run, a setting nor the shape of a published network tells the heads.
         """
-        run = facts.like.config if facts.like is not None and self.fits(facts.like) else None
-        num_heads, head_dim = facts.num_heads, facts.head_dim
-        if num_heads is None and head_dim is None:
-            if run is not None:
-                num_heads, head_dim = run.num_heads, run.head_dim
-            elif not has_known_heads(state):
-                raise ValueError(
-                    "these weights do not contain their number of heads, and their shape is neither LDM-4's nor "
-                    "LDM-8's; give foreign.num_heads, or foreign.head_dim, the channels of a head."
-                )
+        why = "their shape is neither LDM-4's nor LDM-8's"
+        num_heads, head_dim, size = self.unstated(facts, has_known_heads(state), why)
         num_classes, notes = _classes_of(label_rows(state), facts)
-        size = run.latent_size if facts.latent_size is None and run is not None else facts.latent_size
         return Reading(from_ldm(state, num_heads, head_dim, num_classes, size), notes)
-
-    def fits(self, network: Network) -> bool:
-        """Return whether the network is an LDM."""
-        return network.facts()["family"] == self.name
 
     def write(self, network: Network) -> dict[str, Tensor]:
         """Return the weights under the names of a checkpoint of latent diffusion."""
         return to_ldm(network)
-
-    def content(self, network: Network, stated: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the content of a checkpoint: its ``state_dict`` alone."""
-        return {"state_dict": self.write(network)}
 
     def notes_on_writing(self, network: Network) -> list[str]:
         """Return a sentence on the label table, which the program's config has to state."""

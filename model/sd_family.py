@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from model.family import Facts, Family, PipelineParts, Reading
+from model.family import Facts, PipelineParts, Reading
+from model.ldm_family import CompVisFamily
 from model.ldm_weights import LABELS, has_transformers
 from model.network import Network
 from model.sd_diffusers import to_unet_folder
@@ -14,7 +14,7 @@ from model.sd_weights import from_sd, has_known_heads, to_sd
 from model.unet_names import ANCHOR
 
 
-class StableDiffusion(Family):
+class StableDiffusion(CompVisFamily):
     """Weights of SD's U-Net, of CompVis' Stable Diffusion."""
 
     name = "SD"
@@ -34,30 +34,12 @@ class StableDiffusion(Family):
 
         Raises ValueError too where neither the run, a setting nor the published width tells the heads.
         """
-        run = facts.like.config if facts.like is not None and self.fits(facts.like) else None
-        num_heads, head_dim = facts.num_heads, facts.head_dim
-        if num_heads is None and head_dim is None:
-            if run is not None:
-                num_heads, head_dim = run.num_heads, run.head_dim
-            elif not has_known_heads(state):
-                raise ValueError(
-                    "these weights do not contain their number of heads, and their width is not that of Stable "
-                    "Diffusion 1 and 2; give foreign.num_heads, or foreign.head_dim, the channels of a head."
-                )
-        size = run.latent_size if facts.latent_size is None and run is not None else facts.latent_size
-        return Reading(from_sd(state, num_heads, head_dim, size))
-
-    def fits(self, network: Network) -> bool:
-        """Return whether the network is Stable Diffusion's U-Net."""
-        return network.facts()["family"] == self.name
+        why = "their width is not that of Stable Diffusion 1 and 2"
+        return Reading(from_sd(state, *self.unstated(facts, has_known_heads(state), why)))
 
     def write(self, network: Network) -> dict[str, Tensor]:
         """Return the weights under the names of a checkpoint of Stable Diffusion."""
         return to_sd(network)
-
-    def content(self, network: Network, stated: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the content of a checkpoint: its ``state_dict`` alone."""
-        return {"state_dict": self.write(network)}
 
     def write_folder(self, network: Network, folder: Path, parts: PipelineParts) -> None:
         """Write a folder of ``StableDiffusionPipeline``, without the text encoder."""

@@ -17,7 +17,7 @@ NO_CLASS = "no class"
 
 
 class Facts(NamedTuple):
-    """What fields need to know of a checkpoint."""
+    """The facts on a checkpoint that fields need."""
 
     class_names: Sequence[str]  # in the order of the labels; empty where they are not known
     knows_null: bool  # whether the network was trained with the null condition

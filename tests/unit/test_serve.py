@@ -331,7 +331,7 @@ def waited_for(read: Callable[[], str], part: str = "(Ctrl-C ends the page)", li
 
 
 class TwoProcesses:
-    """What tells of a job of several processes."""
+    """A part of the environment that shows a job of several processes."""
 
     data_world = 2
 
