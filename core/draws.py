@@ -35,6 +35,7 @@ class Purpose(IntEnum):
     SUBSET = 14
     REFERENCE = 15
     PROBE = 16
+    CAPTION = 17
 
 
 class Draws(NamedTuple):
@@ -180,12 +181,17 @@ def draw_choices(
     """Return t, dropped and flip of the samples at ``positions`` [B], as `training_draws` does."""
     flipped = np.zeros(len(positions), dtype=bool)
     if flip:
-        flipped = _uniform(streams.first_words(positions, Purpose.FLIP)) < 0.5
+        flipped = draw_uniform(streams, positions, Purpose.FLIP) < 0.5
     return Choices(
         t=streams.times(positions, times),
-        dropped=_uniform(streams.first_words(positions, Purpose.DROP_LABEL)) < class_dropout,
+        dropped=draw_uniform(streams, positions, Purpose.DROP_LABEL) < class_dropout,
         flip=flipped,
     )
+
+
+def draw_uniform(streams: Streams, positions: NDArray[np.int64], purpose: Purpose) -> NDArray[np.float64]:
+    """Return a number in [0, 1) of each position's stream, [B]."""
+    return _uniform(streams.first_words(positions, purpose))
 
 
 def _uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:

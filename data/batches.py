@@ -15,7 +15,7 @@ from core.draws import Philox, Purpose, Streams, Times, draw_choices
 from core.prefetch import DEPTH
 from core.samples import Reads, SampleFiller, sample_filler
 from core.threads import ONE_THREAD, Threads
-from data.conditions import ConditionSource, with_dropped
+from data.conditions import ConditionSource, Samples, with_dropped
 from data.order import Order, positions_of_step
 from data.shards import MappedShards, Places
 from model.autoencoder import Autoencoder
@@ -93,7 +93,7 @@ class TrainingBatches:
         positions = np.concatenate([positions_of_step(step, self.batch_size, self.rank, self.world) for step in steps])
         rows = self.order.rows_at(positions)
         t, dropped, flips = draw_choices(self._streams, positions, self.times, self.class_dropout, self.flip)
-        condition = self.conditions.of_samples(self.shards.labels_of(rows))
+        condition = self.conditions.of_samples(Samples(self.shards, rows, positions, self._streams))
         visits = _Visits(
             positions,
             rows,
@@ -121,7 +121,7 @@ class TrainingBatches:
             x_0=x_0,
             noise=torch.from_numpy(part.noise),
             t=visits.t,
-            condition={**visits.condition, **self.conditions.of_latents(x_0)},
+            condition=self.conditions.whole(visits.condition, self.shards, x_0),
             targets={} if self.target_steps is None else self._targets(part),
         )
 
@@ -211,7 +211,7 @@ class _Visits(NamedTuple):
     flips: NDArray[np.bool_]  # [B]
     places: Places  # [B], of the moments
     t: Tensor  # [B]
-    condition: Condition  # without the parts that follow from latents
+    condition: Condition  # without the parts that are added batch by batch
 
     def of(self, part: slice) -> "_Visits":
         """Return some of the samples."""

@@ -5,34 +5,86 @@ other code passes them through without looking inside. A new kind of condition n
 ``model/`` that reads it, a YAML in ``conf/data/condition`` and a test.
 """
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Size, Tensor, nn
 
 from core.batch import Condition, mapped
 from core.closest import closest
-from core.draws import Philox, Purpose
+from core.draws import Philox, Purpose, Streams, draw_uniform
+from data.shards import MappedShards
+from data.text_encoders import TextEncoder
+
+Place = Callable[[nn.Module], nn.Module]  # moves a frozen network to the devices
+
+
+class Samples(NamedTuple):
+    """Samples of shards, with the random numbers of their visits."""
+
+    shards: MappedShards
+    rows: NDArray[np.int64]  # [B]
+    positions: NDArray[np.int64] | None = None  # [B], in the order of training
+    streams: Streams | None = None  # None: nothing is drawn
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Return the labels [B]."""
+        return self.shards.labels_of(self.rows)
+
+    def uniform(self, purpose: Purpose) -> NDArray[np.float64]:
+        """Return a number in [0, 1) for each visit [B], or zeros where nothing is drawn."""
+        if self.streams is None or self.positions is None:
+            return np.zeros(len(self.rows))
+        return draw_uniform(self.streams, self.positions, purpose)
+
+
+class Prompts(NamedTuple):
+    """Texts to generate images of."""
+
+    texts: tuple[str, ...]
+    classes: tuple[int, ...] | None = None  # the class that each one's images should be recognized as
 
 
 class ConditionSource(Protocol):
     """A maker of the conditions of one data set."""
 
     num_classes: int  # rows of the network's label table, without the null class; 0 where it has none
+    may_be_unread: frozenset[str]  # parts that a network may leave out
 
-    def of_samples(self, labels: NDArray[np.int64]) -> Condition:
-        """Return the condition of samples with these labels [B]."""
+    @property
+    def num_groups(self) -> int:
+        """Return how many conditions come in turn; 0 where there is only one."""
         ...
 
-    def of_latents(self, x_0: Tensor) -> Condition:
-        """Return the parts of the condition that follow from the samples' latents [B, c, h, w], and are not dropped."""
+    def prepare(self, place: Place, text_encoder: Callable[[], TextEncoder] | None) -> None:
+        """Give the source what it needs on devices: how to place frozen networks, and how to read a text encoder."""
+        ...
+
+    def of_samples(self, samples: Samples) -> Condition:
+        """Return the condition of samples, without the parts that `whole` adds."""
+        ...
+
+    def whole(self, condition: Condition, shards: MappedShards, x_0: Tensor) -> Condition:
+        """Return the whole condition of a batch with latents x_0 [B, c, h, w], dropped where ``condition`` was.
+
+        It adds what follows from the latents, and what is too large to be read for many batches ahead.
+        """
+        ...
+
+    def embedded(self, condition: Condition) -> Condition:
+        """Return a condition on the devices as the network gets it, through the source's frozen networks."""
+        ...
+
+    def seen(self, x_t: Tensor) -> dict[str, Size]:
+        """Return the shapes, without B, of the parts that a network of latents x_t [B, c, h, w] gets."""
         ...
 
     def null(self, condition: Condition) -> Condition:
-        """Return the null condition, with as many rows and on the same device."""
+        """Return the null condition, with the same parts, as many rows and on the same device."""
         ...
 
     def in_turn(self, num_images: int, num_groups: int | None = None) -> Condition:
@@ -54,25 +106,80 @@ class ConditionSource(Protocol):
         """
         ...
 
+    def prompted(self, prompts: Prompts | None, negative: str | None, asked: str) -> "ConditionSource":
+        """Return a source of these texts in place of its own, guided away from a negative one; None leaves it as it is.
+
+        ``asked`` is the checkpoint's path. Raises ValueError where the network is not conditioned on texts.
+        """
+        ...
+
     def classes(self, condition: Condition) -> NDArray[np.int64] | None:
         """Return the class [B] that each row's image should be recognized as, or None without classes."""
         ...
 
+    def texts(self, condition: Condition) -> list[str] | None:
+        """Return the text of each row of a condition of images to generate, or None without texts."""
+        ...
 
-class ClassLabels:
+
+class HostSource:
+    """The common part of sources whose conditions are whole as the host makes them, and are not texts."""
+
+    num_classes = 0
+    may_be_unread: frozenset[str] = frozenset()
+
+    @property
+    def num_groups(self) -> int:
+        """Return the number of classes."""
+        return self.num_classes
+
+    def prepare(self, place: Place, text_encoder: Callable[[], TextEncoder] | None) -> None:
+        """Do nothing: the source has no network."""
+
+    def whole(self, condition: Condition, shards: MappedShards, x_0: Tensor) -> Condition:
+        """Return the condition."""
+        return condition
+
+    def embedded(self, condition: Condition) -> Condition:
+        """Return the condition."""
+        return condition
+
+    def in_turn(self, num_images: int, num_groups: int | None = None) -> Condition:
+        """Return conditions in turn."""
+        raise NotImplementedError
+
+    def seen(self, x_t: Tensor) -> dict[str, Size]:
+        """Return the shapes of the parts that conditions in turn have."""
+        return {name: value.shape[1:] for name, value in self.in_turn(1).items()}
+
+    def prompted(self, prompts: Prompts | None, negative: str | None, asked: str) -> "ConditionSource":
+        """Return the source itself. Raises ValueError for texts."""
+        if prompts is not None or negative is not None:
+            given = "prompts is given" if prompts is not None else "negative_prompt is given"
+            on = (
+                f"{self.num_classes} classes; give labels in its place" if self.num_classes else "nothing; leave it out"
+            )
+            raise ValueError(f"{given}, but {asked} is conditioned on {on}.")
+        return self  # type: ignore[return-value]  # the classes that derive from this one are sources
+
+    def texts(self, condition: Condition) -> None:
+        """Return None: there is no text."""
+
+
+class ClassLabels(HostSource):
     """A source of integer labels [B] int64 in [0, num_classes); the null class has the number num_classes."""
 
     def __init__(self, num_classes: int) -> None:
         assert num_classes > 0, "data without classes have no labels"
         self.num_classes = num_classes
 
-    def of_samples(self, labels: NDArray[np.int64]) -> Condition:
-        """Return the labels themselves."""
-        return {"label": torch.from_numpy(labels)}
+    def of_samples(self, samples: Samples) -> Condition:
+        """Return the labels."""
+        return self.of_labels(samples.labels)
 
-    def of_latents(self, x_0: Tensor) -> Condition:
-        """Return nothing."""
-        return {}
+    def of_labels(self, labels: NDArray[np.int64]) -> Condition:
+        """Return the labels [B] as a condition."""
+        return {"label": torch.from_numpy(labels)}
 
     def null(self, condition: Condition) -> Condition:
         """Return the null class."""
@@ -86,7 +193,7 @@ class ClassLabels:
         """Return uniformly drawn labels."""
         philox = Philox(seed)
         drawn = (philox.at(index, Purpose.SAMPLE_LABEL).integers(self.num_classes) for index in range(num_images))
-        return self.of_samples(np.fromiter(drawn, dtype=np.int64, count=num_images))
+        return self.of_labels(np.fromiter(drawn, dtype=np.int64, count=num_images))
 
     def given(self, labels: Sequence[int], num_images: int) -> Condition:
         """Return the given labels repeated to ``num_images``.
@@ -104,7 +211,7 @@ class ClassLabels:
                     f"labels has {label}, but this model knows the classes 0 to {self.num_classes - 1}, and "
                     f"{self.num_classes} for none; choose among these."
                 )
-        return self.of_samples(np.resize(np.array(labels, dtype=np.int64), num_images))
+        return self.of_labels(np.resize(np.array(labels, dtype=np.int64), num_images))
 
     def asked_for(
         self, labels: Sequence[Any], num_images: int, class_names: Sequence[str], knows_null: bool, asked: str
@@ -124,19 +231,13 @@ class ClassLabels:
         return labels
 
 
-class Unconditional:
+class Unconditional(HostSource):
     """A source of empty conditions, whatever labels the data have. It accepts the arguments of every source."""
-
-    num_classes = 0
 
     def __init__(self, num_classes: int = 0) -> None:
         pass
 
-    def of_samples(self, labels: NDArray[np.int64]) -> Condition:
-        """Return nothing."""
-        return {}
-
-    def of_latents(self, x_0: Tensor) -> Condition:
+    def of_samples(self, samples: Samples) -> Condition:
         """Return nothing."""
         return {}
 

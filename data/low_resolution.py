@@ -6,19 +6,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from core.batch import Condition
 from core.npz import headers_of, read_array
-from data.conditions import ClassLabels, ConditionSource, Unconditional
+from data.conditions import ClassLabels, ConditionSource, HostSource, Samples, Unconditional
 from data.images import to_unit_range
 from data.manifest import LatentSpec
+from data.shards import MappedShards
 
 LOW_RESOLUTION = "low_resolution"  # its name in a condition, [B, c, h / factor, w / factor]
 _MOST_BYTES = 2**36
 
 
-class LowResolution:
+class LowResolution(HostSource):
     """A source of labels and low-resolution images: means over ``factor`` x ``factor`` latents of the sample itself.
 
     An image to generate has no sample, so `of_images` takes the images of another network.
@@ -33,13 +34,18 @@ class LowResolution:
         self._labels: ConditionSource = ClassLabels(num_classes) if num_classes else Unconditional()
         self.num_classes = num_classes
 
-    def of_samples(self, labels: NDArray[np.int64]) -> Condition:
-        """Return the labels; the images are added by `of_latents`."""
-        return self._labels.of_samples(labels)
+    def of_samples(self, samples: Samples) -> Condition:
+        """Return the labels; the images are added by `whole`."""
+        return self._labels.of_samples(samples)
 
-    def of_latents(self, x_0: Tensor) -> Condition:
-        """Return the means over squares of the samples' latents [B, c, h, w], which need not be dropped."""
-        return {LOW_RESOLUTION: nn.functional.avg_pool2d(x_0, self.factor)}
+    def whole(self, condition: Condition, shards: MappedShards, x_0: Tensor) -> Condition:
+        """Return the labels and the means over squares of the latents x_0 [B, c, h, w], which are never dropped."""
+        return {**condition, LOW_RESOLUTION: nn.functional.avg_pool2d(x_0, self.factor)}
+
+    def seen(self, x_t: Tensor) -> dict[str, Size]:
+        """Return the shapes of a label and of a low-resolution image."""
+        _, channels, height, width = x_t.shape
+        return {**self._labels.seen(x_t), LOW_RESOLUTION: Size((channels, height // self.factor, width // self.factor))}
 
     def of_images(self, images: NDArray[np.uint8]) -> Condition:
         """Return low-resolution images [B, H, W, C] uint8 as latents of pixel space."""

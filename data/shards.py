@@ -92,6 +92,16 @@ class MappedShards:
         with remedied(self._files.repair):
             return self._captions.tokens_of_rows(row, row + 1)[0]
 
+    def num_captions(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the number of captions of each row, [B]."""
+        return np.array([len(self.captions_of(row)) for row in rows.tolist()], dtype=np.int64)
+
+    def tokens_of_captions(self, rows: NDArray[np.int64], chosen: NDArray[np.int64]) -> CaptionTokens:
+        """Return ids and mask [B, M]."""
+        found = [self.tokens_of(row) for row in rows.tolist()]
+        ids = np.stack([tokens.ids[n] for tokens, n in zip(found, chosen, strict=True)])
+        return CaptionTokens(ids, np.stack([tokens.mask[n] for tokens, n in zip(found, chosen, strict=True)]))
+
     @property
     def empty_caption(self) -> EmptyCaption:
         """Return the embedding of the empty caption, read on each call. Raises ValueError where there is none."""

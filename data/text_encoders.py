@@ -46,6 +46,8 @@ class EncodedText(NamedTuple):
 class TextEncoder(Protocol):
     """A frozen network that represents captions."""
 
+    network: nn.Module  # frozen
+
     def spec(self) -> TextSpec:
         """Return the identity of the encoder and the shape of what it gives."""
         ...
@@ -72,7 +74,7 @@ class _Text:
         self, tokenizer: Any, network: nn.Module, hash_: str, layer: str, length: int, dim: int, precision: Precision
     ) -> None:
         self._tokenizer = tokenizer
-        self._network = network.eval().requires_grad_(False)
+        self.network = network.eval().requires_grad_(False)
         self._spec = TextSpec(self.name, f"sha256:{hash_}", layer, precision, length, dim, dim)
 
     def spec(self) -> TextSpec:
@@ -81,7 +83,7 @@ class _Text:
 
     def to(self, device: torch.device) -> None:
         """Move the weights."""
-        self._network.to(device)
+        self.network.to(device)
 
     def tokenize(self, captions: Sequence[str]) -> Tokenized:
         """Return ids [B, M] int32 of captions and their mask, truncated and padded to the encoder's length."""
@@ -135,7 +137,7 @@ class CLIPText(_Text):
 
     def _outputs(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         penultimate = self._spec.layer == "penultimate"
-        found = self._network(input_ids=ids, output_hidden_states=penultimate)
+        found = self.network(input_ids=ids, output_hidden_states=penultimate)
         return found.hidden_states[-2] if penultimate else found.last_hidden_state, found.pooler_output
 
 
@@ -171,7 +173,7 @@ class T5Text(_Text):
         super().__init__(table, network, _hash_of([config, *weights], table), "last", length, shape.d_model, precision)
 
     def _outputs(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        tokens: Tensor = self._network(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        tokens: Tensor = self.network(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         kept = mask.unsqueeze(2)
         return tokens, tokens.float().where(kept, 0).sum(dim=1) / kept.sum(dim=1)
 

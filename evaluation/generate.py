@@ -75,11 +75,12 @@ class Generator:
         def noise(draw: int) -> torch.Tensor:
             return runtime.put(torch.from_numpy(draw_noise(philox, indices, draw, shape, Purpose.SAMPLING)))
 
+        embedded = self.conditions.embedded(mapped(condition, runtime.put))
         with runtime.autocast():
             denoiser = runtime.inference(self.denoiser)
             if watcher is not None:
                 denoiser = Watched(denoiser, self.objective, watcher)
-            return self.sampler(denoiser, self.objective, noise, mapped(condition, runtime.put))
+            return self.sampler(denoiser, self.objective, noise, embedded)
 
     def images_in_step(self, indices: NDArray[np.int64], condition: Condition, at_most: int) -> NDArray[np.uint8]:
         """Return `images` of 0 to ``at_most`` indices, whose rows of ``condition`` are their conditions.

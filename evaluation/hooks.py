@@ -66,7 +66,7 @@ class SampleGridHook(_CatchingUpHook):
         self._generator = generator
         self._folder = folder
         self._logger = logger
-        self._columns = min(10, generator.spec.num_classes)
+        self._columns = min(10, generator.conditions.num_groups or generator.spec.num_classes)
         self._count = per_class * self._columns
 
     def is_done(self, state: TrainState) -> bool:

@@ -8,6 +8,7 @@ import torch
 from core.batch import mapped
 from core.draws import Philox, Purpose, draw_noise
 from core.progress import ProgressBar
+from data.conditions import Samples
 from data.shards import MappedShards
 from diffusion.continuous import ContinuousObjective
 from diffusion.likelihood import bits_per_dimension, ode_bits_per_dimension
@@ -62,8 +63,10 @@ def _bits_of(generator: Generator, shards: MappedShards, rows: np.ndarray, ode_s
 
     posterior = torch.from_numpy(draw_noise(philox, rows, 0, shape, Purpose.POSTERIOR))
     moments = torch.from_numpy(shards.gather(rows, np.zeros(len(rows), dtype=bool)))
-    x_0 = runtime.put(generator.autoencoder.draw(moments, posterior))
-    condition = mapped(generator.conditions.of_samples(shards.labels_of(rows)), runtime.put)
+    latents = generator.autoencoder.draw(moments, posterior)
+    x_0, conditions = runtime.put(latents), generator.conditions
+    of_rows = conditions.whole(conditions.of_samples(Samples(shards, rows)), shards, latents)
+    condition = conditions.embedded(mapped(of_rows, runtime.put))
     with runtime.autocast():
         denoiser = runtime.inference(generator.denoiser)
         if isinstance(objective, ContinuousObjective):

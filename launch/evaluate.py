@@ -14,7 +14,6 @@ from core.closest import closest
 from core.progress import ProgressBar
 from core.reading import DamagedFileError, sha256_of
 from core.records import canonical_hash
-from data.low_resolution import enlarging
 from data.manifest import Manifest
 from data.settings import DataSettings
 from data.shards import MappedShards
@@ -31,6 +30,7 @@ from launch.builders.build import (
     precision_of_products,
 )
 from launch.builders.components import build
+from launch.builders.conditioned import conditioned
 from launch.builders.data_settings import settle_by, settle_by_shards
 from launch.builders.facts import code_hash, facts_of_process
 from launch.builders.foreign import is_foreign, load_foreign
@@ -60,7 +60,7 @@ def evaluate_job(config: EvaluateSettings, progress: ProgressBar) -> None:
     runtime: Devices = build(config.runtime, precision=config.precision.value)
     runtime.require_same(facts_of_process(config.plain()))
     checkpoint, records = _checkpoint(config, runtime)
-    checkpoint = _enlarging(config, checkpoint)
+    checkpoint = _conditioned(config, checkpoint)
     data = config.data
     source = data.name if is_foreign(config.checkpoint) else checkpoint.spec.source
     if (data.name, data.image_size) != (source, checkpoint.spec.image_size):
@@ -87,13 +87,11 @@ def evaluate_job(config: EvaluateSettings, progress: ProgressBar) -> None:
         chunks.discard()
 
 
-def _enlarging(config: EvaluateSettings, checkpoint: LoadedCheckpoint) -> LoadedCheckpoint:
-    """Return the checkpoint with the images that it enlarges, where it is an upsampler."""
+def _conditioned(config: EvaluateSettings, checkpoint: LoadedCheckpoint) -> LoadedCheckpoint:
+    """Return the checkpoint with the images or the texts that it is conditioned on."""
     if LIKELIHOOD in config.metrics and config.low_resolution is not None:
         raise ValueError(f"metrics has {LIKELIHOOD}, which upsamplers do not have here; leave it out.")
-    knows_null, path = checkpoint.class_dropout > 0, str(checkpoint.path)
-    conditions = enlarging(checkpoint.conditions, config.low_resolution, checkpoint.spec, knows_null, path)
-    return replace(checkpoint, conditions=conditions)
+    return conditioned(checkpoint, config)
 
 
 def _of_given_images(config: EvaluateSettings, evaluator: Evaluator) -> Evaluator:
@@ -109,7 +107,7 @@ def _checkpoint(config: EvaluateSettings, runtime: Devices) -> tuple[LoadedCheck
     if is_foreign(config.checkpoint):
         checkpoint = load_foreign(config, runtime)
         return checkpoint, checkpoint.run_dir / f"{checkpoint.path.stem}-evaluations.jsonl"
-    checkpoint = LoadedCheckpoint.load(config.checkpoint, config.weights, runtime)
+    checkpoint = LoadedCheckpoint.load(config.checkpoint, config.weights, runtime, config.text_encoder)
     folder = RunFolder(checkpoint.run_dir)
     folder.read_config()  # refuses a folder that is not a run's
     return checkpoint, folder.evaluations

@@ -14,6 +14,7 @@ from data.manifest import FeatureShape, Manifest
 from data.shard_tars import array_bytes, shard_bytes_per_sample
 from diffusion.objective import LatentFacts
 from launch.builders.alignment import fill_alignment, require_tokens
+from launch.builders.captions import TextSizes
 from launch.builders.components import build, target_of
 from launch.builders.objectives import settled
 from launch.command.settings import Format, PlanSettings, Precision
@@ -47,6 +48,8 @@ PROJECTOR = (
 
 # Of the paper's networks, where neither a model's own config nor data=... or data.shards=... define them.
 _USUAL = {"model.latent_size": 32, "model.channels": 4, "model.num_classes": 1000}
+# CLIP-L's, where neither the model's own config nor the shards define them.
+_USUAL_TEXT = TextSizes(length=77, dim=768, pooled_dim=768)
 _NOMINAL = LatentFacts(4096, 1.0)  # costs do not depend on them
 
 
@@ -163,7 +166,7 @@ def settle_by_data(config: DictConfig, words: list[str]) -> None:
     Sizes that the model's own config has take precedence over those of a data config. Raises ValueError where they
     differ from those of shards, with which the model cannot be trained.
     """
-    keys = {key_of(word) for word in words}
+    keys, text = {key_of(word) for word in words}, _USUAL_TEXT
     if "data.shards" in keys:
         manifest = Manifest.load(config.data.shards)
         spec = manifest.spec
@@ -172,6 +175,9 @@ def settle_by_data(config: DictConfig, words: list[str]) -> None:
         found |= {"model.latent_size": spec.latent_size, "model.channels": spec.channels}
         if manifest.teacher is not None:
             found |= {"feature_tokens": manifest.teacher.tokens, "feature_dim": manifest.teacher.dim}
+        if manifest.captions is not None and manifest.captions.tokens is not None:
+            encoder = manifest.captions.tokens.encoder
+            text = TextSizes(encoder.length, encoder.dim, encoder.pooled_dim)
     elif "data" in keys:
         section = config.data.autoencoder  # a plan does not read its weights
         downscale, channels = planned_latents(section)
@@ -182,6 +188,8 @@ def settle_by_data(config: DictConfig, words: list[str]) -> None:
     if config.get("teacher") is not None and "data.shards" not in keys:
         shape = target_of(config.teacher).planned(config.teacher.pretrained, config.teacher.image_size)
         found |= {"feature_tokens": shape.tokens, "feature_dim": shape.dim}
+    if _settle_text(config, text):
+        found["model.num_classes"] = 0
     for key, value in (_USUAL | found).items():
         own = OmegaConf.select(config, key) if key in _USUAL else None
         if own is None and key not in keys:
@@ -191,6 +199,21 @@ def settle_by_data(config: DictConfig, words: list[str]) -> None:
                 f"{key} is {own}, but the shards have {value}; choose another model, or point data.shards to other "
                 "shards."
             )
+
+
+def _settle_text(config: DictConfig, sizes: TextSizes) -> bool:
+    """Set the sizes of a text encoder in a model that has them; return whether it does."""
+    embedding = config.model.get("embedding") or {}
+    places = [("model", "context_length", sizes.length), ("model", "context_dim", sizes.dim)]
+    places += [("model.embedding", name, value) for name, value in sizes._asdict().items() if name in embedding]
+    found = False
+    for place, name, value in places:
+        section = OmegaConf.select(config, place)
+        if name in section:
+            found = True
+            if section[name] is None:
+                OmegaConf.update(config, f"{place}.{name}", value)
+    return found
 
 
 def planned_latents(section: DictConfig) -> tuple[int, int]:

@@ -103,7 +103,7 @@ def _replayed(dump: Dump, run: PreparedRun, shards: MappedShards, progress: Prog
     except DivergedError as error:
         raise FloatingPointError(_unlike(dump, str(error), run.config, runtime)) from error
     whole = run.batches(shards, rank=0, world=1).batch(dump.step - 1)
-    examined = Replay(begun.model, state, begun.step, run.objective, runtime, run.alignment)
+    examined = Replay(begun.model, state, begun.step, run.objective, runtime, run.alignment, run.conditions.embedded)
     return examined.examine(mine.batch(dump.step - 1), whole, progress), whole
 
 

@@ -9,10 +9,10 @@ import numpy as np
 from core.batch import Condition
 from core.npz import write_npz
 from core.progress import ProgressBar
-from data.low_resolution import enlarging
 from evaluation.grid import columns_of, save_grid
 from launch.builders.build import LoadedCheckpoint
 from launch.builders.components import build, target_of
+from launch.builders.conditioned import conditioned
 from launch.builders.foreign import is_foreign, load_foreign
 from launch.command.settings import SampleSettings
 from launch.jobs import start
@@ -30,7 +30,8 @@ def sample_job(config: SampleSettings, progress: ProgressBar) -> None:
     if is_foreign(config.checkpoint):
         checkpoint = load_foreign(config, runtime)
     else:
-        checkpoint = LoadedCheckpoint.load(config.checkpoint, config.weights, runtime)
+        checkpoint = LoadedCheckpoint.load(config.checkpoint, config.weights, runtime, config.text_encoder)
+    checkpoint = conditioned(checkpoint, config)
     count, conditions = config.num_images, checkpoint.conditions
     condition = _condition(config, checkpoint)
     if checkpoint.note is not None and runtime.is_main:
@@ -50,7 +51,7 @@ def sample_job(config: SampleSettings, progress: ProgressBar) -> None:
     # ADM's evaluator expects these names.
     write_npz(out.with_name(out.name + ".npz"), {"arr_0": images, **labels}, zip64=True)
     shown = images[:GRID_IMAGES]
-    columns = columns_of(len(shown), conditions.num_classes if config.labels is None else 0)
+    columns = columns_of(len(shown), conditions.num_groups if config.labels is None else 0)
     save_grid(out.with_name(out.name + ".png"), shown, columns)
     which = f" ({config.weights} weights)" if checkpoint.step else ""
     print(f"{count} images of {checkpoint.path}{which}: {out}.npz and {out}.png")
@@ -59,10 +60,9 @@ def sample_job(config: SampleSettings, progress: ProgressBar) -> None:
 def _condition(config: SampleSettings, checkpoint: LoadedCheckpoint) -> Condition:
     """Return the conditions of the images: classes in turn, or those asked for, and images that are enlarged."""
     knows_null, path = checkpoint.class_dropout > 0, str(checkpoint.path)
-    conditions = enlarging(checkpoint.conditions, config.low_resolution, checkpoint.spec, knows_null, path)
     if config.labels is None:
-        return conditions.in_turn(config.num_images)
-    return conditions.asked_for(config.labels, config.num_images, checkpoint.class_names, knows_null, path)
+        return checkpoint.conditions.in_turn(config.num_images)
+    return checkpoint.conditions.asked_for(config.labels, config.num_images, checkpoint.class_names, knows_null, path)
 
 
 def _name(config: SampleSettings, checkpoint: LoadedCheckpoint) -> str:
@@ -74,6 +74,9 @@ def _name(config: SampleSettings, checkpoint: LoadedCheckpoint) -> str:
         parts.append(f"guidance{config.guidance['scale']}")
     if config.labels is not None:
         parts.append("labels" + "_".join(re.sub(r"\W", "", str(label)) for label in config.labels[:10]))
+    if config.prompts is not None:
+        first = config.prompts if isinstance(config.prompts, str) else config.prompts[0]
+        parts.append(re.sub(r"\W+", "_", first)[:40])
     if config.low_resolution is not None:
         parts.append(f"of_{Path(config.low_resolution).stem}")
     return "-".join(parts)

@@ -77,15 +77,17 @@ class TextEmbedding(ConditionEmbedding):
         width: int,
         length: int,
         dim: int,
-        pooled_dim: int | None = None,
+        pooled_dim: int = 0,
         timestep_token: bool = True,
     ) -> None:
         super().__init__()
-        _require(num_classes, length=length, dim=dim, pooled_dim=pooled_dim)
+        _require(num_classes, length=length, dim=dim)
+        if pooled_dim != 0:
+            _require(num_classes, pooled_dim=pooled_dim)
         self._length, self._dim, self._pooled_dim = length, dim, pooled_dim
         self._timestep_token = timestep_token
         self.tokens = _Projection(dim, width)
-        self.pooled = None if pooled_dim is None else _Projection(pooled_dim, width)
+        self.pooled = None if pooled_dim == 0 else _Projection(pooled_dim, width)
 
     def embed(self, timestep: Tensor, condition: Mapping[str, Tensor]) -> Embedded:
         """Embed {"text": [B, M, dim], "text_mask": [B, M] bool, "text_pooled": [B, pooled_dim]}, of any float dtype.
@@ -111,7 +113,7 @@ class TextEmbedding(ConditionEmbedding):
             TOKENS: torch.zeros(batch, self._length, self._dim, device=device),
             MASK: torch.ones(batch, self._length, dtype=torch.bool, device=device),
         }
-        if self._pooled_dim is not None:
+        if self._pooled_dim:
             made[POOLED] = torch.zeros(batch, self._pooled_dim, device=device)
         return made
 
@@ -120,7 +122,12 @@ def _require(num_classes: int, **sizes: int | None) -> None:
     if num_classes:
         raise ValueError(f"model.num_classes is {num_classes}, but a network of text embeds no classes; leave it out.")
     for name, value in sizes.items():
-        if value is not None and not 1 <= value <= _MOST[name]:
+        if value is None:
+            raise ValueError(
+                f"model.embedding.{name} is not given; it follows from the shards with data/condition=text, or give "
+                "that of the text encoder."
+            )
+        if not 1 <= value <= _MOST[name]:
             raise ValueError(
                 f"model.embedding.{name} is {value}, but it must be from 1 to {_MOST[name]}; give that of the text "
                 "encoder."

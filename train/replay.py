@@ -25,7 +25,7 @@ from train.dump import DivergedError
 from train.guards import SpikeGuard
 from train.hooks import due
 from train.state import TrainState
-from train.step import sample_losses
+from train.step import Embed, as_it_is, sample_losses
 
 MAX_NAMED = 20  # the most samples that the search sample by sample names
 OUTPUT = "the network's output"
@@ -105,6 +105,7 @@ class Replay:
         objective: Objective,
         runtime: Runtime,
         alignment: REPA | None = None,
+        embedded: Embed = as_it_is,
     ) -> None:
         self._model = model
         self._state = state
@@ -112,6 +113,7 @@ class Replay:
         self._objective = objective
         self._runtime = runtime
         self._alignment = alignment
+        self._embedded = embedded
 
     def examine(self, batch: Batch, whole: Batch, progress: ProgressBar) -> Findings:
         """Run the step with this process's rows ``batch``; ``whole`` is the batch of all processes."""
@@ -133,7 +135,7 @@ class Replay:
             for number, part in enumerate(micro_batches, start=1):
                 with self._runtime.micro_step(self._model, is_last=number == len(micro_batches)):
                     with _watched(self._state.model, order):
-                        found = sample_losses(self._model, part, self._objective, self._runtime, self._alignment)
+                        found = self._losses(part)
                     self._runtime.backward(found[LOSS].mean() / len(micro_batches))
                     losses.append(found[LOSS].detach())
             gradients = [(name, weight.grad) for name, weight in self._state.model.named_parameters()]
@@ -147,6 +149,9 @@ class Replay:
         bad = {name for name, value in values.items() if name.startswith("gradient ") and not math.isfinite(value)}
         gradients = [name for name in self._parameters_backwards(list(order)) if f"gradient {name}" in bad]
         return Passes(self._runtime.gather(mine), outputs, gradients)
+
+    def _losses(self, part: Batch) -> dict[str, Tensor]:
+        return sample_losses(self._model, part, self._objective, self._runtime, self._alignment, self._embedded)
 
     def _one_by_one(self, whole: Batch, rows: int, progress: ProgressBar) -> list[int]:
         """Return the rows whose own gradient is not finite; each fills a batch, which any runtime can split."""

@@ -1,12 +1,12 @@
 """Define one training step, a pure function of the batch and the state without a device read."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from core.batch import Batch
+from core.batch import Batch, Condition
 from diffusion.objective import LOSS, Objective, corrupt
 from runtime.protocol import Devices, Metrics, Runtime, Step
 from train.alignment import REPA
@@ -15,7 +15,13 @@ from train.guards import SpikeGuard
 
 SUM, COUNT = "/sum", "/count"  # endings of two metrics whose quotient is one mean
 TOTAL = "/total"  # ending of a metric that is summed over the interval
+Embed = Callable[[Condition], Condition]
 AT_LOG_STEPS = {"update_norm"}  # metrics that are of the log step alone, since they need a copy of all weights
+
+
+def as_it_is(condition: Condition) -> Condition:
+    """Return the condition, which no frozen network encodes."""
+    return condition
 
 
 def make_step(
@@ -27,16 +33,18 @@ def make_step(
     max_grad_norm: float | None = None,
     guard: SpikeGuard | None = None,
     alignment: REPA | None = None,
+    embedded: Embed = as_it_is,
 ) -> Step:
     """Return the step over a device batch in equal micro-batches, which returns scalars [] float32.
 
     The runtime has prepared ``model`` and ``optimizer``. Gradients are cleared at the end, so that no runtime keeps
     them as outputs of the step. If ``max_grad_norm`` is None, the norm is measured and not clipped. ``guard`` skips
-    steps whose gradient norm is an outlier; None skips none. With ``alignment``, the model has its head.
+    steps whose gradient norm is an outlier; None skips none. With ``alignment``, the model has its head. ``embedded``
+    encodes the condition by frozen networks.
     """
 
     def losses(batch: Batch) -> Metrics:
-        found = sample_losses(model, batch, objective, runtime, alignment)
+        found = sample_losses(model, batch, objective, runtime, alignment, embedded)
         means = {name: values.mean() for name, values in found.items()}
         return {**means, **by_quarter(found[LOSS].detach(), objective.level(batch.t))}
 
@@ -67,15 +75,20 @@ def make_step(
 
 
 def sample_losses(
-    model: nn.Module, batch: Batch, objective: Objective, runtime: Devices, alignment: REPA | None = None
+    model: nn.Module,
+    batch: Batch,
+    objective: Objective,
+    runtime: Devices,
+    alignment: REPA | None = None,
+    embedded: Embed = as_it_is,
 ) -> dict[str, Tensor]:
     """Run the forward pass and return the losses [B] of a device batch, by name.
 
     With ``alignment``, ``loss`` has its loss too, and ``objective`` is the objective's alone.
     """
-    x_t = corrupt(objective, batch)
+    x_t, condition = corrupt(objective, batch), embedded(batch.condition)
     with runtime.autocast():
-        output = model(*objective.inputs(x_t, batch.t), batch.condition)
+        output = model(*objective.inputs(x_t, batch.t), condition)
     if alignment is None:
         return objective.losses(output, batch, x_t)
     prediction, projected = output

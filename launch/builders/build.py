@@ -14,6 +14,7 @@ from core.records import validate
 from core.urls import redacted_config
 from data.conditions import ConditionSource
 from data.images import Preparation
+from data.low_resolution import LOW_RESOLUTION
 from data.manifest import LatentSpec, Manifest
 from data.plan import identity_of, latent_spec
 from data.settings import DataSettings
@@ -28,6 +29,7 @@ from evaluation.evaluate import Evaluator, MeasurementProtocol
 from evaluation.features.extractor import FeatureExtractor
 from evaluation.generate import Generator
 from evaluation.reference.reference import make_reference, read_reference
+from launch.builders.captions import encoder_of
 from launch.builders.components import build, build_saved, target_of
 from launch.builders.metrics import build_metrics, require_metrics
 from launch.builders.normalization import normalized, saved_normalization
@@ -46,6 +48,8 @@ from train.stores import STATE_FILE
 CHUNKS = "chunks"  # folder in a run folder with the finished chunks of a killed evaluation
 # Settings that evaluations do not record at these values, which earlier versions implied.
 _LATER: dict[str, dict[str, Any]] = {"euler": {"shift": 1.0}, "Autoguidance": {"t_min": 0, "t_max": None}}
+_REMEDIES = {LOW_RESOLUTION: "set condition.factor to model.upscale"}  # by the part of a condition
+_FOR_TEXT = "set the sizes of the text encoder in the model"
 _OF_THE_RUN = ("batch_size", "class_dropout", "seed")  # settings that a run's evaluations record
 
 
@@ -115,18 +119,20 @@ def require_outputs(model: Network, objective: Objective, of: str) -> None:
 def require_condition(model: Network, conditions: ConditionSource) -> None:
     """Raise ValueError where the network embeds other parts of a condition than its source makes."""
     x_t, _, embedded = model.example_inputs(1)
-    made = {**conditions.in_turn(1), **conditions.of_latents(x_t)}
-    if embedded.keys() != made.keys():
+    made = conditions.seen(x_t)
+    unread = conditions.may_be_unread if embedded else frozenset()
+    if not embedded.keys() <= made.keys() or not made.keys() <= embedded.keys() | unread:
         theirs, ours = (", ".join(sorted(parts)) or "nothing" for parts in (embedded, made))
         raise ValueError(
             f"The network {type(model).__name__} embeds {theirs}, but conditions of data/condition have {ours}; choose "
-            "the model/embedding of this condition, or another data/condition (low_resolution for an upsampler)."
+            "the model/embedding of this condition, or another data/condition (low_resolution for an upsampler, text "
+            "for captions)."
         )
     for name, value in embedded.items():
-        if value.shape[1:] != made[name].shape[1:]:
+        if value.shape[1:] != made[name]:
             raise ValueError(
                 f"The network {type(model).__name__} embeds {name} of shape {tuple(value.shape[1:])}, but "
-                f"data/condition makes {tuple(made[name].shape[1:])}; set condition.factor to model.upscale."
+                f"data/condition makes {tuple(made[name])}; {_REMEDIES.get(name, _FOR_TEXT)}."
             )
 
 
@@ -176,7 +182,7 @@ def build_generator(
     sampler.require(objective)
     require_runtime(sampler, config.runtime, runtime.device)
     needs_null = target_of(config.guidance).needs_null
-    if needs_null and not conditions.in_turn(1):
+    if needs_null and not _has_condition(conditions, spec):
         raise ValueError(
             "Guidance needs a condition, but this model is trained without one; use diffusion/guidance=none."
         )
@@ -193,6 +199,11 @@ def build_generator(
         model, null=conditions.null, latent_channels=spec.channels, objective=objective, **others
     )
     return Generator(guided, objective, autoencoder.to(runtime.device), sampler, spec, conditions, seed, runtime)
+
+
+def _has_condition(conditions: ConditionSource, spec: LatentSpec) -> bool:
+    side = spec.latent_size
+    return bool(conditions.seen(torch.empty(1, spec.channels, side, side, device="meta")))
 
 
 def require_runtime(sampler: Sampler, section: Mapping[str, Any], device: torch.device) -> None:
@@ -278,22 +289,27 @@ class LoadedCheckpoint:
     note: str | None = None  # a remark for users who sample from these weights
 
     @classmethod
-    def load(cls, where: str, weights: str, runtime: Devices) -> "LoadedCheckpoint":
+    def load(
+        cls, where: str, weights: str, runtime: Devices, text_encoder: Mapping[str, Any] | None = None
+    ) -> "LoadedCheckpoint":
         """Load the weights of this name (see `model_at`) of a run's newest checkpoint, or of one checkpoint's folder.
 
+        ``text_encoder`` is the section of the one to use in place of the run's, which may have another path here.
         Raises ValueError for a missing or damaged checkpoint, or one that asks for foreign code.
         """
 
         def load(path: Path) -> LoadedCheckpoint:
             with pinned_sources(path, weights) as sources:
-                return cls._of(sources, weights, runtime)
+                return cls._of(sources, weights, runtime, text_encoder)
 
         found = read_checkpoint(where, load)
         runtime.require_same({"checkpoint": f"{found.path.name} {found.hash}", "its weights": repr(found.sources)})
         return found
 
     @classmethod
-    def _of(cls, sources: Sequence[Path], weights: str, runtime: Devices) -> "LoadedCheckpoint":
+    def _of(
+        cls, sources: Sequence[Path], weights: str, runtime: Devices, text_encoder: Mapping[str, Any] | None
+    ) -> "LoadedCheckpoint":
         path = sources[-1]
         state, said_by = read_state_file(path), str(path / STATE_FILE)
         config = state["config"]
@@ -305,6 +321,8 @@ class LoadedCheckpoint:
         conditions: ConditionSource = build_saved(component(config, "condition", said_by), said_by)(
             num_classes=spec.num_classes
         )
+        section = component(config, "text_encoder", said_by) if config.get("text_encoder") else None
+        conditions.prepare(runtime.place, encoder_of(text_encoder or section))
         _require_model_of(spec, conditions, component(config, "model", said_by), said_by)
         batch_size, class_dropout, seed = (setting(config, name, said_by) for name in _OF_THE_RUN)
         model = model_of_sources(sources, weights)

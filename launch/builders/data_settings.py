@@ -88,6 +88,8 @@ def settle_by_shards(config: DictConfig, words: list[str]) -> None:
         found |= _data_of(record["data"], said_by)
         if "encoding" in config:
             encoding = _encoding_of(record["encode"], said_by)
+        elif "encoder" in (config.get("condition") or ()) and "text_encoder" in record["encode"]:
+            encoding = {"text_encoder": from_file(record["encode"]["text_encoder"], "text_encoder", said_by)}
     _set(config.data, found, _chosen(words))
     given = {key_of(word).split(".")[0] for word in words}
     for key, value in encoding.items():

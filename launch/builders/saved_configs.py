@@ -12,7 +12,7 @@ from launch.command.check import check_type
 from launch.command.settings import TrainSettings
 
 # Components that a replay builds from a dump's config: all that determine the step's numbers, and the runtime.
-REPLAYED = frozenset({*components(TrainSettings), "runtime"})
+REPLAYED = frozenset({*components(TrainSettings), "runtime", "text_encoder"})
 
 # Sections that earlier versions did not write, with the values that they implied.
 EARLIER: dict[str, Any] = {
@@ -123,7 +123,7 @@ def _section(
             taken[field.name] = _section(inner, typing.cast(type, hint), f"{place}.", said_by, built)
         elif hint is not Any:
             taken[field.name] = _setting(config, field.name, hint, place, said_by)
-        elif place in built:
+        elif place in built and (config.get(field.name) is not None or field.default is not None):
             taken[field.name] = from_file(config.get(field.name), place, said_by)
     return taken
 

@@ -23,6 +23,7 @@ from launch.builders.build import (
     require_condition,
     require_outputs,
 )
+from launch.builders.captions import encoder_of, fill_condition, fill_text, sizes_in
 from launch.builders.components import build
 from launch.builders.data_settings import require_shards
 from launch.builders.facts import facts_of_process
@@ -93,7 +94,15 @@ class PreparedRun:
         factor = config.skip_grad_norm
         guard = None if factor is None else SpikeGuard(factor, state.optimizer, runtime)
         step = make_step(
-            model, state.optimizer, state.ema, self.objective, runtime, config.max_grad_norm, guard, self.alignment
+            model,
+            state.optimizer,
+            state.ema,
+            self.objective,
+            runtime,
+            config.max_grad_norm,
+            guard,
+            self.alignment,
+            self.conditions.embedded,
         )
         return BegunRun(model, runtime.step(step), guard)
 
@@ -114,11 +123,13 @@ def prepare_run(config: TrainSettings, manifest: Manifest) -> PreparedRun:
     """
     autoencoder, spec = expected_spec(config.data, manifest)
     require_shards(manifest, spec, config.data.shards)
+    config = replace(config, condition=fill_condition(config.condition, manifest, config.data))
     conditions = condition_source(config.condition, spec)
     _require_samples_to_enlarge(conditions, config)
     config = replace(
         config, model=fill_model(config.model, spec, conditions), data=with_statistics(config.data, manifest)
     )
+    config = replace(config, model=fill_text(config.model, sizes_in(config.condition)))
     autoencoder = normalized(autoencoder, config.data, "the config")
     config = replace(config, diffusion=settled(config.diffusion, latent_facts(manifest, autoencoder)))
     features = None if manifest.teacher is None else manifest.teacher.shape
@@ -128,6 +139,7 @@ def prepare_run(config: TrainSettings, manifest: Manifest) -> PreparedRun:
     runtime.require_batch(config.batch_size)
     check_readers(runtime.data_world, len(manifest.shards))
     objective: Objective = runtime.place(build(config.diffusion))
+    conditions.prepare(runtime.place, encoder_of(config.text_encoder))
     alignment: REPA | None = build(config.alignment)
     return PreparedRun(config, manifest, spec, autoencoder, conditions, objective, runtime, alignment)
 

@@ -51,6 +51,7 @@ class TrainSettings(Settings):
 
     data: DataSettings = field(default_factory=DataSettings)
     condition: Any = MUST_BE_GIVEN  # what samples are conditioned on
+    text_encoder: Any = free(None)  # that of the shards' captions, for a condition of text
     model: Any = MUST_BE_GIVEN
     diffusion: Any = MUST_BE_GIVEN
     alignment: Any = MUST_BE_GIVEN  # with features of a teacher, beside the objective
@@ -179,6 +180,9 @@ class GeneratingSettings(Settings):
     weights: str = "ema"  # model, an average, width_W of a run with power averages, or a table of a foreign file
     num_images: int = positive(80)
     low_resolution: str | None = None  # .npz of the images that an upsampler enlarges, as `sample` writes them
+    text_encoder: Any = None  # of a network for text; null: as the run's config says
+    prompts: Any = None  # a text, several, or a file of them (.txt, .jsonl, COCO's .json); null: the run's
+    negative_prompt: str | None = None  # takes the place of the empty caption in guidance
     batch_size: int = positive(64)  # images per process at once; does not change any image
     seed: int = 0
     precision: Precision = Precision.fp32
@@ -233,6 +237,9 @@ class EvaluateSettings(Settings):
     compile: bool = False  # compile the network's blocks: takes a minute at first, then is faster on a GPU
     metrics: list[str] = "${evaluation.metrics}"  # type: ignore[assignment]  # may also have nll: bits per dimension
     low_resolution: str | None = None  # .npz of the images that an upsampler enlarges, as `sample` writes them
+    text_encoder: Any = None  # of a network for text; null: as the run's config says
+    prompts: Any = None  # a text, several, or a file of them (.txt, .jsonl, COCO's .json); null: the run's
+    negative_prompt: str | None = None  # takes the place of the empty caption in guidance
 
 
 class SamplingSettings(Protocol):

@@ -38,7 +38,7 @@ def test_a_batch_is_moved_and_split_whatever_its_condition_is() -> None:
 
 def test_dropped_rows_have_the_null_condition_and_the_others_their_own() -> None:
     labels = ClassLabels(10)
-    condition = labels.of_samples(np.array([3, 4, 5]))
+    condition = labels.of_labels(np.array([3, 4, 5]))
     assert with_dropped(labels, condition, np.array([False, True, False]))["label"].tolist() == [3, 10, 5]
     assert with_dropped(Unconditional(), {}, np.array([False, True, False])) == {}
     assert rows_of(condition, np.array([2, 0, 0]))["label"].tolist() == [5, 3, 3]
@@ -91,7 +91,7 @@ def test_unconditional_training_resumes_samples_and_evaluates(
 class LabelAndParity(ClassLabels):
     """A source of conditions with two parts."""
 
-    def of_samples(self, labels: NDArray[np.int64]) -> Condition:
+    def of_labels(self, labels: NDArray[np.int64]) -> Condition:
         label = torch.from_numpy(labels)
         return {"label": label, "parity": label % 2}
 
@@ -99,7 +99,7 @@ class LabelAndParity(ClassLabels):
         return {**super().null(condition), "parity": torch.full_like(condition["parity"], 2)}
 
     def in_turn(self, num_images: int, num_groups: int | None = None) -> Condition:
-        return self.of_samples(super().in_turn(num_images, num_groups)["label"].numpy())
+        return self.of_labels(super().in_turn(num_images, num_groups)["label"].numpy())
 
 
 class ParityEmbedding(LabelEmbedding):

@@ -115,6 +115,9 @@ def test_a_plan_takes_its_latents_and_its_process(in_process: InProcess) -> None
 def test_a_run_without_captions_is_refused(in_process: InProcess, digits: Path) -> None:
     words = ["train", "model=sd_unet_digits", f"data.shards={digits}", "runtime=cpu", "run_dir=run"]
     shown = in_process(*words, "data/condition=none", "sample_every=null", "evaluate_every=null", expect=2)
+    assert "but data/condition is not text; set data/condition=text." in shown
+    sizes = ["model.context_dim=16", "model.context_length=12"]
+    shown = in_process(*words, *sizes, "data/condition=none", "sample_every=null", "evaluate_every=null", expect=2)
     assert "The network SDUNet embeds text, text_mask, but conditions of data/condition have nothing" in shown
     assert "model.num_classes is 0, but the shards have 10" in in_process(*words, expect=2)
 

@@ -55,9 +55,9 @@ def test_the_blocks_that_read_tokens_are_those_that_put_them_into_attention() ->
         tiny(num_classes=0, embedding=partial(TextEmbedding, length=LENGTH, dim=DIM))
 
 
-@pytest.mark.parametrize("pooled_dim", [POOLED, None])
+@pytest.mark.parametrize("pooled_dim", [POOLED, 0])
 @pytest.mark.parametrize("block", BLOCKS)
-def test_every_weight_gets_a_gradient_as_distributed_training_needs(block: type[Block], pooled_dim: int | None) -> None:
+def test_every_weight_gets_a_gradient_as_distributed_training_needs(block: type[Block], pooled_dim: int) -> None:
     model = trained(block, pooled_dim=pooled_dim)
     model(*inputs()).square().mean().backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
@@ -118,7 +118,7 @@ def test_the_example_has_the_shapes_that_are_embedded_and_its_cost_counts_the_te
     }
     assert model(x_t, t, condition).shape == (2, 8, 8, 8)
     assert model.has_null_class
-    without_pooled = trained(AdaLNZeroSharedCrossBlock, timestep_token=False, pooled_dim=None)
+    without_pooled = trained(AdaLNZeroSharedCrossBlock, timestep_token=False, pooled_dim=0)
     assert without_pooled.example_inputs(2)[2].keys() == {"text", "text_mask"}
 
 

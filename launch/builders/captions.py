@@ -1,0 +1,115 @@
+"""Fit a run that is conditioned on text to the captions and the text encoder of its shards."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+from data.manifest import Manifest
+from data.settings import DataSettings
+from data.shards import open_shards
+from data.text_encoders import TextEncoder
+from launch.builders.components import build
+
+_NUM_PROMPTS = 10  # of the shards' captions, where none are given
+_LONGEST_PROMPT = 200  # characters
+_WAY_OUT = "encode images with captions and a data/text_encoder, or choose another data/condition"
+
+
+class TextSizes(NamedTuple):
+    """The shape of what a text encoder gives."""
+
+    length: int  # M
+    dim: int  # D
+    pooled_dim: int  # P
+
+
+def encoder_of(section: Mapping[str, Any] | None) -> Callable[[], TextEncoder] | None:
+    """Return a function that reads the text encoder of a section, or None without one."""
+    return None if section is None else partial(build, section)
+
+
+def fill_condition(section: Mapping[str, Any], manifest: Manifest, data: DataSettings) -> dict[str, Any]:
+    """Return the condition's section with the settings of text that follow from the shards; others have none.
+
+    Raises ValueError where the shards lack what it needs, or where it gives another value.
+    """
+    if "encoder" not in section:
+        return dict(section)
+    if manifest.captions is None or manifest.captions.tokens is None:
+        lacks = "no captions" if manifest.captions is None else "captions without token ids"
+        raise ValueError(f"data/condition=text needs token ids of captions, but {data.shards} has {lacks}; {_WAY_OUT}.")
+    tokens = manifest.captions.tokens
+    spec, has_embeddings = tokens.encoder, False
+    if section["stored"] and not has_embeddings:
+        raise ValueError(
+            f"condition.stored is true, but {data.shards} has no embeddings of captions; encode with "
+            "text_embeddings=true, or set condition.stored=false."
+        )
+    facts = {"encoder": str(spec), "length": spec.length, "dim": spec.dim, "pooled_dim": spec.pooled_dim}
+    for name, found in facts.items():
+        if section[name] not in (None, found):
+            raise ValueError(
+                f"condition.{name} is {section[name]}, but the captions of {data.shards} have {found}; leave it out, "
+                "or point data.shards to other shards."
+            )
+    stored = has_embeddings if section["stored"] is None else section["stored"]
+    prompts = _some_captions(manifest, data) if section["prompts"] is None else section["prompts"]
+    return {**section, **facts, "stored": stored, "prompts": prompts}
+
+
+def _some_captions(manifest: Manifest, data: DataSettings) -> list[str]:
+    """Return the first captions of rows that are spread over the shards, without repetitions."""
+    shards = open_shards(data.shards, data.verify_checksums, data.cache, data.cache_bytes)
+    found: list[str] = []
+    try:
+        rows = range(0, manifest.num_samples, max(1, manifest.num_samples // (4 * _NUM_PROMPTS)))
+        for row in rows:
+            caption = shards.captions_of(row)[0]
+            may_be_saved = len(caption) <= _LONGEST_PROMPT and caption.isprintable() and "${" not in caption
+            if may_be_saved and caption not in found and len(found) < _NUM_PROMPTS:
+                found.append(caption)
+    finally:
+        shards.close()
+    return found
+
+
+def sizes_in(condition: Mapping[str, Any]) -> TextSizes | None:
+    """Return the sizes in a condition's section that `fill_condition` filled, or None where it is not of text."""
+    if "encoder" not in condition:
+        return None
+    return TextSizes(condition["length"], condition["dim"], condition["pooled_dim"])
+
+
+def fill_text(model: Mapping[str, Any], sizes: TextSizes | None) -> dict[str, Any]:
+    """Return the model's section with the sizes of a text encoder, where it leaves them open.
+
+    Raises ValueError where it gives others, or leaves them open and there are none.
+    """
+    embedding = model.get("embedding")
+    of_embedding = embedding if isinstance(embedding, Mapping) else {}
+    if sizes is None:
+        values = [model.get("context_dim", 0), *(of_embedding.get(name, 0) for name in TextSizes._fields)]
+        if None in values:
+            raise ValueError(
+                "The network is conditioned on text, whose sizes follow from the captions' text encoder, but "
+                "data/condition is not text; set data/condition=text."
+            )
+        return dict(model)
+    filled = _filled(model, {"context_length": sizes.length, "context_dim": sizes.dim}, "model")
+    if of_embedding:
+        filled["embedding"] = _filled(of_embedding, sizes._asdict(), "model.embedding")
+    return filled
+
+
+def _filled(section: Mapping[str, Any], sizes: Mapping[str, int], place: str) -> dict[str, Any]:
+    filled = dict(section)
+    for name, found in sizes.items():
+        if name not in filled or (name == "pooled_dim" and filled[name] == 0):  # 0: the pooled vector is not used
+            continue
+        if filled[name] not in (None, found):
+            raise ValueError(
+                f"{place}.{name} is {filled[name]}, but that of the shards' text encoder is {found}; leave it out, or "
+                "point data.shards to other shards."
+            )
+        filled[name] = found
+    return filled
