@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_text_encoders import write_small_clip, write_small_t5
 from tiny_run import Case
 from warm_python import FAST_COMPILE, TRAINING, WITH_XLA, run_warm_python
 
@@ -35,14 +36,14 @@ SKIP_OVER = [0.835] * 6 + [0.715] * 6  # gradient norm: a threshold that changes
 RECIPES: dict[str, dict[str, Any]] = {
     "adaln_zero": {},
     "adaln": {"block": "AdaLNBlock", "depth": 2, "modern": True, "aligned_steps": 8},
-    "cross_attention": {"block": "CrossAttentionBlock", "text": True},
-    "in_context": {"block": "InContextBlock", "text": True, "qk_norm": True, "depth": 2, "aligned_steps": 8},
+    "cross_attention": {"block": "CrossAttentionBlock", "text": "t5"},
+    "in_context": {"block": "InContextBlock", "text": "clip", "qk_norm": True, "depth": 2, "aligned_steps": 8},
     "warm_up": {
         "learning_rates": WARM_UP,
         "max_grad_norm": 0.35,
         "objective": "edm",
         "block": "AdaLNZeroSharedCrossBlock",
-        "text": True,
+        "text": "embedded",
         "depth": 2,
     },
     "skipping": {"skip_over": SKIP_OVER},
@@ -50,7 +51,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "deep": {"block": "Deep", "average": "power", "objective": "flow"},
     "adm": {"block": "ADM"},
     "ldm": {"block": "LDM"},
-    "sd": {"block": "SD", "text": True},
+    "sd": {"block": "SD", "text": "embedded"},
 }
 # All cases of one line run in one process, or in one pair of processes. A case costs the compilation of its step:
 # each covers several recipes, modes and settings that no other has together.
@@ -121,6 +122,8 @@ def train(cases: list[dict[str, Any]], out: Path, processes: int = 1, env: dict[
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of all runs' files."""
     folder = tmp_path_factory.mktemp("runs")
+    write_small_clip(folder / "clip")
+    write_small_t5(folder / "t5")
     train([*(case(name, name, "plain") for name in RECIPES), *ACCELERATE_1, BF16[1]], folder)
     train(ACCELERATE_2, folder, processes=2)
     for cases in (XLA_1, [*XLA_4, BF16[0]], XLA_8):

@@ -9,7 +9,7 @@ import json
 import math
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,14 @@ import torch._inductor.config
 import yaml
 from deep_network import DeepConfig, DeepNetwork
 from safetensors.torch import save_file
+from small_text_encoders import LENGTH
 from torch import Tensor
 from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from core.batch import FEATURES, WEIGHT, Batch
+from data.text_conditions import TOKEN_IDS, TextCondition
+from data.text_encoders import CLIPText, T5Text, TextEncoder
 from diffusion.edm import EDM
 from diffusion.flow import Flow
 from diffusion.objective import Objective, corrupt
@@ -39,18 +42,24 @@ from model.dit import DiT, DiTConfig
 from model.mlp import SwiGluMlp
 from model.network import Network, checkpoint_units
 from model.norms import rms_norm
-from model.text_embedding import TextEmbedding
+from model.text_embedding import MASK, POOLED, TOKENS, TextEmbedding
 from train import ema as averages_of
 from train.alignment import REPA
 from train.guards import SpikeGuard
 from train.state import optimizer_tensors
-from train.step import TOTAL, make_step
+from train.step import TOTAL, as_it_is, make_step
 
 torch._inductor.config.cpp.simdlen = 0  # code for vectors takes the C++ compiler a quarter longer
 CONF = Path(__file__).resolve().parents[2] / "conf/runtime"
 NUM_CLASSES, DECAY = 10, 0.9999
 FEATURE_DIM = 24
 TEXT_LENGTH = 6  # tokens of a caption
+TEXT_SIZES = {
+    "embedded": {"length": TEXT_LENGTH, "dim": 24, "pooled_dim": 16},
+    "clip": {"length": LENGTH, "dim": 16, "pooled_dim": 16},
+    "t5": {"length": TEXT_LENGTH, "dim": 16, "pooled_dim": 16},
+}
+CAPTIONS = ("a drawing of a three", "digit seven", "three", "the number", "", "a drawing of the number seven of three")
 REPA_OF_CASES = REPA(block=1, hidden=32, dim=FEATURE_DIM)
 NORMS = ("grad_norm", "param_norm", "update_norm")
 
@@ -65,7 +74,9 @@ class Case:
     objective: str = "gaussian"  # or flow, edm
     depth: int = 1  # of a DiT
     qk_norm: bool = False
-    text: bool = False  # the condition: captions of different lengths, not labels
+    # The condition is not labels but captions of different lengths: "embedded", or the token ids of a "clip" or "t5",
+    # which encodes them in the step; its folder lies in the working directory.
+    text: str = ""
     modern: bool = False  # RMSNorm, SwiGLU, rotary positions and a learned table
     settings: dict[str, Any] = field(default_factory=dict)  # of the runtime
     precision: str = "fp32"
@@ -97,7 +108,7 @@ class Case:
             parts = {"attention": RotaryQKRmsNormSelfAttention, "norm": rms_norm, "mlp": SwiGluMlp}
             block = functools.partial(getattr(blocks, self.block), **parts)
         shape = {"width": 64, "depth": self.depth, "num_heads": 4, "num_classes": 0 if self.text else NUM_CLASSES}
-        embedding = functools.partial(TextEmbedding, length=TEXT_LENGTH, dim=24, pooled_dim=16) if self.text else None
+        embedding = functools.partial(TextEmbedding, **TEXT_SIZES[self.text]) if self.text else None
         outputs = diffusion(self.objective).outputs_per_channel
         table = "learned" if self.modern else "fixed"
         more = {"block": block, "outputs_per_channel": outputs, "position_table": table, "embedding": embedding}
@@ -140,6 +151,10 @@ class Case:
         size = (self.batch_size,)
         if not self.text:
             return {"label": torch.randint(0, NUM_CLASSES + 1, size, generator=generator)}
+        if self.text != "embedded":
+            chosen = torch.randint(0, len(CAPTIONS), size, generator=generator)
+            found = tokenizing(self.text).tokenize([CAPTIONS[number] for number in chosen])
+            return {TOKEN_IDS: torch.from_numpy(found.ids), MASK: torch.from_numpy(found.mask)}
         lengths = torch.randint(1, TEXT_LENGTH + 1, (*size, 1), generator=generator)
         return {
             "text": torch.randn(*size, TEXT_LENGTH, 24, generator=generator).half(),
@@ -152,6 +167,33 @@ class Case:
             return {}
         features = torch.randn(self.batch_size, 16, FEATURE_DIM, generator=generator).half()
         return {FEATURES: features, WEIGHT: torch.full((self.batch_size,), float(step < self.aligned_steps))}
+
+
+def text_encoder(kind: str) -> TextEncoder:
+    """Return a small text encoder, whose network is not shared with others."""
+    folder = str(Path.cwd() / kind)
+    return CLIPText(folder) if kind == "clip" else T5Text(folder, length=TEXT_LENGTH)
+
+
+tokenizing = functools.cache(text_encoder)
+
+
+def encoded(kind: str, condition: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return the embeddings of captions by transformers itself, rounded to float16."""
+    if TOKEN_IDS not in condition:
+        return condition
+    from transformers import CLIPTextModel, T5EncoderModel
+
+    ids, mask = condition[TOKEN_IDS].long(), condition[MASK]
+    with torch.no_grad():
+        if kind == "clip":
+            found = CLIPTextModel.from_pretrained(kind)(input_ids=ids)
+            tokens, pooled = found.last_hidden_state, found.pooler_output
+        else:
+            encoder = T5EncoderModel.from_pretrained(kind)
+            tokens = encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+            pooled = torch.stack([row[kept].mean(dim=0) for row, kept in zip(tokens, mask, strict=True)])
+    return {TOKENS: tokens.half(), MASK: mask, POOLED: pooled.half()}
 
 
 def perturbed(model: Network) -> Network:
@@ -208,7 +250,7 @@ def plain(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for group in optimizer.param_groups:
             group["lr"] = case.learning_rates[number] if case.learning_rates else group["lr"]
         x_t = corrupt(process, batch)
-        output = model(*process.inputs(x_t, batch.t), batch.condition)
+        output = model(*process.inputs(x_t, batch.t), encoded(case.text, batch.condition))
         output, projected = (output, None) if case.aligned_steps is None else output
         loss = process.losses(output, batch, x_t)["loss"].mean()
         if projected is not None:
@@ -265,7 +307,13 @@ def under_runtime(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if case.skip_over is not None:
         guard = SpikeGuard(2.0, optimizer, runtime)
     repa = None if case.aligned_steps is None else REPA_OF_CASES
-    step = runtime.step(make_step(stepping, optimizer, ema, process, runtime, case.max_grad_norm, guard, repa))
+    embedded = as_it_is
+    if case.text in ("clip", "t5"):
+        conditions = TextCondition()
+        conditions.prepare(runtime.place, functools.partial(text_encoder, case.text))
+        embedded = conditions.embedded
+    of_step = (stepping, optimizer, ema, process, runtime, case.max_grad_norm, guard, repa, embedded)
+    step = runtime.step(make_step(*of_step))
     history, guard_at = [], None
     for number, micro_batches in enumerate(runtime.feed(case.batches(runtime.data_rank, runtime.data_world))):
         for group in optimizer.param_groups:

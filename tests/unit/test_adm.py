@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from core.reading import sha256_of
 from data.low_resolution import LowResolution
+from data.shards import MappedShards
 from launch.builders.components import build
 from launch.builders.foreign import read_foreign
 from launch.command.app import CONF
@@ -343,8 +344,11 @@ def test_an_upsampler_trains_on_means_of_the_images_and_enlarges_those_of_anothe
 ) -> None:
     source = LowResolution(10, 4)
     pixels = torch.arange(64.0).view(1, 1, 8, 8)
-    assert source.of_latents(pixels)["low_resolution"].tolist() == [[[[13.5, 17.5], [45.5, 49.5]]]]
-    condition = {"label": torch.tensor([3]), **source.of_latents(pixels)}
+    opened = MappedShards(digits)
+    condition = source.whole({"label": torch.tensor([3])}, opened, pixels)
+    opened.close()
+    assert condition["low_resolution"].tolist() == [[[[13.5, 17.5], [45.5, 49.5]]]]
+    assert condition["low_resolution"].shape[1:] == source.seen(pixels)["low_resolution"]
     assert source.null(condition)["label"].tolist() == [10]
     assert source.null(condition)["low_resolution"] is condition["low_resolution"]
 

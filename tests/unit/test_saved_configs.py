@@ -149,7 +149,7 @@ def test_a_command_lines_betas_are_two(in_process: InProcess, digits: Path) -> N
 
 
 def test_every_place_of_a_composed_config_is_a_place_of_the_table() -> None:
-    config = composed("train", "model/block=in_context", "model/attention=qk_norm")
+    config = composed("train", "model/block=in_context", "model/attention=qk_norm", "data/text_encoder=clip")
     for place in REPLAYED:
         assert component(config, place, "x")["_target_"] in components()[place]
     assert whole_config(config, "x")["model"] == config["model"]
