@@ -24,7 +24,7 @@ from core.progress import Progress, ProgressBar
 from core.reading import sha256_of
 from data.caption_file import captions_to_store
 from data.channel_sums import channel_statistics, channel_sums
-from data.encode_text import remove_file, store_embeddings, write_texts
+from data.encode_text import any_to_embed, remove_file, store_embeddings, write_texts
 from data.encodings import Encoding
 from data.manifest import (
     CAPTIONS_NAME,
@@ -92,7 +92,10 @@ def encode(
         owned = range(workers.rank, plan.num_shards, workers.world)
         _require_no_folders(folder, owned, plan)
         _remove_leftovers(folder, owned, workers.rank == 0)
-        missing = [shard for shard in owned if sound(folder, shard, plan) is None]
+        kept = {shard: sound(folder, shard, plan) for shard in owned}
+        missing = [shard for shard, sidecar in kept.items() if sidecar is None]
+        if text is not None and (workers.rank == 0 or (plan.embeddings and any_to_embed(kept.values()))):
+            text.to(torch.device("cpu"))  # damaged weights are found before the images are encoded
         for shard in missing:
             sidecar_path(folder / shard_name(shard)).unlink(missing_ok=True)
         tally = _Tally(folder, plan, set(owned))

@@ -193,6 +193,16 @@ def test_a_shard_may_have_no_captions(tmp_path: Path, sound: Path, clip: CLIPTex
     assert verify(tmp_path, silent_progress)[1] == []
 
 
+def test_a_process_that_embeds_nothing_reads_no_weights_and_others_read_them_first(tmp_path: Path) -> None:
+    encoder = CLIPText(str(write_small_clip(tmp_path / "clip")))
+    (tmp_path / "clip/model.safetensors").write_bytes(b"damaged")
+    encode_pattern(tmp_path / "shards", Worded(), text=encoder, workers=Workers(1, 2))
+    for rank, embed_on in ((0, None), (1, CPU)):
+        with pytest.raises(ValueError, match=r"model.safetensors does not hold a readable CLIP"):
+            encode_pattern(tmp_path / f"{rank}", Worded(), text=encoder, workers=Workers(rank, 2), embed_on=embed_on)
+        assert not list((tmp_path / f"{rank}").glob("shard-*"))
+
+
 class _Large(_Counted):
     """An encoder whose pooled vector of one caption does not fit float16."""
 
