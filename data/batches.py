@@ -55,6 +55,7 @@ class TrainingBatches:
     ) -> None:
         positions_of_step(0, batch_size, rank, world)  # raises where the batch size does not divide
         num_shards = _windows_at_hand(order, batch_size, world) * order.shards_per_window
+        conditions.announce(shards)
         shards.require_room(num_shards, can_be_fewer=order.shards_per_window > 1)
         self.shards = shards
         self.order = order

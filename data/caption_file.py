@@ -17,7 +17,7 @@ from core.npz import Blocks, Place, places_in, write_npz
 from core.reading import DamagedFileError, open_regular, sha256_of
 from data.caption_tokens import CaptionTokens, TokenIds, write_empty_caption
 from data.manifest import CAPTIONS_NAME, CaptionsSpec, Manifest, TextSpec, TokensSpec
-from data.mapped_file import MappedFile
+from data.mapped_file import MappedFile, fill_by_descriptor, fill_rows
 from data.sources import MAX_CAPTION, Prepared
 from data.text_encoders import TextEncoder
 
@@ -154,6 +154,48 @@ class CaptionFile:
         mask = np.arange(ids.shape[1]) < lengths[:, np.newaxis]
         parts = [slice(begin - firsts[0], end - firsts[0]) for begin, end in pairwise(firsts)]
         return [CaptionTokens(ids[part], mask[part]) for part in parts]
+
+    def numbers_of(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the number of each row's first caption [B], and that behind its last [B]."""
+        last = self._num_rows - 1
+        if last == 0:
+            return np.zeros(len(rows), np.int64), np.full(len(rows), self._count, np.int64)
+        pairs = self._gathered(self._firsts, np.minimum(rows, last - 1), width=2)  # of a row and the next
+        is_last = rows == last
+        begin, end = np.where(is_last, pairs[:, 1], pairs[:, 0]), np.where(is_last, self._count, pairs[:, 1])
+        if (begin < 0).any() or (begin >= end).any() or (end > self._count).any():
+            raise DamagedFileError(f"{self._name} was changed while this job ran.")
+        return begin, end
+
+    def tokens_at(self, numbers: NDArray[np.int64]) -> CaptionTokens:
+        """Return token ids and mask [B, M] of the captions with these numbers. Raises as `tokens_of_rows` does."""
+        assert self._ids is not None, "these shards have no token ids"
+        ids = self._gathered(self._ids, numbers)
+        if ids.min(initial=0) < 0:
+            raise DamagedFileError(f"{self._name} is damaged: it has token ids from {ids.min()} on.")
+        return CaptionTokens(ids, self.mask_at(numbers))
+
+    def mask_at(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return the mask [B, M] of the captions with these numbers. Raises as `tokens_of_rows` does."""
+        assert self._ids is not None, "these shards have no token ids"
+        assert self._lengths is not None
+        lengths, length = self._gathered(self._lengths, numbers), self._ids.header.shape[1]  # [B, 1]
+        if lengths.min(initial=1) < 1 or lengths.max(initial=1) > length:
+            raise DamagedFileError(
+                f"{self._name} is damaged: captions have {lengths.min()} to {lengths.max()} tokens, of {length}."
+            )
+        return np.arange(length) < lengths
+
+    def _gathered(self, place: Place, numbers: NDArray[np.int64], width: int = 1) -> NDArray[Any]:
+        """Return the rows ``numbers`` [B] of a matrix, [B, M], or ``width`` values of a vector from each on."""
+        of_one, dtype = place.header.shape[1:], place.header.dtype
+        values = np.empty((len(numbers), *(of_one or (width,))), dtype)
+        offsets = place.offset + dtype.itemsize * math.prod(of_one) * numbers
+        descriptors = np.full(len(numbers), self._mapped.descriptor, np.int32)
+        filled = fill_by_descriptor(descriptors, offsets, values)
+        if fill_rows([self._mapped] * len(numbers), offsets, values, filled) < len(numbers):
+            raise DamagedFileError(f"{self._name} was cut while this job ran.")
+        return values
 
     def _first_captions(self, start: int, stop: int) -> list[int]:
         """Return the number of the first caption of each of the rows start .. stop; that of no row is the count."""

@@ -70,7 +70,8 @@ def write_empty_caption(folder: Path, encoder: TextEncoder) -> str:
     the device that the images are encoded on.
     """
     ids, mask, _ = encoder.tokenize([""])
-    with _one_thread():
+    encoder.to(torch.device("cpu"))
+    with one_thread():
         found = encoder.encode(torch.from_numpy(ids), torch.from_numpy(mask))
     arrays = {
         "tokens": found.tokens[0].half().numpy(),
@@ -110,7 +111,8 @@ def read_empty_caption(content: bytes, spec: TextSpec, name: str) -> EmptyCaptio
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Let PyTorch compute with one thread on the CPU, so that sums are always added in the same order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -64,6 +64,10 @@ class ConditionSource(Protocol):
         """Give the source what it needs on devices: how to place frozen networks, and how to read a text encoder."""
         ...
 
+    def announce(self, shards: MappedShards) -> None:
+        """Tell the shards what training reads of them beside latents. Raises ValueError where they do not have it."""
+        ...
+
     def of_samples(self, samples: Samples) -> Condition:
         """Return the condition of samples, without the parts that `whole` adds."""
         ...
@@ -135,6 +139,9 @@ class HostSource:
 
     def prepare(self, place: Place, text_encoder: Callable[[], TextEncoder] | None) -> None:
         """Do nothing: the source has no network."""
+
+    def announce(self, shards: MappedShards) -> None:
+        """Do nothing: labels are read with the index."""
 
     def whole(self, condition: Condition, shards: MappedShards, x_0: Tensor) -> Condition:
         """Return the condition."""

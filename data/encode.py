@@ -15,14 +15,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from core.atomic import require_no_folder, write_bytes
 from core.locks import HeldError, acquired
 from core.progress import Progress, ProgressBar
 from core.reading import sha256_of
-from data.caption_file import captions_to_store, require_all_or_none, write_captions
+from data.caption_file import captions_to_store
 from data.channel_sums import channel_statistics, channel_sums
+from data.encode_text import any_to_embed, remove_file, store_embeddings, write_texts
 from data.encodings import Encoding
 from data.manifest import (
     CAPTIONS_NAME,
@@ -30,14 +32,14 @@ from data.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     MAX_SOURCE_ID,
-    CaptionsSpec,
     Manifest,
+    embeddings_name,
 )
 from data.pipeline import Encoded, encoded_batches
 from data.plan import Plan, shard_name
 from data.shard_index import INDEX_NAME, LABELS_NAME, write_index
 from data.shard_tars import write_shard
-from data.sidecars import Sidecar, SkippedImage, finished, sidecar_path, sound
+from data.sidecars import Sidecar, SkippedImage, finished, sidecar_path, sound, still_finished
 from data.sources import Prepared, Source
 from data.text_encoders import TextEncoder
 
@@ -45,7 +47,7 @@ SKIPPED_NAME = "skipped.jsonl"
 CLASSES_NAME = "classes.json"
 _POLL_SEC = 1.0
 _FLOAT16_OVERFLOW = 65520.0  # the smallest number that rounds to infinity
-_OUR_SHARD = re.compile(r"shard-\d{6,}\.tar")
+_OURS = re.compile(r"shard-\d{6,}(\.tar|-text\.npz)")
 _ASIDE = re.compile(r"\.([^.]+)\..*\d+\.tmp")  # as `core.atomic` names a file while it is written
 
 
@@ -71,32 +73,40 @@ def encode(
     max_skipped_fraction: float = 0.01,
     workers: Workers = Workers(),
     text: TextEncoder | None = None,
+    embed_on: torch.device | None = None,
 ) -> Manifest | None:
-    """Encode a source into ``folder``, keeping undamaged shards of an earlier run; ``text`` tokenizes its captions.
+    """Encode a source into ``folder``, keeping undamaged shards of an earlier run.
+
+    ``text`` tokenizes its captions and, where a device is given by ``embed_on``, embeds them there to be stored.
 
     Returns the manifest on the first process and None on the others. Raises ValueError where the folder holds shards of
     another plan, another job is writing to it, an image does not fit, or more than ``max_skipped_fraction`` of the
     images cannot be read.
     """
-    spec = encoding.spec(name, len(source.class_names))
-    plan = Plan.of(source, spec, samples_per_shard, seed, encoding.teacher, None if text is None else text.spec())
+    assert embed_on is None or text is not None, "embeddings are those of a text encoder"
+    spec, text_spec = encoding.spec(name, len(source.class_names)), None if text is None else text.spec()
+    plan = Plan.of(source, spec, samples_per_shard, seed, encoding.teacher, text_spec, embed_on is not None)
     with _claimed(folder, workers):
         require_same_plan(folder, plan)
         _require_few_skipped(folder, [], plan, max_skipped_fraction)
         owned = range(workers.rank, plan.num_shards, workers.world)
-        _require_no_folders(folder, owned)
+        _require_no_folders(folder, owned, plan)
         _remove_leftovers(folder, owned, workers.rank == 0)
-        missing = [shard for shard in owned if sound(folder, shard, plan) is None]
+        kept = {shard: sound(folder, shard, plan) for shard in owned}
+        missing = [shard for shard, sidecar in kept.items() if sidecar is None]
+        if text is not None and (workers.rank == 0 or (plan.embeddings and any_to_embed(kept.values()))):
+            text.to(torch.device("cpu"))  # damaged weights are found before the images are encoded
         for shard in missing:
             sidecar_path(folder / shard_name(shard)).unlink(missing_ok=True)
         tally = _Tally(folder, plan, set(owned))
         with progress("encode", tally.done_before(missing), len(plan.order), "img") as bar:
             batches = encoded_batches(source, encoding, plan, missing, batch_size, workers.threads)
             _write_shards(folder, plan, batches, tally, bar, max_skipped_fraction)
-            if workers.rank != 0:
-                return None
-            sidecars = _wait_for_all(folder, plan, owned, tally, bar)
-        return finish(folder, plan, sidecars, max_skipped_fraction, text)
+            sidecars = _wait_for_all(folder, plan, owned, tally, bar) if workers.rank == 0 else []
+        if text is not None and embed_on is not None:
+            others = [shard for shard in range(len(sidecars)) if shard not in owned]
+            sidecars = store_embeddings(folder, plan, owned, others, text, embed_on, progress)
+        return None if workers.rank != 0 else finish(folder, plan, sidecars, max_skipped_fraction, text)
 
 
 @contextmanager
@@ -132,17 +142,21 @@ def require_same_plan(folder: Path, plan: Plan) -> None:
         text = present.captions and present.captions.tokens and present.captions.tokens.encoder
         if text != plan.text:
             differences.append(f"the text encoder is {text or 'none'} and not {plan.text or 'none'}")
+        if (stored := bool(present.embeddings)) != plan.embeddings:
+            differences.append(f"text_embeddings is {stored} and not {plan.embeddings}".lower())
         differences = differences or ["the images, the seed or the shard size differ, or captions do"]
         raise ValueError(
             f"{folder} already holds other shards: {'; '.join(differences)}; encode into another data.shards."
         )
 
 
-def _require_no_folders(folder: Path, shards: Iterable[int]) -> None:
+def _require_no_folders(folder: Path, shards: Iterable[int], plan: Plan) -> None:
     """Raise ValueError, before anything is encoded, where a folder has the name of a file that will be written."""
     for shard in shards:
         require_no_folder(folder / shard_name(shard))
         require_no_folder(sidecar_path(folder / shard_name(shard)))
+        if plan.embeddings:
+            require_no_folder(folder / embeddings_name(shard_name(shard)))
     of_captions = (CAPTIONS_NAME, EMPTY_CAPTION_NAME)
     for name in (SKIPPED_NAME, CLASSES_NAME, INDEX_NAME, LABELS_NAME, *of_captions, MANIFEST_NAME):
         require_no_folder(folder / name)
@@ -153,17 +167,12 @@ def _remove_leftovers(folder: Path, owned: Iterable[int], is_main: bool) -> None
 
     These are the shards that it owns and, on the main process, all other files, such as index and manifest.
     """
-    stems = {Path(shard_name(shard)).stem for shard in owned}
+    names = [shard_name(shard) for shard in owned]
+    stems = {Path(name).stem for shard in names for name in (shard, embeddings_name(shard))}
     for aside in folder.glob(".*.tmp"):
         written = _ASIDE.fullmatch(aside.name)
         if written and (written[1] in stems or (is_main and not written[1].startswith("shard-"))):
-            _remove_file(aside)
-
-
-def _remove_file(path: Path) -> None:
-    """Delete a file, pipe or link; keep a folder, which this program did not make."""
-    if path.is_symlink() or not path.is_dir():
-        path.unlink(missing_ok=True)
+            remove_file(aside)
 
 
 class _Tally:
@@ -274,14 +283,9 @@ def _wait_for_all(folder: Path, plan: Plan, owned: range, tally: _Tally, bar: Pr
     while len(found) < plan.num_shards:
         for shard in range(plan.num_shards):
             if shard not in found:
-                sidecar = (finished if shard in owned else sound)(folder, shard, plan)
+                sidecar = (still_finished if shard in owned else sound)(folder, shard, plan)
                 if sidecar is not None:
                     found[shard] = sidecar
-                elif shard in owned:  # this process has just found or written it
-                    raise ValueError(
-                        f"{sidecar_path(folder / shard_name(shard))} was changed while this job ran; give the same "
-                        "command again."
-                    )
         tally.look(bar)
         if len(found) < plan.num_shards:
             time.sleep(_POLL_SEC)
@@ -303,15 +307,17 @@ def finish(
     skipped = [skip for sidecar in sidecars for skip in sidecar.skipped]
     _require_few_skipped(folder, skipped, plan, max_skipped_fraction)
     _write_skipped(folder, plan, skipped)
-    for path in folder.glob("shard-*.tar"):
-        if _OUR_SHARD.fullmatch(path.name) and path.name not in {shard_name(i) for i in range(plan.num_shards)}:
-            _remove_file(path)
-            _remove_file(sidecar_path(path))
+    shards = [shard_name(shard) for shard in range(plan.num_shards)]
+    written = {*shards, *(map(embeddings_name, shards) if plan.embeddings else ())}
+    for path in folder.glob("shard-*"):
+        if _OURS.fullmatch(path.name) and path.name not in written:
+            remove_file(path)
+            remove_file(sidecar_path(path))
     write_bytes(folder / CLASSES_NAME, classes_text(plan.class_names))
     labels = [label for sidecar in sidecars for label in sidecar.labels]
     source_ids = [name for sidecar in sidecars for name in sidecar.source_ids]
     write_index(folder, labels, source_ids, [sidecar.layout for sidecar in sidecars])
-    captions = _write_captions(folder, sidecars, text)
+    captions = write_texts(folder, sidecars, plan, text)
     mean, std = channel_statistics([sidecar.sums for sidecar in sidecars])
     manifest = Manifest(
         format_version=FORMAT_VERSION,
@@ -329,19 +335,6 @@ def finish(
     )
     manifest.save(folder)
     return manifest
-
-
-def _write_captions(folder: Path, sidecars: Sequence[Sidecar], text: TextEncoder | None) -> CaptionsSpec | None:
-    """Write the captions of all rows; delete the files of an earlier, unfinished plan that this one does not have."""
-    filled = [sidecar for sidecar in sidecars if sidecar.labels]  # others have no rows
-    require_all_or_none([(sidecar.source_ids[0], sidecar.captions is not None) for sidecar in filled])
-    captions = [sidecar.captions for sidecar in filled if sidecar.captions is not None]
-    if not captions or text is None:
-        _remove_file(folder / EMPTY_CAPTION_NAME)
-    if captions:
-        return write_captions(folder, captions, text)
-    _remove_file(folder / CAPTIONS_NAME)
-    return None
 
 
 def classes_text(class_names: Sequence[str]) -> bytes:

@@ -17,6 +17,7 @@ from core.names import inside, plain_name
 from core.reading import DamagedFileError, read_regular, remedied
 from core.records import check, parse_object, seal, unseal
 from core.remote import DEFAULT_RETRY, DamagedError, Retry, is_remote, join, read_bytes
+from data.autoencoder_identity import AutoencoderIdentity
 
 FORMAT_VERSION: Final = 2
 MANIFEST_NAME = "manifest.json"
@@ -33,25 +34,6 @@ Count = Annotated[int, Field(ge=0, le=2**30)]
 _REMEDY = "delete it and run `ditscale encode` again"
 _REMOTE_REMEDY = "copy it there again from the folder of `ditscale encode`"
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-]+\.tar")
-
-
-class AutoencoderIdentity(NamedTuple):
-    """The autoencoder that made latents, and how it scales them."""
-
-    name: str
-    revision: str
-    downscale: int
-    channels: int
-    scale: float | list[float]
-    shift: float | list[float]
-
-    @property
-    def weights(self) -> str:
-        """Return name and revision."""
-        return f"{self.name} {self.revision}"
-
-    def __str__(self) -> str:
-        return f"{self.weights} ({', '.join(map(str, self[2:]))})"
 
 
 @dataclass(frozen=True)
@@ -149,12 +131,12 @@ class TeacherSpec:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One tar file of a folder of shards."""
+    """One file of a folder of shards: a tar, or the embeddings of its captions."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     name: Annotated[str, Field(max_length=255)]
-    count: Count  # samples
+    count: Count  # samples, or captions
     bytes: Annotated[int, Field(ge=1, le=2**50)]
     sha256: Sha256
 
@@ -178,6 +160,11 @@ class TextSpec:
         """Return the bytes of the largest ``empty_caption.npz`` of this encoder."""
         return 2**14 + self.length * (2 * self.dim + 1) + 2 * self.pooled_dim
 
+    @property
+    def caption_bytes(self) -> int:
+        """Return the bytes of the stored embedding of one caption, float16 tokens [M, D] and pooled [P]."""
+        return 2 * (self.length * self.dim + self.pooled_dim)
+
     def __str__(self) -> str:
         tokens = f"{self.length} tokens of {self.dim}"
         return f"{self.name} {self.revision} ({tokens}, layer {self.layer}, {self.precision})"
@@ -185,13 +172,14 @@ class TextSpec:
 
 @dataclass(frozen=True)
 class TokensSpec:
-    """The token ids beside the captions, and the embedding of the empty caption, by one text encoder."""
+    """The token ids beside the captions, and the embeddings of the empty caption and of others, by one text encoder."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     encoder: TextSpec
     num_truncated: Annotated[int, Field(ge=0, le=2**40)]  # captions longer than the encoder's length
     empty_sha256: Sha256  # of empty_caption.npz
+    embeddings: list[ShardEntry] | None = None  # the file of each shard; None where they are not stored
 
 
 @dataclass(frozen=True)
@@ -209,8 +197,11 @@ class CaptionsSpec:
     def of(cls, content: dict[str, Any]) -> "CaptionsSpec":
         """Return the part of a manifest, after its fields were checked."""
         tokens = content.pop("tokens", None)
-        encoder = tokens and TextSpec(**tokens.pop("encoder"))
-        return cls(**content, tokens=tokens and TokensSpec(encoder=encoder, **tokens))
+        if tokens is None:
+            return cls(**content)
+        encoder, stored = TextSpec(**tokens.pop("encoder")), tokens.pop("embeddings", None)
+        embeddings = None if stored is None else [ShardEntry(**entry) for entry in stored]
+        return cls(**content, tokens=TokensSpec(encoder=encoder, **tokens, embeddings=embeddings))
 
     @property
     def entry(self) -> ShardEntry:
@@ -241,6 +232,12 @@ class Manifest:
     def num_samples(self) -> int:
         """Return the number of samples in all shards."""
         return sum(shard.count for shard in self.shards)
+
+    @property
+    def embeddings(self) -> list[ShardEntry]:
+        """Return the file with the embeddings of each shard's captions; none where they are not stored."""
+        tokens = self.captions and self.captions.tokens
+        return tokens.embeddings or [] if tokens else []
 
     @property
     def max_index_bytes(self) -> int:
@@ -317,6 +314,11 @@ class Manifest:
             )
 
 
+def embeddings_name(shard: str) -> str:
+    """Return the name of the file beside a shard with the embeddings of its captions."""
+    return f"{shard.removesuffix('.tar')}-text.npz"
+
+
 def _without_none(fields: dict[str, Any]) -> dict[str, Any]:
     """Return fields without those that are None, as earlier versions, which did not have them, wrote records."""
     return {
@@ -365,7 +367,21 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
     tokens = manifest.captions and manifest.captions.tokens
     if manifest.captions and tokens and tokens.num_truncated > manifest.captions.count:
         yield f"{tokens.num_truncated} captions are truncated, but there are {manifest.captions.count}"
+    if tokens and tokens.embeddings is not None:
+        yield from _contradictions_of_embeddings(manifest, tokens.encoder)
     sample_bytes = spec.sample_bytes + (manifest.teacher.sample_bytes(spec) if manifest.teacher else 0)
     for shard in manifest.shards:
         if shard.count * sample_bytes > shard.bytes:
             yield f"{shard.name!r} has {shard.count} samples of {sample_bytes} bytes, but {shard.bytes} bytes"
+
+
+def _contradictions_of_embeddings(manifest: Manifest, encoder: TextSpec) -> Iterator[str]:
+    files, wanted = manifest.embeddings, [embeddings_name(shard.name) for shard in manifest.shards]
+    if [file.name for file in files] != wanted:
+        yield f"its {len(files)} files of embeddings are not {wanted[0]!r} and so on, one for each shard"
+    assert manifest.captions is not None
+    if (count := sum(file.count for file in files)) != manifest.captions.count:
+        yield f"it has embeddings of {count} captions, but there are {manifest.captions.count}"
+    for file in files:
+        if file.count * encoder.caption_bytes > file.bytes:
+            yield f"{file.name!r} has {file.count} captions of {encoder.caption_bytes} bytes, but {file.bytes} bytes"

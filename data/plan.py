@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from core.draws import Philox, Purpose, permutation
 from core.records import canonical_hash
+from data.autoencoder_identity import AutoencoderIdentity
 from data.images import Preparation
-from data.manifest import FORMAT_VERSION, AutoencoderIdentity, LatentSpec, TeacherSpec, TextSpec
+from data.manifest import FORMAT_VERSION, LatentSpec, TeacherSpec, TextSpec
 from data.sources import Source
 from data.unread import LeftOut
 from model.autoencoder import Autoencoder
@@ -65,6 +66,7 @@ class Plan:
     left_out: tuple[LeftOut, ...] = ()  # files of the source without a row; not part of the plan's identity
     teacher: TeacherSpec | None = None  # whose features are stored
     text: TextSpec | None = None  # whose token ids of captions are stored
+    embeddings: bool = False  # whether its embeddings of captions are stored too
 
     @classmethod
     def of(
@@ -75,12 +77,13 @@ class Plan:
         seed: int,
         teacher: TeacherSpec | None = None,
         text: TextSpec | None = None,
+        embeddings: bool = False,
     ) -> "Plan":
-        """Return the plan of a source: a function of its listing, the spec, shard size, seed, teacher, text encoder."""
+        """Return the plan of a source: a function of its listing and of what is stored."""
         order = encoding_order(Philox(seed), len(source), source.block_sizes, samples_per_shard)
         left_out = tuple(source.left_out)
         names, fingerprint = source.class_names, source.fingerprint
-        return cls(spec, names, order, samples_per_shard, seed, fingerprint, left_out, teacher, text)
+        return cls(spec, names, order, samples_per_shard, seed, fingerprint, left_out, teacher, text, embeddings)
 
     @property
     def hash(self) -> str:
@@ -91,6 +94,8 @@ class Plan:
             content["teacher"] = asdict(self.teacher)
         if self.text is not None:
             content["text"] = asdict(self.text)
+        if self.embeddings:
+            content["embeddings"] = True
         return canonical_hash(content, spaced=True)
 
     @cached_property

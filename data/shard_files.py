@@ -30,6 +30,7 @@ class ShardFiles(Protocol):
     """A reader of the files of a manifest. Its methods raise ValueError that names a missing or damaged file."""
 
     manifest: Manifest
+    files: list[ShardEntry]  # the shards and, behind them, the file of each shard's embeddings, if there are any
     repair: str  # what to do about a damaged file
     keeps_all: bool  # whether all shards are always local, so that `expect` is unnecessary
 
@@ -37,8 +38,12 @@ class ShardFiles(Protocol):
         """Return the content of an index of the shards, which has the hash that the manifest states."""
         ...
 
-    def map(self, shard: int) -> MappedFile:
-        """Return the bytes of an expected shard, mapped read-only; wait until they are local."""
+    def map(self, file: int) -> MappedFile:
+        """Return the bytes of one of ``files``, of an expected shard, mapped read-only; wait until they are local."""
+        ...
+
+    def use_embeddings(self) -> None:
+        """Treat the file of a shard's embeddings as a part of the shard from now on, and check it as the shard is."""
         ...
 
     def map_captions(self) -> MappedFile:
@@ -66,12 +71,10 @@ class LocalShardFiles:
 
     def __init__(self, folder: Path, verify_checksums: bool) -> None:
         self.manifest = Manifest.load(folder)
-        self._folder = folder
-        self._by_position = _allow_open_files(len(self.manifest.shards))
-        sizes = {} if verify_checksums else _sizes_of_files(folder)
-        for shard in self.manifest.shards:
-            if sizes.get(shard.name) != shard.bytes:  # or else it is a file of the folder itself, of the right size
-                self._open(shard, verify_checksums).close()
+        self.files = [*self.manifest.shards, *self.manifest.embeddings]
+        self._folder, self._verify, self._uses_embeddings = folder, verify_checksums, False
+        self._by_position = _allow_open_files(len(self.files))
+        self._check(self.manifest.shards)
 
     def read(self, file: IndexFile) -> bytes:
         """Return the content of an index of the shards."""
@@ -83,10 +86,16 @@ class LocalShardFiles:
         self._require_hash(file.name, file.sha256, hashlib.sha256(content).hexdigest())
         return content
 
-    def map(self, shard: int) -> MappedFile:
-        """Return the bytes of a shard, mapped read-only."""
-        with self._open(self.manifest.shards[shard], verify=False) as file:
-            return MappedFile.of(file.fileno(), self._by_position)
+    def map(self, file: int) -> MappedFile:
+        """Return the bytes of one of ``files``, mapped read-only."""
+        with self._open(self.files[file], verify=False) as opened:
+            return MappedFile.of(opened.fileno(), self._by_position)
+
+    def use_embeddings(self) -> None:
+        """Check the file of each shard's embeddings as the shards are checked at the start."""
+        if not self._uses_embeddings:
+            self._check(self.manifest.embeddings)
+            self._uses_embeddings = True
 
     def map_captions(self) -> MappedFile:
         """Return the bytes of the captions, mapped read-only; their hash is always checked."""
@@ -102,6 +111,12 @@ class LocalShardFiles:
 
     def close(self) -> None:
         """Do nothing: there are no background threads."""
+
+    def _check(self, files: Sequence[ShardEntry]) -> None:
+        sizes = {} if self._verify else _sizes_of_files(self._folder)
+        for file in files:
+            if sizes.get(file.name) != file.bytes:  # or else it is a file of the folder itself, of the right size
+                self._open(file, self._verify).close()
 
     def _path(self, name: str) -> Path:
         return inside(self._folder, name, str(self._folder / MANIFEST_NAME))
@@ -163,9 +178,11 @@ class RemoteShardFiles:
         self._verify = verify_checksums
         self._retry = retry
         self.manifest = Manifest.load(url, retry)
-        cache.by_position = _allow_open_files(len(self.manifest.shards))
+        self.files = [*self.manifest.shards, *self.manifest.embeddings]
+        cache.by_position = _allow_open_files(len(self.files))
         self._ahead = FetchedAhead(self._mapped, num_threads)
         self._captions_bytes = 0  # of the cache, once they are mapped
+        self._uses_embeddings, self._expected = False, list[int]()
 
     def read(self, file: IndexFile) -> bytes:
         """Return the content of an index of the shards."""
@@ -180,7 +197,8 @@ class RemoteShardFiles:
 
     def require_room(self, num_shards: int, can_be_fewer: bool) -> None:
         """Raise ValueError where the cache cannot hold that many shards."""
-        largest = sorted((shard.bytes for shard in self.manifest.shards), reverse=True)[:num_shards]
+        sizes = [sum(self.files[file].bytes for file in self._of_shard(shard)) for shard in range(self._num_shards)]
+        largest = sorted(sizes, reverse=True)[:num_shards]
         if (needed := sum(largest)) > self._cache.limit_bytes - self._captions_bytes:
             fewer = "choose data/order=windowed with fewer data.order.shards_per_window"
             raise ValueError(
@@ -189,9 +207,15 @@ class RemoteShardFiles:
                 f"{fewer if can_be_fewer else 'encode with a smaller data.samples_per_shard'}."
             )
 
-    def map(self, shard: int) -> MappedFile:
-        """Return the bytes of a shard, mapped read-only; wait until they are local."""
-        return self._ahead.get(shard)
+    def map(self, file: int) -> MappedFile:
+        """Return the bytes of one of ``files``, mapped read-only; wait until they are local."""
+        return self._ahead.get(file)
+
+    def use_embeddings(self) -> None:
+        """Fetch the file of a shard's embeddings with the shard from now on."""
+        if not self._uses_embeddings:
+            self._uses_embeddings = True
+            self.expect(self._expected)
 
     def map_captions(self) -> MappedFile:
         """Return the bytes of the captions, mapped read-only; they stay in the cache. Raises ValueError for no room."""
@@ -209,19 +233,29 @@ class RemoteShardFiles:
 
     def expect(self, shards: Sequence[int]) -> None:
         """Announce the shards that are needed now and next, and start to fetch the missing ones."""
-        self._cache.needed = frozenset(self.manifest.shards[shard].sha256 for shard in shards)
-        self._ahead.want(shards)
+        self._expected = list(shards)
+        files = [file for shard in shards for file in self._of_shard(shard)]
+        self._cache.needed = frozenset(self.files[file].sha256 for file in files)
+        self._ahead.want(files)
 
     def close(self) -> None:
         """Stop the background threads."""
         self._cache.stopped.set()
         self._ahead.close()
 
+    @property
+    def _num_shards(self) -> int:
+        return len(self.manifest.shards)
+
+    def _of_shard(self, shard: int) -> list[int]:
+        """Return the files that belong to a shard."""
+        return [shard, self._num_shards + shard] if self._uses_embeddings else [shard]
+
     def _beside(self) -> str:
         return f" beside {self._captions_bytes} of captions" if self._captions_bytes else ""
 
-    def _mapped(self, shard: int) -> MappedFile:
-        entry = self.manifest.shards[shard]
+    def _mapped(self, file: int) -> MappedFile:
+        entry = self.files[file]
         return self._cache.map(
             CachedFile(entry.sha256, entry.bytes), lambda path: self._fetch(entry, path), self._verify
         )
@@ -257,19 +291,19 @@ def _require_content(url: str, expected: str, found: str) -> None:
         raise DamagedError(f"{url} is damaged: the manifest says sha256 {expected}, the file has {found}")
 
 
-def _allow_open_files(num_shards: int) -> bool:
-    """Raise the limit on open files so that every shard can stay mapped; return whether each may be open twice.
+def _allow_open_files(num_files: int) -> bool:
+    """Raise the limit on open files so that all files of shards can stay mapped; return whether each may be open twice.
 
     Raises ValueError where the system does not allow so many.
     """
-    needed = num_shards + OTHER_OPEN_FILES
+    needed = num_files + OTHER_OPEN_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if resource.RLIM_INFINITY != hard < needed:
         raise ValueError(
-            f"{num_shards} shards need {needed} open files, but this system allows {hard}; raise `ulimit -n`, or "
-            "encode with a larger data.samples_per_shard."
+            f"{num_files} files of shards need {needed} open files, but this system allows {hard}; raise `ulimit -n`, "
+            "or encode with a larger data.samples_per_shard."
         )
-    twice = needed + num_shards
+    twice = needed + num_files
     allows_twice = hard == resource.RLIM_INFINITY or twice <= hard
     wanted = twice if allows_twice else needed
     if resource.RLIM_INFINITY != soft < wanted:

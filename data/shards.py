@@ -16,7 +16,8 @@ from core.samples import Reads
 from data.cache import Cache
 from data.caption_file import CaptionFile
 from data.caption_tokens import CaptionTokens, EmptyCaption, read_empty_caption
-from data.manifest import CAPTIONS_NAME, TextSpec
+from data.embedding_file import CaptionEmbeddings, embedding_offsets
+from data.manifest import CAPTIONS_NAME, MANIFEST_NAME, TextSpec
 from data.mapped_file import MappedFile, compiled_reads, fill_by_descriptor, fill_rows
 from data.shard_files import LocalShardFiles, RemoteShardFiles, ShardFiles
 from data.shard_index import empty_caption_file, index_file, labels_file, read_index, read_source_ids
@@ -24,9 +25,9 @@ from data.shard_tars import features_distance
 
 
 class Places(NamedTuple):
-    """The places of samples in their shards' files."""
+    """The places of values in files: of samples in their shards, or of embeddings in the files beside these."""
 
-    shards: NDArray[np.int64]  # [B]
+    shards: NDArray[np.int64]  # [B], for embeddings those of the shards plus the number of shards
     offsets: NDArray[np.int64]  # [B], of the first byte
 
     def of(self, part: slice) -> "Places":
@@ -56,9 +57,10 @@ class MappedShards:
         with remedied(self._files.repair):
             self.labels, self._layouts = read_index(content, self.manifest, join(place, file.name))
         self._places = np.array(self._layouts, dtype=np.int64)  # [shards, 2]
+        self._of_embeddings = np.zeros((len(self._layouts), 2), np.int64)  # offsets in each mapped file: tokens, pooled
         self._first_rows = np.cumsum([0, *self.counts])
-        self._views: dict[int, MappedFile] = {}
-        self._descriptors = np.full(len(self._layouts), -1, np.int32)  # of each view that is read by position
+        self._views: dict[int, MappedFile] = {}  # by the numbers of files
+        self._descriptors = np.full(len(self._files.files), -1, np.int32)  # of each view that is read by position
         self._expected: set[int] = set()
         self._distances: dict[int, int] = {}  # of each mapped shard, from the moments of a sample to its features
 
@@ -93,14 +95,80 @@ class MappedShards:
             return self._captions.tokens_of_rows(row, row + 1)[0]
 
     def num_captions(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the number of captions of each row, [B]."""
-        return np.array([len(self.captions_of(row)) for row in rows.tolist()], dtype=np.int64)
+        """Return the number of captions of each row, [B], at least 1. Raises ValueError as `captions_of` does."""
+        with remedied(self._files.repair):
+            begin, end = self._captions.numbers_of(rows)
+        return end - begin
 
     def tokens_of_captions(self, rows: NDArray[np.int64], chosen: NDArray[np.int64]) -> CaptionTokens:
-        """Return ids and mask [B, M]."""
-        found = [self.tokens_of(row) for row in rows.tolist()]
-        ids = np.stack([tokens.ids[n] for tokens, n in zip(found, chosen, strict=True)])
-        return CaptionTokens(ids, np.stack([tokens.mask[n] for tokens, n in zip(found, chosen, strict=True)]))
+        """Return token ids and mask [B, M] of one caption of each row: ``chosen`` [B] numbers it within the row.
+
+        Raises ValueError as `captions_of` does.
+        """
+        self._require_tokens()
+        with remedied(self._files.repair):
+            return self._captions.tokens_at(self._numbers(rows, chosen))
+
+    def use_embeddings(self) -> TextSpec:
+        """Return the encoder of the stored embeddings of captions, which are then fetched with their shards.
+
+        From now on `require_room` counts them. Raises ValueError where there are none, or their files are damaged.
+        """
+        spec = self._require_tokens()
+        if not self.manifest.embeddings:
+            raise ValueError(
+                f"The shards in {self.place} have no embeddings of captions; encode with text_embeddings=true into "
+                "another data.shards, or embed captions while training."
+            )
+        _ = self._first_captions  # checks the files once
+        return spec
+
+    def embeddings_of(self, rows: NDArray[np.int64], chosen: NDArray[np.int64]) -> CaptionEmbeddings:
+        """Return the embedding of one caption of each row: ``chosen`` [B] numbers it within the row.
+
+        Rows of remote shards that were not announced are slow to read, as `expect` says. Raises ValueError as
+        `use_embeddings` does.
+        """
+        spec = self.use_embeddings()
+        shards = self._shards_of(rows)
+        files = shards + len(self.manifest.shards)
+        with remedied(self._files.repair):
+            numbers = self._numbers(rows, chosen)
+            mask = self._captions.mask_at(numbers)
+        for file in set(files.tolist()):
+            self._view(file)
+        within = numbers - self._first_captions[shards]
+        read = [
+            self.read(Places(files, first + within * _num_bytes(shape)), np.empty((len(rows), *shape), np.float16))
+            for first, shape in zip(
+                self._of_embeddings[shards].T, ((spec.length, spec.dim), (spec.pooled_dim,)), strict=True
+            )
+        ]
+        return CaptionEmbeddings(read[0], mask, read[1])
+
+    def _numbers(self, rows: NDArray[np.int64], chosen: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the numbers of captions among those of all rows."""
+        begin, end = self._captions.numbers_of(rows)
+        numbers = begin + chosen
+        assert (chosen >= 0).all(), "a row's captions are numbered from 0"
+        assert (numbers < end).all(), "a row has fewer captions"
+        return numbers
+
+    @cached_property
+    def _first_captions(self) -> NDArray[np.int64]:
+        """The number of each shard's first caption, once the files of embeddings are in use."""
+        counts = np.array([file.count for file in self.manifest.embeddings], dtype=np.int64)
+        ends, filled = np.cumsum(counts), np.flatnonzero(np.diff(self._first_rows))
+        with remedied(self._files.repair):
+            begin, _ = self._captions.numbers_of(self._first_rows[filled])
+            _, end = self._captions.numbers_of(self._first_rows[filled + 1] - 1)
+            if (begin != (ends - counts)[filled]).any() or (end != ends[filled]).any():
+                raise DamagedFileError(
+                    f"{join(self.place, MANIFEST_NAME)} is damaged: it says embeddings of other numbers of captions "
+                    f"than {CAPTIONS_NAME} has."
+                )
+        self._files.use_embeddings()
+        return ends - counts
 
     @property
     def empty_caption(self) -> EmptyCaption:
@@ -142,7 +210,8 @@ class MappedShards:
             return
         expected = list(dict.fromkeys(shards))
         self._expected = set(expected)
-        self._keep_views({shard: self._views[shard] for shard in expected if shard in self._views})
+        views = self._views.items()
+        self._keep_views({file: view for file, view in views if file % len(self._layouts) in self._expected})
         self._files.expect(expected)
 
     def map_places(self, places: Places) -> tuple[bool, Reads | None]:
@@ -200,22 +269,23 @@ class MappedShards:
 
     def read(self, places: Places, out: NDArray[np.float16]) -> NDArray[np.float16]:
         """Write the float16 values at each place to the rows of ``out``, and return it."""
-        shards, offsets = places
+        files, offsets = places
         views = self._views  # which stay open: those that are kept later are another dictionary
-        filled = fill_by_descriptor(self._descriptors[shards], offsets, out)
+        filled = fill_by_descriptor(self._descriptors[files], offsets, out)
         del views  # a shard that is fetched below may need their room in a cache
-        if filled < len(shards):
+        if filled < len(files):
             # One read per sample takes the same time for a few shards as for thousands.
-            filled = fill_rows([self._view(shard) for shard in shards.tolist()], offsets, out, filled)
-        if filled < len(shards):
-            place = join(self.place, self.manifest.shards[shards[filled]].name)
+            filled = fill_rows([self._view(file) for file in files.tolist()], offsets, out, filled)
+        if filled < len(files):
+            place = join(self.place, self._files.files[files[filled]].name)
             raise DamagedFileError(f"{place} was cut while this job ran; {self._files.repair}.")
         return out
 
     def close(self) -> None:
         """Release all shards and captions, and stop fetching."""
         self._keep_views({})
-        self.__dict__.pop("_captions", None)  # of the cached property
+        for name in ("_captions", "_first_captions"):  # of cached properties
+            self.__dict__.pop(name, None)
         self._files.close()
 
     def _shards_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -226,13 +296,23 @@ class MappedShards:
         self._descriptors[list(self._views.keys() - views.keys())] = -1
         self._views = views
 
-    def _view(self, shard: int) -> MappedFile:
-        if shard not in self._views:
+    def _view(self, file: int) -> MappedFile:
+        if file not in self._views:
+            shard, has_embeddings = file % len(self._layouts), file >= len(self._layouts)
             if shard not in self._expected:
                 self.expect([shard])
-            self._views[shard] = self._mapped(shard)
-            self._descriptors[shard] = self._views[shard].descriptor
-        return self._views[shard]
+            self._views[file] = self._mapped_embeddings(shard) if has_embeddings else self._mapped(shard)
+            self._descriptors[file] = self._views[file].descriptor
+        return self._views[file]
+
+    def _mapped_embeddings(self, shard: int) -> MappedFile:
+        """Return the file of a shard's embeddings, after checking its headers against the manifest."""
+        entry = self.manifest.embeddings[shard]
+        mapped = self._files.map(len(self._layouts) + shard)
+        with remedied(self._files.repair):
+            place = join(self.place, entry.name)
+            self._of_embeddings[shard] = embedding_offsets(mapped, entry, self._require_tokens(), place)
+        return mapped
 
     def _mapped(self, shard: int) -> MappedFile:
         """Return a shard, after checking the headers of the first and the last against the manifest."""

@@ -12,7 +12,7 @@ from core.names import inside
 from core.reading import DamagedFileError, read_regular, sha256_of
 from core.records import SEAL, check, parse_object, seal, unseal
 from data.channel_sums import ChannelSums
-from data.manifest import FORMAT, MAX_SOURCE_ID, LatentSpec, Sha256, ShardEntry
+from data.manifest import FORMAT, MAX_SOURCE_ID, LatentSpec, Sha256, ShardEntry, embeddings_name
 from data.plan import Plan, shard_name
 from data.shard_tars import Layout, facts_of
 from data.sources import MAX_CAPTION
@@ -44,12 +44,14 @@ class Sidecar:
     skipped: list[SkippedImage]
     sums: ChannelSums
     captions: list[Annotated[list[Caption], Field(min_length=1)]] | None = None  # of each sample
+    embeddings: ShardEntry | None = None  # the file of those of its captions, once it is written
 
     def save(self, folder: Path) -> None:
         """Write the record with a hash of its content; call it after the shard is written."""
         content = asdict(self)
-        if self.captions is None:  # else the record is as earlier versions wrote it
-            del content["captions"]
+        for name in ("captions", "embeddings"):
+            if content[name] is None:  # else the record is as earlier versions wrote it
+                del content[name]
         write_bytes(sidecar_path(folder / self.entry.name), json.dumps(seal(content)).encode())
 
 
@@ -77,6 +79,7 @@ def read_sidecar(folder: Path, shard: str, spec: LatentSpec) -> tuple[Sidecar, b
         skipped=[SkippedImage(**skip) for skip in content["skipped"]],
         sums=ChannelSums(**content["sums"]),
         captions=content.get("captions"),
+        embeddings=ShardEntry(**content["embeddings"]) if content.get("embeddings") else None,
     )
     if fault := _contradiction(sidecar, shard, spec):
         raise DamagedFileError(f"{path} is damaged: {fault}.")
@@ -92,6 +95,9 @@ def _contradiction(sidecar: Sidecar, shard: str, spec: LatentSpec) -> str | None
         return f"it has {len(sidecar.labels)} labels and {len(sidecar.source_ids)} names of {entry.count} samples"
     if sidecar.captions is not None and len(sidecar.captions) != entry.count:
         return f"it has captions of {len(sidecar.captions)} of {entry.count} samples"
+    file, num_captions = sidecar.embeddings, sum(map(len, sidecar.captions or []))
+    if file is not None and (file.name, file.count) != (embeddings_name(shard), num_captions):
+        return f"it records {file.count} embeddings in {file.name!r}, not {num_captions} in {embeddings_name(shard)!r}"
     if max(sidecar.labels, default=0) >= spec.num_classes:
         return f"it has the label {max(sidecar.labels)}, but there are {spec.num_classes} classes"
     if not sidecar.layout.fits(entry.count, spec, entry.bytes):
@@ -105,6 +111,16 @@ def finished(folder: Path, shard: int, plan: Plan) -> Sidecar | None:
     """Return the record of a shard that this plan finished, without reading the shard; None where there is none."""
     found = _found(folder, shard, plan)
     return None if found is None else found[0]
+
+
+def still_finished(folder: Path, shard: int, plan: Plan) -> Sidecar:
+    """Return the record of a shard that was finished a moment ago. Raises ValueError where it is no longer."""
+    sidecar = finished(folder, shard, plan)
+    if sidecar is None:
+        raise ValueError(
+            f"{sidecar_path(folder / shard_name(shard))} was changed while this job ran; give the same command again."
+        )
+    return sidecar
 
 
 def sound(folder: Path, shard: int, plan: Plan) -> Sidecar | None:

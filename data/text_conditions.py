@@ -104,6 +104,11 @@ class TextCondition:
                 f"text_encoder gives {spec}, but the network takes tokens and vectors of {self._sizes}; give another."
             )
 
+    def announce(self, shards: MappedShards) -> None:
+        """Tell the shards that embeddings are read with each of them, where these are stored."""
+        if self._stored:
+            shards.use_embeddings()
+
     def of_samples(self, samples: Samples) -> Condition:
         """Return token ids and mask of one caption of each sample, or the places of their stored embeddings."""
         shards, rows = samples.shards, samples.rows

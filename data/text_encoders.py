@@ -5,8 +5,9 @@ are read; its hash is part of the encoder's identity.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
@@ -46,14 +47,17 @@ class EncodedText(NamedTuple):
 class TextEncoder(Protocol):
     """A frozen network that represents captions."""
 
-    network: nn.Module  # frozen
+    @property
+    def network(self) -> nn.Module:
+        """Return the frozen network."""
+        ...
 
     def spec(self) -> TextSpec:
         """Return the identity of the encoder and the shape of what it gives."""
         ...
 
     def to(self, device: torch.device) -> None:
-        """Move the weights."""
+        """Move the weights, after reading them where they are not in memory yet. Raises ValueError for damaged ones."""
         ...
 
     def tokenize(self, captions: Sequence[str]) -> Tokenized:
@@ -66,23 +70,38 @@ class TextEncoder(Protocol):
 
 
 class _Text:
-    """The common part of the encoders: a tokenizer, a network, and how both are used."""
+    """The common part of the encoders: a tokenizer, a network, and how both are used.
+
+    ``load`` returns the network. It is called when the network is first used: a process that only asks which encoder
+    it is, or for token ids, has no weights in memory.
+    """
 
     name: str
 
     def __init__(
-        self, tokenizer: Any, network: nn.Module, hash_: str, layer: str, length: int, dim: int, precision: Precision
+        self,
+        tokenizer: Any,
+        load: Callable[[], nn.Module],
+        hash_: str,
+        layer: str,
+        length: int,
+        dim: int,
+        precision: Precision,
     ) -> None:
-        self._tokenizer = tokenizer
-        self.network = network.eval().requires_grad_(False)
+        self._tokenizer, self._load = tokenizer, load
         self._spec = TextSpec(self.name, f"sha256:{hash_}", layer, precision, length, dim, dim)
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """The frozen network. Raises ValueError for damaged weights."""
+        return self._load().eval().requires_grad_(False)
 
     def spec(self) -> TextSpec:
         """Return name and hash of the encoder, and the shape of what it gives."""
         return self._spec
 
     def to(self, device: torch.device) -> None:
-        """Move the weights."""
+        """Move the weights, after reading them where they are not in memory yet. Raises ValueError for damaged ones."""
         self.network.to(device)
 
     def tokenize(self, captions: Sequence[str]) -> Tokenized:
@@ -108,6 +127,7 @@ class CLIPText(_Text):
     ``tokenizer.json``), or the tokenizer is in the folder ``tokenizer``. ``layer`` is ``last``, after the last norm
     (Stable Diffusion 1), or ``penultimate``, before the last block and without the norm (Stable Diffusion XL). The
     encoder is causal: padding does not change the tokens before it. Raises ValueError where the folder is not whole.
+    The weights are read when they are first needed, or by `to`.
     """
 
     name = "clip_text"
@@ -127,13 +147,16 @@ class CLIPText(_Text):
         kinds = {"clip_text_model": None, "clip": "text_config"}
         shape = read_config(config, CLIPTextShape, kinds, "CLIP text encoder")
         require_heads(config, shape.hidden_size, shape.num_attention_heads)
-        tensors = _of_text(read_weights(weights, "CLIP"))
-        made = transformers.CLIPTextConfig(**asdict(shape))
-        network = built(transformers.CLIPTextModel, made, tensors, weights[0], "CLIP", dtype=_DTYPES[precision])
+
+        def load() -> nn.Module:
+            tensors = _of_text(read_weights(weights, "CLIP"))
+            made = transformers.CLIPTextConfig(**asdict(shape))
+            return built(transformers.CLIPTextModel, made, tensors, weights[0], "CLIP", dtype=_DTYPES[precision])
+
         table = read_tokenizer(transformers.CLIPTokenizer, tokenizer or folder, shape.vocab_size, _TOKENIZER)
         hash_ = _hash_of([config, *weights], table)
         length = shape.max_position_embeddings
-        super().__init__(table, network, hash_, layer, length, shape.hidden_size, precision)
+        super().__init__(table, load, hash_, layer, length, shape.hidden_size, precision)
 
     def _outputs(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         penultimate = self._spec.layer == "penultimate"
@@ -145,7 +168,8 @@ class T5Text(_Text):
     """The encoder of a T5, as PixArt-alpha uses it: ``length`` tokens, and their mean as the pooled vector.
 
     ``folder`` has ``config.json``, the weights, which may be several files, and the tokenizer's ``tokenizer.json`` or
-    ``spiece.model``, or the tokenizer is in the folder ``tokenizer``. Raises ValueError where it is not whole.
+    ``spiece.model``, or the tokenizer is in the folder ``tokenizer``. Raises ValueError where it is not whole. The
+    weights are read when they are first needed, or by `to`.
     """
 
     name = "t5"
@@ -162,18 +186,24 @@ class T5Text(_Text):
         transformers = transformers_for("A text encoder")
         config, *weights = require_files(folder, "T5", _remedy("google/t5-v1_1-xxl"))
         shape = read_config(config, _T5Shape, {"t5": None}, "T5")
-        tensors = {
-            name: value
-            for name, value in read_weights(weights, "T5").items()
-            if name.startswith(("encoder.", "shared."))
-        }
-        made = transformers.T5Config(**asdict(shape))
-        network = built(transformers.T5EncoderModel, made, tensors, weights[0], "T5", dtype=_DTYPES[precision])
+
+        def load() -> nn.Module:
+            tensors = {
+                name: value
+                for name, value in read_weights(weights, "T5").items()
+                if name.startswith(("encoder.", "shared."))
+            }
+            made = transformers.T5Config(**asdict(shape))
+            return built(transformers.T5EncoderModel, made, tensors, weights[0], "T5", dtype=_DTYPES[precision])
+
         table = read_tokenizer(transformers.T5Tokenizer, tokenizer or folder, shape.vocab_size, _TOKENIZER)
-        super().__init__(table, network, _hash_of([config, *weights], table), "last", length, shape.d_model, precision)
+        super().__init__(table, load, _hash_of([config, *weights], table), "last", length, shape.d_model, precision)
 
     def _outputs(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        tokens: Tensor = self.network(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        # Added to scores. Of a mask [B, M] transformers would read from the device whether all of it is true.
+        hidden = torch.zeros(mask.shape, dtype=self.network.dtype, device=mask.device)
+        hidden = hidden.masked_fill(~mask, torch.finfo(hidden.dtype).min)[:, None, None, :]
+        tokens: Tensor = self.network(input_ids=ids, attention_mask=hidden).last_hidden_state
         kept = mask.unsqueeze(2)
         return tokens, tokens.float().where(kept, 0).sum(dim=1) / kept.sum(dim=1)
 

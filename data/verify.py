@@ -22,6 +22,7 @@ from core.records import check, parse_object
 from data.caption_file import CaptionFile, open_captions
 from data.caption_tokens import read_empty_caption
 from data.channel_sums import ChannelSums, channel_statistics, statistics_agree
+from data.embedding_file import require_embeddings
 from data.encode import CLASSES_NAME, SKIPPED_NAME, classes_text, skipped_text
 from data.manifest import CAPTIONS_NAME, FORMAT, MANIFEST_NAME, Manifest, ShardEntry
 from data.shard_index import (
@@ -102,7 +103,8 @@ def files_of(folder: Path, manifest: Manifest) -> list[str]:
     optional = [path for path in (*sidecars, folder / CLASSES_NAME, folder / SKIPPED_NAME) if os.path.lexists(path)]
     captions = [] if manifest.captions is None else [CAPTIONS_NAME]
     captions += [file.name for file in [empty_caption_file(manifest)] if file is not None]
-    required = [MANIFEST_NAME, *_index_files(manifest), *captions, *(shard.name for shard in manifest.shards)]
+    shards = [file.name for file in (*manifest.shards, *manifest.embeddings)]
+    required = [MANIFEST_NAME, *_index_files(manifest), *captions, *shards]
     return [*required, *(path.name for path in optional)]
 
 
@@ -174,6 +176,8 @@ def _checked(folder: Path, manifest: Manifest, number: int, indices: _Indices) -
     if (file := indices.captions) is not None:
         read = partial(_captions, file, manifest, *indices.first_rows[number : number + 2])
         captions = _attempt(damages, folder, CAPTIONS_NAME, read)
+    if manifest.embeddings:
+        damages += _embeddings(folder, manifest, number, captions)
     path = sidecar_path(folder / shard.name)
     sidecar = None
     if os.path.lexists(path):
@@ -187,6 +191,20 @@ def _captions(file: CaptionFile, manifest: Manifest, start: int, stop: int) -> l
     if manifest.captions is not None and manifest.captions.tokens is not None:
         file.tokens_of_rows(start, stop)
     return file.of_rows(start, stop)
+
+
+def _embeddings(folder: Path, manifest: Manifest, number: int, captions: list[list[str]] | None) -> list[Damage]:
+    """Read the embeddings of a shard's captions, which are None where their file is damaged."""
+    entry, damages = manifest.embeddings[number], list[Damage]()
+    assert manifest.captions is not None
+    assert manifest.captions.tokens is not None
+    spec = manifest.captions.tokens.encoder
+    _attempt(damages, folder, entry.name, lambda: require_embeddings(inside(folder, entry.name, FORMAT), entry, spec))
+    if captions is not None and (count := sum(map(len, captions))) != entry.count:
+        damages.append(
+            Damage(MANIFEST_NAME, f"has {entry.count} captions in {entry.name}, but {CAPTIONS_NAME} {count}")
+        )
+    return damages
 
 
 def _facts(folder: Path, manifest: Manifest, shard: ShardEntry) -> ShardFacts:
@@ -220,6 +238,8 @@ def _sidecar(folder: Path, manifest: Manifest, shard: ShardEntry, stated: _State
         raise DamagedFileError(f"{path} has other captions than {CAPTIONS_NAME}.")
     if manifest.captions is None and sidecar.captions is not None:
         raise DamagedFileError(f"{path} has captions, but {MANIFEST_NAME} has none.")
+    if sidecar.embeddings != (manifest.embeddings[manifest.shards.index(shard)] if manifest.embeddings else None):
+        raise DamagedFileError(f"{path} records other embeddings of captions than {MANIFEST_NAME}.")
     if facts is not None:
         if (sidecar.labels, sidecar.layout) != (facts.labels, facts.layout):
             raise DamagedFileError(f"{path} has other labels or another layout than {shard.name}.")

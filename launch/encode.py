@@ -32,7 +32,7 @@ def encode_job(config: EncodeSettings, progress: ProgressBar) -> None:
             f"shards, {size / 2**20:.1f} MiB{skipped}: {Path(config.data.shards) / 'manifest.json'}"
         )
         if manifest.captions is not None:
-            print(f"{manifest.captions.count} captions{_truncated(manifest.captions)}")
+            print(f"{manifest.captions.count} captions{_truncated(manifest.captions)}{_embedded(manifest)}")
 
 
 def _truncated(captions: CaptionsSpec) -> str:
@@ -40,6 +40,12 @@ def _truncated(captions: CaptionsSpec) -> str:
     if (tokens := captions.tokens) is None:
         return ""
     return f", {tokens.num_truncated} of them truncated to the {tokens.encoder.length} tokens of {tokens.encoder.name}"
+
+
+def _embedded(manifest: Manifest) -> str:
+    """Return how many bytes their embeddings have; empty where these are not stored."""
+    size = sum(file.bytes for file in manifest.embeddings)
+    return f", with embeddings of {size / 2**20:.1f} MiB" if size else ""
 
 
 def encode_shards(config: EncodeSettings, progress: ProgressBar, words: Iterable[str] | None = None) -> Manifest | None:
@@ -55,11 +61,12 @@ def encode_shards(config: EncodeSettings, progress: ProgressBar, words: Iterable
     autoencoder = build(data.autoencoder)
     if words is not None:
         require_own_scale(autoencoder, words)
+    device = worker_device(config.device)
     encoding: Encoding = build(config.encoding)(
         autoencoder=autoencoder,
         preparation=build_preparation(data),
         flip=data.flip,
-        device=worker_device(config.device),
+        device=device,
         **({} if config.teacher is None else {"teacher": build(config.teacher)}),
     )
     source: Source = build(data.source)
@@ -81,6 +88,7 @@ def encode_shards(config: EncodeSettings, progress: ProgressBar, words: Iterable
         max_skipped_fraction=config.max_skipped_fraction,
         workers=workers,
         text=None if config.text_encoder is None else build(config.text_encoder),
+        embed_on=device if config.text_embeddings else None,
     )
     if manifest is not None:
         write_record(Path(data.shards), config)

@@ -24,6 +24,7 @@ import torch
 from conftest import TRAINING, warm
 from hostile_trials import CHECKPOINT, DUMP, Trial, damage
 from PIL import Image
+from small_text_encoders import write_small_clip
 from warm_jobs import WarmJobs
 
 from core.atomic import write_bytes
@@ -45,7 +46,8 @@ DATA = [
 ]
 NETWORK = ["model.width=16", "model.depth=2", "model.num_heads=2", "model.patch_size=4"]
 SCHEDULE = "diffusion.schedule.num_steps=20"  # each is a pass through the network where likelihoods are measured
-ENCODE = ["encode", *DATA, "data.samples_per_shard=10", "data/captions=templates"]
+TEXT = ["data/captions=templates", "data/text_encoder=clip", "text_encoder.folder=clip", "text_embeddings=true"]
+ENCODE = ["encode", *DATA, "data.samples_per_shard=10", *TEXT]
 KERNEL = "evaluation.metric.kernel.subset_size=4"
 MEASURED = ["evaluation.num_images=8", "sampler.steps=2", "evaluation.features.epochs=1", "runtime=cpu"]
 TRAIN = [
@@ -161,7 +163,8 @@ class Runner:
 
 
 def make_workspace(folder: Path, runner: Runner) -> None:
-    """Fill a folder with images, shards, a finished run, a diverged one, a reference, weights, caches."""
+    """Fill a folder with images, an encoder, shards, a finished run, a diverged one, a reference, weights, caches."""
+    write_small_clip(folder / "clip")
     generator = np.random.default_rng(0)
     for label in "abcd":
         for number in range(8):

@@ -37,6 +37,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "shards/captions.npz": ("verify", "encode"),
     "shards/shard-000001.tar": ("verify", "encode", "resume", "evaluate"),
     "shards/shard-000001.json": ("verify", "encode"),
+    "shards/shard-000001-text.npz": ("verify", "encode"),
     "shards/classes.json": ("verify", "encode"),
     "cache/classifier-*/model.safetensors": ("evaluate", "evaluate_reference", "reference"),
     "cache/classifier-*/*.json": ("evaluate", "evaluate_reference", "reference"),

@@ -39,7 +39,7 @@ def fill_condition(section: Mapping[str, Any], manifest: Manifest, data: DataSet
         lacks = "no captions" if manifest.captions is None else "captions without token ids"
         raise ValueError(f"data/condition=text needs token ids of captions, but {data.shards} has {lacks}; {_WAY_OUT}.")
     tokens = manifest.captions.tokens
-    spec, has_embeddings = tokens.encoder, False
+    spec, has_embeddings = tokens.encoder, bool(manifest.embeddings)
     if section["stored"] and not has_embeddings:
         raise ValueError(
             f"condition.stored is true, but {data.shards} has no embeddings of captions; encode with "

@@ -31,6 +31,7 @@ OF_THE_JOB = ("seed", "batch_size", "max_skipped_fraction")  # of `encode`, besi
 _GROUPS = {"data/source": "source", "data/crop": "crop", "model/autoencoder": "autoencoder"}
 _OF_AUTOENCODER = ("downscale", "channels", "scale", "shift", "precision")  # settings that the manifest has
 _OPTIONAL = ("teacher", "captions", "text_encoder")  # components of `encode` that may be None
+_EMBEDDINGS = "text_embeddings"  # a setting of `encode` that is written where it is true
 _PATHS = (
     "root",
     "tars",
@@ -57,6 +58,8 @@ def write_record(folder: Path, config: EncodeSettings) -> None:
     for name in _OPTIONAL:
         if plain[name] is not None:  # else the file is as earlier versions wrote it
             job[name] = {key: _absolute(key, value) for key, value in plain[name].items()}
+    if plain[_EMBEDDINGS]:
+        job[_EMBEDDINGS] = True
     content = {
         "format_version": 1,
         "data": {**{key: data[key] for key in (*SCALARS, *COMPONENTS)}, "source": source},
@@ -156,7 +159,8 @@ def _data_of(data: Mapping[str, Any], said_by: str) -> dict[str, Any]:
 
 
 def _encoding_of(section: Mapping[str, Any], said_by: str) -> dict[str, Any]:
-    found = {key: plain_value(section.get(key), key, said_by) for key in OF_THE_JOB}
+    stored = [_EMBEDDINGS] if _EMBEDDINGS in section else []
+    found = {key: plain_value(section.get(key), key, said_by) for key in (*OF_THE_JOB, *stored)}
     found["encoding"] = from_file(section.get("encoding"), "encoding", said_by)
     return found | {name: from_file(section[name], name, said_by) for name in _OPTIONAL if name in section}
 

@@ -120,6 +120,7 @@ class EncodeSettings(Settings):
     teacher: Any = None  # network whose features of the images are stored too
     captions: Any = None  # captions in place of those of the source
     text_encoder: Any = None  # whose token ids of the captions are stored too
+    text_embeddings: bool = False  # whether its embeddings of the captions are stored as well
     seed: int = 0  # of the fixed permutation that mixes the classes across shards
     batch_size: int = positive(64)  # images per call of the autoencoder; another size may round differently
     device: Device = Device.auto
@@ -131,6 +132,11 @@ class EncodeSettings(Settings):
         if not 0 <= self.max_skipped_fraction <= 1:
             raise ValueError(
                 f"max_skipped_fraction is {self.max_skipped_fraction}, but a fraction is between 0 and 1; set another."
+            )
+        if self.text_embeddings and self.text_encoder is None:
+            raise ValueError(
+                "text_embeddings is true, but there is no text encoder; choose data/text_encoder=clip or t5, or set "
+                "text_embeddings=false."
             )
 
 

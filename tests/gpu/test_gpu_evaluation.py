@@ -8,19 +8,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_RUN, command, json_lines, run_process
+from conftest import TINY_RUN, PatternSource, command, encode_pattern, json_lines, run_process
 from inception_weights import PREFIX, random_weights
 from on_device import DEVICE, distance, make_runtime, no_waiting
 from pictures import make_autoencoder, photo
-from small_text_encoders import write_whole_clip
+from small_text_encoders import write_small_clip, write_whole_clip
 from tiny_run import Case
 from tiny_samples import SAMPLERS, new_generator
 from torch import Tensor
 
 from core.precision import allow_tf32
+from data.captions import Captioned, Templates
 from data.conditions import ClassLabels, rows_of
+from data.encode import Workers
 from data.encodings import EncodeImages
 from data.images import CenterCrop, Preparation
+from data.shards import MappedShards
+from data.text_encoders import CLIPText
 from evaluation.features.inception import InceptionFeatures
 from evaluation.generate import Generator
 from evaluation.metrics.clip_score import CLIPScore
@@ -33,6 +37,7 @@ from model.autoencoder_kl import DiffusersAutoencoder
 from runtime.accelerate import AccelerateRuntime
 
 FLOAT32 = 1e-4  # relative, of the norm of a difference
+FLOAT16 = 1e-3  # the same, of values that are rounded to it
 CPU = torch.device("cpu")
 LABELS = ClassLabels(10)
 
@@ -144,6 +149,23 @@ def test_an_autoencoder_in_float32_is_the_cpus(tmp_path: Path) -> None:
     latents = expected[:, 0, :4]
     decoded = on_device._autoencoder.decode(latents.to(DEVICE)).cpu()
     assert distance(decoded, on_cpu._autoencoder.decode(latents)) < FLOAT32
+
+
+@pytest.mark.usefixtures("_tf32_elsewhere")
+def test_stored_embeddings_are_the_cpus_and_the_same_for_any_number_of_processes(tmp_path: Path) -> None:
+    source = Captioned(PatternSource(), Templates(["{name}", "a drawing of the {name}"]))
+    encoder = CLIPText(str(write_small_clip(tmp_path / "clip")))
+    for name, device, world in (("cpu", CPU, 1), ("one", DEVICE, 1), ("two", DEVICE, 2)):
+        for rank in reversed(range(world)):
+            encode_pattern(tmp_path / name, source, text=encoder, embed_on=device, workers=Workers(rank, world))
+    rows, chosen = np.arange(50), np.arange(50) % 2
+    expected, found = (MappedShards(tmp_path / name).embeddings_of(rows, chosen) for name in ("cpu", "one"))
+    assert distance(torch.from_numpy(found.tokens), torch.from_numpy(expected.tokens)) < FLOAT16
+    assert distance(torch.from_numpy(found.pooled), torch.from_numpy(expected.pooled)) < FLOAT16
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).glob("*.npz")} for name in ("one", "two"))
+    assert one == two
+    empty = "empty_caption.npz"
+    assert one[empty] == (tmp_path / "cpu" / empty).read_bytes()  # which the CPU computes
 
 
 @pytest.mark.usefixtures("_tf32_elsewhere")

@@ -41,6 +41,7 @@ def words(inputs: Path) -> list[str]:
         "data/captions=templates",
         "data/text_encoder=clip",
         f"text_encoder.folder={inputs / 'clip'}",
+        "text_embeddings=true",
         "data.samples_per_shard=8",
         "data.shards=shards",
         "batch_size=4",
@@ -96,16 +97,23 @@ def test_the_bar_of_the_first_process_counts_the_images_of_all(
     assert contents(tmp_path / "shards") == whole
 
 
+def num_finished(folder: Path) -> int:
+    return len(list(folder.glob("shard-*.json"))) + len(list(folder.glob("shard-*.npz")))
+
+
 def test_a_job_killed_at_random_moments_ends_with_the_same_bytes(
     whole: dict[str, bytes], words: list[str], tmp_path: Path
 ) -> None:
-    """Kill each job between the first and the third shard that it finishes; no partial shard is ever seen."""
+    """Kill each job between the first and the fifth file that it finishes; no partial file is ever seen.
+
+    These are shards, then the embeddings of their captions.
+    """
     chance = random.Random(0)
     folder = tmp_path / "shards"
-    kills, job = 0, ("-m", "launch.cli", "encode", *words)
+    kills, in_text, job = 0, 0, ("-m", "launch.cli", "encode", *words)
     while kills < KILLS:
-        target = len(list(folder.glob("shard-*.json"))) + chance.randrange(1, 3) if folder.exists() else 1
-        if target >= SHARDS:  # nearly done: damage it, so that there is work left for the next kills
+        target = num_finished(folder) + chance.randrange(1, 5)
+        if target >= 2 * SHARDS:  # nearly done: damage it, so that there is work left for the next kills
             for path in sorted(folder.glob("shard-*.tar"))[: SHARDS // 2]:
                 path.write_bytes(b"damaged")
             (folder / "manifest.json").unlink(missing_ok=True)
@@ -113,14 +121,16 @@ def test_a_job_killed_at_random_moments_ends_with_the_same_bytes(
                 path.unlink()
             continue
         process = start_warm_python(TRAINING, *job, cwd=tmp_path, output=tmp_path / "log")
-        while len(list(folder.glob("shard-*.json"))) < target and process.poll() is None:
+        while num_finished(folder) < target and process.poll() is None:
             time.sleep(0.001)
         time.sleep(chance.random() * 0.05)
         process.send_signal(signal.SIGKILL)
         process.wait()
         kills += 1
-        for path in folder.glob("shard-*.tar"):
+        for path in (*folder.glob("shard-*.tar"), *folder.glob("shard-*.npz")):
             assert path.read_bytes() in (whole[path.name], b"damaged"), path.name
+        in_text += bool(list(folder.glob("shard-*.npz")))
+    assert in_text or KILLS < 6
     encoding("encode", *words, cwd=tmp_path)
     assert contents(folder) == whole
 
@@ -158,7 +168,9 @@ def test_verify_and_repair_from_the_command_line(whole: dict[str, bytes], words:
     path.write_bytes(path.read_bytes()[:1000])
     shown = encoding("verify", "data.shards=shards", cwd=tmp_path, expect=2)
     assert "shard-000004.tar has 1000 bytes, not" in shown
-    assert "1 of 30 files in shards are damaged: shard-000004.tar" in shown  # 12 shards and sidecars, and 6 more
+    assert (
+        "1 of 42 files in shards are damaged: shard-000004.tar" in shown
+    )  # 12 shards, sidecars, embeddings, and 6 more
     assert "match the manifest" in encoding("verify", *words, "repair=true", cwd=tmp_path)
     assert contents(tmp_path / "shards") == whole
 

@@ -225,5 +225,7 @@ def test_more_shards_than_open_files_are_allowed(shards: MappedShards, monkeypat
     np.testing.assert_array_equal(with_one.gather(rows, flips), expected)
     assert len(list(Path("/proc/self/fd").iterdir())) == open_before + 4
     monkeypatch.setattr(resource, "getrlimit", lambda _: (300, 400))
-    with pytest.raises(ValueError, match="4 shards need 516 open files, but this system allows 400; raise `ulimit -n`"):
+    with pytest.raises(
+        ValueError, match="4 files of shards need 516 open files, but this system allows 400; raise `ulimit -n`"
+    ):
         MappedShards(Path(shards.place))

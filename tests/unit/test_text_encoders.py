@@ -232,7 +232,7 @@ def test_a_folder_that_is_not_whole_is_refused_in_one_sentence(
 ) -> None:
     damage(write(tmp_path), kind)
     with pytest.raises(ValueError, match=sentence) as refused:
-        load(str(tmp_path))
+        load(str(tmp_path)).to(torch.device("cpu"))
     assert "\n" not in str(refused.value)
 
 
