@@ -201,7 +201,7 @@ class T5Text(_Text):
 
     def _outputs(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         # Added to scores. Of a mask [B, M] transformers would read from the device whether all of it is true.
-        hidden = torch.zeros(mask.shape, dtype=self.network.dtype, device=mask.device)
+        hidden = torch.zeros(mask.shape, dtype=_DTYPES[self._spec.precision], device=mask.device)
         hidden = hidden.masked_fill(~mask, torch.finfo(hidden.dtype).min)[:, None, None, :]
         tokens: Tensor = self.network(input_ids=ids, attention_mask=hidden).last_hidden_state
         kept = mask.unsqueeze(2)
