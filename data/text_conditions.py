@@ -105,9 +105,14 @@ class TextCondition:
             )
 
     def announce(self, shards: MappedShards) -> None:
-        """Tell the shards that embeddings are read with each of them, where these are stored."""
+        """Tell the shards that embeddings are read with each of them, or read the encoder that makes them in the step.
+
+        Raises ValueError where there is none, or it is not that of the captions.
+        """
         if self._stored:
             shards.use_embeddings()
+        else:
+            _ = self.encoder
 
     def of_samples(self, samples: Samples) -> Condition:
         """Return token ids and mask of one caption of each sample, or the places of their stored embeddings."""

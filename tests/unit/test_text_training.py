@@ -168,11 +168,12 @@ def test_a_diverged_run_on_captions_is_replayed(place: Path, tmp_path: Path, in_
 
 
 def test_a_text_encoder_other_than_that_of_the_captions_is_refused_with_both_hashes(
-    place: Path, in_process: InProcess
+    place: Path, tmp_path: Path, in_process: InProcess
 ) -> None:
     words = ["train", *TINY_RUN, f"data.shards={place / 'shards'}", *TRAINED, *IN_CONTEXT, "runtime=cpu"]
     other = ["data/text_encoder=clip", f"text_encoder.folder={place / 'clip'}", "text_encoder.layer=penultimate"]
     shown = in_process(*words, "condition.stored=false", "run_dir=run", *other, expect=2)
+    assert not (tmp_path / "run").exists()
     assert shown.count("sha256:") == 2
     assert "layer penultimate" in shown
     assert "layer last" in shown
