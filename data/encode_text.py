@@ -19,7 +19,7 @@ from data.plan import Plan, shard_name
 from data.sidecars import Sidecar, finished, still_finished
 from data.text_encoders import TextEncoder
 
-_POLL_SEC = 1.0
+POLL_SEC = 1.0
 
 
 def store_embeddings(
@@ -71,7 +71,7 @@ def _wait(folder: Path, plan: Plan, shards: Sequence[int], found: dict[int, Side
                 found[shard] = sidecar
                 bar.update(_num_captions(sidecar))
         if any(shard not in found for shard in missing):
-            time.sleep(_POLL_SEC)
+            time.sleep(POLL_SEC)
 
 
 def _is_embedded(folder: Path, sidecar: Sidecar) -> bool:
