@@ -24,7 +24,7 @@ from core.progress import Progress, ProgressBar
 from core.reading import sha256_of
 from data.caption_file import captions_to_store
 from data.channel_sums import channel_statistics, channel_sums
-from data.encode_text import POLL_SEC, any_to_embed, remove_file, store_embeddings, write_texts
+from data.encode_text import POLL_SEC, remove_file, store_embeddings, write_texts
 from data.encodings import Encoding
 from data.manifest import (
     CAPTIONS_NAME,
@@ -91,9 +91,8 @@ def encode(
         owned = range(workers.rank, plan.num_shards, workers.world)
         _require_no_folders(folder, owned, plan)
         _remove_leftovers(folder, owned, workers.rank == 0)
-        kept = {shard: sound(folder, shard, plan) for shard in owned}
-        missing = [shard for shard, sidecar in kept.items() if sidecar is None]
-        if text is not None and (workers.rank == 0 or (plan.embeddings and any_to_embed(kept.values()))):
+        missing, is_left_to_embed = _missing(folder, plan, owned)
+        if text is not None and (workers.rank == 0 or is_left_to_embed):
             text.to(torch.device("cpu"))  # damaged weights are found before the images are encoded
         for shard in missing:
             sidecar_path(folder / shard_name(shard)).unlink(missing_ok=True)
@@ -172,6 +171,18 @@ def _remove_leftovers(folder: Path, owned: Iterable[int], is_main: bool) -> None
         written = _ASIDE.fullmatch(aside.name)
         if written and (written[1] in stems or (is_main and not written[1].startswith("shard-"))):
             remove_file(aside)
+
+
+def _missing(folder: Path, plan: Plan, owned: Iterable[int]) -> tuple[list[int], bool]:
+    """Return the shards that are not finished, and whether captions of any shard were never embedded, but should be."""
+    missing, is_left_to_embed = list[int](), False
+    for shard in owned:
+        sidecar = sound(folder, shard, plan)
+        if sidecar is None:
+            missing.append(shard)
+        if plan.embeddings and (sidecar is None or sidecar.embeddings is None):
+            is_left_to_embed = True
+    return missing, is_left_to_embed
 
 
 class _Tally:
