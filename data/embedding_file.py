@@ -34,6 +34,13 @@ class CaptionEmbeddings(NamedTuple):
     mask: NDArray[np.bool_]  # [B, M], False at padding
     pooled: NDArray[np.float16]  # [B, P]
 
+    @classmethod
+    def empty(cls, count: int, spec: TextSpec) -> "CaptionEmbeddings":
+        """Return arrays for the embeddings of as many captions, whose values are undefined."""
+        shapes = ((spec.length, spec.dim), (spec.length,), (spec.pooled_dim,))
+        dtypes = (np.float16, np.bool_, np.float16)
+        return cls(*(np.empty((count, *shape), dtype) for shape, dtype in zip(shapes, dtypes, strict=True)))
+
 
 class NamedCaption(NamedTuple):
     """A caption and the name of its image in the source, for errors."""

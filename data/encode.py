@@ -24,7 +24,7 @@ from core.progress import Progress, ProgressBar
 from core.reading import sha256_of
 from data.caption_file import captions_to_store
 from data.channel_sums import channel_statistics, channel_sums
-from data.encode_text import any_to_embed, remove_file, store_embeddings, write_texts
+from data.encode_text import POLL_SEC, remove_file, store_embeddings, write_texts
 from data.encodings import Encoding
 from data.manifest import (
     CAPTIONS_NAME,
@@ -45,7 +45,6 @@ from data.text_encoders import TextEncoder
 
 SKIPPED_NAME = "skipped.jsonl"
 CLASSES_NAME = "classes.json"
-_POLL_SEC = 1.0
 _FLOAT16_OVERFLOW = 65520.0  # the smallest number that rounds to infinity
 _OURS = re.compile(r"shard-\d{6,}(\.tar|-text\.npz)")
 _ASIDE = re.compile(r"\.([^.]+)\..*\d+\.tmp")  # as `core.atomic` names a file while it is written
@@ -92,9 +91,8 @@ def encode(
         owned = range(workers.rank, plan.num_shards, workers.world)
         _require_no_folders(folder, owned, plan)
         _remove_leftovers(folder, owned, workers.rank == 0)
-        kept = {shard: sound(folder, shard, plan) for shard in owned}
-        missing = [shard for shard, sidecar in kept.items() if sidecar is None]
-        if text is not None and (workers.rank == 0 or (plan.embeddings and any_to_embed(kept.values()))):
+        missing, is_left_to_embed = _missing(folder, plan, owned)
+        if text is not None and (workers.rank == 0 or is_left_to_embed):
             text.to(torch.device("cpu"))  # damaged weights are found before the images are encoded
         for shard in missing:
             sidecar_path(folder / shard_name(shard)).unlink(missing_ok=True)
@@ -175,6 +173,18 @@ def _remove_leftovers(folder: Path, owned: Iterable[int], is_main: bool) -> None
             remove_file(aside)
 
 
+def _missing(folder: Path, plan: Plan, owned: Iterable[int]) -> tuple[list[int], bool]:
+    """Return the shards that are not finished, and whether captions of any shard were never embedded, but should be."""
+    missing, is_left_to_embed = list[int](), False
+    for shard in owned:
+        sidecar = sound(folder, shard, plan)
+        if sidecar is None:
+            missing.append(shard)
+        if plan.embeddings and (sidecar is None or sidecar.embeddings is None):
+            is_left_to_embed = True
+    return missing, is_left_to_embed
+
+
 class _Tally:
     """A count of the images done by all processes; shards of other processes count once they are finished."""
 
@@ -191,7 +201,7 @@ class _Tally:
     def look(self, bar: Progress, at_once: bool = False) -> None:
         """Add the other processes' progress to the bar, at intervals or ``at_once``."""
         if self._others and (at_once or time.monotonic() >= self._next_look):
-            self._next_look = time.monotonic() + _POLL_SEC
+            self._next_look = time.monotonic() + POLL_SEC
             bar.update(self._others_done())
 
     def _others_done(self) -> int:
@@ -288,7 +298,7 @@ def _wait_for_all(folder: Path, plan: Plan, owned: range, tally: _Tally, bar: Pr
                     found[shard] = sidecar
         tally.look(bar)
         if len(found) < plan.num_shards:
-            time.sleep(_POLL_SEC)
+            time.sleep(POLL_SEC)
     tally.look(bar, at_once=True)
     return [found[shard] for shard in range(plan.num_shards)]
 

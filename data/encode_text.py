@@ -5,7 +5,7 @@ its shard's sidecar. The first process then writes the captions of all rows.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from data.plan import Plan, shard_name
 from data.sidecars import Sidecar, finished, still_finished
 from data.text_encoders import TextEncoder
 
-_POLL_SEC = 1.0
+POLL_SEC = 1.0
 
 
 def store_embeddings(
@@ -71,17 +71,12 @@ def _wait(folder: Path, plan: Plan, shards: Sequence[int], found: dict[int, Side
                 found[shard] = sidecar
                 bar.update(_num_captions(sidecar))
         if any(shard not in found for shard in missing):
-            time.sleep(_POLL_SEC)
+            time.sleep(POLL_SEC)
 
 
 def _is_embedded(folder: Path, sidecar: Sidecar) -> bool:
     entry = sidecar.embeddings
     return entry is not None and is_whole(folder / entry.name, entry)
-
-
-def any_to_embed(sidecars: Iterable[Sidecar | None]) -> bool:
-    """Return whether a shard is not finished, or its captions were never embedded; files are not read."""
-    return any(sidecar is None or sidecar.embeddings is None for sidecar in sidecars)
 
 
 def _num_captions(sidecar: Sidecar) -> int:

@@ -123,28 +123,28 @@ class MappedShards:
         _ = self._first_captions  # checks the files once
         return spec
 
-    def embeddings_of(self, rows: NDArray[np.int64], chosen: NDArray[np.int64]) -> CaptionEmbeddings:
+    def embeddings_of(
+        self, rows: NDArray[np.int64], chosen: NDArray[np.int64], out: CaptionEmbeddings | None = None
+    ) -> CaptionEmbeddings:
         """Return the embedding of one caption of each row: ``chosen`` [B] numbers it within the row.
 
-        Rows of remote shards that were not announced are slow to read, as `expect` says. Raises ValueError as
-        `use_embeddings` does.
+        It is written to ``out`` if given. Rows of remote shards that were not announced are slow to read, as `expect`
+        says. Raises ValueError as `use_embeddings` does.
         """
         spec = self.use_embeddings()
-        shards = self._shards_of(rows)
-        files = shards + len(self.manifest.shards)
+        if out is None:
+            out = CaptionEmbeddings.empty(len(rows), spec)
         with remedied(self._files.repair):
             numbers = self._numbers(rows, chosen)
-            mask = self._captions.mask_at(numbers)
+            out.mask[:] = self._captions.mask_at(numbers)
+        shards = self._shards_of(rows)
+        files = shards + len(self._layouts)
         for file in set(files.tolist()):
             self._view(file)
         within = numbers - self._first_captions[shards]
-        read = [
-            self.read(Places(files, first + within * _num_bytes(shape)), np.empty((len(rows), *shape), np.float16))
-            for first, shape in zip(
-                self._of_embeddings[shards].T, ((spec.length, spec.dim), (spec.pooled_dim,)), strict=True
-            )
-        ]
-        return CaptionEmbeddings(read[0], mask, read[1])
+        for first, values in zip(self._of_embeddings[shards].T, (out.tokens, out.pooled), strict=True):
+            self.read(Places(files, first + within * _num_bytes(values.shape[1:])), values)
+        return out
 
     def _numbers(self, rows: NDArray[np.int64], chosen: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the numbers of captions among those of all rows."""

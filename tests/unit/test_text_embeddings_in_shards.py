@@ -21,6 +21,7 @@ import data.embedding_file
 from core.npz import write_npz
 from core.reading import sha256_of
 from data.cache import Cache
+from data.embedding_file import CaptionEmbeddings
 from data.encode import Workers
 from data.images import UnreadableImageError
 from data.manifest import Manifest
@@ -99,7 +100,11 @@ def test_embeddings_are_the_encoders_and_ids_and_masks_those_of_each_row(
         np.testing.assert_allclose(found.tokens[number], expected.tokens[0].numpy(), atol=2e-3, rtol=1e-3)
         np.testing.assert_allclose(found.pooled[number], expected.pooled[0].numpy(), atol=2e-3, rtol=1e-3)
     assert (found.tokens.dtype, found.pooled.dtype, tokens.ids.dtype) == (np.float16, np.float16, np.int32)
-    assert shards.use_embeddings() == encoder.spec()
+    spec = shards.use_embeddings()
+    assert spec == encoder.spec()
+    given = CaptionEmbeddings.empty(len(rows), spec)
+    assert shards.embeddings_of(rows, chosen, given) is given
+    assert all(np.array_equal(one, two) for one, two in zip(given, found, strict=True))
     assert verify(tmp_path, silent_progress)[1] == []
     assert set(TEXTS) <= set(files_of(tmp_path, shards.manifest))
 
