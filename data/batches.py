@@ -116,13 +116,12 @@ class TrainingBatches:
             self._buffers.empty(shape, np.float32),
             self._empty_features(count) if with_features else None,
         )
-        self._fill(part)
-        x_0 = torch.from_numpy(part.latents)
+        condition = self._fill(part, visits.condition)
         return Batch(
-            x_0=x_0,
+            x_0=torch.from_numpy(part.latents),
             noise=torch.from_numpy(part.noise),
             t=visits.t,
-            condition=self.conditions.whole(visits.condition, self.shards, x_0),
+            condition=condition,
             targets={} if self.target_steps is None else self._targets(part),
         )
 
@@ -140,16 +139,26 @@ class TrainingBatches:
         weight = torch.full((len(part.rows),), 0.0 if part.features is None else 1.0)
         return {FEATURES: torch.from_numpy(features), WEIGHT: weight}
 
-    def _fill(self, batch: "_Part") -> None:
-        """Fill latents and noise of consecutive positions, window by window; at most two windows are local."""
-        start = 0
+    def _fill(self, batch: "_Part", condition: Condition) -> Condition:
+        """Fill latents and noise of consecutive positions, window by window; at most two windows are local.
+
+        Return the whole condition, for which each window's shards are read too.
+        """
+        start, conditions = 0, list[Condition]()
         while start < len(batch.positions):
             window = self.order.window(int(batch.positions[start]))
             stop = min(len(batch.positions), window.last - int(batch.positions[0]))
             windows = (window, self.order.window(window.last))
             self.shards.expect(shard for window in windows for shard in window.shards.tolist())
-            self._fill_window(batch if stop - start == len(batch.positions) else batch.rows_of(slice(start, stop)))
+            part, rows = batch, condition
+            if stop - start < len(batch.positions):
+                part, rows = batch.rows_of(slice(start, stop)), _some_of(condition, slice(start, stop))
+            self._fill_window(part)
+            conditions.append(self.conditions.whole(rows, self.shards, torch.from_numpy(part.latents)))
             start = stop
+        if len(conditions) == 1:
+            return conditions[0]
+        return {name: torch.cat([each[name] for each in conditions]) for name in conditions[0]}
 
     def _fill_window(self, part: "_Part") -> None:
         can_share, reads = self.shards.map_places(part.places)
@@ -217,7 +226,7 @@ class _Visits(NamedTuple):
     def of(self, part: slice) -> "_Visits":
         """Return some of the samples."""
         positions, rows, flips, places, t, condition = self
-        some = {name: value[part] for name, value in condition.items()}
+        some = _some_of(condition, part)
         return _Visits(positions[part], rows[part], flips[part], places.of(part), t[part], some)
 
 
@@ -237,6 +246,10 @@ class _Part(NamedTuple):
         positions, rows, flips, places, latents, noise, features = self
         some = None if features is None else features[part]
         return _Part(positions[part], rows[part], flips[part], places.of(part), latents[part], noise[part], some)
+
+
+def _some_of(condition: Condition, part: slice) -> Condition:
+    return {name: value[part] for name, value in condition.items()}
 
 
 def _windows_at_hand(order: Order, batch_size: int, world: int) -> int:

@@ -13,10 +13,16 @@ from safetensors.torch import load_file
 from small_text_encoders import write_small_clip
 
 from core.draws import Philox
+from data.batches import TrainingBatches
 from data.conditions import Prompts, Samples, with_dropped
+from data.order import WindowedOrder
 from data.shards import MappedShards
 from data.text_conditions import TOKEN_IDS, TextCondition
 from data.text_encoders import CLIPText, TextEncoder
+from diffusion.process import GaussianDiffusion
+from diffusion.schedules import LinearSchedule
+from diffusion.variances import LearnedRangeVariance
+from model.autoencoder import IdentityAutoencoder
 from model.text_embedding import MASK, POOLED, TOKENS
 
 TEXT = ["data/condition=text", "class_dropout=0.3", "train/ema=short_run"]
@@ -104,6 +110,22 @@ def test_the_tokens_behind_a_captions_end_are_masked_unless_padding_is_attended_
 ) -> None:
     texts = source(CLIPText(str(place / "clip")), prompts=["three"], attend_to_padding=stable_diffusion)
     assert bool(texts.embedded(texts.in_turn(1))[MASK].all()) is stable_diffusion
+
+
+def test_a_batch_over_several_windows_of_the_order_has_the_captions_of_its_rows(place: Path) -> None:
+    clip = CLIPText(str(place / "clip"))
+    found = []
+    for stored in (False, True):
+        texts, opened = source(clip, stored=stored), MappedShards(place / "shards")
+        order, autoencoder = WindowedOrder(0, opened.counts, 1), IdentityAutoencoder(1)
+        settings = {"seed": 0, "batch_size": 700, "class_dropout": 0.2, "flip": False}
+        times = GaussianDiffusion(LinearSchedule(), LearnedRangeVariance()).times
+        batch = TrainingBatches(opened, order, autoencoder, texts, times=times, **settings).batch(0)
+        found.append(texts.embedded(batch.condition))
+        opened.close()
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=2e-3, atol=1e-6)
+    assert len(found[0][POOLED].unique(dim=0)) > 10
 
 
 def state_of(run: Path) -> dict[str, torch.Tensor]:
