@@ -133,13 +133,13 @@ class NpzFile:
 
         Raises ValueError where a part was damaged after it was written.
         """
-        if texts is not None:
-            write_prompts(self._path.with_suffix(".jsonl"), texts, classes)
         first = self._last_read(chunks[0])
         others = (self._last_read(chunk) for chunk in chunks[1:])
         images = Blocks((chunks[-1].last, *first.shape[1:]), np.dtype(np.uint8), itertools.chain([first], others))
         labels = {} if classes is None else {"arr_1": classes}
         write_npz(self._path, {"arr_0": images, **labels}, zip64=True)
+        if texts is not None:
+            write_prompts(self._path.with_suffix(".jsonl"), texts, classes)
         rmtree(self._parts)
 
     def _last_read(self, chunk: Chunk) -> NDArray[np.uint8]:

@@ -201,11 +201,9 @@ def test_bits_per_dimension_are_those_of_the_shards_with_their_captions(
 ) -> None:
     words = [f"data.shards={trained / 'shards'}", "evaluation.num_images=2", "metrics=[nll]"]
     in_process(*EVALUATE, *words)
-    in_process(*EVALUATE, *words, "prompts=x")  # of images that are generated, of which there are none
-    *_, one, other = json_lines(run / "evaluations.jsonl")
-    assert np.isfinite(one["bits_per_dimension"])
-    assert one["bits_per_dimension"] == other["bits_per_dimension"]
-    assert one["likelihood_data_hash"] == Manifest.load(str(trained / "shards")).hash
+    *_, record = json_lines(run / "evaluations.jsonl")
+    assert np.isfinite(record["bits_per_dimension"])
+    assert record["likelihood_data_hash"] == Manifest.load(str(trained / "shards")).hash
 
 
 @pytest.mark.parametrize(
