@@ -37,8 +37,8 @@ def sample_job(config: SampleSettings, progress: ProgressBar) -> None:
     checkpoint = conditioned(checkpoint, config, runtime)
     count, conditions = config.num_images, checkpoint.conditions
     condition = _condition(config, checkpoint)
-    for note in [*([] if checkpoint.note is None else [checkpoint.note]), *conditions.notes(condition)]:
-        if runtime.is_main:
+    if runtime.is_main:
+        for note in _notes(config, checkpoint, condition):
             print(f"note: {note}", file=sys.stderr)
     generator = checkpoint.generator(config, config.seed, runtime)
     parts = []
@@ -70,6 +70,16 @@ def _condition(config: SampleSettings, checkpoint: LoadedCheckpoint) -> Conditio
     if config.labels is None:
         return checkpoint.conditions.in_turn(config.num_images)
     return checkpoint.conditions.asked_for(config.labels, config.num_images, checkpoint.class_names, knows_null, path)
+
+
+def _notes(config: SampleSettings, checkpoint: LoadedCheckpoint, condition: Condition) -> list[str]:
+    """Return sentences on the weights and the conditions."""
+    notes = [] if checkpoint.note is None else [checkpoint.note]
+    num_prompts = checkpoint.conditions.num_groups if config.prompts is not None else 0
+    if num_prompts > config.num_images:
+        unused = num_prompts - config.num_images
+        notes.append(f"{unused} of {num_prompts} prompts get no image; set num_images={num_prompts} for one of each.")
+    return notes + checkpoint.conditions.notes(condition)
 
 
 def _name(config: SampleSettings, checkpoint: LoadedCheckpoint, texts: Sequence[str] | None) -> str:

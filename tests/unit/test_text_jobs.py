@@ -111,6 +111,8 @@ def test_prompts_with_classes_give_labels_and_truncated_ones_a_note(run: Path, i
         assert file["arr_1"].tolist() == [3, 7, 3]
     assert json_lines(Path("x.jsonl"))[1] == {"prompt": LONG, "class": 7}
     assert "note:" not in in_process(*SAMPLE, f"prompts=[{THREE}]", "num_images=1", "out=x")
+    unused = "note: 1 of 2 prompts get no image; set num_images=2 for one of each."
+    assert unused in in_process(*SAMPLE, f"prompts=[{THREE},{SEVEN}]", "num_images=1", "out=x")
 
 
 def test_a_grid_has_a_caption_once_or_above_each_column_or_above_each_image() -> None:
