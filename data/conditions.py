@@ -125,6 +125,10 @@ class ConditionSource(Protocol):
         """Return the text of each row of a condition of images to generate, or None without texts."""
         ...
 
+    def notes(self, condition: Condition) -> list[str]:
+        """Return sentences for the user who asked for a condition of images to generate."""
+        ...
+
 
 class HostSource:
     """The common part of sources whose conditions are whole as the host makes them, and are not texts."""
@@ -171,6 +175,10 @@ class HostSource:
 
     def texts(self, condition: Condition) -> None:
         """Return None: there is no text."""
+
+    def notes(self, condition: Condition) -> list[str]:
+        """Return nothing: conditions are taken as they are given."""
+        return []
 
 
 class ClassLabels(HostSource):

@@ -23,11 +23,13 @@ def read_prompts(asked: str | Sequence[Any] | None) -> Prompts | None:
     if asked is None:
         return None
     if not isinstance(asked, str):
-        found = checked_prompts(list(asked), None, "prompts")
+        if not isinstance(asked, Sequence):
+            raise ValueError(f"prompts is {asked!r}, which is not a text; put it into quotation marks: '\"{asked}\"'.")
+        found = checked_prompts(asked, None, "prompts")
     elif asked.endswith(_SUFFIXES):
         found = _of_file(Path(asked).expanduser())
     else:
-        found = Prompts((asked,))
+        found = checked_prompts([asked], None, "prompts")
     if not any(text.strip() for text in found.texts):
         raise ValueError(f"prompts={asked!r} has no text; give at least one.")
     return found

@@ -194,7 +194,10 @@ class TextCondition:
     def _required(self) -> int:
         """Return the number of prompts. Raises ValueError where there are none."""
         if not self._prompts.texts:
-            raise ValueError('This model is conditioned on texts; give them as prompts="..." or prompts=FILE.txt.')
+            raise ValueError(
+                'This model is conditioned on texts; give them as prompts="..." or prompts=FILE.txt, and in training '
+                "as condition.prompts=[...]."
+            )
         return len(self._prompts.texts)
 
     def _of_prompts(self, numbers: NDArray[np.int64]) -> Condition:
@@ -235,12 +238,27 @@ class TextCondition:
         """Return the prompts."""
         return [self._prompts.texts[number] for number in condition[_PROMPT].tolist()]
 
+    def first_texts(self, most: int) -> list[str]:
+        """Return the first prompts, ``most`` of them or fewer."""
+        return list(self._prompts.texts[:most])
+
+    def notes(self, condition: Condition) -> list[str]:
+        """Return a sentence on the prompts that the encoder truncates, if there are any."""
+        texts = [*dict.fromkeys(filter(None, [*self.texts(condition), self._negative]))]
+        count, spec = self.encoder.tokenize(texts).num_truncated, self.encoder.spec()
+        if not count:
+            return []
+        are = f"prompt{'s' * (len(texts) > 1)} {'is' if count == 1 else 'are'}"
+        return [f"{count} of {len(texts)} {are} longer than the {spec.length} tokens of {spec.name}, and truncated."]
+
 
 def checked_prompts(texts: Sequence[Any], classes: Sequence[int] | None, of: str) -> Prompts:
     """Return prompts. Raises ValueError, naming the setting ``of``, for what is no text, and for as many classes."""
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"{of} has {text!r}, which is not a text; put it into quotation marks.")
+        if not _is_unicode(text):
+            raise ValueError(f"{of} has {text[:80]!r}, which is not text in Unicode; correct it.")
     if len(texts) > _MOST_PROMPTS:
         raise ValueError(f"{of} has {len(texts)} texts, but there may be {_MOST_PROMPTS}; give fewer.")
     if classes is not None and len(classes) != len(texts):
@@ -248,3 +266,12 @@ def checked_prompts(texts: Sequence[Any], classes: Sequence[int] | None, of: str
     if classes is not None and min(classes, default=0) < 0:
         raise ValueError(f"{of} has the class {min(classes)}, but classes count from 0; give another.")
     return Prompts(tuple(texts), None if classes is None else tuple(classes))
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether a text can be stored: half of a pair of surrogates, which JSON allows, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

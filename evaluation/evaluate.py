@@ -81,7 +81,7 @@ class Evaluator:
 
     def require(self, image_size: int, num_classes: int) -> None:
         """Raise ValueError, before images are generated, where the reference or a metric does not fit."""
-        self.reference.require(image_size, num_classes)
+        self.reference.require(image_size, None if self.captions is not None else num_classes)
         for metric in self.metrics.values():
             metric.require(self.extractor, self.reference, self.protocol.num_images)
 
@@ -99,7 +99,8 @@ class Evaluator:
         """
         self.require(generator.spec.image_size, generator.spec.num_classes)
         protocol, runtime = self.protocol, generator.runtime
-        runtime.require_same({"feature extractor": self.features_hash, "reference": self.reference.hash})
+        same = {"feature extractor": self.features_hash, "reference": self.reference.hash, **self.of_captions}
+        runtime.require_same(same)
         store, files = store or ChunkStore(), files or NoFiles()
         condition = protocol.condition_of(generator.conditions)
         classes = generator.conditions.classes(condition)
@@ -119,7 +120,7 @@ class Evaluator:
                 bar.update((chunk.last - chunk.first) * runtime.data_world)
         runtime.wait()  # until the files of all processes are written
         if runtime.is_main:
-            files.finish(chunks_of(protocol.num_images, self.batch_size, 0, 1), classes)
+            files.finish(chunks_of(protocol.num_images, self.batch_size, 0, 1), classes, self.captions)
         collected = {kind: collector.merged(runtime.gather) for kind, collector in collectors.items()}
         numbers = _shared(
             lambda: self._numbers(collected, exact_device(runtime.device)), runtime.is_main, runtime.gather
@@ -184,8 +185,15 @@ class Evaluator:
             "feature_extractor_hash": self.extractor.hash,
             "reference_hash": self.reference.hash,
             "metrics": {name: dict(metric.settings) for name, metric in self.metrics.items()},
-            **({} if self.captions is None else {"captions_hash": canonical_hash(list(self.captions), spaced=True)}),
+            **self.of_captions,
         }
+
+    @property
+    def of_captions(self) -> dict[str, str]:
+        """Return the hash of the captions by its key in a record, or nothing without captions."""
+        if self.captions is None:
+            return {}
+        return {"captions_hash": canonical_hash(list(self.captions), spaced=True)}
 
     def _facts(self, generator: Generator) -> dict[str, Any]:
         """Return the facts that define a number: extractor, reference, decoder, protocol, settings of the metrics."""

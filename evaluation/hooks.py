@@ -52,7 +52,10 @@ class _CatchingUpHook:
 
 
 class SampleGridHook(_CatchingUpHook):
-    """Writes a PNG with ``per_class`` samples of up to 10 classes, always from the same noise."""
+    """Writes a PNG with ``per_class`` samples of up to 10 classes or prompts, always from the same noise.
+
+    Raises ValueError, before training, where the generator has no conditions to sample.
+    """
 
     def __init__(
         self,
@@ -68,6 +71,7 @@ class SampleGridHook(_CatchingUpHook):
         self._logger = logger
         self._columns = min(10, generator.conditions.num_groups or generator.spec.num_classes)
         self._count = per_class * self._columns
+        self._condition = {} if every is None else generator.conditions.in_turn(self._count, self._columns)
 
     def is_done(self, state: TrainState) -> bool:
         """Return whether the picture exists."""
@@ -75,12 +79,11 @@ class SampleGridHook(_CatchingUpHook):
 
     def act(self, state: TrainState) -> None:
         """Generate images on all processes, and write the grid on the main one."""
-        condition = self._generator.conditions.in_turn(self._count, self._columns)
-        images = self._generator.all_images(condition, self._count, self._count)
+        images = self._generator.all_images(self._condition, self._count, self._count)
         if not self._runtime.is_main:
             return
         path = self._folder.grid(state.step)
-        save_grid(path, images, self._columns)
+        save_grid(path, images, self._columns, self._generator.conditions.texts(self._condition))
         self._logger.log_image("samples", path, state.step)
 
 

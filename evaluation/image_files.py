@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -33,6 +34,13 @@ def _plan_in(folder: Path) -> str | None:
         return None
 
 
+def write_prompts(path: Path, texts: Sequence[str], classes: NDArray[np.int64] | None) -> None:
+    """Write the prompt of image i as line i, with its class where it is known; the setting ``prompts`` reads them."""
+    of_class = [{}] * len(texts) if classes is None else [{"class": number} for number in classes.tolist()]
+    lines = [json.dumps({"prompt": text, **more}) for text, more in zip(texts, of_class, strict=True)]
+    write_bytes(path, "".join(f"{line}\n" for line in lines).encode())
+
+
 class ImageFiles(Protocol):
     """Writes images chunk by chunk, from several processes that share a file system."""
 
@@ -48,8 +56,13 @@ class ImageFiles(Protocol):
         """Write the images [B, H, W, C] of a chunk."""
         ...
 
-    def finish(self, chunks: list[Chunk], classes: NDArray[np.int64] | None) -> None:
-        """Finish when all chunks, with images of these classes, are written. Called on the main process only."""
+    def finish(
+        self, chunks: list[Chunk], classes: NDArray[np.int64] | None, texts: Sequence[str] | None = None
+    ) -> None:
+        """Finish when all chunks, with images of these classes and prompts, are written.
+
+        Called on the main process only.
+        """
         ...
 
 
@@ -66,7 +79,9 @@ class NoFiles:
     def write(self, chunk: Chunk, images: NDArray[np.uint8]) -> None:
         """Do nothing."""
 
-    def finish(self, chunks: list[Chunk], classes: NDArray[np.int64] | None) -> None:
+    def finish(
+        self, chunks: list[Chunk], classes: NDArray[np.int64] | None, texts: Sequence[str] | None = None
+    ) -> None:
         """Do nothing."""
 
 
@@ -111,13 +126,20 @@ class NpzFile:
         """Write the part of one chunk."""
         write_kept(self._part(chunk), npy_of(images), self._identity(chunk))
 
-    def finish(self, chunks: list[Chunk], classes: NDArray[np.int64] | None) -> None:
-        """Join the parts and delete them. Raises ValueError where one was damaged after it was written."""
+    def finish(
+        self, chunks: list[Chunk], classes: NDArray[np.int64] | None, texts: Sequence[str] | None = None
+    ) -> None:
+        """Join the parts, delete them, and write a ``.jsonl`` of the prompts beside it, if there are any.
+
+        Raises ValueError where a part was damaged after it was written.
+        """
         first = self._last_read(chunks[0])
         others = (self._last_read(chunk) for chunk in chunks[1:])
         images = Blocks((chunks[-1].last, *first.shape[1:]), np.dtype(np.uint8), itertools.chain([first], others))
         labels = {} if classes is None else {"arr_1": classes}
         write_npz(self._path, {"arr_0": images, **labels}, zip64=True)
+        if texts is not None:
+            write_prompts(self._path.with_suffix(".jsonl"), texts, classes)
         rmtree(self._parts)
 
     def _last_read(self, chunk: Chunk) -> NDArray[np.uint8]:
@@ -201,5 +223,9 @@ class PngFiles:
         record = asdict(_Pictures(self._plan, chunk.first, chunk.last, tuple(hashes)))
         write_bytes(self._record(chunk), json.dumps(seal(record)).encode())
 
-    def finish(self, chunks: list[Chunk], classes: NDArray[np.int64] | None) -> None:
-        """Do nothing: the pictures are already written."""
+    def finish(
+        self, chunks: list[Chunk], classes: NDArray[np.int64] | None, texts: Sequence[str] | None = None
+    ) -> None:
+        """Write ``prompts.jsonl``, if there are any; the pictures are already written."""
+        if texts is not None:
+            write_prompts(self._folder / "prompts.jsonl", texts, classes)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from core.closest import closest
 from core.progress import ProgressBar
 from core.reading import DamagedFileError, sha256_of
 from core.records import canonical_hash
+from data.conditions import ConditionSource
 from data.manifest import Manifest
 from data.settings import DataSettings
 from data.shards import MappedShards
@@ -60,7 +62,7 @@ def evaluate_job(config: EvaluateSettings, progress: ProgressBar) -> None:
     runtime: Devices = build(config.runtime, precision=config.precision.value)
     runtime.require_same(facts_of_process(config.plain()))
     checkpoint, records = _checkpoint(config, runtime)
-    checkpoint = _conditioned(config, checkpoint)
+    checkpoint = _conditioned(config, checkpoint, runtime)
     data = config.data
     source = data.name if is_foreign(config.checkpoint) else checkpoint.spec.source
     if (data.name, data.image_size) != (source, checkpoint.spec.image_size):
@@ -73,7 +75,10 @@ def evaluate_job(config: EvaluateSettings, progress: ProgressBar) -> None:
     generator = checkpoint.generator(config, config.evaluation.seed, runtime)
     evaluator, chunks = None, None
     if names := [name for name in config.metrics if name != LIKELIHOOD]:
-        evaluator = _of_given_images(config, build_evaluator(config, runtime, progress, names))
+        conditions, negative = checkpoint.conditions, config.negative_prompt
+        evaluator = build_evaluator(config, runtime, progress, conditions, names, negative)
+        evaluator = _of_given_images(config, evaluator)
+        _tell(conditions, evaluator, runtime)
         if not is_foreign(config.checkpoint):
             chunks = EvaluationChunks(checkpoint, config.weights, evaluator)
     store = ChunkStore() if chunks is None else chunks.store
@@ -87,11 +92,18 @@ def evaluate_job(config: EvaluateSettings, progress: ProgressBar) -> None:
         chunks.discard()
 
 
-def _conditioned(config: EvaluateSettings, checkpoint: LoadedCheckpoint) -> LoadedCheckpoint:
+def _conditioned(config: EvaluateSettings, checkpoint: LoadedCheckpoint, runtime: Devices) -> LoadedCheckpoint:
     """Return the checkpoint with the images or the texts that it is conditioned on."""
     if LIKELIHOOD in config.metrics and config.low_resolution is not None:
         raise ValueError(f"metrics has {LIKELIHOOD}, which upsamplers do not have here; leave it out.")
-    return conditioned(checkpoint, config)
+    return conditioned(checkpoint, config, runtime)
+
+
+def _tell(conditions: ConditionSource, evaluator: Evaluator, runtime: Devices) -> None:
+    """Print notes on the conditions of the images on stderr."""
+    if runtime.is_main:
+        for note in conditions.notes(evaluator.protocol.condition_of(conditions)):
+            print(f"note: {note}", file=sys.stderr)
 
 
 def _of_given_images(config: EvaluateSettings, evaluator: Evaluator) -> Evaluator:
@@ -185,6 +197,7 @@ class EvaluationChunks:
             "made of": [source.hash for source in checkpoint.sources],
             "protocol": asdict(evaluator.protocol),
             "feature_extractor": evaluator.features_hash,
+            **evaluator.of_captions,
         }
         self._label = f"{self._label_of(checkpoint.hash)}{canonical_hash(way, spaced=True)[:16]}"
         self._identity = {**self._code, **way, "batch_size": evaluator.batch_size}

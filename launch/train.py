@@ -249,7 +249,7 @@ def _evaluation_hook(
     logger: Logger,
     progress: ProgressBar,
 ) -> EvaluationHook:
-    evaluator = build_evaluator(config, generator.runtime, progress)
+    evaluator = build_evaluator(config, generator.runtime, progress, generator.conditions)
     evaluator.require(generator.spec.image_size, generator.spec.num_classes)
 
     # Settings, source code and data determine the weights of a step, so equal ones make a killed run's chunks usable.

@@ -57,13 +57,13 @@ class Reference:
         assert self.load_vectors is not None, "a metric did not require vectors of a reference without any"
         return self.load_vectors()
 
-    def require(self, image_size: int, num_classes: int) -> None:
-        """Raise ValueError where generated images have another size or number of classes."""
+    def require(self, image_size: int, num_classes: int | None) -> None:
+        """Raise ValueError where generated images have another size, or number of classes if they are of classes."""
         for what, theirs, ours in (
             ("images of side", self.image_size, image_size),
             ("classes:", self.num_classes, num_classes),
         ):
-            if theirs is not None and theirs != ours:
+            if theirs is not None and ours is not None and theirs != ours:
                 raise ValueError(
                     f"The reference {self.name} has {what} {theirs}, but the generated images {ours}; choose another "
                     "evaluation.reference, or make one by `ditscale reference`."

@@ -182,7 +182,7 @@ def build_generator(
     sampler.require(objective)
     require_runtime(sampler, config.runtime, runtime.device)
     needs_null = target_of(config.guidance).needs_null
-    if needs_null and not _has_condition(conditions, spec):
+    if needs_null and not has_condition(conditions, spec):
         raise ValueError(
             "Guidance needs a condition, but this model is trained without one; use diffusion/guidance=none."
         )
@@ -201,7 +201,8 @@ def build_generator(
     return Generator(guided, objective, autoencoder.to(runtime.device), sampler, spec, conditions, seed, runtime)
 
 
-def _has_condition(conditions: ConditionSource, spec: LatentSpec) -> bool:
+def has_condition(conditions: ConditionSource, spec: LatentSpec) -> bool:
+    """Return whether a network of these conditions gets any."""
     side = spec.latent_size
     return bool(conditions.seen(torch.empty(1, spec.channels, side, side, device="meta")))
 
@@ -233,24 +234,27 @@ def build_evaluator(
     config: TrainSettings | EvaluateSettings,
     runtime: Processes,
     progress: ProgressBar,
+    conditions: ConditionSource,
     names: Sequence[str] | None = None,
-    captions: Sequence[str] | None = None,
+    negative_prompt: str | None = None,
 ) -> Evaluator:
     """Return the evaluator of a config's ``evaluation``, with the metrics in ``names``, by default the config's.
 
-    ``captions`` are those of the images, by index, where they have captions. Raises ValueError as `require_metrics`.
+    It measures images of ``conditions``, whose texts are their captions. Raises ValueError as `require_metrics`.
     """
     settings, data = config.evaluation, config.data
     names = settings.metrics if names is None else names
-    require_metrics(settings.metric, names, captions is not None)
+    require_metrics(settings.metric, names, conditions.texts(conditions.in_turn(1)) is not None)
+    of_prompt = {"negative_prompt": negative_prompt} if negative_prompt else {}
     protocol = MeasurementProtocol(
         sampler=_named_settings(config.sampler),
-        guidance=_named_settings(config.guidance),
+        guidance={**_named_settings(config.guidance), **of_prompt},
         num_images=settings.num_images,
         sampling_seed=settings.seed,
         network_precision=precision_of_products(config.precision.value, runtime.device),
         labels=settings.labels.value,
     )
+    captions = conditions.texts(protocol.condition_of(conditions))
     extractor = build_extractor(settings.features, runtime)
     if settings.reference is None:
         source = build(data.source if settings.source is None else settings.source)

@@ -11,7 +11,7 @@ from data.text_encoders import TextEncoder
 from launch.builders.components import build
 
 _NUM_PROMPTS = 10  # of the shards' captions, where none are given
-_LONGEST_PROMPT = 200  # characters
+_LONGEST_PROMPT = 1000  # characters
 _WAY_OUT = "encode images with captions and a data/text_encoder, or choose another data/condition"
 
 
@@ -53,6 +53,12 @@ def fill_condition(section: Mapping[str, Any], manifest: Manifest, data: DataSet
                 "or point data.shards to other shards."
             )
     stored = has_embeddings if section["stored"] is None else section["stored"]
+    for text in section["prompts"] or ():
+        if isinstance(text, str) and not _may_be_saved(text):
+            raise ValueError(
+                f"condition.prompts has {text[:80]!r}, which a run's config cannot hold; give it in one line, of at "
+                f"most {_LONGEST_PROMPT} characters and without '${{'."
+            )
     prompts = _some_captions(manifest, data) if section["prompts"] is None else section["prompts"]
     return {**section, **facts, "stored": stored, "prompts": prompts}
 
@@ -65,12 +71,16 @@ def _some_captions(manifest: Manifest, data: DataSettings) -> list[str]:
         rows = range(0, manifest.num_samples, max(1, manifest.num_samples // (4 * _NUM_PROMPTS)))
         for row in rows:
             caption = shards.captions_of(row)[0]
-            may_be_saved = len(caption) <= _LONGEST_PROMPT and caption.isprintable() and "${" not in caption
-            if may_be_saved and caption not in found and len(found) < _NUM_PROMPTS:
+            if _may_be_saved(caption) and caption not in found and len(found) < _NUM_PROMPTS:
                 found.append(caption)
     finally:
         shards.close()
     return found
+
+
+def _may_be_saved(text: str) -> bool:
+    """Return whether the config of a run can have a text: its readers refuse interpolations and control characters."""
+    return len(text) <= _LONGEST_PROMPT and text.isprintable() and "${" not in text
 
 
 def sizes_in(condition: Mapping[str, Any]) -> TextSizes | None:

@@ -14,6 +14,7 @@ from data.conditions import ConditionSource
 from data.low_resolution import LowResolution
 from data.manifest import LatentSpec, Manifest
 from data.shards import MappedShards
+from data.text_conditions import TextCondition
 from diffusion.objective import Objective
 from launch.builders.alignment import fill_alignment, require_tokens
 from launch.builders.build import (
@@ -140,6 +141,8 @@ def prepare_run(config: TrainSettings, manifest: Manifest) -> PreparedRun:
     check_readers(runtime.data_world, len(manifest.shards))
     objective: Objective = runtime.place(build(config.diffusion))
     conditions.prepare(runtime.place, encoder_of(config.text_encoder))
+    if isinstance(conditions, TextCondition) and not config.condition["stored"]:
+        _ = conditions.encoder  # read now, so that one that does not fit is refused before any write
     alignment: REPA | None = build(config.alignment)
     return PreparedRun(config, manifest, spec, autoencoder, conditions, objective, runtime, alignment)
 

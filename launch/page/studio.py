@@ -13,13 +13,13 @@ from torch import Tensor
 
 from core.closest import closest
 from data.conditions import rows_of
-from data.low_resolution import enlarging
 from diffusion.watching import Watcher
 from evaluation.generate import Generator, equal_rounds
 from evaluation.grid import columns_of, grid_of
-from launch.builders.build import LoadedCheckpoint
+from launch.builders.build import LoadedCheckpoint, has_condition
 from launch.builders.choices import Section, fitting_samplers, sections_of
 from launch.builders.components import build, target_of
+from launch.builders.conditioned import conditioned
 from launch.builders.foreign import is_foreign, load_foreign
 from launch.command.check import check_parameters
 from launch.command.settings import ServeSettings
@@ -81,15 +81,17 @@ class Studio:
         if runtime.data_world > 1:
             raise ValueError(f"ditscale serve runs in one process, but there are {runtime.data_world}; start one.")
         checkpoint = _loaded(config, runtime)
-        knows_null, name = checkpoint.class_dropout > 0, str(checkpoint.path)
-        conditions = enlarging(checkpoint.conditions, config.low_resolution, checkpoint.spec, knows_null, name)
+        checkpoint = conditioned(checkpoint, config, runtime)
+        conditions, name = checkpoint.conditions, str(checkpoint.path)
+        knows_null = checkpoint.class_dropout > 0 and has_condition(conditions, checkpoint.spec)
         samplers = fitting_samplers(config.sampler, checkpoint.objective, config.runtime, runtime.device)
-        facts = Facts(checkpoint.class_names, knows_null and bool(conditions.in_turn(1)), name)
         notes = [] if checkpoint.note is None else [checkpoint.note]
         guidance = config.guidance if "scale" in config.guidance else None
-        if guidance is not None and target_of(guidance).needs_null and not facts.knows_null:
+        if guidance is not None and target_of(guidance).needs_null and not knows_null:
             guidance = None
             notes.append(f"{name} does not know the null condition, so the page has no guidance.")
+        is_guided = guidance is not None and target_of(guidance).needs_null
+        facts = Facts(checkpoint.class_names, knows_null, name, is_guided, config.negative_prompt)
         if target_of(config.sampler).name not in samplers:
             names = f"{target_of(config.sampler).name} does not fit diffusion={checkpoint.objective.name}"
             notes.append(f"sampler {names}, so the page begins with {next(iter(samplers))}.")
@@ -116,11 +118,12 @@ class Studio:
         sampler, guidance = self._sampler(form), self._guidance(form)
         asked = self.fields.asked(form.asked, count)
         config = replace(self.config, sampler=sampler, guidance=guidance)
-        generator = self.checkpoint.generator(config, seed, self.runtime)
+        generator = replace(self.checkpoint, conditions=asked.source).generator(config, seed, self.runtime)
         words = [f"seed {seed}", generator.sampler.name, asked.words]
         words += [f"{sampler['steps']} steps"] if "steps" in sampler else []
         words += [f"guidance {guidance['scale']}"] if "scale" in guidance else []
-        return Order(generator, count, asked, ", ".join(word for word in words if word))
+        notes = asked.source.notes(asked.condition)
+        return Order(generator, count, asked, "; ".join([", ".join(word for word in words if word), *notes]))
 
     def _sampler(self, form: Form) -> Section:
         """Return the section of the form's sampler with its steps."""
@@ -157,7 +160,7 @@ def _loaded(config: ServeSettings, runtime: Devices) -> LoadedCheckpoint:
     if is_foreign(config.checkpoint):
         # Whether its network can be guided is decided later, and it can be sampled without.
         return load_foreign(replace(config, guidance=sections_of("diffusion/guidance")["none"]), runtime)
-    return LoadedCheckpoint.load(config.checkpoint, config.weights, runtime)
+    return LoadedCheckpoint.load(config.checkpoint, config.weights, runtime, config.text_encoder)
 
 
 class _Canvas:
@@ -169,6 +172,7 @@ class _Canvas:
         shape = (order.num_images, spec.image_size, spec.image_size, spec.channels)
         self._images = np.full(shape, _BLANK, np.uint8)
         self._columns = columns_of(order.num_images, order.asked.groups)
+        self._captions = order.asked.source.texts(order.asked.condition)
         self._done = 0
 
     def watcher(self, rows: NDArray[np.int64]) -> Watcher:
@@ -197,7 +201,7 @@ class _Canvas:
 
     def _fill(self, rows: NDArray[np.int64], images: NDArray[np.uint8], text: str) -> None:
         self._images[rows] = images[: len(rows)]
-        self._show(View(grid_of(self._images, self._columns), text))
+        self._show(View(grid_of(self._images, self._columns, self._captions), text))
 
 
 def whole_number(name: str, value: Any) -> int:

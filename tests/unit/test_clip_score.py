@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from small_text_encoders import write_small_clip, write_whole_clip
 from test_evaluation import PixelFeatures, generator
 from test_evaluation_commands import EVALUATE, run, train, trained  # noqa: F401  # two fixtures among them
-from test_metrics import collected
+from test_generation import OneOf
+from test_metrics import collected, in_parallel
 from test_report import record_of, write_run
 
 from core.reading import sha256_of
@@ -216,6 +217,39 @@ def test_an_evaluation_scores_image_i_against_caption_i_and_records_how(folder: 
     assert other["clip_score"] != record["clip_score"]
     assert other["captions_hash"] != record["captions_hash"]
     assert other["frechet_distance"] == record["frechet_distance"]
+
+
+def test_processes_score_each_image_against_its_own_caption(folder: Path) -> None:
+    """Use 13 images in chunks of 5, which are 3 chunks for 2 processes."""
+    captions = captions_of(13)
+    alone = evaluator_of(folder, captions).evaluate(gray_generator(), silent_progress)
+
+    def work(rank: int, gather: Any) -> dict[str, Any]:
+        make = replace(gray_generator(), runtime=OneOf(rank, 2, gather))  # type: ignore[arg-type]
+        return evaluator_of(folder, captions).evaluate(make, silent_progress)
+
+    for record in in_parallel(2, work):
+        assert record["clip_score"] == pytest.approx(alone["clip_score"], rel=1e-6)
+        assert (record["truncated_captions"], record["captions_hash"]) == (3, alone["captions_hash"])
+
+
+def test_processes_with_other_captions_are_refused_whatever_they_measure(folder: Path) -> None:
+    def work(rank: int, gather: Any) -> str:
+        make = replace(gray_generator(), runtime=OneOf(rank, 2, gather))  # type: ignore[arg-type]
+        measure = evaluator_of(folder, CAPTIONS[rank:] + CAPTIONS[:rank])
+        with pytest.raises(ValueError, match="processes of this job differ") as refused:
+            replace(measure, metrics={"frechet": FrechetDistance()}).evaluate(make, silent_progress)
+        return str(refused.value)
+
+    assert all("captions_hash is" in sentence for sentence in in_parallel(2, work))
+
+
+def test_a_reference_of_any_classes_fits_images_of_captions(folder: Path) -> None:
+    of_seven = replace(reference(), num_classes=7)
+    replace(evaluator_of(folder, captions_of(8)), reference=of_seven).require(8, 10)
+    without = Evaluator(PixelFeatures(), of_seven, evaluator_of(folder, captions_of(8)).protocol, 5)
+    with pytest.raises(ValueError, match="has classes: 7, but the generated images 10"):
+        without.require(8, 10)
 
 
 def test_a_killed_evaluation_continues_with_the_next_chunk(

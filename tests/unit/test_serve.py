@@ -21,6 +21,7 @@ from conftest import TINY_RUN, InProcess, prepared_by, warm
 from omegaconf import OmegaConf
 from PIL import Image
 from test_bad_input import fails
+from text_runs import write_text_run
 from warm_jobs import TRAINING
 
 from data.conditions import ClassLabels, Unconditional
@@ -38,17 +39,18 @@ from launch.page.streams import Show, Streams
 from launch.page.studio import Form, Studio, number, whole_number
 
 SERVE = ["runtime=cpu", "weights=model", "batch_size=5"]
-CLASSES, FREE = "classes", "free"  # folders of the runs
+CLASSES, FREE, TEXTS = "classes", "free", "texts/run"  # folders of the runs
 
 
 @pytest.fixture(scope="module")
 def runs(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with two short runs: of the digits' classes, and a flow without a condition."""
+    """Return a folder with short runs: of the digits' classes, a flow without a condition, and of the captions."""
     folder = tmp_path_factory.mktemp("runs")
     short = [*TINY_RUN, "total_steps=4", "checkpoint_every=4", "optimizer.lr=1e-2", f"data.shards={digits}"]
     prepared_by("train", *short, f"run_dir={CLASSES}", cwd=folder)
     flow = ["diffusion=flow", "diffusion/sampler=euler", "data/condition=none"]
     prepared_by("train", *short, *flow, f"run_dir={FREE}", cwd=folder)
+    write_text_run(folder / "texts", "condition.prompts=[a drawing of a three,digit seven]")
     return folder
 
 
@@ -85,6 +87,12 @@ def page_of(run: Path, files: Path, *words: str) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def page(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with page_of(runs / CLASSES, tmp_path_factory.mktemp("files")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def text_page(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with page_of(runs / TEXTS, tmp_path_factory.mktemp("files")) as found:
         yield found
 
 
@@ -126,6 +134,51 @@ def test_a_network_without_classes_has_a_page_without_class_and_guidance(
     assert "note: sampler ddpm does not fit diffusion=flow, so the page begins with euler." in notes
     words = ["seed=5", "num_images=3", "diffusion/sampler=heun_ode", "sampler.steps=4"]
     assert np.array_equal(found, by_sample(runs, FREE, in_process, *words))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "negative", "words"),
+    [
+        ("a three\n\n  digit 'seven'\n", "a one", ["prompts=[a three,\"digit 'seven'\"]", "negative_prompt='a one'"]),
+        ("a three", "", ["prompts='a three'"]),
+        ("a three\na three\nthe one", " ", ["prompts=[a three,a three,the one]", "negative_prompt=''"]),
+    ],
+    ids=["two with a negative one", "one", "three columns"],
+)
+def test_the_page_of_prompts_shows_the_bits_that_sample_writes(
+    prompts: str, negative: str, words: list[str], text_page: Served, runs: Path, in_process: InProcess
+) -> None:
+    found, texts = text_page.sample("3", 7, "ddim", "6", 2.5, prompts, negative)
+    words = [*words, "seed=3", "num_images=7", "diffusion/sampler=ddim", "sampler.steps=6", "guidance.scale=2.5"]
+    assert np.array_equal(found, by_sample(runs, TEXTS, in_process, *words, *GUIDED))
+    count = sum(bool(line) for line in prompts.splitlines())
+    assert ("prompt 'a three'" if count == 1 else f"{count} prompts in turn") in texts[-1]
+    assert ("negative prompt 'a one'" in texts[-1]) == (negative == "a one")
+
+
+def test_the_page_of_prompts_says_what_is_truncated_and_refuses_what_is_no_text(text_page: Served) -> None:
+    form = ["0", 2, "ddim", "2", 1]
+    long = "a number of numbers of numbers of numbers"
+    _, texts = text_page.sample(*form, f"{long}\na three", "")
+    assert texts[-1].endswith("; 1 of 2 prompts is longer than the 12 tokens of clip_text, and truncated.")
+    for prompts, negative, sentence in (
+        (" \n", "", "prompts is empty; give at least one line."),
+        (None, "", "prompts is empty, but it must be a text."),
+    ):
+        with pytest.raises(AppError) as answer:
+            text_page.sample(*form, prompts, negative)
+        assert str(answer.value) == sentence
+    with pytest.raises(ValueError, match=r"^negative prompt is 3, but it must be a text\.$"):
+        text_page.studio.fields.asked(["a", 3], 2)
+
+
+def test_a_page_without_guidance_has_no_negative_prompt(runs: Path) -> None:
+    config = settings_of(f"checkpoint={runs / TEXTS}", "diffusion/guidance=none", "prompts=['a\tb',c]")
+    with private_gradio(), build_page(studio := Studio.of(config)):
+        (prompts,) = studio.fields.components()
+    assert prompts.value == "a b\nc"
+    with pytest.raises(ValueError, match="negative_prompt is given, but only guidance by the null condition uses it"):
+        Studio.of(settings_of(f"checkpoint={runs / TEXTS}", "diffusion/guidance=none", "negative_prompt=x"))
 
 
 def test_images_are_shown_as_they_are_denoised_and_a_finished_one_stays(page: Served) -> None:
@@ -362,7 +415,7 @@ def test_sampling_that_is_cancelled_leaves_the_device_to_the_next(page: Served) 
 
 
 @needs_chromium
-def test_a_browser_samples_and_sees_a_sentence_for_a_bad_value(page: Served, tmp_path: Path) -> None:
+def test_a_browser_samples_and_sees_a_sentence_for_a_bad_value(page: Served, text_page: Served, tmp_path: Path) -> None:
     with opened(page.url, tmp_path / "profile") as browser:
         browser.wait_for(f"!!{BUTTON}")
         enter = "const found = {}; found.value = '{}'; found.dispatchEvent(new Event('input', {{bubbles: true}}));"
@@ -377,3 +430,11 @@ def test_a_browser_samples_and_sees_a_sentence_for_a_bad_value(page: Served, tmp
         browser.wait_for("document.body.innerText.includes(\"seed is 'abc', but it must be a whole number\")")
         origins = "[...new Set(performance.getEntriesByType('resource').map(one => new URL(one.name).origin))]"
         assert browser.evaluate(origins) == [page.url]
+        browser.evaluate(f"void (location.href = '{text_page.url}')")
+        prompts, negative = FIELD.format("prompts"), FIELD.format("negative prompt")
+        browser.wait_for(f"{prompts}?.value === 'a drawing of a three\\ndigit seven' && !!{BUTTON}")
+        both = [enter.format(prompts, "a three\\ndigit one\\nof"), enter.format(negative, "seven")]
+        fields = "".join(f"{{ {words} }}" for words in both)
+        browser.evaluate(f"(() => {{ {fields} {BUTTON}.click(); }})()")
+        browser.wait_for(f"{SHOWN}?.includes('3 prompts in turn, negative prompt \\'seven\\'')")
+        assert browser.wait_for(WIDTH) == 3 * 66 + 2  # a column for each prompt
