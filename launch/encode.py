@@ -1,6 +1,7 @@
 """``ditscale encode``: encode images into webdataset shards of latents."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from data.sources import Source
 from launch.builders.build import build_preparation
 from launch.builders.components import build
 from launch.builders.data_settings import write_record
+from launch.builders.text_encoders import build_text_encoder, pinned_names
 from launch.command.settings import EncodeSettings
 from launch.command.workers import worker_device, workers_from_environment
 from launch.jobs import start
@@ -54,6 +56,8 @@ def encode_shards(config: EncodeSettings, progress: ProgressBar, words: Iterable
     ``words`` are those of the command line, or None where the settings come from an earlier encoding.
     """
     data = config.data
+    if config.text_encoder is not None:
+        config = replace(config, text_encoder=pinned_names(config.text_encoder))
     if is_remote(data.shards):
         raise ValueError(
             f"data.shards is {data.shards}, but shards are written to a local folder; encode into one, then copy it."
@@ -87,7 +91,7 @@ def encode_shards(config: EncodeSettings, progress: ProgressBar, words: Iterable
         progress=progress,
         max_skipped_fraction=config.max_skipped_fraction,
         workers=workers,
-        text=None if config.text_encoder is None else build(config.text_encoder),
+        text=None if config.text_encoder is None else build_text_encoder(config.text_encoder),
         embed_on=device if config.text_embeddings else None,
     )
     if manifest is not None:

@@ -11,17 +11,22 @@ from core.atomic import atomic_file, atomic_folder
 from core.progress import ProgressBar
 from core.records import validate
 from data.manifest import LatentSpec
+from diffusion.objective import Objective
 from diffusion.process import require_gaussian
 from launch.builders.components import build, target_of
 from launch.builders.directions import SITS_ARGUMENTS, arguments_for, require_export
 from launch.builders.foreign import is_foreign, notes_on_weights, read_foreign
+from launch.builders.foreign_text import text_named_by
+from launch.builders.named_encoder import NamedEncoder, encoder_in_config, write_encoder_name
 from launch.builders.normalization import saved_normalization
 from launch.builders.runs import read_checkpoint
 from launch.builders.saved_configs import component
 from launch.builders.saved_networks import model_at, objective_at
+from launch.builders.text_folder import NOTE, write_text_folder
 from launch.command.settings import ExportSettings
 from launch.jobs import start
-from model.families import RELEASED_DIT, require_written, written_as_folder, written_for
+from model.diffusers_weights import PREDICTION_TYPES
+from model.families import RELEASED_DIT, STABLE_DIFFUSION, require_written, written_as_folder, written_for
 from model.family import Facts, Family, PipelineParts
 from model.network import Network
 from train.checkpoint import read_state_file
@@ -35,7 +40,9 @@ class Source:
     model: Network
     notes: tuple[str, ...] = ()
     parts: PipelineParts = field(default_factory=PipelineParts)
-    stated: Mapping[str, Any] = field(default_factory=dict)  # arguments by which a file states its family
+    stated: Mapping[str, Any] = field(default_factory=dict)  # arguments by which a file states what tensors do not tell
+    text: NamedEncoder | None = None  # of the captions that the network is conditioned on, where known
+    section: Mapping[str, Any] | None = None  # of a DiT of text in its run's config
 
 
 def export_job(config: ExportSettings, progress: ProgressBar) -> None:
@@ -48,17 +55,33 @@ def export_job(config: ExportSettings, progress: ProgressBar) -> None:
     model, notes = source.model, list(source.notes)
     require_written(config.to, model, where)
     if family is None:
-        writer = written_as_folder(model)
-        with atomic_folder(out) as aside:
-            writer.write_folder(model, aside, source.parts)
-        notes += writer.notes_on_folder(model, source.parts)
+        notes += _write_folder(source, out)
     else:
         with atomic_file(out) as file:
             torch.save(family.content(model, source.stated), file)
         notes += family.notes_on_writing(model)
+    notes += [] if source.text is None else [source.text.note()]
     print(f"{config.weights} weights of {where} for {config.to}: {out}")
     for note in notes:
         print(f"note: {note}")
+
+
+def _write_folder(source: Source, out: Path) -> list[str]:
+    """Write a folder of diffusers, or in its layout; return sentences on what it is for."""
+    model, text = source.model, source.text
+    with atomic_folder(out) as aside:
+        if source.section is not None:
+            assert text is not None, "a run of text names its encoder"
+            write_text_folder(model, source.section, aside, text, source.parts)
+            return [NOTE]
+        writer = written_as_folder(model)
+        writer.write_folder(model, aside, source.parts)
+        if text is not None:
+            write_encoder_name(aside, text)
+    notes = writer.notes_on_folder(model, source.parts)
+    if text is not None and not text.attend_to_padding:
+        notes.append(f"a {writer.pipeline} attends to padding, which this network never saw, so its outputs differ.")
+    return notes
 
 
 def _foreign_source(config: ExportSettings, target: Family | None) -> Source:
@@ -69,7 +92,9 @@ def _foreign_source(config: ExportSettings, target: Family | None) -> Source:
     stated = {key: network.arguments[key] for key in SITS_ARGUMENTS if isinstance(network.arguments.get(key), str)}
     if target is not None:
         stated["model"] = target.name
-    return Source(network.model, (*network.notes, *own), PipelineParts(class_names=network.class_names), stated)
+    text = text_named_by(network.path, network.arguments)
+    stated |= {} if text is None else text.stated()
+    return Source(network.model, (*network.notes, *own), PipelineParts(class_names=network.class_names), stated, text)
 
 
 def _our_source(where: str, weights: str, target: Family | None) -> Source:
@@ -83,9 +108,12 @@ def _source_at(path: Path, weights: str, target: Family | None) -> Source:
     family = str(model.facts()["family"])
     name = "SiT" if family == RELEASED_DIT.name and objective.reversed_time else family
     require_export(str(path), name, objective.reversed_time, target or RELEASED_DIT)
-    if target is not None:
-        return Source(model)
     state, said_by = read_state_file(path), str(path / STATE_FILE)
+    text = encoder_in_config(state["config"], said_by)
+    if target is not None:
+        return Source(model, stated={} if text is None else text.stated(), text=text)
+    if text is not None and model.facts()["family"] != STABLE_DIFFUSION.name:
+        return _source_of_text(model, objective, text, state["config"], said_by)
     spec = validate(LatentSpec, state["spec"], said_by)
     process, writer = require_gaussian(objective, "to=diffusers"), written_as_folder(model)
     prediction = process.parameterization.name
@@ -102,7 +130,21 @@ def _source_at(path: Path, weights: str, target: Family | None) -> Source:
     if not names and model.num_classes:
         notes.append("the checkpoint has no class names, so the folder has no id2label.")
     betas = tuple(process.tables.betas.tolist())
-    return Source(model, tuple(notes), PipelineParts(autoencoder, names, betas, prediction))
+    return Source(model, tuple(notes), PipelineParts(autoencoder, names, betas, prediction), text=text)
+
+
+def _source_of_text(
+    model: Network, objective: Objective, text: NamedEncoder, config: Mapping[str, Any], said_by: str
+) -> Source:
+    """Return a DiT of text, whose folder has the names of this program."""
+    process = require_gaussian(objective, "to=diffusers")
+    if (prediction := process.parameterization.name) not in PREDICTION_TYPES:
+        raise ValueError(
+            "to=diffusers names what a network predicts, but diffusers has no name for "
+            f"diffusion/prediction={prediction}; keep it in our format."
+        )
+    parts = PipelineParts(betas=tuple(process.tables.betas.tolist()), prediction=prediction)
+    return Source(model, parts=parts, text=text, section=component(config, "model", said_by))
 
 
 def _autoencoder(section: dict[str, Any], spec: LatentSpec, normalizes: bool, pipeline: str) -> tuple[Any, list[str]]:

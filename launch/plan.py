@@ -40,7 +40,10 @@ COLUMNS = (  # heading, key, format
     ("save s", "save_sec", "6.1f"),
 )
 _SAVED = ("weights", "optimizer", "ema")  # parts of the state that a checkpoint has, with one average
-STORED_FEATURES = (("features GB", "features_gb", "11.1f"),)  # where there are any
+STORED_FEATURES = (  # where there are any
+    ("features GB", "features_gb", "11.1f"),
+    ("embeddings GB", "embeddings_gb", "13.1f"),
+)
 PROJECTOR = (
     ("projector GMACs", "projector_gmacs", "15.3f"),
     ("its params M", "projector_parameters_millions", "12.1f"),
@@ -92,6 +95,7 @@ def plan_row(config: PlanSettings) -> dict[str, Any]:
     orientations = 2 if config.flip else 1
     values = orientations * 2 * math.prod(model.latent_shape)
     feature_bytes = 0 if features is None else array_bytes(orientations * math.prod(features))
+    embedding_bytes = _embedding_bytes(config) if config.text_embeddings else 0
     in_training = {part: parameters + (0 if part == "ema" else head.parameters) for part in STATE_BYTES_PER_PARAMETER}
     state = {part: STATE_BYTES_PER_PARAMETER[part] * count for part, count in in_training.items()}
     return {
@@ -109,10 +113,25 @@ def plan_row(config: PlanSettings) -> dict[str, Any]:
         "checkpoint_gb": (saved_gb := sum(state[part] for part in _SAVED) / 1e9),
         "save_sec": (save_sec := saved_gb / config.write_gb_per_sec),
         "fits_grace": save_sec <= config.grace_sec,
-        "shards_gb": (shard_bytes_per_sample(values) + feature_bytes) * config.num_samples / 1e9,
+        "shards_gb": (shard_bytes_per_sample(values) + feature_bytes + embedding_bytes) * config.num_samples / 1e9,
         **({} if features is None else {"features_gb": feature_bytes * config.num_samples / 1e9}),
+        **({"embeddings_gb": embedding_bytes * config.num_samples / 1e9} if embedding_bytes else {}),
         **head.row(),
     }
+
+
+def _embedding_bytes(config: PlanSettings) -> int:
+    """Return the bytes of a caption's embedding: tokens [M, D] and pooled vector [D] in float16, and the mask [M].
+
+    Raises ValueError where nothing says M and D.
+    """
+    length, dim = config.text_length, config.text_dim
+    if length is None or dim is None:
+        raise ValueError(
+            "text_embeddings=true needs the size of a caption's embedding, but the network is not conditioned on text; "
+            "choose one that is, or give text_length and text_dim."
+        )
+    return 2 * (length + 1) * dim + length
 
 
 class _HeadCost(NamedTuple):
@@ -150,9 +169,11 @@ def _assumptions(config: PlanSettings, of_several: bool) -> str:
     latents = (
         f"{model['latent_size']}x{model['latent_size']}x{model['channels']}{' in the first row' if of_several else ''}"
     )
+    classes = f"of {model['num_classes']:,} classes ({name})"
+    of_what = classes if config.text_length is None else f"with captions of {config.text_length} tokens"
     machine = f"{config.devices} devices of {config.peak_tflops:g} TFLOPs in {config.precision}"
     return (
-        f"For {config.num_samples:,} images of {model['num_classes']:,} classes ({name}), latents {latents}, "
+        f"For {config.num_samples:,} images {of_what}, latents {latents}, "
         f"{'both orientations' if config.flip else 'one orientation'}; {config.total_steps:,} steps of "
         f"{config.batch_size}; {machine}, at {100 * config.utilization:.0f}% utilization; {config.sampling_steps} "
         f"sampling steps; checkpoints at {config.write_gb_per_sec:g} GB/s, {config.grace_sec:g} s of notice of "
@@ -188,8 +209,8 @@ def settle_by_data(config: DictConfig, words: list[str]) -> None:
     if config.get("teacher") is not None and "data.shards" not in keys:
         shape = target_of(config.teacher).planned(config.teacher.pretrained, config.teacher.image_size)
         found |= {"feature_tokens": shape.tokens, "feature_dim": shape.dim}
-    if _settle_text(config, text):
-        found["model.num_classes"] = 0
+    if (text_in_model := _settle_text(config, text)) is not None:
+        found |= {"model.num_classes": 0, "text_length": text_in_model.length, "text_dim": text_in_model.dim}
     for key, value in (_USUAL | found).items():
         own = OmegaConf.select(config, key) if key in _USUAL else None
         if own is None and key not in keys:
@@ -201,19 +222,19 @@ def settle_by_data(config: DictConfig, words: list[str]) -> None:
             )
 
 
-def _settle_text(config: DictConfig, sizes: TextSizes) -> bool:
-    """Set the sizes of a text encoder in a model that has them; return whether it does."""
+def _settle_text(config: DictConfig, sizes: TextSizes) -> TextSizes | None:
+    """Set the sizes of a text encoder in a model that leaves them open; return those that it has, or None for none."""
     embedding = config.model.get("embedding") or {}
-    places = [("model", "context_length", sizes.length), ("model", "context_dim", sizes.dim)]
-    places += [("model.embedding", name, value) for name, value in sizes._asdict().items() if name in embedding]
-    found = False
-    for place, name, value in places:
+    places = [("model", "context_length", "length", sizes.length), ("model", "context_dim", "dim", sizes.dim)]
+    places += [("model.embedding", name, name, value) for name, value in sizes._asdict().items() if name in embedding]
+    found = dict[str, int]()
+    for place, name, meaning, value in places:
         section = OmegaConf.select(config, place)
         if name in section:
-            found = True
             if section[name] is None:
                 OmegaConf.update(config, f"{place}.{name}", value)
-    return found
+            found[meaning] = section[name]
+    return sizes._replace(**found) if found else None
 
 
 def planned_latents(section: DictConfig) -> tuple[int, int]:

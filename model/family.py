@@ -9,6 +9,8 @@ from torch import Tensor
 
 from model.network import Network
 
+TEXT_ENCODER = "text_encoder"  # the argument by which a file of weights names that of its captions
+
 
 @dataclass(frozen=True)
 class Facts:

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from model.family import Facts, PipelineParts, Reading
+from model.family import TEXT_ENCODER, Facts, PipelineParts, Reading
 from model.ldm_family import CompVisFamily
 from model.ldm_weights import LABELS, has_transformers
 from model.network import Network
@@ -40,6 +41,14 @@ class StableDiffusion(CompVisFamily):
     def write(self, network: Network) -> dict[str, Tensor]:
         """Return the weights under the names of a checkpoint of Stable Diffusion."""
         return to_sd(network)
+
+    def content(self, network: Network, stated: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the content of a checkpoint: its ``state_dict``, and the name of the text encoder where that is known.
+
+        Other programs read the ``state_dict`` alone.
+        """
+        named = {"args": {TEXT_ENCODER: stated[TEXT_ENCODER]}} if TEXT_ENCODER in stated else {}
+        return super().content(network, stated) | named
 
     def write_folder(self, network: Network, folder: Path, parts: PipelineParts) -> None:
         """Write a folder of ``StableDiffusionPipeline``, without the text encoder."""

@@ -29,13 +29,13 @@ from evaluation.evaluate import Evaluator, MeasurementProtocol
 from evaluation.features.extractor import FeatureExtractor
 from evaluation.generate import Generator
 from evaluation.reference.reference import make_reference, read_reference
-from launch.builders.captions import encoder_of
 from launch.builders.components import build, build_saved, target_of
 from launch.builders.metrics import build_metrics, require_metrics
 from launch.builders.normalization import normalized, saved_normalization
 from launch.builders.runs import checkpoint_hash, pinned_sources, read_checkpoint
 from launch.builders.saved_configs import component, setting
 from launch.builders.saved_networks import load_guide, model_of_sources
+from launch.builders.text_encoders import encoder_of
 from launch.command.settings import EvaluateSettings, SamplingSettings, TrainSettings
 from model.autoencoder import Autoencoder
 from model.flops import multiply_adds, num_parameters, training_multiply_adds

@@ -1,14 +1,11 @@
 """Fit a run that is conditioned on text to the captions and the text encoder of its shards."""
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from data.manifest import Manifest
 from data.settings import DataSettings
 from data.shards import open_shards
-from data.text_encoders import TextEncoder
-from launch.builders.components import build
 
 _NUM_PROMPTS = 10  # of the shards' captions, where none are given
 _LONGEST_PROMPT = 1000  # characters
@@ -21,11 +18,6 @@ class TextSizes(NamedTuple):
     length: int  # M
     dim: int  # D
     pooled_dim: int  # P
-
-
-def encoder_of(section: Mapping[str, Any] | None) -> Callable[[], TextEncoder] | None:
-    """Return a function that reads the text encoder of a section, or None without one."""
-    return None if section is None else partial(build, section)
 
 
 def fill_condition(section: Mapping[str, Any], manifest: Manifest, data: DataSettings) -> dict[str, Any]:

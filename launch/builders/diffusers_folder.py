@@ -21,8 +21,9 @@ from model.network import Network
 
 WEIGHTS = "diffusion_pytorch_model"
 UNET_CLASS = "UNet2DConditionModel"
+TEXT_CLASS = "DitscaleTextTransformer"  # ours: diffusers has no class for it; see `launch.builders.text_folder`
 _SHARDS = f"{WEIGHTS}.safetensors.index.json"
-_PARTS = ("transformer", "unet")  # folders of a pipeline's network
+PARTS = ("transformer", "unet")  # folders of a pipeline's network
 _CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the older name of the same network
 _EPSILON = 1e-6  # of every layer norm in the released code and in this program
 _LARGEST_SIDE = 4096  # of a latent; bounded here, since the weights do not determine it
@@ -51,20 +52,20 @@ class TransformerConfig:
 
 def is_diffusers_folder(path: Path) -> bool:
     """Return whether the names in a folder are those of a diffusers folder."""
-    names = (*_PARTS, "config.json", "model_index.json", f"{WEIGHTS}.safetensors", _SHARDS)
+    names = (*PARTS, "config.json", "model_index.json", f"{WEIGHTS}.safetensors", _SHARDS)
     return path.is_dir() and any((path / name).exists() for name in names)
 
 
 def network_folder(folder: Path) -> Path:
     """Return the folder with the config and the weights of a pipeline's network, or of a network alone."""
-    return next((folder / part for part in _PARTS if (folder / part).is_dir()), folder)
+    return next((folder / part for part in PARTS if (folder / part).is_dir()), folder)
 
 
 def class_of(inner: Path) -> str:
     """Return the class of diffusers that a network's folder has. Raises ValueError where it cannot be read."""
     path = inner / "config.json"
     name = _content_of(path).get("_class_name", _CLASSES[0])
-    if name not in (*_CLASSES, UNET_CLASS):
+    if name not in (*_CLASSES, UNET_CLASS, TEXT_CLASS):
         raise ValueError(
             f"{path} is of a {str(name)[:100]}, but only a {_CLASSES[0]} or a {UNET_CLASS} can be read; give another "
             "folder."

@@ -16,6 +16,7 @@ from diffusion.objective import Objective
 from launch.builders.build import LoadedCheckpoint, require_outputs
 from launch.builders.components import build, target_of
 from launch.builders.diffusers_folder import (
+    TEXT_CLASS,
     UNET_CLASS,
     WEIGHTS,
     class_of,
@@ -26,8 +27,10 @@ from launch.builders.diffusers_folder import (
 )
 from launch.builders.directions import require_direction, require_its_objective, require_sits_objective
 from launch.builders.foreign_process import notes_on_process
+from launch.builders.foreign_text import dropout_of, text_condition, text_named_by
 from launch.builders.hub import fetch_from_hub, may_be_hub_name
 from launch.builders.normalization import normalized
+from launch.builders.text_folder import is_of_text, read_text_folder
 from launch.builders.unet_folder import read_unet_folder
 from launch.builders.weight_files import read_weight_file
 from launch.builders.weight_tables import EMA, choose_table
@@ -37,7 +40,6 @@ from model.dit_families import frequency_shift_of
 from model.families import RELEASED_DIT, STABLE_DIFFUSION, family_of, require_fit, require_settings, stated
 from model.family import Facts, Family
 from model.network import Network
-from model.text_embedding import TOKENS
 from runtime.protocol import Devices
 
 _SUFFIXES = {".pt", ".pth", ".ckpt", ".bin", ".safetensors"}
@@ -111,7 +113,7 @@ def load_foreign(config: GeneratingSettings | EvaluateSettings, runtime: Devices
     where, settings = config.checkpoint, config.foreign
     network = read_foreign(where, config.weights, Facts(**settings.plain()))
     model = network.model
-    conditions = _conditions_of(model, where)
+    conditions, dropout, of_text = _conditions_of(network, config, runtime)
     objective: Objective = build(config.diffusion)
     require_family(network, objective)
     require_its_objective(where, network.certain_family, objective)
@@ -126,7 +128,7 @@ def load_foreign(config: GeneratingSettings | EvaluateSettings, runtime: Devices
         )
     of_process = notes_on_process(network.path, network.arguments, objective)
     if runtime.is_main:
-        for note in (*network.notes, *notes_on_weights(model, where), *of_process):
+        for note in (*network.notes, *notes_on_weights(model, where), *of_process, *of_text):
             print(f"note: {note}", file=sys.stderr)
     preparation = Preparation(latent_size * autoencoder.downscale, ExactSize())
     autoencoder = normalized(autoencoder, config.data, "the config")
@@ -140,22 +142,26 @@ def load_foreign(config: GeneratingSettings | EvaluateSettings, runtime: Devices
         model=runtime.place(model).eval(),
         objective=runtime.place(objective),
         autoencoder=autoencoder.to(runtime.device),
-        class_dropout=0.1 if model.has_null_class else 0.0,  # the rate of both trainers
+        class_dropout=dropout,
         training_seed=0,
         class_names=network.class_names,
     )
 
 
-def _conditions_of(model: Network, where: str) -> ConditionSource:
+def _conditions_of(
+    network: ForeignNetwork, config: GeneratingSettings | EvaluateSettings, runtime: Devices
+) -> tuple[ConditionSource, float, list[str]]:
+    """Return the source of a network's conditions, the fraction that training dropped, and sentences on them."""
+    model = network.model
+    if is_of_text(model):
+        named = text_named_by(network.path, network.arguments)
+        source, notes = text_condition(network.where, network.path, model, named, config.text_encoder, runtime.place)
+        return source, dropout_of(named), notes
+    dropout = 0.1 if model.has_null_class else 0.0  # the rate of both trainers
     x_t, _, embedded = model.example_inputs(1)
-    if TOKENS in embedded:
-        raise ValueError(
-            f"{where} has a network that is conditioned on text, but this job makes no captions; start a run with it "
-            "by init_from, or export it."
-        )
     if LOW_RESOLUTION in embedded:
-        return LowResolution(model.num_classes, x_t.shape[-1] // embedded[LOW_RESOLUTION].shape[-1])
-    return ClassLabels(model.num_classes) if model.num_classes else Unconditional()
+        return LowResolution(model.num_classes, x_t.shape[-1] // embedded[LOW_RESOLUTION].shape[-1]), dropout, []
+    return ClassLabels(model.num_classes) if model.num_classes else Unconditional(), dropout, []
 
 
 def _read_file(path: Path, weights: str, facts: Facts) -> ForeignNetwork:
@@ -190,6 +196,8 @@ def _read_folder(path: Path, weights: str, facts: Facts) -> ForeignNetwork:
         raise ValueError(f"{path}: {error}") from error
     if family is STABLE_DIFFUSION:
         model, notes = read_unet_folder(inner), list[str]()
+    elif class_of(inner) == TEXT_CLASS:
+        model, notes = read_text_folder(inner), []
     else:
         model, notes = read_diffusers_folder(path, frequency_shift_of(facts, usual=1))
     for name in ("num_heads", "head_dim", "latent_size", "num_classes"):

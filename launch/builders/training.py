@@ -24,7 +24,7 @@ from launch.builders.build import (
     require_condition,
     require_outputs,
 )
-from launch.builders.captions import encoder_of, fill_condition, fill_text, sizes_in
+from launch.builders.captions import fill_condition, fill_text, sizes_in
 from launch.builders.components import build
 from launch.builders.data_settings import require_shards
 from launch.builders.facts import facts_of_process
@@ -32,6 +32,7 @@ from launch.builders.foreign import is_foreign, read_foreign, require_family
 from launch.builders.normalization import normalized, with_statistics
 from launch.builders.objectives import latent_facts, settled
 from launch.builders.saved_networks import load_model
+from launch.builders.text_encoders import encoder_of
 from launch.command.check import check_readers
 from launch.command.machine import batch_threads, usable_cores
 from launch.command.settings import Generator, TrainSettings

@@ -297,6 +297,9 @@ class PlanSettings(Settings):
     teacher: Any = None  # network whose features of the images are stored too; its weights are not read
     feature_tokens: int | None = positive(None)  # of those features for an image; null: the shards' or the teacher's
     feature_dim: int | None = positive(None)  # numbers of such a token; likewise
+    text_embeddings: bool = False  # the shards store the embedding of a caption for each image
+    text_length: int | None = positive(None)  # tokens of that embedding; null: the shards' or the network's
+    text_dim: int | None = positive(None)  # numbers of such a token; likewise
     shape_name: str = MUST_BE_GIVEN  # name of the network's shape, from its own config
     name: str = "${shape_name}"
     total_steps: int = positive(400_000)

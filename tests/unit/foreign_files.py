@@ -49,9 +49,13 @@ def assert_same_weights(one: DiT, two: DiT) -> None:
 
 
 def hub_cache(root: Path, name: str, model: DiT) -> Path:
-    """Write a cache of the hub as its documentation defines it: refs, snapshots of links, blobs named by their hash."""
-    written = root / "written"
-    to_diffusers(model, written)
+    """Write a cache of the hub with a DiT as a pipeline of diffusers."""
+    to_diffusers(model, root / "written")
+    return hub_cache_of(root, name, root / "written")
+
+
+def hub_cache_of(root: Path, name: str, written: Path) -> Path:
+    """Move a folder into a cache of the hub as its documentation defines it: refs, links, blobs named by their hash."""
     repository = root / f"models--{name.replace('/', '--')}"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs/main").write_text(COMMIT)

@@ -1,17 +1,21 @@
 """Weights are read by their name on the Hugging Face hub, from its cache in the hub library's layout."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import InProcess, command, run_process
-from foreign_files import COMMIT, assert_same_weights, hub_cache, random_model, saved
+from foreign_files import COMMIT, assert_same_weights, hub_cache, hub_cache_of, random_model, saved
 from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
+from small_text_encoders import write_small_clip
 from test_foreign_jobs import SAMPLE, digits_model, images, train
+from test_text_networks import pipeline_in
 
 from launch.builders.foreign import read_foreign
-from launch.builders.hub import PATTERNS, require_whole
+from launch.builders.hub import PATTERNS, TEXT_PATTERNS, require_whole
 from model.diffusers_weights import to_diffusers
 from model.family import Facts
 
@@ -134,3 +138,62 @@ def test_nothing_is_fetched_that_could_run_code_or_is_another_part() -> None:
         "vae/diffusion_pytorch_model.safetensors",
     ]
     assert list(filter_repo_objects([*wanted, *others], allow_patterns=PATTERNS)) == wanted
+    of_text = [
+        "config.json",
+        "merges.txt",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "spiece.model",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer.json",
+        "tokenizer/merges.txt",
+        "tokenizer/vocab.json",
+        "vocab.json",
+    ]
+    others += ["flax_model.msgpack", "model.fp16.safetensors", "pytorch_model.bin", "tf_model.h5", "v1-5.safetensors"]
+    others += ["text_encoder/model.fp16.safetensors", "text_encoder/pytorch_model.bin", "tokenizer/tokenization.py"]
+    others += ["unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
+    assert list(filter_repo_objects([*of_text, *others], allow_patterns=TEXT_PATTERNS)) == of_text
+
+
+CLIP = "openai/clip-vit-large-patch14"
+OF_TEXT = ["data.shards=shards", "data/captions=digits", "data/text_encoder=clip"]
+
+
+def test_a_text_encoder_of_the_hub_is_pinned_by_encode_and_used_by_training_and_sampling(
+    tmp_path: Path, cache: Path, in_process: InProcess
+) -> None:
+    repository = hub_cache_of(cache, CLIP, write_small_clip(cache / "written"))
+    in_process("encode", *OF_TEXT, f"text_encoder.folder={CLIP}")
+    pinned = f"{CLIP}@{COMMIT}"
+    assert json.loads(Path("shards/data.json").read_text())["encode"]["text_encoder"]["folder"] == pinned
+    (repository / "refs/main").write_text("f" * 40)  # the hub has a later commit now
+    words = ["data.shards=shards", "data/condition=text", "model/block=in_context", "+model/embedding=text"]
+    words += ["model.width=16", "model.depth=2", "model.num_heads=2", "total_steps=1", "batch_size=4", "runtime=cpu"]
+    words += ["sample_every=null", "evaluate_every=null", "train/logger=none", "precision=fp32", "run_dir=run"]
+    in_process("train", *words)
+    sample = [*SAMPLE[:4], "prompts=digit seven"]
+    in_process(*sample, "checkpoint=run", "out=a")
+    in_process(*sample, "checkpoint=run", "data/text_encoder=clip", f"text_encoder.folder={pinned}", "out=b")
+    assert np.array_equal(images("a"), images("b"))
+    shown = in_process("encode", *OF_TEXT, "text_encoder.folder=models/mistyped", expect=2)
+    assert "models/mistyped is neither a file or folder here nor a model of the Hugging Face hub that can be" in shown
+    blob = (repository / "snapshots" / COMMIT / "model.safetensors").resolve()
+    blob.write_bytes(blob.read_bytes()[:-1] + b"x")
+    shown = in_process(*sample, "checkpoint=run", "out=c", expect=2)
+    assert "model.safetensors is damaged: its hash is" in shown
+
+
+def test_a_pipeline_of_the_hub_has_the_text_encoder_of_its_own_commit(cache: Path, in_process: InProcess) -> None:
+    shutil.copytree(pipeline_in(cache / "written", channels=1), "here")
+    hub_cache_of(cache, "someone/stable-diffusion", cache / "written")
+    words = ["diffusion=sd", "data.autoencoder.channels=1", "prompts=digit seven", "num_images=2"]
+    for name, out in (("someone/stable-diffusion", "a"), ("here", "b")):
+        shown = in_process(*SAMPLE[:-1], *words, f"checkpoint={name}", f"out={out}")
+        own = f"someone/stable-diffusion@{COMMIT}" if out == "a" else "here/text_encoder"
+        assert f"note: {name}: its own text encoder is used, {own}." in shown
+    assert np.array_equal(images("a"), images("b"))
+    in_process(*SAMPLE[:-1], *words, f"checkpoint=someone/stable-diffusion@{COMMIT}", "out=c")
+    assert np.array_equal(images("a"), images("c"))

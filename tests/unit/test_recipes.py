@@ -36,10 +36,11 @@ def test_a_recipe_has_a_sampler_that_fits_its_objective_and_the_cost_that_it_say
     assert int(exaflops.replace(",", "")) == round(plan["training_exaflops"])
     (hours,) = re.findall(r"about (\d+) hours of training", header)
     assert int(hours) == round(plan["training_hours"])
-    for part in ("shards_gb", "features_gb"):
-        if "features_gb" in plan:
-            assert f"{plan[part]:.0f} GB" in header
-    assert all(word in header for word in ("Expected", "FID-50K", "Not run here", "Hardware and time"))
+    for part in ("features_gb", "embeddings_gb"):
+        if part in plan:
+            assert all(f"{plan[size]:,.0f} GB" in header for size in (part, "shards_gb"))
+    assert all(word in header for word in ("Expected", "Not run here", "Hardware and time"))
+    assert any(word in header for word in ("FID-50K", "FID-30K"))  # of classes, of captions
 
 
 def test_recipes_train_what_their_programs_train() -> None:
@@ -83,3 +84,23 @@ def test_ldms_recipe_has_its_latents_betas_variance_and_sampler() -> None:
     assert diffusion["variance"]["_target_"] == "diffusion.variances.FixedSmallVariance"
     assert (found["total_steps"], found["batch_size"], found["optimizer"]["lr"]) == (178_000, 1200, 1e-4)
     assert (found["sampler"]["_target_"], found["sampler"]["steps"]) == ("diffusion.samplers.DDIM", 250)
+
+
+def test_the_recipes_of_text_are_two_resolutions_each_of_one_network() -> None:
+    names = ("pixart_like", "pixart_like_512", "sd_unet", "sd_unet_512")
+    found = [composed("train", f"experiment=recipes/{name}") for name in names]
+    for small, large in (found[:2], found[2:]):
+        assert large["init_from"] == small["run_dir"]
+        for section in ("model", "diffusion", "optimizer", "ema", "condition", "sampler", "guidance", "class_dropout"):
+            assert small[section] == large[section]
+        assert [one["data"]["image_size"] for one in (small, large)] == [256, 512]
+        assert small["data"]["autoencoder"]["name"] == "sd-vae-ft-ema"
+        assert (small["class_dropout"], small["ema"]["decay"], small["model"]["latent_size"]) == (0.1, 0.9999, None)
+    pixart, _, sd, _ = found
+    assert pixart["model"]["block"]["_target_"] == "model.blocks.AdaLNZeroSharedCrossBlock"
+    assert (pixart["model"]["embedding"]["pooled_dim"], pixart["model"]["embedding"]["timestep_token"]) == (0, False)
+    assert [pixart["optimizer"][key] for key in ("lr", "weight_decay", "eps")] == [2e-5, 0.03, 1e-10]
+    assert (pixart["max_grad_norm"], pixart["guidance"]["scale"]) == (0.01, 4.5)
+    assert sd["model"]["_target_"] == "model.sd_unet.SDUNet"
+    assert [sd["diffusion"]["schedule"][key] for key in ("beta_start", "beta_end")] == [0.00085, 0.012]
+    assert (sd["optimizer"]["lr"], sd["condition"]["attend_to_padding"], sd["guidance"]["scale"]) == (1e-4, True, 7.5)

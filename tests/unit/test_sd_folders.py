@@ -243,9 +243,10 @@ def test_jobs_export_folders_and_checkpoints_of_stable_diffusion(tmp_path: Path,
         assert (
             f"to={program} writes weights of the family {family}, but a has a network of the family SD; give" in shown
         )
-    for job in (["sample", "out=x"], ["evaluate"]):
-        shown = in_process(*job, "checkpoint=a", "diffusion=sd", "runtime=cpu", "data.autoencoder.channels=4", expect=2)
-        assert "a has a network that is conditioned on text, but this job makes no captions" in shown
+    words = ["checkpoint=a", "diffusion=sd", "runtime=cpu", "data.autoencoder.channels=4", "out=x"]
+    assert "is conditioned on texts; give them as prompts=" in in_process("sample", *words, expect=2)
+    shown = in_process("sample", *words, "prompts=a", expect=2)  # the folder has no text encoder
+    assert "This model is conditioned on captions, whose text encoder is not given; give it as" in shown
     assert not (tmp_path / "no").exists()
 
 
