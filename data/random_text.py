@@ -121,12 +121,16 @@ class _Words(nn.Module):
         return normed
 
     def initialize(self, seed: int) -> None:
-        """Draw the weights: of words from normal(0, 1), of linear maps so that they keep the variance."""
+        """Draw the weights: of words from normal(0, 1), of linear maps so that they keep the variance.
+
+        As in GPT-2, what each layer adds is scaled down by the number of additions, so that a token is its word first.
+        """
         generator = torch.Generator().manual_seed(seed)
         nn.init.normal_(self.embedding.weight, generator=generator)
-        for module in self.layers.modules():
+        for name, module in self.layers.named_modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=module.in_features**-0.5, generator=generator)
+                share = (2 * len(self.layers)) ** -0.5 if name.endswith(("projection", "output")) else 1.0
+                nn.init.normal_(module.weight, std=share * module.in_features**-0.5, generator=generator)
                 nn.init.zeros_(module.bias)
 
 
