@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from core.precision import exact_float32
+from core.records import canonical_hash
 from data.manifest import TextSpec
 from data.text_encoders import EncodedText, Tokenized
 from model.attention import SelfAttention
@@ -20,7 +21,7 @@ from model.embeddings import sincos_frequencies
 from model.mlp import GeluMlp
 from model.norms import layer_norm
 
-_FORMAT = "words 1"  # of `_words` and `_id`
+_FORMAT = "words 1"  # of the ids and of the network
 _WORD = re.compile(r"[^\W\d_]+|\d|[^\w\s]|_")  # letters in a row; a digit; a sign
 _PADDING, _END = 0, 1  # ids; those of words follow
 _MOST = {"length": 2**12, "width": 2**10, "depth": 2**5, "num_heads": 2**6, "vocabulary": 2**16}
@@ -56,15 +57,9 @@ class RandomText:
         self._vocabulary = vocabulary
         self.network = _Words(vocabulary, width, depth, num_heads).eval().requires_grad_(False)
         self.network.initialize(seed)
-        self._spec = TextSpec("random_text", f"sha256:{self._hash()}", "last", "fp32", length, width, width)
-
-    def _hash(self) -> str:
-        """Return the SHA-256 of the weights, which differ where the seed or PyTorch's generator does."""
-        digest = hashlib.sha256(_FORMAT.encode())
-        for name, value in sorted(self.network.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.numpy().tobytes())
-        return digest.hexdigest()
+        weights = (value.numpy().tobytes() for value in self.network.state_dict().values())
+        hash_ = canonical_hash([_FORMAT, vocabulary, width, depth, num_heads], then=weights)  # of weights, not the seed
+        self._spec = TextSpec("random_text", f"sha256:{hash_}", "last", "fp32", length, width, width)
 
     def spec(self) -> TextSpec:
         """Return name and hash of the encoder, and the shape of what it gives."""
@@ -107,13 +102,13 @@ class _Words(nn.Module):
         self.embedding = nn.Embedding(vocabulary, width)
         self.layers = nn.ModuleList(_Layer(width, num_heads) for _ in range(depth))
         self.norm = layer_norm(width, False)
+        self.frequencies: Tensor
+        self.register_buffer("frequencies", sincos_frequencies(width // 2, torch.float32), persistent=False)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Return the tokens' vectors: ids [B, M] and mask [B, M] -> [B, M, d], each of mean 0 and variance 1."""
         tokens = self.embedding(ids)
-        angles = torch.arange(ids.shape[1], device=ids.device).unsqueeze(1) * sincos_frequencies(
-            tokens.shape[2] // 2, torch.float32
-        ).to(ids.device)
+        angles = torch.outer(torch.arange(ids.shape[1], dtype=torch.float32, device=ids.device), self.frequencies)
         tokens = tokens + 0.5 * torch.cat([angles.sin(), angles.cos()], dim=1)
         for layer in self.layers:
             tokens = layer(tokens, mask)
