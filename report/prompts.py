@@ -17,7 +17,7 @@ NAME = "prompts"
 TITLE = "Images recognized as the class that their prompt asks for"
 NOTE = (
     "Bars are means over the models, and dots are single models where there are several. A prompt is held out where no "
-    "caption of the training data equals it."
+    "caption of the training data equals it; the titles have the fraction of all images of a panel."
 )
 _LONGEST = 40  # characters of a prompt that are shown
 # Title and color of the prompts that are held out, of those that are not, and of those of which it is not known.
