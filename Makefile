@@ -8,6 +8,7 @@ TIMES := .test-times
 DEMO := runs/demo
 STUDY := runs/digits-study
 OBJECTIVES := runs/digits-objectives
+TEXT := runs/digits-text
 FASHION := runs/fashion
 # Small models on a CPU are fastest with one thread each and the models in parallel.
 export OMP_NUM_THREADS ?= 1
@@ -17,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 TEST_WORKERS ?= 3
 BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
 
-.PHONY: demo study objectives fashion test test-newest test-gpu browser slurm lint format bench soak aot clean
+.PHONY: demo study objectives text fashion test test-newest test-gpu browser slurm lint format bench soak aot clean
 
 $(STAMP): setup.cfg constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -52,6 +53,15 @@ objectives: $(STAMP)
 	$(EVALUATE_RUNS) diffusion/sampler=euler sampler.steps=4,10,25,100 \
 		checkpoint=$$(ls -d $(OBJECTIVES)/flow* $(OBJECTIVES)/edm-* | paste -sd,)
 	$(BIN)/ditscale report sweep=$(OBJECTIVES) runtime=cpu sampler.steps=20
+
+# Digits from captions, and how often each prompt is obeyed (docs/text.md).
+text: $(STAMP)
+	$(BIN)/ditscale encode data/captions=digits data/text_encoder=random data.shards=shards/digits_text
+	$(BIN)/ditscale train experiment=demo/text
+	$(BIN)/ditscale sample checkpoint=$(TEXT)/d64-n4-p4-adaln_zero_cross-seed0 num_images=24 \
+		'prompts=[a drawing of a three,somebody wrote a 8,I want seven here]' diffusion/sampler=euler sampler.steps=20 \
+		diffusion/guidance=classifier_free runtime=cpu precision=fp32 out=$(TEXT)/samples
+	$(BIN)/ditscale report sweep=$(TEXT) runtime=cpu
 
 # Five studies on Fashion-MNIST (Debian's package dataset-fashion-mnist), with three seeds each (docs/fashion.md). Kill it and
 # start it again at will: runs continue at their checkpoints, evaluations at their chunks, and what is finished stays. On a GPU:
@@ -147,4 +157,4 @@ aot: $(STAMP) $(AOT_STAMP)
 
 # Runs and shards of the demo go; other runs and shards are yours to delete.
 clean:
-	rm -rf .venv .venv-aot .venv-newest $(DEMO) $(STUDY) $(OBJECTIVES) shards/digits .mypy_cache .ruff_cache .pytest_cache $(TIMES) .hypothesis *.egg-info
+	rm -rf .venv .venv-aot .venv-newest $(DEMO) $(STUDY) $(OBJECTIVES) $(TEXT) shards/digits shards/digits_text .mypy_cache .ruff_cache .pytest_cache $(TIMES) .hypothesis *.egg-info

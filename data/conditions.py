@@ -54,6 +54,7 @@ class ConditionSource(Protocol):
 
     num_classes: int  # rows of the network's label table, without the null class; 0 where it has none
     may_be_unread: frozenset[str]  # parts that a network may leave out
+    held_out: frozenset[str] | None  # texts to generate that no caption of the training data equals; None: not known
 
     @property
     def num_groups(self) -> int:
@@ -135,6 +136,7 @@ class HostSource:
 
     num_classes = 0
     may_be_unread: frozenset[str] = frozenset()
+    held_out: frozenset[str] | None = None
 
     @property
     def num_groups(self) -> int:

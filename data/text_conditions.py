@@ -32,9 +32,10 @@ class TextCondition:
     """A source of captions, by the text encoder ``encoder`` of ``length`` M, ``dim`` D and ``pooled_dim`` P.
 
     These four follow from the shards, as do ``prompts``, the texts of images to generate, where none are given;
-    ``prompt_classes`` are the classes that a classifier should recognize their images as. ``stored`` says whether
-    training reads embeddings from the shards, and not token ids. With ``attend_to_padding``, no token of a caption is
-    masked, as in Stable Diffusion. It accepts the arguments of every source.
+    ``prompt_classes`` are the classes that a classifier should recognize their images as, and ``held_out`` are the
+    prompts that no caption of the shards equals. ``stored`` says whether training reads embeddings from the shards,
+    and not token ids. With ``attend_to_padding``, no token of a caption is masked, as in Stable Diffusion. It accepts
+    the arguments of every source.
 
     Raises ValueError for prompts that are not texts, and classes that are not one for each.
     """
@@ -53,12 +54,16 @@ class TextCondition:
         attend_to_padding: bool = False,
         prompts: Sequence[str] | None = None,
         prompt_classes: Sequence[int] | None = None,
+        held_out: Sequence[str] | None = None,
     ) -> None:
         self._expected = encoder
         self._sizes = length, dim, pooled_dim
         self._stored = bool(stored)
         self._attend_to_padding = attend_to_padding
         self._prompts = checked_prompts(prompts or (), prompt_classes, "condition.prompts")
+        self.held_out = (
+            None if held_out is None else frozenset(checked_prompts(held_out, None, "condition.held_out").texts)
+        )
         self._negative = ""
         self._place: Place | None = None
         self._read: Callable[[], TextEncoder] | None = None
@@ -221,7 +226,7 @@ class TextCondition:
         """Return a source of these prompts and this negative prompt, by the same encoder."""
         other = copy.copy(self)
         if prompts is not None:
-            other._prompts = prompts
+            other._prompts, other.held_out = prompts, None
         if negative is not None:
             other._negative, other._dropped = negative, None
             other.__dict__.pop("_null_tokens", None)

@@ -22,6 +22,7 @@ from evaluation.metrics.collectors import Collects, start_all
 from evaluation.metrics.frechet import FrechetDistance
 from evaluation.metrics.metric import CaptionMetric, Metric
 from evaluation.metrics.statistics import Gather
+from evaluation.recognition import Recognition
 from evaluation.reference.reference import Reference
 from train.lines import read_lines
 from train.runfolder import RunFolder
@@ -105,7 +106,8 @@ class Evaluator:
         condition = protocol.condition_of(generator.conditions)
         classes = generator.conditions.classes(condition)
         collectors = start_all([metric.collects for metric in self.metrics.values()], protocol.num_images)
-        recognition = _Recognition()
+        texts = generator.conditions.texts(condition)
+        recognition = Recognition(classes, texts, generator.conditions.held_out)
         files.start(store.plan, runtime.is_main)
         runtime.wait()
         with progress("evaluate", 0, protocol.num_images, "img") as bar:
@@ -115,8 +117,7 @@ class Evaluator:
                     continue
                 for collector in collectors.values():
                     collector.add(chunk.indices, features)
-                if classes is not None:
-                    recognition.add(classes[chunk.indices], features)
+                recognition.add(chunk.indices, features)
                 bar.update((chunk.last - chunk.first) * runtime.data_world)
         runtime.wait()  # until the files of all processes are written
         if runtime.is_main:
@@ -127,7 +128,7 @@ class Evaluator:
         )
         facts = self._facts(generator)
         assert not facts.keys() & numbers.keys(), "a number must not take the place of a fact"
-        return {**facts, **numbers, "recognized_fraction": recognition.merged(runtime.gather)}
+        return {**facts, **numbers, **recognition.merged(runtime.gather)}
 
     def _rounds(self, rank: int, world: int) -> list[Chunk | None]:
         """Return the chunks of a process, then None if other processes have one more."""
@@ -209,23 +210,6 @@ class Evaluator:
             "sampling_gmacs": None if (cost := generator.cost()) is None else cost / 1e9,
             **self.identity,
         }
-
-
-class _Recognition:
-    """Counts the images that an extractor which knows the data's classes recognizes as their label."""
-
-    def __init__(self) -> None:
-        self._counts = np.zeros((1, 2), np.int64)  # recognized, judged
-
-    def add(self, labels: NDArray[np.int64], features: Features) -> None:
-        """Count a batch with these labels [B] and features."""
-        if features.classes is not None:
-            self._counts += [[(features.classes == labels).sum(), len(labels)]]
-
-    def merged(self, gather: Gather) -> float | None:
-        """Return the recognized fraction over all processes, or None if the extractor does not know the classes."""
-        recognized, judged = gather(self._counts).sum(axis=0).tolist()
-        return recognized / judged if judged else None
 
 
 def _shared(compute: Callable[[], dict[str, float]], is_main: bool, gather: Gather) -> dict[str, float]:

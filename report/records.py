@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, JsonValue
 from core.reading import DamagedFileError
 from core.records import printable, validate
 from evaluation.evaluate import distance_records
+from evaluation.recognition import MOST_PROMPTS
 from train.runfolder import RunFolder
 
 Record = dict[str, Any]  # a line of evaluations.jsonl
@@ -49,6 +50,21 @@ Number = Annotated[float, Field(ge=-1e30, le=1e30)]
 Cost = Annotated[float, Field(gt=0, le=1e30)]  # above 0, since its logarithm is shown
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Settings = dict[Text, Annotated[JsonValue, AfterValidator(_plain)]]
+
+
+@dataclass(frozen=True)
+class PromptCount:
+    """The number of images of one prompt, and of those that are recognized as the class that it asks for."""
+
+    prompt: Text
+    label: Count
+    images: Size
+    recognized: Count
+    held_out: bool | None  # whether no caption of the training data equals it; None: not known
+
+    def __post_init__(self) -> None:
+        if self.recognized > self.images:
+            raise ValueError(f"{self.recognized} of {self.images} images are recognized")
 
 
 @dataclass(frozen=True)
@@ -96,6 +112,7 @@ class EvaluationRecord:
     kid: Number | None = None
     clip_score: Number | None = None
     captions_hash: Text | None = None  # absent where images have no captions
+    recognized_by_prompt: Annotated[list[PromptCount], Field(max_length=MOST_PROMPTS)] | None = None
     sampling_gmacs: Cost | None = None  # of one image; absent in lines of earlier versions
 
 

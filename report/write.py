@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from core.atomic import make_folder, require_no_folder, write_bytes
-from report import over_calls
+from report import over_calls, prompts
 from report.curves import NoDataError
 from report.figures import FIGURES
 from report.page import Shown, page_of, runs_of
@@ -49,6 +49,8 @@ def write_report(study: Study, out: Path, samples: SampleGrid | str = NO_SAMPLES
     files: dict[Path, bytes | None] = {}  # written once all are complete; None deletes a file
     if not study.has_several_objectives:
         files |= dict.fromkeys(_paths(out, over_calls.NAME))
+    if not prompts.prompts_of(study):
+        files |= dict.fromkeys(_paths(out, prompts.NAME))
     with styled():
         for number, title, draw, note in _drawers(study, samples):
             paths = _paths(out, number)
@@ -102,6 +104,8 @@ def _drawers(study: Study, samples: SampleGrid | str) -> list[tuple[int | str, s
     if study.has_several_objectives:
         name, title, note = over_calls.NAME, over_calls.TITLE, over_calls.NOTE
         drawers.append((name, title, lambda: over_calls.figure_over_calls(study), note))
+    if prompts.prompts_of(study):
+        drawers.append((prompts.NAME, prompts.TITLE, lambda: prompts.figure_of_prompts(study), prompts.NOTE))
     return sorted(drawers, key=lambda drawer: (isinstance(drawer[0], str), drawer[0]))
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from data.manifest import Manifest
 from data.settings import DataSettings
 from data.shards import open_shards
+from evaluation.recognition import MOST_PROMPTS
 
 _NUM_PROMPTS = 10  # of the shards' captions, where none are given
 _LONGEST_PROMPT = 1000  # characters
@@ -52,7 +53,33 @@ def fill_condition(section: Mapping[str, Any], manifest: Manifest, data: DataSet
                 f"most {_LONGEST_PROMPT} characters and without '${{'."
             )
     prompts = _some_captions(manifest, data) if section["prompts"] is None else section["prompts"]
-    return {**section, **facts, "stored": stored, "prompts": prompts}
+    held_out = _held_out(section, data)
+    return {**section, **facts, "stored": stored, "prompts": prompts, "held_out": held_out}
+
+
+def _held_out(section: Mapping[str, Any], data: DataSettings) -> list[str] | None:
+    """Return the prompts that no caption of the shards equals, in their order; None unless they are counted each.
+
+    Raises ValueError where the section has others.
+    """
+    prompts, given = section["prompts"], section["held_out"]
+    if prompts is None or section["prompt_classes"] is None or len(prompts) > MOST_PROMPTS:
+        return given
+    shards = open_shards(data.shards, False, data.cache, data.cache_bytes)  # the batches' shards are verified
+    unseen = dict.fromkeys(prompts)
+    try:
+        for row in range(len(shards)):
+            for caption in shards.captions_of(row):
+                unseen.pop(caption, None)
+    finally:
+        shards.close()
+    if given is not None and set(given) != unseen.keys():
+        wrong = next(iter(set(given) ^ unseen.keys()))
+        raise ValueError(
+            f"condition.held_out has {len(given)} prompts, but {len(unseen)} are no captions of {data.shards}, and "
+            f"only one of the two has {wrong!r}; leave it out."
+        )
+    return list(unseen)
 
 
 def _some_captions(manifest: Manifest, data: DataSettings) -> list[str]:
