@@ -28,9 +28,9 @@ class AccelerateRuntime(AccelerateDevices):
 
     ``mode`` replicated keeps the whole state on each device (DistributedDataParallel); fsdp shards weights, averages
     and optimizer state over all of them (FSDP2). ``compile`` compiles one unit of network and averages, which all equal
-    units share; whole compiles the network as one graph; auto does the first on GPUs where the compiler that it needs is
-    installed, where_possible also the second on a CPU, if it is replicated. ``cuda_graph`` replays a step as one CUDA
-    graph (`GraphedStep`); auto does for a single process on a GPU.
+    units share; whole compiles the network as one graph; auto does the first on GPUs where the compiler that it needs
+    is installed, where_possible also the second on a CPU, if it is replicated. ``cuda_graph`` replays a step as one
+    CUDA graph (`GraphedStep`); auto does for a single process on a GPU.
 
     Raises ValueError as `AccelerateDevices` does, for fsdp where no processes were launched to shard over, for a
     whole graph under fsdp, and for a CUDA graph without a GPU or with several processes.
