@@ -1,4 +1,4 @@
-"""Compute a linear map and GELU one after the other, by one kernel for inference on a CPU, or as a CPU compiles best."""
+"""Compute a linear map and GELU plainly, by one kernel for inference on a CPU, or in the form that compiles best."""
 
 import math
 from collections.abc import Callable
