@@ -39,8 +39,8 @@ from launch.builders.foreign import is_foreign, load_foreign
 from launch.builders.runs import checkpoint_hash, read_checkpoint
 from launch.command.settings import EvaluateSettings
 from launch.jobs import start
-from model.network import Network, compile_each_unit
-from runtime.kernels import missing_for_kernels
+from model.network import Network
+from runtime.kernels import compile_network, missing_for_kernels
 from runtime.protocol import Devices
 from train.checkpoint import code_version, read_state_file
 from train.lines import append_record
@@ -183,7 +183,7 @@ def compile_units(model: Network, device: torch.device) -> None:
             f"compile=true needs a C++ compiler, but there is no {missing.split()[-1]}; install one, {other} by the "
             "variable CXX, or leave compile out."
         )
-    compile_each_unit(model)
+    compile_network(model, device.type)
 
 
 class EvaluationChunks:

@@ -16,10 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from core.batch import Batch, mapped, micro_batches_of, require_divisible
-from model.network import Network, compile_each_unit
+from model.network import Network
 from runtime.accelerate_devices import AccelerateDevices
 from runtime.cuda_graph import GraphedStep
-from runtime.kernels import missing_for_kernels
+from runtime.kernels import compile_network, missing_for_kernels
 from runtime.protocol import Metrics, Precision, Step, by_name
 
 
@@ -28,9 +28,9 @@ class AccelerateRuntime(AccelerateDevices):
 
     ``mode`` replicated keeps the whole state on each device (DistributedDataParallel); fsdp shards weights, averages
     and optimizer state over all of them (FSDP2). ``compile`` compiles one unit of network and averages, which all equal
-    units share; where_possible does where the compiler that it needs is installed, auto does so on GPUs alone; whole
-    compiles the network as one graph. ``cuda_graph`` replays a step as one CUDA graph (`GraphedStep`); auto does for a
-    single process on a GPU.
+    units share; whole compiles the network as one graph; auto does the first on GPUs where the compiler that it needs
+    is installed, where_possible also the second on a CPU, if it is replicated. ``cuda_graph`` replays a step as one
+    CUDA graph (`GraphedStep`); auto does for a single process on a GPU.
 
     Raises ValueError as `AccelerateDevices` does, for fsdp where no processes were launched to shard over, for a
     whole graph under fsdp, and for a CUDA graph without a GPU or with several processes.
@@ -51,7 +51,7 @@ class AccelerateRuntime(AccelerateDevices):
     ) -> None:
         super().__init__(precision, device, num_threads, tf32, deterministic, timeout_sec)
         self._mode, self._micro_batches = mode, micro_batches
-        self._compile = self._can_compile(compile) if compile in ("auto", "where_possible") else compile
+        self._compile = self._chosen(compile) if compile in ("auto", "where_possible") else compile
         if mode == "fsdp" and compile == "whole":
             raise ValueError(
                 "runtime.compile is whole, but runtime.mode=fsdp gathers the weights of one unit at a time; set "
@@ -71,14 +71,17 @@ class AccelerateRuntime(AccelerateDevices):
         self._graphs = can_graph if cuda_graph == "auto" else cuda_graph
         self._stepping: tuple[nn.Module, torch.optim.Optimizer] | None = None  # what `prepare` returned
 
-    def _can_compile(self, where: str) -> bool:
-        """Return whether blocks can be compiled here, and are faster then; say so where only a tool is missing."""
-        if where == "auto" and self.device.type != "cuda":
+    def _chosen(self, where: str) -> Literal[True, False, "whole"]:
+        """Return how to compile here, if that can be done and is faster; say so where only a tool is missing."""
+        on_cpu = self.device.type == "cpu"
+        if where == "auto" and on_cpu:
             return False
         missing = missing_for_kernels(self.device.type)
         if missing is not None and self.is_main:
             print(f"note: blocks are not compiled, and steps are slower: there is no {missing}.", file=sys.stderr)
-        return missing is None
+        if missing is not None:
+            return False
+        return "whole" if on_cpu and self._mode == "replicated" else True
 
     def require_batch(self, batch_size: int) -> None:
         """Raise ValueError where a global batch does not divide into processes and micro-batches."""
@@ -98,8 +101,10 @@ class AccelerateRuntime(AccelerateDevices):
         _fuse(optimizer)
         _hand_over(optimizer, order, by_name, dict(model.named_parameters()))
         if self._compile:
+            torch._dynamo.config.optimize_ddp = False  # it would split blocks at the boundaries of gradient buckets
             for module in (model, *averages):
-                _compile(module, whole=self._compile == "whole")
+                if isinstance(module, Network):
+                    compile_network(module, self.device.type, whole=self._compile == "whole")
         self._stepping = model, optimizer
         if self._mode == "fsdp" or self.data_world == 1:
             return model, optimizer
@@ -187,15 +192,6 @@ def _shard(module: nn.Module, device_type: str, world: int) -> None:
 
 def _units(module: nn.Module) -> Sequence[nn.Module]:
     return module.units() if isinstance(module, Network) else ()
-
-
-def _compile(model: nn.Module, whole: bool) -> None:
-    """Compile the model as one graph, or unit by unit: all units of one class and shape share one compilation."""
-    torch._dynamo.config.optimize_ddp = False  # it would split blocks at the boundaries of gradient buckets
-    if whole:
-        model.compile()
-    elif isinstance(model, Network):
-        compile_each_unit(model)
 
 
 def _fuse(optimizer: torch.optim.Optimizer) -> None:

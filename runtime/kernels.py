@@ -1,9 +1,23 @@
-"""Find what PyTorch's compiler needs to make kernels for a GPU or for the CPU."""
+"""Compile networks, and find what PyTorch's compiler needs to make kernels for a GPU or for the CPU."""
 
 import importlib.util
 import os
 import shutil
 import sys
+
+from model.compiled import form_for_cpu
+from model.network import Network, compile_each_unit
+
+
+def compile_network(network: Network, device_type: str, whole: bool = False) -> None:
+    """Compile a network as one graph, or unit by unit: all units of one class and shape share one compilation."""
+    if device_type == "cpu":
+        for module in (network,) if whole else network.units():
+            form_for_cpu(module)
+    if whole:
+        network.compile()
+    else:
+        compile_each_unit(network)
 
 
 def missing_for_kernels(device_type: str) -> str | None:

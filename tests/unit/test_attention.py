@@ -1,14 +1,17 @@
 """Attention is the same whichever function computes it, and a runtime chooses the one that is fastest on its device."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from test_model import BLOCKS, tiny
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.attend import AttentionLayer, attend_by, fused, plain
 from model.attention import over_keys
+from model.compiled import form_for_cpu
 from model.dit import DiT
-from model.gelu import fused_hidden, has_fused_hidden, hide_by
+from model.gelu import compiled_hidden, fused_hidden, has_fused_hidden, hide_by, plain_hidden
 from model.mlp import GeluMlp
 from runtime.accelerate import AccelerateRuntime
 
@@ -61,6 +64,47 @@ def test_a_fused_hidden_layer_is_the_plain_one_where_nothing_is_trained() -> Non
     assert not torch.equal(fused, trained)
     for found in (fused, trained):
         assert ((found.float() - exact).norm() / exact.norm()).item() < 1e-2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_layers_of_a_network_that_a_cpu_compiles_compute_the_same_uncompiled_and_to_rounding_compiled(
+    precision: str,
+) -> None:
+    torch.manual_seed(0)
+    plain_mlp, formed = GeluMlp(32, 4.0), GeluMlp(32, 4.0)
+    formed.load_state_dict(plain_mlp.state_dict())
+    form_for_cpu(formed)
+    compiled = torch.compile(formed, backend="aot_eager")  # the steps of the graph, without kernels for them
+    tokens = 3 * torch.randn(4, 7, 32)
+
+    def of(mlp: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        given = tokens.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            output = mlp(given)
+        output.float().sin().sum().backward()
+        assert given.grad is not None
+        return output, given.grad
+
+    expected = of(plain_mlp)
+    rounding = 1e-2 if precision == "bf16" else 1e-6
+    for one, other in zip(of(formed), expected, strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(of(compiled), expected, strict=True):
+        assert one.dtype == other.dtype
+        assert (one - other).norm() / other.norm() < rounding
+    assert not torch.equal(of(compiled)[0], expected[0])
+
+
+def test_gelu_is_as_exact_by_its_sigmoid_as_by_its_tanh_and_finite_far_from_zero() -> None:
+    identity = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(identity.weight)
+    x = torch.cat([torch.linspace(-12, 12, 100_001), torch.tensor([-1e4, -1e2, 1e2, 1e4])]).unsqueeze(1)
+    compiled = torch.compile(lambda: compiled_hidden(identity, x), backend="aot_eager")
+    with torch.no_grad():
+        exact = nn.functional.gelu(x.double(), approximate="tanh")
+        errors = [(of().double() - exact).abs().max() for of in (compiled, lambda: plain_hidden(identity, x))]
+    assert errors[0] < 2e-6
+    assert errors[0] < 2 * errors[1]
 
 
 def test_a_cpu_attends_plainly_in_bf16_and_as_before_in_fp32() -> None:
