@@ -46,7 +46,7 @@ from train.guards import SpikeGuard
 from train.state import optimizer_tensors
 from train.step import TOTAL, make_step
 
-# Code for vectors takes the C++ compiler a quarter longer; to find what the CPU has, PyTorch starts interpreters for 11 s.
+# Code for vectors takes the C++ compiler a quarter longer, and finding out which the CPU has, 11 s of interpreters.
 torch._inductor.config.cpp.vec_isa_ok = False
 CONF = Path(__file__).resolve().parents[2] / "conf/runtime"
 NUM_CLASSES, DECAY = 10, 0.9999
