@@ -7,6 +7,7 @@ import, the order of imports under XLA, launchers) start one; `conftest.ditscale
 import atexit
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import select
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -133,6 +135,18 @@ def listen(request: dict[str, str]) -> None:
         os.close(pipe)
 
 
+def import_all(modules: Sequence[str]) -> None:
+    """Import the modules; hide torch_xla unless it is one of them.
+
+    diffusers imports it wherever it is installed, and then each process opens the CPU's XLA client when it ends.
+    """
+    if modules and "torch_xla" not in modules and importlib.util.find_spec("diffusers") is not None:
+        importlib.import_module("diffusers.utils.import_utils")._torch_xla_available = False
+    for name in modules:
+        importlib.import_module(name)
+    assert ("torch_xla" in sys.modules) == ("torch_xla" in modules)
+
+
 def prepare_configs(modules: list[str]) -> None:
     """Read the configs of those modules that are jobs, once for all forks."""
     if jobs := [name.removeprefix("launch.") for name in modules if name in JOBS]:
@@ -177,8 +191,7 @@ def end(code: int) -> NoReturn:
 
 if __name__ == "__main__":
     with uncollected():
-        for name in sys.argv[1:]:
-            importlib.import_module(name)
+        import_all(sys.argv[1:])
         prepare_configs(sys.argv[1:])
     gc.collect()
     gc.freeze()  # or a collection in a fork copies every page of what was imported

@@ -7,8 +7,6 @@ itself, or of how an interpreter starts, start fresh interpreters.
 import atexit
 import functools
 import gc
-import importlib
-import importlib.util
 import itertools
 import json
 import os
@@ -25,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from warm_jobs import JOBS, prepare_configs
+from warm_jobs import JOBS, import_all, prepare_configs
 
 from core.garbage import uncollected
 
@@ -245,21 +243,9 @@ def _run(words: list[str]) -> None:
         runpy.run_path(what, run_name="__main__")
 
 
-def _import(modules: list[str]) -> None:
-    """Import the modules; hide torch_xla unless it is one of them.
-
-    diffusers imports it wherever it is installed, and then each process opens the CPU's XLA client when it ends.
-    """
-    if "torch_xla" not in modules and importlib.util.find_spec("diffusers") is not None:
-        importlib.import_module("diffusers.utils.import_utils")._torch_xla_available = False
-    for name in modules:
-        importlib.import_module(name)
-    assert ("torch_xla" in sys.modules) == ("torch_xla" in modules)
-
-
 if __name__ == "__main__":
     with uncollected():
-        _import(sys.argv[1:])
+        import_all(sys.argv[1:])
         prepare_configs(sys.argv[1:])
     gc.freeze()  # or a collection in a fork copies every page of what was imported
     _become(*_serve())

@@ -20,7 +20,7 @@ CXX = os.environ.get("CXX", "g++")  # as torch.compile chooses
 COUNTED = """
 import torch._inductor.config
 from launch import cli
-torch._inductor.config.cpp.simdlen = 0  # as the other test, with which it shares precompiled headers
+torch._inductor.config.cpp.vec_isa_ok = False  # as the other test, with which it shares precompiled headers
 cli.main()
 from torch._dynamo.utils import counters
 cached = [counters["inductor"][f"fxgraph_cache_{outcome}"] for outcome in ("hit", "miss", "bypass")]

@@ -49,7 +49,8 @@ from train.guards import SpikeGuard
 from train.state import optimizer_tensors
 from train.step import TOTAL, as_it_is, make_step
 
-torch._inductor.config.cpp.simdlen = 0  # code for vectors takes the C++ compiler a quarter longer
+# Code for vectors takes the C++ compiler a quarter longer, and finding out which the CPU has, 11 s of interpreters.
+torch._inductor.config.cpp.vec_isa_ok = False
 CONF = Path(__file__).resolve().parents[2] / "conf/runtime"
 NUM_CLASSES, DECAY = 10, 0.9999
 FEATURE_DIM = 24
