@@ -106,7 +106,7 @@ def lines_of(caption: str, width: int) -> list[str]:
 def _num_fitting(text: str, width: int) -> int:
     """Return how many letters of a text are at most ``width`` pixels wide, at least 1."""
     most = min(len(text), max(1, width))  # each letter is a pixel wide or more
-    return max(1, bisect_right(range(1, most + 1), width, key=lambda count: _font().getlength(text[:count])))
+    return max(1, bisect_right(range(1, most + 1), float(width), key=lambda count: _font().getlength(text[:count])))
 
 
 @cache
