@@ -254,3 +254,19 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
     write_text_folder(build(section), section, folder, named, PipelineParts())
     return folder
+
+
+def test_the_recipes_of_text_train_on_shards_of_captions_and_the_second_resolution_from_the_first(
+    here: InProcess,
+) -> None:
+    small = ["data.shards=shards", "total_steps=1", "batch_size=4", *TRAIN[6:]]
+    dit = ["model.width=16", "model.depth=2", "model.num_heads=2"]
+    unet = ["model.width=32", "model.multipliers=[1,1]", "model.attention_at=[2]", "model.context_dim=16"]
+    unet += ["model.channels=1", "model.context_length=12", "model.layers=1"]
+    for recipe, network in (("pixart_like", dit), ("sd_unet", unet)):
+        here("train", f"experiment=recipes/{recipe}", *small, *network, "run_dir=run")
+        shown = here("train", f"experiment=recipes/{recipe}_512", *small, *network, "init_from=run", "run_dir=next")
+        assert "error" not in shown
+        for name in ("run", "next"):
+            assert json.loads(Path(name, "metrics.jsonl").read_text().splitlines()[-1])["step"] == 1
+            shutil.rmtree(name)
