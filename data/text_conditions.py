@@ -25,7 +25,7 @@ from model.text_embedding import MASK, POOLED, TOKENS
 TOKEN_IDS = "text_ids"  # [B, M] int32, of captions that are encoded on the devices
 _ROW, _CHOICE = "text_row", "text_choice"  # [B] int64: a stored embedding; row -1 is the empty caption
 _PROMPT = "prompt"  # [B] int64, the number of an image's prompt
-_MOST_PROMPTS = 2**24
+_MOST_PROMPTS, _MOST_CLASSES = 2**24, 2**31
 
 
 class TextCondition:
@@ -268,8 +268,9 @@ def checked_prompts(texts: Sequence[Any], classes: Sequence[int] | None, of: str
         raise ValueError(f"{of} has {len(texts)} texts, but there may be {_MOST_PROMPTS}; give fewer.")
     if classes is not None and len(classes) != len(texts):
         raise ValueError(f"{of} has {len(texts)} texts, but {len(classes)} classes; give one class for each text.")
-    if classes is not None and min(classes, default=0) < 0:
-        raise ValueError(f"{of} has the class {min(classes)}, but classes count from 0; give another.")
+    if classes is not None and not all(0 <= number < _MOST_CLASSES for number in classes):
+        wrong = next(number for number in classes if not 0 <= number < _MOST_CLASSES)
+        raise ValueError(f"{of} has the class {wrong}, but classes are from 0 to {_MOST_CLASSES - 1}; give another.")
     return Prompts(tuple(texts), None if classes is None else tuple(classes))
 
 

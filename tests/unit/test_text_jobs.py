@@ -225,6 +225,7 @@ def test_bits_per_dimension_are_those_of_the_shards_with_their_captions(
         (["prompts=second.jsonl"], "second.jsonl line 3 is damaged: it is not JSON ("),
         (["prompts=key.jsonl"], 'key.jsonl line 1 is damaged: it is not {"prompt": text}.'),
         (["prompts=class.jsonl"], "class.jsonl line 1 is damaged: its class is 'x', not a whole number."),
+        (["prompts=large.jsonl"], "large.jsonl has the class 9999999999999999999, but classes are"),
         (["prompts=half.jsonl"], "half.jsonl has 'a\\ud800', which is not text in Unicode; correct it."),
         (["prompts=coco.json"], "coco.json is damaged: it has no list 'annotations', as COCO's captions have."),
         (["prompts=x", *encoder_words(Path("nowhere"))], "There is no nowhere/config.json; copy config.json"),
@@ -246,6 +247,7 @@ def test_a_mistake_is_one_sentence(
         "second.jsonl": b'{"prompt": "x"}\n\n{"prompt"',
         "key.jsonl": b'{"text": "x"}',
         "class.jsonl": b'{"prompt": "x", "class": "x"}',
+        "large.jsonl": b'{"prompt": "x", "class": 9999999999999999999}',
         "half.jsonl": b'{"prompt": "a\\ud800"}',
         "coco.json": b'{"images": []}',
     }.items():
