@@ -61,7 +61,7 @@ text: $(STAMP)
 	$(BIN)/ditscale sample checkpoint=$(TEXT)/d64-n4-p4-adaln_zero_cross-seed0 num_images=24 \
 		'prompts=[a drawing of a three,somebody wrote a 8,I want seven here]' diffusion/sampler=euler sampler.steps=20 \
 		diffusion/guidance=classifier_free runtime=cpu precision=fp32 out=$(TEXT)/samples
-	$(BIN)/ditscale report sweep=$(TEXT) runtime=cpu
+	$(BIN)/ditscale report sweep=$(TEXT) diffusion/sampler=euler sampler.steps=20 diffusion/guidance=classifier_free runtime=cpu
 
 # Five studies on Fashion-MNIST (Debian's package dataset-fashion-mnist), with three seeds each (docs/fashion.md). Kill it and
 # start it again at will: runs continue at their checkpoints, evaluations at their chunks, and what is finished stays. On a GPU:
