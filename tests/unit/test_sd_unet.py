@@ -108,7 +108,7 @@ def test_a_plan_takes_its_latents_and_its_process(in_process: InProcess) -> None
     assert process.outputs_per_channel == 1
     assert process.parameterization.name == "v"
     shown = in_process("plan", "model=sd_unet_digits", "data=digits")
-    assert "of 0 classes (digits), latents 8x8x1" in shown
+    assert "images with captions of 77 tokens, latents 8x8x1" in shown
     assert shown.splitlines()[-1].split()[0] == "sd_unet_digits-w32"
 
 

@@ -61,7 +61,7 @@ def loaded(*words: str) -> tuple[SampleSettings, LoadedCheckpoint]:
     """Return the settings of `sample` with these words, and its foreign checkpoint with the prompts."""
     config: Any = OmegaConf.to_object(fast_hydra.composed("sample", *OF_SAMPLE, *words))
     runtime = build(config.runtime, precision="fp32")
-    return config, conditioned(load_foreign(config, runtime), config)
+    return config, conditioned(load_foreign(config, runtime), config, runtime)
 
 
 @torch.no_grad()

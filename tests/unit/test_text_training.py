@@ -60,8 +60,8 @@ def test_a_caption_is_drawn_on_each_visit_from_seed_and_position_alone(place: Pa
     seen = texts.of_samples(Samples(shards, rows, positions, Philox(3)))
     ids = CLIPText(str(place / "clip")).tokenize(shards.captions_of(7)).ids
     which = [int(np.flatnonzero((ids == row).all(axis=1))[0]) for row in seen[TOKEN_IDS].numpy()]
-    assert len(shards.captions_of(7)) == 2
-    assert 160 < Counter(which)[0] < 240
+    assert len(Counter(which)) == len(shards.captions_of(7)) > 1
+    assert max(Counter(which).values()) < 1.5 * len(rows) / len(ids)
     backwards = texts.of_samples(Samples(shards, rows, positions[::-1], Philox(3)))
     assert torch.equal(backwards[TOKEN_IDS].flip(0), seen[TOKEN_IDS])
     assert not torch.equal(texts.of_samples(Samples(shards, rows, positions, Philox(4)))[TOKEN_IDS], seen[TOKEN_IDS])
