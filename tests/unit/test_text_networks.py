@@ -10,7 +10,7 @@ import fast_hydra
 import numpy as np
 import pytest
 import torch
-from conftest import InProcess, prepared_by
+from conftest import InProcess, json_lines, prepared_by
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from foreign_files import change_json
 from omegaconf import OmegaConf
@@ -270,3 +270,13 @@ def test_the_recipes_of_text_train_on_shards_of_captions_and_the_second_resoluti
         for name in ("run", "next"):
             assert json.loads(Path(name, "metrics.jsonl").read_text().splitlines()[-1])["step"] == 1
             shutil.rmtree(name)
+
+
+def test_a_pipeline_is_measured_with_prompts(here: InProcess) -> None:
+    words = ["checkpoint=pipeline", "data=digits", "diffusion=sd", "diffusion/sampler=ddim", "sampler.steps=2"]
+    words += ["prompts=[a drawing of a three,digit seven]", "evaluation.num_images=4", "evaluation.features.epochs=1"]
+    here("evaluate", *words, "runtime=cpu", "metrics=[frechet]")
+    (record,) = json_lines(Path("pipeline").resolve().parent / "pipeline-evaluations.jsonl")
+    assert record["num_images"] == 4
+    assert record["frechet_distance"] > 0
+    assert record["captions_hash"]
