@@ -225,15 +225,15 @@ def settle_by_data(config: DictConfig, words: list[str]) -> None:
 def _settle_text(config: DictConfig, sizes: TextSizes) -> TextSizes | None:
     """Set the sizes of a text encoder in a model that leaves them open; return those that it has, or None for none."""
     embedding = config.model.get("embedding") or {}
-    places = [("model", "context_length", "length", sizes.length), ("model", "context_dim", "dim", sizes.dim)]
-    places += [("model.embedding", name, name, value) for name, value in sizes._asdict().items() if name in embedding]
+    places = [("model.embedding", name, name, value) for name, value in sizes._asdict().items() if name in embedding]
+    if "context_length" in config.model:  # the context of an LDM is a label
+        places += [("model", "context_length", "length", sizes.length), ("model", "context_dim", "dim", sizes.dim)]
     found = dict[str, int]()
     for place, name, meaning, value in places:
         section = OmegaConf.select(config, place)
-        if name in section:
-            if section[name] is None:
-                OmegaConf.update(config, f"{place}.{name}", value)
-            found[meaning] = section[name]
+        if section[name] is None:
+            OmegaConf.update(config, f"{place}.{name}", value)
+        found[meaning] = section[name]
     return sizes._replace(**found) if found else None
 
 

@@ -116,15 +116,17 @@ def fill_text(model: Mapping[str, Any], sizes: TextSizes | None) -> dict[str, An
     """
     embedding = model.get("embedding")
     of_embedding = embedding if isinstance(embedding, Mapping) else {}
+    is_unet = "context_length" in model  # the context of an LDM is a label
     if sizes is None:
-        values = [model.get("context_dim", 0), *(of_embedding.get(name, 0) for name in TextSizes._fields)]
+        values = [model["context_dim"] if is_unet else 0, *(of_embedding.get(name, 0) for name in TextSizes._fields)]
         if None in values:
             raise ValueError(
                 "The network is conditioned on text, whose sizes follow from the captions' text encoder, but "
                 "data/condition is not text; set data/condition=text."
             )
         return dict(model)
-    filled = _filled(model, {"context_length": sizes.length, "context_dim": sizes.dim}, "model")
+    of_unet = {"context_length": sizes.length, "context_dim": sizes.dim} if is_unet else {}
+    filled = _filled(model, of_unet, "model")
     if of_embedding:
         filled["embedding"] = _filled(of_embedding, sizes._asdict(), "model.embedding")
     return filled
