@@ -15,6 +15,7 @@ import torch
 from conftest import TINY_RUN, command, run_process
 from on_device import DEVICE, distance, make_runtime, no_waiting
 from safetensors.torch import load_file
+from small_text_encoders import write_small_clip, write_small_t5
 from test_training import FACTS, everything, new_state
 from tiny_run import Case, diffusion, plain, under_runtime
 from torch import Tensor
@@ -72,6 +73,19 @@ def test_recipes_are_those_of_the_cpu(fields: dict[str, Any]) -> None:
     assert_same_run(case(**fields))
 
 
+@pytest.fixture
+def text_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write small text encoders where cases with captions look for them."""
+    monkeypatch.chdir(tmp_path)
+    write_small_clip(tmp_path / "clip")
+    write_small_t5(tmp_path / "t5")
+
+
+@pytest.mark.parametrize(("block", "text"), [("InContextBlock", "clip"), ("CrossAttentionBlock", "t5")])
+def test_captions_are_encoded_in_the_step_as_on_the_cpu(text_encoders: None, block: str, text: str) -> None:
+    assert_same_run(case(block=block, text=text))
+
+
 def test_bfloat16_is_of_the_network_alone() -> None:
     run = case(precision="bf16")
     (_, of_plain), (found, facts) = plain(run), under_runtime(run)
@@ -108,6 +122,7 @@ GRAPHED: dict[str, dict[str, Any]] = {
     "clipped": {"max_grad_norm": 0.5, "average": "power"},
     "recomputed": {"activation_checkpointing": True, "settings": {"micro_batches": 2}},
     "compiled": {"settings": {"compile": True}},
+    "captions": {"block": "InContextBlock", "text": "clip"},
 }
 
 
@@ -115,7 +130,7 @@ GRAPHED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", GRAPHED)
 def test_a_run_replayed_as_cuda_graphs_has_the_bits_of_the_eager_one(
-    name: str, precision: str, capfd: pytest.CaptureFixture[str]
+    text_encoders: None, name: str, precision: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     fields = {**GRAPHED[name], "precision": precision}
     settings = {"deterministic": True, **fields.pop("settings", {})}
