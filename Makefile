@@ -71,8 +71,8 @@ FASHION_JOBS ?= -1
 FASHION_SAMPLED := $(FASHION)-scaling/d96-n3-p2-adaln_zero-seed0,$(FASHION)-scaling/d64-n2-p7-adaln_zero-seed0
 FASHION_SHARED := $(foreach seed,0 1 2,d64-n3-p4-adaln_zero-seed$(seed)) # of scaling; blocks and unets would train them again
 fashion: $(STAMP)
-	@echo "Five studies on Fashion-MNIST: about 5.5 hours on two cores (scaling 3.5, sampling 0.4, blocks 0.5," \
-		"objectives 0.7, unets 0.5), or ten minutes on a large GPU. Stop it at any time; make fashion continues."
+	@echo "Five studies on Fashion-MNIST: about 5.3 hours on two cores (scaling 3.5, sampling 0.4, blocks 0.4," \
+		"objectives 0.6, unets 0.5), or ten minutes on a large GPU. Stop it at any time; make fashion continues."
 	$(BIN)/ditscale encode data=fashion_mnist
 	for study in scaling sampling blocks objectives unets; do \
 		case $$study in blocks|unets) for run in $(FASHION_SHARED); do test -e $(FASHION)-$$study/$$run || { \
