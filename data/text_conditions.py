@@ -169,9 +169,9 @@ class TextCondition:
         if TOKEN_IDS in condition:
             ids, mask = self._null_tokens
             return {**condition, TOKEN_IDS: ids.expand_as(condition[TOKEN_IDS]), MASK: mask.expand_as(condition[MASK])}
-        of_shards = self._empty is not None and not self._negative and condition[MASK].device.type == "cpu"
-        null = self._empty if of_shards and self._empty is not None else self._null_of(condition[MASK].device)
-        parts = self._parts(null)
+        device = condition[MASK].device
+        stored = self._empty if device.type == "cpu" and not self._negative else None
+        parts = self._parts(stored or self._null_of(device))
         return {name: parts[name].expand_as(value) for name, value in condition.items()}
 
     def _null_of(self, device: torch.device) -> EncodedText:

@@ -17,6 +17,8 @@ from launch.builders.saved_configs import component, setting
 from model.family import TEXT_ENCODER
 
 NAME_FILE = "text_encoder.json"  # in a folder
+# The words of the command line for each kind of text encoder; others than these are CLIP's.
+_WORDS = {"t5": "data/text_encoder=t5 text_encoder.folder=PATH", "random_text": "data/text_encoder=random"}
 _IDENTITY = re.compile(r"(\S+) (\S+) \((\d{1,5}) tokens of (\d{1,7}), layer (\w+), (fp32|bf16)\)", re.ASCII)  # of str
 
 
@@ -40,10 +42,10 @@ class NamedEncoder:
 
     def note(self) -> str:
         """Return a sentence for a user."""
-        kind = "t5" if self.encoder.name == "t5" else "clip"
+        words = _WORDS.get(self.encoder.name, "data/text_encoder=clip text_encoder.folder=PATH")
         return (
-            f"it is for captions by the text encoder {self.encoder}, which is not exported: give "
-            f"data/text_encoder={kind} text_encoder.folder=PATH to the jobs that use it."
+            f"it is for captions by the text encoder {self.encoder}, which is not exported: give {words} to the jobs "
+            "that use it."
         )
 
 

@@ -18,6 +18,7 @@ from data.shards import MappedShards
 from data.text_encoders import EncodedText
 from evaluation.features.extractor import Features
 from evaluation.recognition import MOST_PROMPTS, Recognition
+from launch.builders.named_encoder import NamedEncoder
 from report.prompts import prompts_of
 from report.study import read_study
 from report.write import write_report
@@ -196,3 +197,8 @@ def test_counts_that_cannot_be_are_refused(tmp_path: Path, wrong: dict[str, Any]
     write_run(tmp_path, "one", record_of(16, 40.0, recognized_by_prompt=[{**count_of("a", None), **wrong}]))
     with pytest.raises(ValueError, match=r"one/evaluations\.jsonl is damaged: recognized_by_prompt"):
         read_study(tmp_path)
+
+
+def test_the_note_on_an_export_says_how_to_give_this_encoder_which_has_no_folder() -> None:
+    note = NamedEncoder(RandomText().spec(), attend_to_padding=False, class_dropout=0.1).note()
+    assert "give data/text_encoder=random to the jobs that use it." in note
