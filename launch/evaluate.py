@@ -40,7 +40,7 @@ from launch.builders.runs import checkpoint_hash, read_checkpoint
 from launch.command.settings import EvaluateSettings
 from launch.jobs import start
 from model.network import Network
-from runtime.kernels import compile_network, missing_for_kernels
+from runtime.kernels import WHERE_POSSIBLE, compile_network, compile_where_possible, missing_for_kernels
 from runtime.protocol import Devices
 from train.checkpoint import code_version, read_state_file
 from train.lines import append_record
@@ -70,7 +70,9 @@ def evaluate_job(config: EvaluateSettings, progress: ProgressBar) -> None:
             f"The checkpoint was trained on {source} at {checkpoint.spec.image_size} px, but the "
             f"reference would be {data.name} at {data.image_size} px; leave data out, or give the checkpoint's."
         )
-    if config.compile:
+    if config.compile == WHERE_POSSIBLE:
+        compile_where_possible(checkpoint.model, runtime.device.type, runtime.is_main)
+    elif config.compile:
         compile_units(checkpoint.model, runtime.device)
     generator = checkpoint.generator(config, config.evaluation.seed, runtime)
     evaluator, chunks = None, None

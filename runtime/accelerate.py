@@ -1,6 +1,5 @@
 """Train on a CPU, one GPU, or data-parallel GPUs and nodes, through Hugging Face accelerate."""
 
-import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -19,7 +18,7 @@ from core.batch import Batch, mapped, micro_batches_of, require_divisible
 from model.network import Network
 from runtime.accelerate_devices import AccelerateDevices
 from runtime.cuda_graph import GraphedStep
-from runtime.kernels import compile_network, missing_for_kernels
+from runtime.kernels import WHERE_POSSIBLE, compile_network, has_kernels
 from runtime.protocol import Metrics, Precision, Step, by_name
 
 
@@ -51,7 +50,7 @@ class AccelerateRuntime(AccelerateDevices):
     ) -> None:
         super().__init__(precision, device, num_threads, tf32, deterministic, timeout_sec)
         self._mode, self._micro_batches = mode, micro_batches
-        self._compile = self._chosen(compile) if compile in ("auto", "where_possible") else compile
+        self._compile = self._chosen(compile) if compile in ("auto", WHERE_POSSIBLE) else compile
         if mode == "fsdp" and compile == "whole":
             raise ValueError(
                 "runtime.compile is whole, but runtime.mode=fsdp gathers the weights of one unit at a time; set "
@@ -76,10 +75,7 @@ class AccelerateRuntime(AccelerateDevices):
         on_cpu = self.device.type == "cpu"
         if where == "auto" and on_cpu:
             return False
-        missing = missing_for_kernels(self.device.type)
-        if missing is not None and self.is_main:
-            print(f"note: blocks are not compiled, and steps are slower: there is no {missing}.", file=sys.stderr)
-        if missing is not None:
+        if not has_kernels(self.device.type, self.is_main):
             return False
         return "whole" if on_cpu and self._mode == "replicated" else True
 

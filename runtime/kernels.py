@@ -8,6 +8,8 @@ import sys
 from model.compiled import form_for_cpu
 from model.network import Network, compile_each_unit
 
+WHERE_POSSIBLE = "where_possible"  # of settings named compile: where it is faster and the tools are there
+
 
 def compile_network(network: Network, device_type: str, whole: bool = False) -> None:
     """Compile a network as one graph, or unit by unit: all units of one class and shape share one compilation."""
@@ -18,6 +20,23 @@ def compile_network(network: Network, device_type: str, whole: bool = False) -> 
         network.compile()
     else:
         compile_each_unit(network)
+
+
+def compile_where_possible(network: Network, device_type: str, is_main: bool) -> None:
+    """Compile a network as it is fastest on the device: whole on a CPU, unit by unit on a GPU, not under XLA.
+
+    Where a tool is missing, nothing is compiled, and the main process says so.
+    """
+    if device_type != "xla" and has_kernels(device_type, is_main):
+        compile_network(network, device_type, whole=device_type == "cpu")
+
+
+def has_kernels(device_type: str, is_main: bool) -> bool:
+    """Return whether networks can be compiled for the device; where they cannot, the main process says what is missing."""
+    missing = missing_for_kernels(device_type)
+    if missing is not None and is_main:
+        print(f"note: blocks are not compiled, and steps are slower: there is no {missing}.", file=sys.stderr)
+    return missing is None
 
 
 def missing_for_kernels(device_type: str) -> str | None:

@@ -240,12 +240,17 @@ class EvaluateSettings(Settings):
     checkpoint: str = MUST_BE_GIVEN  # a run folder (its newest checkpoint is used), a checkpoint, or foreign weights
     weights: str = "ema"  # model, an average, width_W of a run with power averages, or a table of a foreign file
     precision: Precision = Precision.fp32
-    compile: bool = False  # compile the network's blocks: takes a minute at first, then is faster on a GPU
+    compile: Any = False  # true: the network's blocks, which takes a minute at first; where_possible: as runtime.compile's
     metrics: list[str] = "${evaluation.metrics}"  # type: ignore[assignment]  # may also have nll: bits per dimension
     low_resolution: str | None = None  # .npz of the images that an upsampler enlarges, as `sample` writes them
     text_encoder: Any = None  # of a network for text; null: as the run's config says
     prompts: Any = None  # a text, several, or a file of them (.txt, .jsonl, COCO's .json); null: the run's
     negative_prompt: str | None = None  # takes the place of the empty caption in guidance
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compile not in (True, False, "where_possible"):
+            raise ValueError(f"compile is {self.compile!r}, but there are true, false and where_possible; set one.")
 
 
 class SamplingSettings(Protocol):
