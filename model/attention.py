@@ -23,13 +23,18 @@ class SelfAttention(AttentionLayer):
     def forward(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Return the mixed tokens: [B, T, d], [T, 2] row and column, [B, T] bool (False: masked out) -> [B, T, d]."""
         batch, length, width = tokens.shape
-        qkv = self.qkv(tokens).view(batch, length, 3, self.num_heads, width // self.num_heads)
-        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))  # gradients come back in this layout
+        heads = (batch, length, self.num_heads, width // self.num_heads)
+        query, key, value = (part.view(heads).transpose(1, 2) for part in self.split(tokens))
         query, key = self.normalize(query, key)
         if positions is not None:
             query, key = self.rotate(query, positions), self.rotate(key, positions)
         mixed = self.attend(query, key, value, over_keys(mask))
         return self.projection(mixed.transpose(1, 2).reshape(batch, length, width))
+
+    def split(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Return queries, keys and values [B, T, d] of tokens [B, T, d]."""
+        qkv: Tensor = self.qkv(tokens)
+        return qkv.unflatten(-1, (3, -1)).unbind(-2)  # gradients come back in this layout
 
     def normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Return queries and keys [B, heads, T, d / heads] as the scores use them; the paper leaves them unchanged."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from model.attention import SelfAttention
 from model.gelu import compiled_hidden, hide_by
 
 
@@ -18,6 +19,8 @@ def form_for_cpu(module: nn.Module) -> None:
     for part in module.modules():
         if type(part) is nn.Linear:
             part.forward = MethodType(_linear, part)  # type: ignore[method-assign]
+        if isinstance(part, SelfAttention) and type(part.qkv) is nn.Linear:
+            part.split = MethodType(_split, part)  # type: ignore[method-assign]
 
 
 def _linear(layer: nn.Linear, inputs: Tensor) -> Tensor:
@@ -27,10 +30,25 @@ def _linear(layer: nn.Linear, inputs: Tensor) -> Tensor:
     """
     if not torch.compiler.is_compiling():
         return nn.functional.linear(inputs, layer.weight, layer.bias)
-    product = inputs @ layer.weight.t()
-    if layer.bias is None:
+    return _mapped(inputs, layer.weight, layer.bias)
+
+
+def _split(layer: SelfAttention, tokens: Tensor) -> tuple[Tensor, ...]:
+    """Compute queries, keys and values by a product each; uncompiled, by the layer's one.
+
+    Attention returns their gradients as three tensors, which one product would first need as one.
+    """
+    if not torch.compiler.is_compiling():
+        return SelfAttention.split(layer, tokens)
+    biases = (None,) * 3 if layer.qkv.bias is None else layer.qkv.bias.chunk(3)
+    return tuple(_mapped(tokens, *part) for part in zip(layer.qkv.weight.chunk(3), biases, strict=True))
+
+
+def _mapped(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    product = inputs @ weight.t()
+    if bias is None:
         return product
-    added: Tensor = _BiasAdded.apply(product, layer.bias.to(product.dtype))
+    added: Tensor = _BiasAdded.apply(product, bias.to(product.dtype))
     return added
 
 

@@ -32,7 +32,7 @@ def compile_where_possible(network: Network, device_type: str, is_main: bool) ->
 
 
 def has_kernels(device_type: str, is_main: bool) -> bool:
-    """Return whether networks can be compiled for the device; where they cannot, the main process says what is missing."""
+    """Return whether networks can be compiled for the device; if not, the main process says what is missing."""
     missing = missing_for_kernels(device_type)
     if missing is not None and is_main:
         print(f"note: blocks are not compiled, and steps are slower: there is no {missing}.", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Attention is the same whichever function computes it, and a runtime chooses the one that is fastest on its device."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from test_model import BLOCKS, tiny
 from torch import Tensor, nn
 
 from model.attend import AttentionLayer, attend_by, fused, plain
-from model.attention import over_keys
+from model.attention import SelfAttention, over_keys
 from model.compiled import form_for_cpu
 from model.dit import DiT
 from model.gelu import compiled_hidden, fused_hidden, has_fused_hidden, hide_by, plain_hidden
@@ -66,33 +67,45 @@ def test_a_fused_hidden_layer_is_the_plain_one_where_nothing_is_trained() -> Non
         assert ((found.float() - exact).norm() / exact.norm()).item() < 1e-2
 
 
+@pytest.mark.parametrize("layer", [partial(GeluMlp, 32, 4.0), partial(SelfAttention, 32, 2)], ids=["mlp", "attention"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_layers_of_a_network_that_a_cpu_compiles_compute_the_same_uncompiled_and_to_rounding_compiled(
-    precision: str,
+    precision: str, layer: Callable[[], nn.Module]
 ) -> None:
     torch.manual_seed(0)
-    plain_mlp, formed = GeluMlp(32, 4.0), GeluMlp(32, 4.0)
-    formed.load_state_dict(plain_mlp.state_dict())
+    written, formed = layer(), layer()
+    formed.load_state_dict(written.state_dict())
     form_for_cpu(formed)
     compiled = torch.compile(formed, backend="aot_eager")  # the steps of the graph, without kernels for them
     tokens = 3 * torch.randn(4, 7, 32)
 
-    def of(mlp: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def of(module: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         given = tokens.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            output = mlp(given)
+            output = module(given)
         output.float().sin().sum().backward()
         assert given.grad is not None
         return output, given.grad
 
-    expected = of(plain_mlp)
+    expected = of(written)
     rounding = 1e-2 if precision == "bf16" else 1e-6
     for one, other in zip(of(formed), expected, strict=True):
         assert torch.equal(one, other)
     for one, other in zip(of(compiled), expected, strict=True):
         assert one.dtype == other.dtype
         assert (one - other).norm() / other.norm() < rounding
-    assert not torch.equal(of(compiled)[0], expected[0])
+    if isinstance(formed, GeluMlp):
+        assert not torch.equal(of(compiled)[0], expected[0])
+
+
+def test_queries_keys_and_values_are_products_of_their_own_once_a_cpu_compiles_them() -> None:
+    layer, tokens = SelfAttention(32, 2), torch.randn(4, 7, 32)
+    form_for_cpu(layer)
+    parts = torch.compile(layer.split, backend="aot_eager")(tokens)
+    for part, expected in zip(parts, layer.split(tokens), strict=True):
+        assert part.is_contiguous()
+        assert not expected.is_contiguous()
+        torch.testing.assert_close(part, expected)
 
 
 def test_gelu_is_as_exact_by_its_sigmoid_as_by_its_tanh_and_finite_far_from_zero() -> None:
