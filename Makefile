@@ -68,7 +68,7 @@ text: $(STAMP)
 #   make fashion FASHION_ON='runtime=accelerate runtime.tf32=false runtime.compile=false evaluation.batch_size=1000' FASHION_JOBS=15
 FASHION_ON ?= runtime=cpu
 FASHION_JOBS ?= -1
-FASHION_SAMPLED := $(FASHION)-scaling/d96-n3-p2-adaln_zero-seed0,$(FASHION)-scaling/d64-n2-p7-adaln_zero-seed0
+FASHION_SAMPLED := d96-n3-p2 d64-n2-p7 # the largest and the smallest of scaling
 FASHION_SHARED := $(foreach seed,0 1 2,d64-n3-p4-adaln_zero-seed$(seed)) # of scaling; blocks and unets would train them again
 fashion: $(STAMP)
 	@echo "Five studies on Fashion-MNIST: about 5.3 hours on two cores (scaling 3.5, sampling 0.4, blocks 0.4," \
@@ -80,8 +80,9 @@ fashion: $(STAMP)
 			mv $(FASHION)-part $(FASHION)-$$study/$$run; } || exit; done;; esac; \
 		$(BIN)/ditscale train -m experiment=fashion/$$study hydra.launcher.n_jobs=$(FASHION_JOBS) $(FASHION_ON) || exit; done
 	test -e $(FASHION)-scaling/sampled || { $(BIN)/ditscale evaluate -m hydra/launcher=processes \
-		hydra.launcher.n_jobs=$(FASHION_JOBS) evaluation=fashion_mnist evaluation.num_images=2000 evaluation.batch_size=20 \
-		sampler.steps=250,100,50,25,10,5 checkpoint=$(FASHION_SAMPLED) $(FASHION_ON) && touch $(FASHION)-scaling/sampled; }
+		hydra.launcher.n_jobs=$(FASHION_JOBS) evaluation=fashion_mnist evaluation.num_images=1000 evaluation.batch_size=20 \
+		compile=where_possible sampler.steps=250,100,50,25,10,5 \
+		checkpoint=$$(ls -d $(FASHION_SAMPLED:%=$(FASHION)-scaling/%-*) | paste -sd,) $(FASHION_ON) && touch $(FASHION)-scaling/sampled; }
 	for study in scaling blocks objectives unets; do \
 		$(BIN)/ditscale report sweep=$(FASHION)-$$study runtime=cpu sampler.steps=20 || exit; done
 

@@ -10,16 +10,19 @@ from pathlib import Path
 
 from report.models import model_name
 from report.records import Record
-from report.seeds import Seeds, by_model
+from report.seeds import Seeds, by_model, curves_by_model
 from report.study import Study, read_study
 
 RESULTS = Path(__file__).parent / "results" / "fashion"
-STUDIES = ("scaling", "sampling", "blocks", "objectives", "unets")
-ROWS = {"sampling": "scaling"}  # studies whose evaluations are in the file of another
+STUDIES = ("scaling", "sampling", "blocks", "objectives", "unets", "learning_rates")
+ROWS = {"sampling": "scaling", "learning_rates": "unets"}  # studies whose evaluations are in the file of another
+RATES = {"0.001": "unets_lr_1e-3", "0.002": "unets_lr_2e-3", "0.004": "unets"}  # learning rate -> file
 
 
 def table(study: str) -> str:
     """Return the Markdown table of one of STUDIES."""
+    if study == "learning_rates":
+        return _learning_rates()
     found = read_study(RESULTS / f"{ROWS.get(study, study)}.jsonl")
     return {"scaling": _scaling, "sampling": _sampling}.get(study, _chosen)(found)
 
@@ -34,25 +37,40 @@ def _scaling(study: Study) -> str:
 
 
 def _sampling(study: Study) -> str:
-    curves = {model_name(records[0]): records for records in study.over_sampling_steps().values()}
-    steps = [record["sampler"]["steps"] for record in next(iter(curves.values()))]
-    rows = [["model", "Gflops of a step", *(f"{count} steps" for count in steps)]]
-    for name, records in sorted(curves.items()):
-        rows.append([name, f"{records[0]['gmacs']:.6f}", *(f"{r['frechet_distance']:.1f}" for r in records)])
+    curves = curves_by_model(study.over_sampling_steps().values(), _steps)
+    rows = [["model", "Gflops of a step", *(f"{_steps(seeds.record)} steps" for seeds in curves[0])]]
+    for curve in sorted(curves, key=lambda curve: model_name(curve[0].record)):
+        record = curve[0].record
+        rows.append([model_name(record), f"{record['gmacs']:.6f}", *map(_distance, curve)])
     return _markdown(rows)
+
+
+def _steps(record: Record) -> int:
+    return int(record["sampler"]["steps"])
 
 
 def _chosen(study: Study) -> str:
     """Return the rows of models that differ in something else than their shape."""
+    rows = [["model", "Gflops", "parameters", "distance", "recognized"]]
+    for name, seeds in sorted(_by_name(study).items(), key=lambda item: item[1].mean()):
+        rows.append([f"`{name}`", *_costs(seeds.record), _distance(seeds), _recognized(seeds)])
+    return _markdown(rows)
+
+
+def _learning_rates() -> str:
+    """Return the rows of the networks of fashion/unets, with a column for each learning rate."""
+    by_rate = [_by_name(read_study(RESULTS / f"{name}.jsonl")) for name in RATES.values()]
+    rows = [["model", *(f"lr {rate}" for rate in RATES)]]
+    rows += [[f"`{name}`", *(_distance(models[name]) for models in by_rate)] for name in sorted(by_rate[0])]
+    return _markdown(rows)
+
+
+def _by_name(study: Study) -> dict[str, Seeds]:
+    """Return the seeds of each run's name without its seed."""
     groups: dict[str, list[Record]] = {}
     for name, record in study.chosen.items():
         groups.setdefault(name.rsplit("-seed", 1)[0], []).append(record)
-    found = sorted((Seeds(tuple(records)).mean(), name) for name, records in groups.items())
-    rows = [["model", "Gflops", "parameters", "distance", "recognized"]]
-    for _, name in found:
-        seeds = Seeds(tuple(groups[name]))
-        rows.append([f"`{name}`", *_costs(seeds.record), _distance(seeds), _recognized(seeds)])
-    return _markdown(rows)
+    return {name: Seeds(tuple(records)) for name, records in groups.items()}
 
 
 def _costs(record: Record) -> tuple[str, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fashion_tables import RESULTS, ROWS, STUDIES, table
+from benchmarks.fashion_tables import RATES, RESULTS, ROWS, STUDIES, table
 from core.rooms import ROOT
 from report.figures import FIGURES
 from report.study import read_study
@@ -23,7 +23,7 @@ def test_the_page_has_the_tables_of_the_evaluations(study: str) -> None:
 
 
 def test_all_runs_have_three_seeds_and_the_protocol_of_the_page() -> None:
-    for study in set(STUDIES) - ROWS.keys():
+    for study in {*STUDIES, *RATES.values()} - ROWS.keys():
         found = read_study(RESULTS / f"{study}.jsonl")
         seeds = {name.rsplit("-seed", 1)[0]: set() for name in found.chosen}
         for name, record in found.chosen.items():
