@@ -51,7 +51,7 @@ class Training:
         wait_for_device()
         started = time.perf_counter()
         for _ in range(steps):
-            self._step(next(self._batches), with_update_norm=False)
+            self._step(next(self._batches), at_log_step=False)
             self.state.advance()
         wait_for_device()
         return (time.perf_counter() - started) / steps

@@ -126,9 +126,11 @@ def _uncompiled(runtime: Mapping[str, Any]) -> dict[str, Any]:
 def _report(dump: Dump, found: Findings, samples: Iterable[str], positions: list[int]) -> list[str]:
     """Return the findings as lines, among them those on the ``samples``; the step's batch was of ``positions``."""
     metrics = {name: value for name, value in found.metrics.items() if "/" not in name}
+    before = found.weights_before  # metrics of the step before may not show it, as norms of weights are of log steps
     return [
         f"{dump.path}: step {dump.step}, the positions {positions[0]} to {positions[-1]}",
         "  " + ", ".join(f"{name} {value:.6g}" for name, value in metrics.items()),
+        *([_first("norms of weights before the step", before, "in the order of the model")] if before else []),
         *samples,
         _first("outputs of modules", found.passes.activations, "in the order of the forward pass"),
         _first("norms of gradients", found.passes.gradients, "from the loss backwards"),

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from core.batch import Batch, mapped
-from runtime.protocol import Metrics
+from runtime.protocol import AT_LOG_STEPS, Metrics
 
 WARM_UP_STEPS = 3  # that compile kernels and load libraries, which a capture must not
-UPDATE_NORM = "update_norm"
 
 
 class GraphedStep:
@@ -35,38 +34,38 @@ class GraphedStep:
         for group in optimizer.param_groups:
             group["capturable"] = True  # its step count is on the device, as the fused kernel has it
 
-    def __call__(self, micro_batches: Sequence[Batch], with_update_norm: bool = True) -> Metrics:
+    def __call__(self, micro_batches: Sequence[Batch], at_log_step: bool = True) -> Metrics:
         """Take the step; return scalars [] float32 on the device, which later steps do not change."""
         if self._eager_steps < WARM_UP_STEPS or not self._captures:
             self._eager_steps += 1
-            return self._eager(micro_batches, with_update_norm)
+            return self._eager(micro_batches, at_log_step)
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in tree_leaves(list(micro_batches)))
         rates = tuple(group["lr"] for group in self._optimizer.param_groups)
-        key = (with_update_norm, shapes, rates)
+        key = (at_log_step, shapes, rates)
         if key not in self._captured:
             try:
-                self._captured[key] = self._capture(micro_batches, with_update_norm)
+                self._captured[key] = self._capture(micro_batches, at_log_step)
             except RuntimeError as error:  # nothing was computed
                 self._leave(error)
-                return self._function(micro_batches, with_update_norm)
+                return self._function(micro_batches, at_log_step)
         return self._captured[key].replay(micro_batches)
 
-    def _eager(self, micro_batches: Sequence[Batch], with_update_norm: bool) -> Metrics:
+    def _eager(self, micro_batches: Sequence[Batch], at_log_step: bool) -> Metrics:
         if not self._captures:
-            return self._function(micro_batches, with_update_norm)
+            return self._function(micro_batches, at_log_step)
         # With all kernels of both graphs, on a stream that is not the default one, as a capture needs it.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             metrics = self._function(micro_batches)
         torch.cuda.current_stream().wait_stream(self._stream)
-        return metrics if with_update_norm else {key: value for key, value in metrics.items() if key != UPDATE_NORM}
+        return metrics if at_log_step else {key: value for key, value in metrics.items() if key not in AT_LOG_STEPS}
 
-    def _capture(self, micro_batches: Sequence[Batch], with_update_norm: bool) -> "_Captured":
+    def _capture(self, micro_batches: Sequence[Batch], at_log_step: bool) -> "_Captured":
         inputs = [mapped(batch, torch.clone) for batch in micro_batches]
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._captured.values())).graph.pool() if self._captured else None
         with torch.cuda.graph(graph, pool=pool, stream=self._stream):
-            metrics = self._function(inputs, with_update_norm)
+            metrics = self._function(inputs, at_log_step)
             values = torch.stack([value.float() for value in metrics.values()])
         return _Captured(graph, inputs, list(metrics), values)
 

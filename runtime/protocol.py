@@ -17,16 +17,17 @@ from core.batch import Batch, Denoiser
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Metrics = dict[str, Tensor]
 Precision = Literal["fp32", "bf16"]  # of the network's forward and backward pass
+AT_LOG_STEPS = frozenset({"param_norm", "update_norm"})  # metrics that read, or copy, all weights
 Mode = Literal["replicated", "zero1", "fsdp"]  # sharded: nothing; optimizer state and averages; weights too
 
 
 class Step(Protocol):
     """One optimizer step."""
 
-    def __call__(self, micro_batches: Sequence[Batch], with_update_norm: bool = True) -> Metrics:
+    def __call__(self, micro_batches: Sequence[Batch], at_log_step: bool = True) -> Metrics:
         """Take the step; return scalars on the device.
 
-        The norm of the update needs a copy of all weights: a runtime may leave it out if it is not asked for.
+        Metrics of `AT_LOG_STEPS` may be left out of other steps.
         """
         ...
 

@@ -88,7 +88,7 @@ class XlaRuntime(XlaDevices):
     def step(self, function: Callable[..., Metrics]) -> Step:
         """Return the step as one that is traced and then executed asynchronously."""
 
-        def run(micro_batches: Sequence[Batch], with_update_norm: bool = True) -> Metrics:
+        def run(micro_batches: Sequence[Batch], at_log_step: bool = True) -> Metrics:
             metrics = function(micro_batches)  # with the norm of the update: one program serves all steps
             torch_xla.sync()
             return metrics

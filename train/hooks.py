@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Any, Protocol
 
 from core.progress import ProgressBar
-from runtime.protocol import Metrics, Runtime
+from runtime.protocol import AT_LOG_STEPS, Metrics, Runtime
 from train.dump import DivergedError
 from train.guards import SpikeGuard
 from train.loggers import Logger
@@ -15,7 +15,7 @@ from train.runfolder import RunFolder
 from train.saving import CheckpointWriter
 from train.signals import Stopped, StopSignals
 from train.state import TrainState
-from train.step import AT_LOG_STEPS, summary
+from train.step import summary
 
 
 class Hook(Protocol):
@@ -96,7 +96,7 @@ class Clock:
 class LogHook:
     """Writes means over the last ``every`` steps as one line of metrics.jsonl and to the logger.
 
-    The norm of the update is that of the last step (`AT_LOG_STEPS`).
+    Norms of the weights and of the update are those of the last step (`AT_LOG_STEPS`).
     ``metrics.jsonl`` holds only values that the config determines; times go to ``timing.jsonl``. Raises
     DivergedError at the first value that is not finite, so that no later checkpoint is written.
     """

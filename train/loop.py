@@ -25,7 +25,7 @@ def train(
         for hook in hooks:
             hook.start(state)
         for micro_batches in runtime.feed(host_batches):
-            metrics = step(micro_batches, with_update_norm=due_next(state, log_every))
+            metrics = step(micro_batches, at_log_step=due_next(state, log_every))
             state.advance()
             for hook in hooks:
                 hook(state, metrics)

@@ -83,6 +83,7 @@ class Findings:
     metrics: dict[str, float]  # as training has them: loss, norms
     passes: Passes
     weights: list[str]  # parameters that are not finite after the update
+    weights_before: list[str] = field(default_factory=list)  # and before the step
     samples: list[int] = field(default_factory=list)  # rows of the batch whose loss, or own gradient, is not finite
 
     @property
@@ -117,14 +118,17 @@ class Replay:
 
     def examine(self, batch: Batch, whole: Batch, progress: ProgressBar) -> Findings:
         """Run the step with this process's rows ``batch``; ``whole`` is the batch of all processes."""
+        weights_before = self._weights_not_finite()
         passes = self.passes(batch)
         samples: list[int] = np.flatnonzero(~np.isfinite(passes.losses)).tolist()
         if passes.gradients and not samples:
             samples = self._one_by_one(whole, len(batch.t), progress)
         metrics = self._fetch(self._step(self._on_device(batch)))
+        return Findings(metrics, passes, self._weights_not_finite(), weights_before, samples)
+
+    def _weights_not_finite(self) -> list[str]:
         norms = {name: self._runtime.norm([weight.detach()]) for name, weight in self._state.model.named_parameters()}
-        weights = [name for name, norm in self._fetch(norms).items() if not math.isfinite(norm)]
-        return Findings(metrics, passes, weights, samples)
+        return [name for name, norm in self._fetch(norms).items() if not math.isfinite(norm)]
 
     def passes(self, batch: Batch) -> Passes:
         """Run a forward and a backward pass and record what is not finite; the state does not change."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from core.batch import Batch, Condition
 from diffusion.objective import LOSS, Objective, corrupt
-from runtime.protocol import Devices, Metrics, Runtime, Step
+from runtime.protocol import AT_LOG_STEPS, Devices, Metrics, Runtime, Step
 from train.alignment import REPA
 from train.ema import Averages
 from train.guards import SpikeGuard
@@ -16,7 +16,6 @@ from train.guards import SpikeGuard
 SUM, COUNT = "/sum", "/count"  # endings of two metrics whose quotient is one mean
 TOTAL = "/total"  # ending of a metric that is summed over the interval
 Embed = Callable[[Condition], Condition]
-AT_LOG_STEPS = {"update_norm"}  # metrics that are of the log step alone, since they need a copy of all weights
 
 
 def as_it_is(condition: Condition) -> Condition:
@@ -48,7 +47,7 @@ def make_step(
         means = {name: values.mean() for name, values in found.items()}
         return {**means, **by_quarter(found[LOSS].detach(), objective.level(batch.t))}
 
-    def step(micro_batches: Sequence[Batch], with_update_norm: bool = True) -> Metrics:
+    def step(micro_batches: Sequence[Batch], at_log_step: bool = True) -> Metrics:
         parts: list[Metrics] = []
         for number, batch in enumerate(micro_batches, start=1):
             with runtime.micro_step(model, is_last=number == len(micro_batches)):
@@ -57,7 +56,7 @@ def make_step(
                 parts.append({name: value.detach() for name, value in means.items()})
         grad_norm = runtime.clip(model.parameters(), max_grad_norm)
         weights = [parameter.detach() for parameter in model.parameters()]
-        before = [weight.clone() for weight in weights] if with_update_norm else []
+        before = [weight.clone() for weight in weights] if at_log_step else []
         skipped = {}
         if guard is not None:
             spike = guard.is_spike(grad_norm)
@@ -66,8 +65,9 @@ def make_step(
         optimizer.step()
         ema.update()
         optimizer.zero_grad(set_to_none=True)
-        norms = {"grad_norm": grad_norm, "param_norm": runtime.norm(weights)}
-        if with_update_norm:
+        norms = {"grad_norm": grad_norm}
+        if at_log_step:
+            norms["param_norm"] = runtime.norm(weights)
             norms["update_norm"] = runtime.norm([old.sub_(new) for new, old in zip(weights, before, strict=True)])
         return {**{name: _mean([part[name] for part in parts]) for name in parts[0]}, **norms, **skipped}
 

@@ -57,7 +57,7 @@ def test_a_step_holds_what_the_plan_says(precision: Any, images: int, at_log_ste
     step([batch])  # makes the optimizer's state
     moments = [value for state in optimizer.state.values() for value in state.values()]
     with Held([*model.parameters(), *averages.module.parameters(), *moments]) as held:
-        step([batch], with_update_norm=at_log_step)
+        step([batch], at_log_step=at_log_step)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     said = step_bytes(saved_bytes(model, precision == "bf16"), images, num_parameters)
     assert said == pytest.approx(held.most_bytes, rel=0.1)

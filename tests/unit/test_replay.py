@@ -67,14 +67,19 @@ def test_weights_that_a_huge_step_blows_up_are_named_where_samples_are_sound(
     digits: Path, tmp_path: Path, in_process: InProcess
 ) -> None:
     """Replay a step before the first checkpoint, whose state follows from the seed."""
-    words = ["train", *TINY_RUN, f"data.shards={digits}", "run_dir=run", "optimizer.lr=1e30"]
+    words = ["train", *TINY_RUN, f"data.shards={digits}", "optimizer.lr=1e30"]
     assert "in step 1, whose batch is the positions 0 to 15 (there is no checkpoint yet)" in in_process(
-        *words, expect=1
+        *words, "run_dir=run", "log_every=1", expect=1
     )
     shown = in_process("train", "replay=run/nonfinite_00000001")
+    assert "before the step" not in shown
     assert "samples: no sample alone has a loss or gradient that is not finite (16 looked at)\n" in shown
     assert "outputs of modules: all finite\nnorms of gradients: all finite\n" in shown
-    assert "norms of weights after the update: 2 not finite; in the order of the model the first is final" in shown
+    first = "2 not finite; in the order of the model the first is final"
+    assert f"norms of weights after the update: {first}" in shown
+    assert "in step 2, whose batch" in in_process(*words, "run_dir=later", expect=1)  # no log step, thus no such norm
+    shown = in_process("train", "replay=later/nonfinite_00000002")
+    assert f"norms of weights before the step: {first}" in shown
 
 
 def changed(dump: Path, **fields: Any) -> None:

@@ -19,6 +19,7 @@ from diffusion.process import GaussianDiffusion
 from diffusion.schedules import LinearSchedule
 from diffusion.variances import LearnedRangeVariance
 from runtime.accelerate import AccelerateRuntime
+from runtime.protocol import AT_LOG_STEPS
 from train.checkpoint import load_checkpoint, load_newest
 from train.ema import constant
 from train.hooks import CheckpointHook, Clock, LogHook
@@ -29,7 +30,7 @@ from train.runfolder import RunFolder
 from train.saving import CheckpointWriter
 from train.signals import Stopped, StopSignals
 from train.state import TrainState
-from train.step import AT_LOG_STEPS, make_step, summary
+from train.step import make_step, summary
 from train.stores import FolderStore, list_checkpoints
 
 RUNTIME = AccelerateRuntime("fp32", device="cpu")
@@ -171,7 +172,7 @@ def test_the_norm_of_the_update_is_of_the_log_step_and_changes_nothing(tmp_path:
         for name in AT_LOG_STEPS:
             assert line[name] == norms[line["step"] - 1][name].item()
             assert line[name] != norms[line["step"] - 2][name].item()
-    assert not AT_LOG_STEPS & step([batch_of(4)], with_update_norm=False).keys()
+    assert not AT_LOG_STEPS & step([batch_of(4)], at_log_step=False).keys()
 
 
 def test_a_run_of_earlier_versions_goes_on_in_the_middle_of_an_interval(tmp_path: Path) -> None:
