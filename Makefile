@@ -71,7 +71,7 @@ FASHION_JOBS ?= -1
 FASHION_SAMPLED := d96-n3-p2 d64-n2-p7 # the largest and the smallest of scaling
 FASHION_SHARED := $(foreach seed,0 1 2,d64-n3-p4-adaln_zero-seed$(seed)) # of scaling; blocks and unets would train them again
 fashion: $(STAMP)
-	@echo "Five studies on Fashion-MNIST: about 5.3 hours on two cores (scaling 3.5, sampling 0.4, blocks 0.4," \
+	@echo "Five studies on Fashion-MNIST: about 5.4 hours on two cores (scaling 3.5, sampling 0.5, blocks 0.4," \
 		"objectives 0.6, unets 0.5), or ten minutes on a large GPU. Stop it at any time; make fashion continues."
 	$(BIN)/ditscale encode data=fashion_mnist
 	for study in scaling sampling blocks objectives unets; do \
