@@ -30,7 +30,7 @@ def _linear(layer: nn.Linear, inputs: Tensor) -> Tensor:
     """
     if not torch.compiler.is_compiling():
         return nn.functional.linear(inputs, layer.weight, layer.bias)
-    return _mapped(inputs, layer.weight, layer.bias)
+    return _affine(inputs, layer.weight, layer.bias)
 
 
 def _split(layer: SelfAttention, tokens: Tensor) -> tuple[Tensor, ...]:
@@ -41,10 +41,10 @@ def _split(layer: SelfAttention, tokens: Tensor) -> tuple[Tensor, ...]:
     if not torch.compiler.is_compiling():
         return SelfAttention.split(layer, tokens)
     biases = (None,) * 3 if layer.qkv.bias is None else layer.qkv.bias.chunk(3)
-    return tuple(_mapped(tokens, *part) for part in zip(layer.qkv.weight.chunk(3), biases, strict=True))
+    return tuple(_affine(tokens, *part) for part in zip(layer.qkv.weight.chunk(3), biases, strict=True))
 
 
-def _mapped(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _affine(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     product = inputs @ weight.t()
     if bias is None:
         return product

@@ -240,9 +240,7 @@ class EvaluateSettings(Settings):
     checkpoint: str = MUST_BE_GIVEN  # a run folder (its newest checkpoint is used), a checkpoint, or foreign weights
     weights: str = "ema"  # model, an average, width_W of a run with power averages, or a table of a foreign file
     precision: Precision = Precision.fp32
-    compile: Any = (
-        False  # true: the network's blocks, which takes a minute at first; where_possible: as runtime.compile's
-    )
+    compile: Any = False  # true: its blocks, a minute at first, then faster on a GPU; where_possible: whole on a CPU
     metrics: list[str] = "${evaluation.metrics}"  # type: ignore[assignment]  # may also have nll: bits per dimension
     low_resolution: str | None = None  # .npz of the images that an upsampler enlarges, as `sample` writes them
     text_encoder: Any = None  # of a network for text; null: as the run's config says

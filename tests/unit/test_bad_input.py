@@ -79,6 +79,7 @@ def fails(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.C
         ),
         (["train", "optimizer.lr=nan"], "optimizer.lr is nan, but a setting must be a finite number"),
         (["evaluate", "checkpoint=x.pt", "diffusion/sampler=edm_heun", "sampler.churn_max=inf"], "churn_max is inf"),
+        (["evaluate", "checkpoint=x.pt", "compile=whole"], "compile is 'whole', but there are true, false and where_p"),
         (["train", "evaluation.batch_size=0"], "evaluation.batch_size is 0, but it must be positive"),
         (["train", "+data.flipp=true"], "no setting 'data.flipp'; did you mean 'flip'?"),
         (["train", "data.flip=ture"], "data.flip: Value 'ture' is not a valid bool"),

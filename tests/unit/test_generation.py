@@ -430,7 +430,10 @@ def test_all_metrics_of_inception_and_dinov2_from_the_command_line(
 
     dinov2 = ["evaluation/features=dinov2", f"evaluation.features.folder={write_small_dinov2(tmp_path / 'dinov2')}"]
     fitting = ["evaluation.features.image_size=28", "evaluation.metric.kernel.subset_size=5"]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    dinov2.append("compile=where_possible")
     run([*evaluate, *dinov2, *fitting, "metrics=[frechet,kernel,precision_recall]"], monkeypatch)
+    assert "note: blocks are not compiled, and steps are slower: there is no C++ compiler" in capfd.readouterr().err
     *_, record = json_lines(tmp_path / "run/evaluations.jsonl")
     assert record["feature_extractor"] == "DINOv2 features (width 32, depth 2)"
     for name in ("frechet_distance", "kernel_distance", "precision", "recall"):

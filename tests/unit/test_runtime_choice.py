@@ -18,6 +18,7 @@ from launch.builders.facts import facts_of_process
 from runtime import choice
 from runtime.accelerate import AccelerateRuntime
 from runtime.agreement import Exchange, fingerprint, require_same
+from runtime.kernels import compile_where_possible
 
 
 def pci_device(folder: Path, name: str, vendor: str, device: str) -> None:
@@ -156,6 +157,10 @@ def test_networks_are_compiled_where_possible_and_the_averages_too(
     assert compiled(True) == {"units"}
     assert compiled("auto") == set()
     assert capsys.readouterr().err == ""
+    sampled = [tiny(), tiny()]
+    for network, device in zip(sampled, ("cpu", "xla"), strict=True):
+        compile_where_possible(network, device, is_main=True)
+    assert [network._compiled_call_impl is not None for network in sampled] == [True, False]
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     assert compiled("where_possible") == set()
     assert "note: blocks are not compiled, and steps are slower: there is no C++ compiler" in capsys.readouterr().err
