@@ -180,7 +180,7 @@ def make_workspace(folder: Path, runner: Runner) -> None:
     make(TRAIN)
     steps = [
         ["reference", *DATA, "evaluation.features.epochs=1", "out=reference.npz", "runtime=cpu", "num_kept=16"],
-        [*TRAIN, "run_dir=diverged", "optimizer.lr=1e30", "evaluate_every=null"],
+        [*TRAIN, "run_dir=diverged", "optimizer.lr=1e30", "evaluate_every=null", "log_every=1"],
         ["export", "checkpoint=runs/run", "to=reference", "out=weights.pt"],
     ]
     list(runner.each(make, steps))
