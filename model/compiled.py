@@ -19,7 +19,7 @@ def form_for_cpu(module: nn.Module) -> None:
     for part in module.modules():
         if type(part) is nn.Linear:
             part.forward = MethodType(_linear, part)  # type: ignore[method-assign]
-        if isinstance(part, SelfAttention) and type(part.qkv) is nn.Linear:
+        if isinstance(part, SelfAttention) and type(part).split is SelfAttention.split:
             part.split = MethodType(_split, part)  # type: ignore[method-assign]
 
 

@@ -18,7 +18,7 @@ from core.batch import Batch, mapped, micro_batches_of, require_divisible
 from model.network import Network
 from runtime.accelerate_devices import AccelerateDevices
 from runtime.cuda_graph import GraphedStep
-from runtime.kernels import WHERE_POSSIBLE, compile_network, has_kernels
+from runtime.kernels import WHERE_POSSIBLE, compile_network, fastest_form
 from runtime.protocol import Metrics, Precision, Step, by_name
 
 
@@ -72,12 +72,10 @@ class AccelerateRuntime(AccelerateDevices):
 
     def _chosen(self, where: str) -> Literal[True, False, "whole"]:
         """Return how to compile here, if that can be done and is faster; say so where only a tool is missing."""
-        on_cpu = self.device.type == "cpu"
-        if where == "auto" and on_cpu:
+        if where == "auto" and self.device.type == "cpu":
             return False
-        if not has_kernels(self.device.type, self.is_main):
-            return False
-        return "whole" if on_cpu and self._mode == "replicated" else True
+        form = fastest_form(self.device.type, self.is_main)
+        return True if form == "whole" and self._mode == "fsdp" else form
 
     def require_batch(self, batch_size: int) -> None:
         """Raise ValueError where a global batch does not divide into processes and micro-batches."""

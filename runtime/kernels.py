@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 import sys
+from typing import Literal
 
 from model.compiled import form_for_cpu
 from model.network import Network, compile_each_unit
@@ -23,20 +24,22 @@ def compile_network(network: Network, device_type: str, whole: bool = False) -> 
 
 
 def compile_where_possible(network: Network, device_type: str, is_main: bool) -> None:
-    """Compile a network as it is fastest on the device: whole on a CPU, unit by unit on a GPU, not under XLA.
+    """Compile a network as `fastest_form` says; under XLA, which compiles by itself, do nothing."""
+    if device_type != "xla" and (form := fastest_form(device_type, is_main)):
+        compile_network(network, device_type, whole=form == "whole")
 
-    Where a tool is missing, nothing is compiled, and the main process says so.
+
+def fastest_form(device_type: str, is_main: bool) -> Literal["whole", True, False]:
+    """Return how networks are compiled fastest: whole on a CPU, unit by unit (True) on a GPU.
+
+    Where a tool is missing, that is not at all (False), and the main process says so.
     """
-    if device_type != "xla" and has_kernels(device_type, is_main):
-        compile_network(network, device_type, whole=device_type == "cpu")
-
-
-def has_kernels(device_type: str, is_main: bool) -> bool:
-    """Return whether networks can be compiled for the device; if not, the main process says what is missing."""
     missing = missing_for_kernels(device_type)
-    if missing is not None and is_main:
+    if missing is None:
+        return "whole" if device_type == "cpu" else True
+    if is_main:
         print(f"note: blocks are not compiled, and steps are slower: there is no {missing}.", file=sys.stderr)
-    return missing is None
+    return False
 
 
 def missing_for_kernels(device_type: str) -> str | None:

@@ -27,7 +27,7 @@ class Step(Protocol):
     def __call__(self, micro_batches: Sequence[Batch], at_log_step: bool = True) -> Metrics:
         """Take the step; return scalars on the device.
 
-        Metrics of `AT_LOG_STEPS` may be left out of other steps.
+        ``at_log_step`` says whether its metrics will be logged: else those of `AT_LOG_STEPS` may be left out.
         """
         ...
 

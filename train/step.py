@@ -55,8 +55,8 @@ def make_step(
                 runtime.backward(means[LOSS] / len(micro_batches))
                 parts.append({name: value.detach() for name, value in means.items()})
         grad_norm = runtime.clip(model.parameters(), max_grad_norm)
-        weights = [parameter.detach() for parameter in model.parameters()]
-        before = [weight.clone() for weight in weights] if at_log_step else []
+        weights = [parameter.detach() for parameter in model.parameters()] if at_log_step else []
+        before = [weight.clone() for weight in weights]
         skipped = {}
         if guard is not None:
             spike = guard.is_spike(grad_norm)
