@@ -82,13 +82,18 @@ def start_warm_python(
     ranks: int = 1,
     limit_sec: float = 600,
     preload: str = "",
+    launched: bool = True,
 ) -> WarmProcesses:
-    """Start ``python WORDS...``, or ranks of it, where ``modules`` are imported. The previous call must have ended."""
+    """Start ``python WORDS...``, or ranks of it, where ``modules`` are imported. The previous call must have ended.
+
+    The first rank that fails ends the others, as under a launcher, unless they are not ``launched`` together.
+    """
     server, port = _server(modules, preload), _free_port()
     assert server.stdin is not None
     assert server.stdout is not None
     processes = [{**os.environ, **(env or {}), **_place(rank, ranks, port)} for rank in range(ranks)]
-    job = {"words": words, "cwd": str(cwd), "output": str(output), "processes": processes, "limit": limit_sec}
+    job: dict[str, Any] = {"words": words, "cwd": str(cwd), "output": str(output), "processes": processes}
+    job |= {"limit": limit_sec, "launched": launched}
     server.stdin.write(json.dumps(job) + "\n")
     return WarmProcesses(json.loads(server.stdout.readline()), server.stdout)
 
@@ -119,9 +124,10 @@ def run_with_little_room(modules: tuple[str, ...], limit_bytes: int, *words: str
     return run_warm_python(modules, "-c", LITTLE_ROOM, str(limit_bytes), *words, cwd=cwd, expect=expect)
 
 
-def start_ranks(ranks: int, *arguments: str, cwd: Path, output: Path) -> WarmProcesses:
+def start_ranks(ranks: int, *arguments: str, cwd: Path, output: Path, launched: bool = True) -> WarmProcesses:
     """``ditscale ARGUMENTS...`` in several gloo processes, as `run_ranks` runs it to its end."""
-    return start_warm_python(TRAINING, "-m", "launch.cli", *arguments, cwd=cwd, output=output, ranks=ranks)
+    words = ("-m", "launch.cli", *arguments)
+    return start_warm_python(TRAINING, *words, cwd=cwd, output=output, ranks=ranks, launched=launched)
 
 
 def run_ranks(ranks: int, *arguments: str, cwd: Path, expect: int = 0) -> str:
@@ -171,14 +177,14 @@ def _serve() -> tuple[dict[str, Any], dict[str, str]]:
                 return job, variables
             pids.append(pid)
         print(json.dumps(pids), flush=True)
-        print(json.dumps(_ended(pids, job["limit"])), flush=True)
+        print(json.dumps(_ended(pids, job["limit"], job["launched"])), flush=True)
     sys.exit()
 
 
-def _ended(pids: list[int], limit_sec: float) -> tuple[int, list[int]]:
+def _ended(pids: list[int], limit_sec: float, launched: bool) -> tuple[int, list[int]]:
     """Return the exit code of the first that failed (0 if none did), and the codes of all, by rank.
 
-    The first failure or the time limit ends the others, as under a launcher.
+    The time limit ends the others, and so does the first failure where they were ``launched`` together.
     """
     codes: dict[int, int] = {}  # in the order of their ends
     signal.signal(signal.SIGALRM, lambda *_: _end(set(pids) - codes.keys(), signal.SIGKILL))
@@ -186,7 +192,7 @@ def _ended(pids: list[int], limit_sec: float) -> tuple[int, list[int]]:
     while len(codes) < len(pids):
         pid, status = os.waitpid(-1, 0)
         codes[pid] = os.waitstatus_to_exitcode(status)
-        if codes[pid] != 0:
+        if codes[pid] != 0 and launched:
             _end(set(pids) - codes.keys(), signal.SIGTERM)
     signal.setitimer(signal.ITIMER_REAL, 0)
     return next((code for code in codes.values() if code != 0), 0), [codes[pid] for pid in pids]

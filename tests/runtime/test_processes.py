@@ -164,7 +164,7 @@ def test_a_process_that_dies_stops_the_others_with_its_error(digits: Path, tmp_p
 def test_the_process_that_a_lost_host_leaves_exits_as_one_that_failed(digits: Path, tmp_path: Path) -> None:
     """So 1 must not end a JobSet of several pods (launch/k8s): the run is sound, and the same command continues it."""
     words = [*TINY_RUN, f"data.shards={digits}", "run_dir=run", "total_steps=1000000"]
-    job = start_ranks(2, "train", *words, cwd=tmp_path, output=tmp_path / "log")
+    job = start_ranks(2, "train", *words, cwd=tmp_path, output=tmp_path / "log", launched=False)
     wait_for(tmp_path / "run/checkpoints/step_00000010", job)
     os.kill(job.pids[1], signal.SIGKILL)
     job.wait()
